@@ -1,0 +1,9 @@
+"""fastcss: kernels that run every task adapter of a continual-segmentation model in one pass."""
+
+from . import ops
+from ._info import info
+from .ops import multi_lora
+from .packed_lora import PackedLora
+
+__version__ = "0.1.0"
+__all__ = ["PackedLora", "info", "multi_lora", "ops"]

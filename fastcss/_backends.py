@@ -1,0 +1,84 @@
+"""Which implementations this machine has, and the reason where one is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "composed", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Ops whose GPU kernel was measured on a GPU against its composed form and won: the rows are in benchmarks/results.
+# Only these are taken by impl="auto" on CUDA; an explicit impl= may ask for any.
+MEASURED_ON_GPU: dict[str, tuple[str, ...]] = {}
+
+
+def _load(module: str) -> str | None:
+    """Load a compiled module next to this file; None, or the reason why it is not there."""
+    library = Path(__file__).with_name(f"{module}.abi3.so")
+    if not library.exists():
+        return f"{library.name} was not built with this installation (see `python -m fastcss info`)"
+    if module == "_cuda" and torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"{library.name} does not load: {error}"
+    return None
+
+
+def _probe_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "no CUDA device is there, and TRITON_INTERPRET=1 is not set"
+    from . import kernels
+
+    kernels.register()
+    return None
+
+
+def interpreting() -> bool:
+    """Triton runs its kernels in its interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+#: implementation → None, or why it is not available on this machine.
+UNAVAILABLE: dict[str, str | None] = {"reference": None, "composed": None, "cpu": _load("_cpu"), "cuda": _load("_cuda")}
+UNAVAILABLE["triton"] = _probe_triton()
+
+
+def why_not(impl: str, x: Tensor) -> str | None:
+    """None where ``impl`` can run on tensors like ``x``, else the reason."""
+    if impl in ("reference", "composed"):
+        return None
+    if UNAVAILABLE[impl]:
+        return UNAVAILABLE[impl]
+    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}[impl]
+    if x.device.type not in devices:
+        return f"it runs on {' or '.join(devices)}, and the tensors are on {x.device}"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"it takes float32, bfloat16 and float16, and the tensors are {x.dtype}"
+    return None
+
+
+def choose(op: str, impl: str, x: Tensor) -> str:
+    """The implementation to run: the one asked for, or the fastest that can run where ``impl`` is "auto".
+
+    Raises:
+        ValueError: ``impl`` is unknown.
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+    """
+    if impl == "auto":
+        candidates = ("cpu",) if x.device.type == "cpu" else MEASURED_ON_GPU.get(op, ())
+        return next((name for name in candidates if why_not(name, x) is None), "composed")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    reason = why_not(impl, x)
+    if reason:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
+    return impl

@@ -1,0 +1,30 @@
+"""What this installation can run, and why not where it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from ._backends import IMPLEMENTATIONS, UNAVAILABLE
+
+PACKAGES = ("fastcss", "torch", "triton", "peft", "transformers", "safetensors", "numpy")
+
+
+def info() -> dict:
+    """Versions, devices and implementations as plain data: what ``python -m fastcss info`` prints."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = [f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "devices": devices,
+        "implementations": {name: UNAVAILABLE[name] or "available" for name in IMPLEMENTATIONS},
+    }

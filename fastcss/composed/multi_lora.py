@@ -1,0 +1,29 @@
+"""One base GEMM, one shrink GEMM, one batched expand that starts from the base: T·M·N is written once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..packed_lora import PackedLora
+
+
+def multi_lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora, index: Tensor | None) -> Tensor:
+    """``x`` [M, K] through every adapter, or ``x`` [S, M, K] with slot s through adapter ``index[s]``; → [S, M, N]."""
+    base = torch.nn.functional.linear(x, weight, bias)  # [(S,) M, N]
+    if lora.max_rank == 0:
+        return base.expand(lora.num_adapters, *base.shape).clone() if base.dim() == 2 else base
+    a, b = (padded.to(x.dtype) for padded in lora.padded())  # [T, R, K], [T, R, N]
+    scales = lora.scales.to(x.dtype)
+    if index is not None:
+        # Slot of index -1: any adapter, scaled by 0 below. Indexing is checked, so a wrong index raises.
+        bare = index < 0
+        index = torch.where(bare, 0, index)
+        a, b = a[index], b[index]  # [S, R, ·]
+        scales = torch.where(bare, 0, scales[index])
+    if x.dim() == 2:
+        hidden = (x @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2]).transpose(0, 1)  # [S, M, R]
+        base = base.expand(a.shape[0], *base.shape)
+    else:
+        hidden = torch.bmm(x, a.transpose(1, 2))
+    return torch.baddbmm(base, hidden * scales[:, None, None], b)

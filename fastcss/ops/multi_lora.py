@@ -1,0 +1,228 @@
+"""Batched multi-LoRA linear layer: one base GEMM, every adapter, one write of the result."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _backends
+from .._schema import COMPILED, LIBRARY
+from ..composed import multi_lora as composed
+from ..packed_lora import PackedLora
+from ..reference import multi_lora as reference
+
+MODES = ("shared", "diverged", "routed")
+
+
+def multi_lora(
+    x: Tensor,
+    weight: Tensor,
+    lora: PackedLora,
+    bias: Tensor | None = None,
+    *,
+    mode: str = "shared",
+    index: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Run a linear layer with many LoRA adapters at once: ``y_t = x_t Wᵀ + bias + scale_t (x_t A_tᵀ) B_tᵀ``.
+
+    Args:
+        x: float32, bfloat16 or float16 (float64 runs composed). ``[*, K]`` in mode "shared": the same input through all
+            T adapters. ``[T, *, K]`` in mode "diverged": input t through adapter t. ``[S, *, K]`` in mode "routed":
+            sample s through adapter ``index[s]``.
+        weight: ``[N, K]``, dtype of ``x``.
+        lora: the T packed adapters, in the dtype of ``x`` or in float32.
+        bias: ``[N]``, dtype of ``x``.
+        mode: "shared", "diverged" or "routed".
+        index: int32 or int64 ``[S]`` on the device of ``x``, in mode "routed" only; -1 means the bare layer.
+            On CPU an index out of range raises; on CUDA, where reading it would stall, it gives rows of NaN.
+        impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
+
+    Returns:
+        ``[T, *, N]`` (shared, diverged) or ``[S, *, N]`` (routed). Differentiable once in ``x``, ``weight``, ``bias``,
+        ``lora.a`` and ``lora.b``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.
+        IndexError: an entry of ``index`` is no adapter (CPU).
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+
+    Source: LoRA (Hu et al. 2021) eq. 3; batching after S-LoRA and Punica; the task loop of DecoupleCSS §3.4.
+
+    Example:
+        >>> lora = PackedLora.pack([torch.randn(4, 8)] * 6, [torch.randn(16, 4)] * 6, [1.0] * 6)
+        >>> multi_lora(torch.randn(100, 8), torch.randn(16, 8), lora).shape
+        torch.Size([6, 100, 16])
+    """
+    _check(x, weight, lora, bias, mode, index)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, lora = _autocast(x, weight, bias, lora)
+    impl = _backends.choose("multi_lora", impl, x)
+    rows = x.reshape(-1, x.shape[-1]) if mode == "shared" else x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+    if impl in ("reference", "composed"):
+        room = reference if impl == "reference" else composed
+        y = room.multi_lora(rows, weight, bias, lora, index)
+    else:
+        y = _run(impl, rows, weight, bias, lora, index)
+    slots = y.shape[0]
+    inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
+    return y.reshape(slots, *inner, weight.shape[0])
+
+
+def _run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora, index: Tensor | None) -> Tensor:
+    tensors = (x, weight, bias, lora.a, lora.b)
+    arguments = (*tensors, lora.offsets, lora.scales, index, lora.max_rank)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        save_h = lora.a.requires_grad or lora.b.requires_grad
+        return MultiLora.apply(*arguments, save_h, impl)[0]
+    return getattr(torch.ops.fastcss.multi_lora, impl)(*arguments, False)[0]
+
+
+class MultiLora(torch.autograd.Function):
+    """The compiled implementations with their gradients; ``torch.vmap`` folds its axis into the op's slots."""
+
+    @staticmethod
+    def forward(x, weight, bias, a, b, offsets, scales, index, max_rank, save_h, impl):
+        op = getattr(torch.ops.fastcss.multi_lora, impl)
+        return op(x, weight, bias, a, b, offsets, scales, index, max_rank, save_h)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, a, b, offsets, scales, index, ctx.max_rank, _, ctx.impl = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, a, b, offsets, scales, index, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        x, weight, a, b, offsets, scales, index, h = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        need_lora = need_a or need_b
+        dx = da = db = dweight = dbias = None
+        if need_x or need_lora:
+            op = getattr(torch.ops.fastcss.multi_lora_backward, ctx.impl)
+            dx, da, db = op(dy, x, weight, a, b, offsets, scales, index, h, ctx.max_rank, need_x, need_lora)
+        if need_weight:
+            shared = x.dim() == 2
+            dweight = dy.sum(0).t() @ x if shared else dy.flatten(0, 1).t() @ x.flatten(0, 1)
+        if need_bias:
+            dbias = dy.sum((0, 1))
+        return (
+            dx if need_x else None,
+            dweight,
+            dbias,
+            da if need_a else None,
+            db if need_b else None,
+            *[None] * 6,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _vmap(info.batch_size, in_dims, lambda *folded: MultiLora.apply(*folded), arguments)
+
+
+def _vmap(batch: int, in_dims: tuple, op, arguments: tuple):
+    """Fold a mapped axis into the slots of one call of ``op``.
+
+    Mapped over the input or the index, each sample brings its own slots; mapped over the adapters, the samples' packs
+    become one pack. Anything else (a mapped base weight) runs one call a sample.
+    """
+    mapped = [dim is not None for dim in in_dims]
+    moved = [v.movedim(dim, 0) if dim is not None else v for v, dim in zip(arguments, in_dims, strict=True)]
+    x, weight, bias, a, b, offsets, scales, index, *rest = moved
+    x_mapped, base_mapped, pack_mapped = mapped[0], any(mapped[1:3]), mapped[3] or mapped[4] or mapped[6]
+    if base_mapped or mapped[5] or (pack_mapped and index is not None):
+        calls = [op(*(v[i] if m else v for v, m in zip(moved, mapped, strict=True)))[0] for i in range(batch)]
+        return (torch.stack(calls), x.new_empty(0, dtype=torch.float32)), (0, None)
+
+    slots = scales.shape[-1] if index is None else index.shape[-1]
+    if pack_mapped:
+        a, b, scales = (v if mapped[i] else v.expand(batch, *v.shape) for i, v in ((3, a), (4, b), (6, scales)))
+        first = torch.arange(batch, dtype=offsets.dtype, device=offsets.device)[:, None] * a.shape[1]
+        offsets = torch.cat([(first + offsets[:-1]).flatten(), offsets.new_full((1,), batch * a.shape[1])])
+        a, b, scales = a.flatten(0, 1), b.flatten(0, 1), scales.flatten()
+    else:
+        if index is None:
+            index = torch.arange(slots, device=x.device)
+        index = index.expand(batch, slots).reshape(-1)
+
+    per_slot = x.dim() - x_mapped == 3
+    if x_mapped:
+        x = x.flatten(0, 1) if per_slot else x[:, None].expand(-1, slots, -1, -1).flatten(0, 1)
+    elif per_slot:  # a single slot of an input that every sample shares is the shared form
+        x = x[0] if slots == 1 else x.expand(batch, *x.shape).flatten(0, 1)
+    y, _ = op(x, weight, bias, a, b, offsets, scales, index, *rest)
+    return (y.unflatten(0, (batch, slots)), x.new_empty(0, dtype=torch.float32)), (0, None)
+
+
+def _register_vmap() -> None:
+    for impl in COMPILED:
+        op = getattr(torch.ops.fastcss.multi_lora, impl)
+        backward = getattr(torch.ops.fastcss.multi_lora_backward, impl)
+
+        def fold(info, in_dims, *arguments, op=op):
+            return _vmap(info.batch_size, in_dims, op, arguments)
+
+        def loop(info, in_dims, *arguments, op=backward):
+            samples = (
+                tuple(v.select(d, i) if d is not None else v for v, d in zip(arguments, in_dims, strict=True))
+                for i in range(info.batch_size)
+            )
+            calls = [op(*sample) for sample in samples]
+            return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0, 0, 0)
+
+        torch.library.register_vmap(op, fold, lib=LIBRARY)
+        torch.library.register_vmap(backward, loop, lib=LIBRARY)
+
+
+_register_vmap()
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):
+    dtype = torch.get_autocast_dtype(x.device.type)
+    lora = dataclasses.replace(lora, a=lora.a.to(dtype), b=lora.b.to(dtype))
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
+
+
+def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None) -> None:
+    if mode not in MODES:
+        raise ValueError(f"multi_lora: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not isinstance(lora, PackedLora):
+        raise TypeError(f"multi_lora: lora must be a PackedLora (see PackedLora.pack), got {type(lora).__name__}")
+    wanted = {"shared": "[*, K]", "diverged": "[T, *, K]", "routed": "[S, *, K]"}[mode]
+    least = 1 if mode == "shared" else 2
+    if x.dim() < least or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"multi_lora: x must be {wanted} and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    if mode == "diverged" and x.shape[0] != lora.num_adapters:
+        raise ValueError(
+            f"multi_lora: x must be [T, *, K] with T = {lora.num_adapters} adapters in mode 'diverged', got {list(x.shape)}"
+        )
+    if lora.a.shape[1] != weight.shape[1] or lora.b.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"multi_lora: lora must fit weight {list(weight.shape)} = [N, K]: wants a [Σr, {weight.shape[1]}] and "
+            f"b [Σr, {weight.shape[0]}], got {list(lora.a.shape)} and {list(lora.b.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"multi_lora: bias must be [N] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if (index is not None) != (mode == "routed"):
+        raise ValueError(f"multi_lora: index goes with mode 'routed' and only with it, got mode {mode!r}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora.a", lora.a), ("lora.b", lora.b), ("index", index)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"multi_lora: {name} must be on the device of x, {x.device}, got {tensor.device}")
+    if not x.is_floating_point():
+        raise TypeError(f"multi_lora: x must be a floating-point tensor, got {x.dtype}")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"multi_lora: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        for name, tensor in (("lora.a", lora.a), ("lora.b", lora.b)):
+            if tensor.dtype not in (x.dtype, torch.float32):
+                raise TypeError(f"multi_lora: {name} must be {x.dtype} like x, or float32, got {tensor.dtype}")
+    if index is not None:
+        if index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:1]:
+            raise ValueError(
+                f"multi_lora: index must be int32 or int64 [S] = [{x.shape[0]}], got {index.dtype} {list(index.shape)}"
+            )

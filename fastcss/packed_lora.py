@@ -1,0 +1,90 @@
+"""The packed form of T LoRA adapters of one layer: every rank as it is, nothing padded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLora:
+    """T LoRA adapters of one linear layer, packed row by row.
+
+    Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. A rank of 0 is an adapter that does not
+    touch this layer.
+
+    Attributes:
+        a: ``[sum(ranks), K]``, the down projections, one row a rank.
+        b: ``[sum(ranks), N]``, the up projections *transposed*: row ``i`` is column ``i`` of PEFT's ``lora_B.weight``.
+        ranks: the T true ranks.
+        offsets: int32 ``[T + 1]`` on ``a.device``, running sum of the ranks.
+        scales: float32 ``[T]`` on ``a.device``, ``alpha / rank`` of each adapter.
+    """
+
+    a: Tensor
+    b: Tensor
+    ranks: tuple[int, ...]
+    offsets: Tensor
+    scales: Tensor
+
+    @classmethod
+    def pack(cls, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scales: Sequence[float] | Tensor) -> PackedLora:
+        """Pack adapters given as PEFT keeps them. Differentiable: gradients flow back to the tensors given.
+
+        Args:
+            lora_a: T tensors ``[r_t, K]``.
+            lora_b: T tensors ``[N, r_t]``.
+            scales: T factors, ``alpha / rank`` (or ``alpha / sqrt(rank)`` for rsLoRA); a sequence or a tensor ``[T]``.
+
+        Raises:
+            ValueError: no adapters, lengths that differ, or shapes that do not fit together.
+
+        Example:
+            >>> lora = PackedLora.pack([torch.randn(4, 8)], [torch.randn(16, 4)], [0.5])
+            >>> lora.ranks, tuple(lora.a.shape), tuple(lora.b.shape)
+            ((4,), (4, 8), (4, 16))
+        """
+        if not lora_a or not len(lora_a) == len(lora_b) == len(scales):
+            raise ValueError(
+                f"PackedLora.pack: wants as many lora_a as lora_b and scales, at least one; "
+                f"got {len(lora_a)}, {len(lora_b)}, {len(scales)}"
+            )
+        width_in, width_out = lora_a[0].shape[-1], lora_b[0].shape[0]
+        for t, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+            if a.dim() != 2 or b.dim() != 2 or a.shape != (b.shape[1], width_in) or b.shape[0] != width_out:
+                raise ValueError(
+                    f"PackedLora.pack: adapter {t}: lora_a must be [r, {width_in}] and lora_b [{width_out}, r], "
+                    f"got {list(a.shape)} and {list(b.shape)}"
+                )
+        ranks = tuple(a.shape[0] for a in lora_a)
+        a = torch.cat(list(lora_a))
+        b = torch.cat([b.t() for b in lora_b])
+        starts = [sum(ranks[:t]) for t in range(len(ranks) + 1)]
+        offsets = torch.tensor(starts, dtype=torch.int32, device=a.device)
+        if not isinstance(scales, Tensor):
+            scales = torch.tensor(scales, dtype=torch.float32, device=a.device)
+        return cls(a, b, ranks, offsets, scales)
+
+    @property
+    def num_adapters(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """``a`` as ``[T, max_rank, K]`` and ``b`` as ``[T, max_rank, N]``, short ranks filled with zeros."""
+        T, R = self.num_adapters, self.max_rank
+        if min(self.ranks) == R:
+            return self.a.unflatten(0, (T, R)), self.b.unflatten(0, (T, R))
+        column = torch.arange(R, device=self.offsets.device)
+        start, end = self.offsets[:-1, None], self.offsets[1:, None]
+        missing = self.a.shape[0]  # the row of zeros appended below
+        rows = torch.where(start + column < end, start + column, missing)  # [T, R]
+        a = torch.nn.functional.pad(self.a, (0, 0, 0, 1))[rows]
+        b = torch.nn.functional.pad(self.b, (0, 0, 0, 1))[rows]
+        return a, b

@@ -1,0 +1,1 @@
+"""The equations in plain PyTorch: the oracle of every test, and ``impl="reference"``."""
