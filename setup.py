@@ -11,7 +11,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", *STABLE_ABI]
+CXX_FLAGS = ["-O3", "-std=gnu++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
 CUDA_TARGETS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
                 "-gencode=arch=compute_100,code=[sm_100,compute_100]"]
 

@@ -1,0 +1,256 @@
+// fastcss::multi_lora.cpu and its backward: checks, operand roles and the adapters' gradients around LoraGemm.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "lora_gemm.h"
+
+namespace fastcss::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "multi_lora: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+Matrix matrix(const Tensor& t, int64_t lane_dim, int64_t k_dim, const char* name) {
+  return {t.const_data_ptr(), dtype_of(t, name), t.stride(lane_dim), t.stride(k_dim)};
+}
+
+// The adapters as the kernels want them: which one each slot runs, and where it keeps its hidden activations.
+struct Route {
+  std::vector<Adapter> adapter;  // of each slot
+  std::vector<int64_t> slot_adapter;
+  std::vector<Adapter> all;
+  std::vector<float> scale;  // of each packed row
+  std::vector<int64_t> hidden_slot;
+  int64_t hidden_ld, ranks;
+};
+
+Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Tensor>& index, int64_t rows,
+            int64_t max_rank) {
+  Route r;
+  const int64_t count = scales.size(0);
+  const auto* offset = static_cast<const int32_t*>(offsets.const_data_ptr());
+  const auto* scale = static_cast<const float*>(scales.const_data_ptr());
+  STD_TORCH_CHECK(offsets.size(0) == count + 1 && offsets.scalar_type() == ScalarType::Int &&
+                      scales.scalar_type() == ScalarType::Float,
+                  "multi_lora: offsets must be int32 [T + 1] and scales float32 [T]");
+  for (int64_t t = 0; t < count; ++t) {
+    r.all.push_back({offset[t], offset[t + 1] - offset[t]});
+    r.scale.insert(r.scale.end(), r.all[t].rank, scale[t]);
+  }
+  r.ranks = offset[count];
+  r.hidden_ld = index ? max_rank : r.ranks;
+  const int64_t slots = index ? index->size(0) : count;
+  for (int64_t s = 0; s < slots; ++s) {
+    int64_t t = s;
+    if (index) {
+      const char* at = static_cast<const char*>(index->const_data_ptr());
+      t = index->scalar_type() == ScalarType::Int ? reinterpret_cast<const int32_t*>(at)[s * index->stride(0)]
+                                                  : reinterpret_cast<const int64_t*>(at)[s * index->stride(0)];
+      STD_TORCH_CHECK(t >= -1 && t < count, "multi_lora: index must be in [-1, ", count, "), got ", t);
+    }
+    r.slot_adapter.push_back(t);
+    r.adapter.push_back(t < 0 ? Adapter{0, 0} : r.all[t]);
+    r.hidden_slot.push_back(index ? s * rows * max_rank : r.all[t].first);
+  }
+  return r;
+}
+
+LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, const char* name, Matrix weight, int64_t N, Matrix a, Matrix b,
+              bool stacked) {
+  const int64_t dims = rows.dim();
+  Matrix row_matrix = matrix(rows, dims - 2, dims - 1, name);
+  if (dims == 3 && rows.size(1) == 1) row_matrix.lane_stride = rows.stride(0);  // the stride of a single row means nothing
+  return {.fan = fan,
+             .slots = static_cast<int64_t>(r.adapter.size()),
+             .M = rows.size(dims - 2),
+             .K = rows.size(dims - 1),
+             .N = N,
+             .rows = row_matrix,
+             .rows_slot = dims == 3 ? rows.stride(0) : 0,
+             .weight = weight,
+             .a = a,
+             .b = b,
+             .ranks = r.ranks,
+             .adapter = r.adapter,
+             .stacked = stacked,
+             .scale = r.scale,
+             .bias = std::vector<float>(ceil_div(N, kCols) * kCols),
+             .out = nullptr,
+             .out_dtype = dtype_of(rows, name),
+             .hidden = nullptr,
+             .hidden_slot = r.hidden_slot,
+             .hidden_ld = r.hidden_ld};
+}
+
+// Slots shorter than a panel share panels, which are packed in one go: their rows must follow each other evenly.
+Tensor even_rows(const Tensor& t) {
+  const bool even = t.dim() == 2 || t.size(1) == 1 || t.size(1) >= kMaxRows || t.stride(0) == t.size(1) * t.stride(1);
+  return even ? t : torch::stable::contiguous(t);
+}
+
+std::vector<int64_t> shape(std::initializer_list<int64_t> sizes) { return sizes; }
+
+Tensor hidden_like(const Tensor& x, const Route& r, bool indexed, int64_t rows, int64_t max_rank) {
+  const int64_t slots = static_cast<int64_t>(r.adapter.size());
+  const auto sizes = indexed ? shape({slots, rows, max_rank}) : shape({rows, r.ranks});
+  return torch::stable::new_empty(x, sizes, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight, const std::optional<Tensor>& bias,
+                                      const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& scales,
+                                      const std::optional<Tensor>& index, int64_t max_rank, bool save_h) {
+  const Tensor x = even_rows(x_any);
+  const bool shared = x.dim() == 2;
+  const int64_t rows = x.size(x.dim() - 2), N = weight.size(0);
+  const Route r = route(offsets, scales, index, rows, max_rank);
+  const int64_t slots = static_cast<int64_t>(r.adapter.size());
+  STD_TORCH_CHECK(shared || x.size(0) == slots, "multi_lora: x must have one slot for each of ", slots, " adapters");
+
+  LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, "x", matrix(weight, 0, 1, "weight"), N, matrix(a, 0, 1, "lora_a"),
+                    matrix(b, 1, 0, "lora_b"), !index.has_value());
+  Tensor y = torch::stable::new_empty(x, shape({slots, rows, N}));
+  Tensor h = save_h ? hidden_like(x, r, index.has_value(), rows, max_rank)
+                    : torch::stable::new_empty(x, shape({0}), ScalarType::Float);
+  if (bias) pack(g.bias.data(), 1, 1, N, matrix(*bias, 0, 0, "bias"));
+  g.out = y.mutable_data_ptr();
+  g.hidden = save_h ? static_cast<float*>(h.mutable_data_ptr()) : nullptr;
+  LoraGemm(std::move(g)).run();
+  return {y, h};
+}
+
+// One adapter's gradient: Σ over its slots of leftᵀ · right, left [M, rank] float32 and right [M, columns].
+struct Contraction {
+  Adapter adapter;
+  std::vector<std::pair<Matrix, Matrix>> parts;
+};
+
+// out[adapter rows] = Σ leftᵀ · right for every contraction; out is [Σr, columns] of `dtype`.
+void contract(const std::vector<Contraction>& tasks, int64_t M, int64_t columns, void* out, DType dtype) {
+  const Kernel& tile = kernel();
+  const int height = tile.rows;
+  const int64_t left_size = M * height + kLanes, column_panels = ceil_div(columns, kCols);
+
+  struct Left {  // a packed panel of left: up to `height` ranks by M
+    Matrix source;
+    int count;
+  };
+  std::vector<Left> lefts;
+  std::vector<int64_t> first_left;  // of each task
+  for (const Contraction& task : tasks) {
+    first_left.push_back(static_cast<int64_t>(lefts.size()));
+    for (const auto& [left, right] : task.parts)
+      for (int64_t i = 0; i < task.adapter.rank; i += height)
+        lefts.push_back({left.at(i, 0), static_cast<int>(std::min<int64_t>(height, task.adapter.rank - i))});
+  }
+  float* left_packed = shared_workspace.get(static_cast<int64_t>(lefts.size()) * left_size);
+  parallel(static_cast<int64_t>(lefts.size()),
+           [&](int64_t i) { pack(left_packed + i * left_size, height, lefts[i].count, M, lefts[i].source); });
+
+  parallel(static_cast<int64_t>(tasks.size()) * column_panels, [&](int64_t item) {
+    const int64_t t = item / column_panels, column = item % column_panels * kCols;
+    const Adapter adapter = tasks[t].adapter;
+    const int cols = static_cast<int>(std::min<int64_t>(kCols, columns - column));
+    float* right_packed = local_workspace.get(kDepth * kCols + adapter.rank * kCols);
+    float* sum = right_packed + kDepth * kCols;
+    std::fill_n(sum, adapter.rank * kCols, 0.f);
+    int64_t left = first_left[t];
+    for (const auto& [_, right] : tasks[t].parts) {
+      for (int64_t row = 0; row < M; row += kDepth) {
+        const int64_t depth = std::min(kDepth, M - row);
+        pack(right_packed, kCols, cols, depth, right.at(column, row));
+        for (int64_t i = 0; i * height < adapter.rank; ++i)
+          tile(lefts[left + i].count, cols, depth, left_packed + (left + i) * left_size + row * height, right_packed,
+               sum + i * height * kCols, kCols, sum + i * height * kCols, kCols);
+      }
+      left += ceil_div(adapter.rank, height);
+    }
+    char* to = static_cast<char*>(out) + (adapter.first * columns + column) * size_of(dtype);
+    write(to, dtype, columns, static_cast<int>(adapter.rank), cols, sum);
+  });
+  shared_workspace.trim();
+}
+
+std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, const Tensor& x, const Tensor& weight,
+                                                       const Tensor& a, const Tensor& b, const Tensor& offsets,
+                                                       const Tensor& scales, const std::optional<Tensor>& index,
+                                                       const Tensor& h_saved, int64_t max_rank, bool need_dx,
+                                                       bool need_dlora) {
+  const Tensor dy = even_rows(dy_any);
+  const bool shared = x.dim() == 2, indexed = index.has_value();
+  const int64_t M = dy.size(1), N = dy.size(2), K = weight.size(1);
+  const Route r = route(offsets, scales, index, M, max_rank);
+  const int64_t slots = static_cast<int64_t>(r.adapter.size());
+
+  // dx = dy W + g A with g = scale · dy Bᵀ: the same GEMM, W and the adapters turned round.
+  Tensor dx = need_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, shape({0}));
+  Tensor g = torch::stable::new_empty(x, shape({0}), ScalarType::Float);
+  LoraProblem input = problem(shared ? Fan::kIn : Fan::kEach, r, dy, "dy", matrix(weight, 1, 0, "weight"), K,
+                        matrix(b, 0, 1, "lora_b"), matrix(a, 1, 0, "lora_a"), !indexed);
+  if (need_dx) input.out = dx.mutable_data_ptr();
+  if (need_dlora) {
+    g = hidden_like(x, r, indexed, M, max_rank);
+    input.hidden = static_cast<float*>(g.mutable_data_ptr());
+  }
+  LoraGemm(std::move(input)).run();
+  const auto none = shape({0});
+  if (!need_dlora) return {dx, torch::stable::new_empty(a, none), torch::stable::new_empty(b, none)};
+
+  Tensor h = h_saved;
+  if (h.numel() == 0) {  // not kept by the forward pass: only the hidden activations are computed again
+    const Tensor rows = even_rows(x);
+    h = hidden_like(x, r, indexed, M, max_rank);
+    LoraProblem again = problem(shared ? Fan::kOut : Fan::kEach, r, rows, "x", matrix(weight, 0, 1, "weight"), N,
+                          matrix(a, 0, 1, "lora_a"), matrix(b, 1, 0, "lora_b"), !indexed);
+    again.hidden = static_cast<float*>(h.mutable_data_ptr());
+    LoraGemm(std::move(again)).run();
+  }
+
+  // dA = Σ gᵀ x and dBᵀ = Σ hᵀ dy over the slots of each adapter.
+  const auto hidden_part = [&](const Tensor& hidden, int64_t s) {
+    return Matrix{static_cast<const float*>(hidden.const_data_ptr()) + r.hidden_slot[s], DType::f32, 1, r.hidden_ld};
+  };
+  const auto slot_part = [&](const Tensor& t, int64_t s, const char* name) {
+    const int64_t dims = t.dim();
+    return matrix(t, dims - 1, dims - 2, name).offset(dims == 3 ? s * t.stride(0) : 0);
+  };
+  std::vector<Contraction> for_a, for_b;
+  if (shared && !indexed) {
+    for_a.push_back({{0, r.ranks}, {{hidden_part(g, 0), slot_part(x, 0, "x")}}});
+  }
+  for (size_t t = 0; t < r.all.size(); ++t) {
+    Contraction ca{r.all[t], {}}, cb{r.all[t], {}};
+    for (int64_t s = 0; s < slots; ++s) {
+      if (r.slot_adapter[s] != static_cast<int64_t>(t)) continue;
+      ca.parts.push_back({hidden_part(g, s), slot_part(x, s, "x")});
+      cb.parts.push_back({hidden_part(h, s), slot_part(dy, s, "dy")});
+    }
+    if (!shared || indexed) for_a.push_back(ca);
+    for_b.push_back(cb);
+  }
+  Tensor da = torch::stable::new_empty(a, a.sizes()), db = torch::stable::new_empty(b, b.sizes());
+  contract(for_a, M, K, da.mutable_data_ptr(), dtype_of(a, "lora_a"));
+  contract(for_b, M, N, db.mutable_data_ptr(), dtype_of(b, "lora_b"));
+  return {dx, da, db};
+}
+
+}  // namespace
+}  // namespace fastcss::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
+  m.impl("multi_lora.cpu", TORCH_BOX(&fastcss::cpu::multi_lora));
+  m.impl("multi_lora_backward.cpu", TORCH_BOX(&fastcss::cpu::multi_lora_backward));
+}
