@@ -1,9 +1,10 @@
 // The project's CPU micro-kernel and what stands around it: packing, conversion, work sharing, workspaces.
 //
 // A GEMM here is out = in + rows · cols. Both operands are packed so that the micro-kernel reads them in order:
-//   rows: panels of `kernel().rows` rows, [k][rows]      cols: panels of kCols columns, [k][kCols]
-// Packing converts bfloat16 and float16, so the micro-kernel is float32 only and accumulates in float32. Each element
-// of a result is summed in the same order whatever tile it falls in: results do not depend on what else is in the batch.
+//   rows: panels of `Kernel::rows` rows, [word][rows]      cols: panels of kCols columns, [word][kCols]
+// A word is one term of the sum as float32 (what float16 and bfloat16 are packed to), or a pair of bfloat16 terms where
+// the CPU multiplies those itself. Sums are float32. Each element of a result is summed in the same order whatever tile
+// it falls in: results do not depend on what else is in the batch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +15,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define FASTCSS_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
@@ -28,7 +33,7 @@ namespace fastcss::cpu {
 constexpr int kLanes = 16;         // floats in a Vec
 constexpr int kCols = 2 * kLanes;  // columns of a tile
 constexpr int kMaxRows = 12;       // rows of a tile, at most
-constexpr int64_t kDepth = 512;    // terms summed before they join the rest: bounds the rounding error of long sums
+constexpr int64_t kDepth = 512;    // words summed before they join the rest: bounds the rounding error of long sums
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 
@@ -41,15 +46,19 @@ FASTCSS_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 
 // ---- micro-kernel: c_out = c_in + Σ_k a[k][rows] b[k][columns] ------------------------------------------------------
 
-using Tile = void (*)(int64_t k, const float* a, const float* b, const float* c_in, int64_t ld_in, float* c_out,
-                      int64_t ld_out);
+#define FASTCSS_TILE_ARGS                                                                              \
+  int64_t k, const float *a, const float *b, int64_t ldb, const float *c_in, int64_t ld_in, float *c_out, \
+      int64_t ld_out
+
+using Tile = void (*)(FASTCSS_TILE_ARGS);
+
+FASTCSS_INLINE Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
 
 // ROWS × VECS vectors are held in registers; `PANEL` is the row count that `a` was packed for.
-template <int ROWS, int VECS, int PANEL>
-FASTCSS_INLINE void tile_body(int64_t k, const float* a, const float* b, const float* c_in, int64_t ld_in, float* c_out,
-                              int64_t ld_out) {
+template <int ROWS, int VECS, int PANEL, Vec (*MULTIPLY_ADD)(Vec, Vec, Vec) = multiply_add>
+FASTCSS_INLINE void tile_body(FASTCSS_TILE_ARGS) {
   Vec sum[ROWS][VECS] = {};
-  for (; k > 0; --k, a += PANEL, b += kCols) {
+  for (; k > 0; --k, a += PANEL, b += ldb) {
     Vec column[VECS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) column[v] = load(b + v * kLanes);
@@ -57,7 +66,7 @@ FASTCSS_INLINE void tile_body(int64_t k, const float* a, const float* b, const f
     for (int i = 0; i < ROWS; ++i) {
       const Vec row = a[i] - Vec{};  // a[i] in every lane
 #pragma GCC unroll 16
-      for (int v = 0; v < VECS; ++v) sum[i][v] += row * column[v];
+      for (int v = 0; v < VECS; ++v) sum[i][v] = MULTIPLY_ADD(sum[i][v], row, column[v]);
     }
   }
 #pragma GCC unroll 16
@@ -74,61 +83,71 @@ struct Kernel {
 
   // c_out = c_in + a·b over the first `cols` columns, rounded up to whole vectors. Sums of more than kDepth terms are
   // made of blocks, joined in c_out.
-  void operator()(int n_rows, int cols, int64_t k, const float* a, const float* b, const float* c_in, int64_t ld_in,
-                  float* c_out, int64_t ld_out) const {
+  void operator()(int n_rows, int cols, int64_t k, const float* a, const float* b, int64_t ldb, const float* c_in,
+                  int64_t ld_in, float* c_out, int64_t ld_out) const {
     const Tile run = tile[n_rows - 1][cols > kLanes];
     do {
       const int64_t depth = std::min(k, kDepth);
-      run(depth, a, b, c_in, ld_in, c_out, ld_out);
-      a += depth * rows, b += depth * kCols, k -= depth;
+      run(depth, a, b, ldb, c_in, ld_in, c_out, ld_out);
+      a += depth * rows, b += depth * ldb, k -= depth;
       c_in = c_out, ld_in = ld_out;
     } while (k > 0);
   }
 };
 
-#define FASTCSS_TILE_ARGS \
-  int64_t k, const float *a, const float *b, const float *c_in, int64_t ld_in, float *c_out, int64_t ld_out
-
 #if defined(__x86_64__)
 template <int ROWS, int VECS>
 FASTCSS_TARGET("arch=x86-64-v4") void tile_v4(FASTCSS_TILE_ARGS) {  // 12 × 2 of 32 zmm registers
-  tile_body<ROWS, VECS, 12>(k, a, b, c_in, ld_in, c_out, ld_out);
+  tile_body<ROWS, VECS, 12>(k, a, b, ldb, c_in, ld_in, c_out, ld_out);
 }
 template <int ROWS, int VECS>
 FASTCSS_TARGET("arch=x86-64-v3") void tile_v3(FASTCSS_TILE_ARGS) {  // 6 × 2 of 16 ymm registers, a vector at a time
   for (int v = 0; v < VECS; ++v)
-    tile_body<ROWS, 1, 6>(k, a, b + v * kLanes, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
+    tile_body<ROWS, 1, 6>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
+}
+// A word is a pair of bfloat16 terms: sum + x₀y₀ + x₁y₁ in one instruction.
+FASTCSS_TARGET("arch=x86-64-v4,avx512bf16") inline Vec multiply_add_pairs(Vec sum, Vec x, Vec y) {
+  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x),
+                                                reinterpret_cast<__m512bh>(y)));
+}
+template <int ROWS, int VECS>
+FASTCSS_TARGET("arch=x86-64-v4,avx512bf16") void tile_pairs(FASTCSS_TILE_ARGS) {
+  tile_body<ROWS, VECS, 12, multiply_add_pairs>(k, a, b, ldb, c_in, ld_in, c_out, ld_out);
 }
 #endif
 template <int ROWS, int VECS>
 void tile_baseline(FASTCSS_TILE_ARGS) {  // 2 × 4 of 16 xmm registers
   for (int v = 0; v < VECS; ++v)
-    tile_body<ROWS, 1, 2>(k, a, b + v * kLanes, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
+    tile_body<ROWS, 1, 2>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
 }
 
+#define FASTCSS_TILES_2(f, r) {f<r, 1>, f<r, 2>}, {f<r + 1, 1>, f<r + 1, 2>}
+#define FASTCSS_TILES_6(f, r) FASTCSS_TILES_2(f, r), FASTCSS_TILES_2(f, r + 2), FASTCSS_TILES_2(f, r + 4)
+
+// The best kernel of this CPU for float32 words.
 inline const Kernel& kernel() {
-#define FASTCSS_ROW(f, r) {f<r, 1>, f<r, 2>}
+  static const Kernel baseline{2, {FASTCSS_TILES_2(tile_baseline, 1)}};
 #if defined(__x86_64__)
-  static const Kernel v4{12, {FASTCSS_ROW(tile_v4, 1), FASTCSS_ROW(tile_v4, 2), FASTCSS_ROW(tile_v4, 3),
-                              FASTCSS_ROW(tile_v4, 4), FASTCSS_ROW(tile_v4, 5), FASTCSS_ROW(tile_v4, 6),
-                              FASTCSS_ROW(tile_v4, 7), FASTCSS_ROW(tile_v4, 8), FASTCSS_ROW(tile_v4, 9),
-                              FASTCSS_ROW(tile_v4, 10), FASTCSS_ROW(tile_v4, 11), FASTCSS_ROW(tile_v4, 12)}};
-  static const Kernel v3{6, {FASTCSS_ROW(tile_v3, 1), FASTCSS_ROW(tile_v3, 2), FASTCSS_ROW(tile_v3, 3),
-                             FASTCSS_ROW(tile_v3, 4), FASTCSS_ROW(tile_v3, 5), FASTCSS_ROW(tile_v3, 6)}};
+  static const Kernel v3{6, {FASTCSS_TILES_6(tile_v3, 1)}};
+  static const Kernel v4{12, {FASTCSS_TILES_6(tile_v4, 1), FASTCSS_TILES_6(tile_v4, 7)}};
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return v4;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return v3;
 #endif
-  static const Kernel baseline{2, {FASTCSS_ROW(tile_baseline, 1), FASTCSS_ROW(tile_baseline, 2)}};
-#undef FASTCSS_ROW
-#if defined(__x86_64__)
-  static const Kernel& best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                                  ? v4
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? v3
-                                                                                               : baseline;
-  return best;
-#else
   return baseline;
-#endif
 }
+
+// The kernel for pairs of bfloat16, or nullptr where this CPU has none. Its panels are as high as kernel()'s.
+inline const Kernel* pair_kernel() {
+#if defined(__x86_64__)
+  static const Kernel pairs{12, {FASTCSS_TILES_6(tile_pairs, 1), FASTCSS_TILES_6(tile_pairs, 7)}};
+  if (kernel().rows == pairs.rows && __builtin_cpu_supports("avx512bf16")) return &pairs;
+#endif
+  return nullptr;
+}
+#undef FASTCSS_TILES_2
+#undef FASTCSS_TILES_6
 
 // ---- element types -------------------------------------------------------------------------------------------------
 
@@ -178,7 +197,7 @@ FASTCSS_INLINE void store(T* p, Vec v, int64_t n) {
   std::memcpy(p, whole, n * sizeof(T));
 }
 
-// ---- packing: dst[k][width] ----------------------------------------------------------------------------------------
+// ---- packing: dst[word][width] -------------------------------------------------------------------------------------
 
 // A matrix seen as lanes (rows of the left operand, columns of the right one) by terms of the sum.
 struct Matrix {
@@ -189,6 +208,36 @@ struct Matrix {
     return {static_cast<const char*>(data) + elements * size_of(dtype), dtype, lane_stride, k_stride};
   }
   Matrix at(int64_t lane, int64_t k) const { return offset(lane * lane_stride + k * k_stride); }
+};
+
+// How words are read: one float32 term each …
+template <class T>
+struct Single {
+  using Element = T;
+  static constexpr int terms = 1;
+  static FASTCSS_INLINE Vec along(const T* p, int64_t n) { return n == kLanes ? load(p) : load(p, n); }
+  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t, int) { return along(p, lanes); }
+};
+// … or two bfloat16 terms each.
+template <class T>
+struct Pair {
+  using Element = T;
+  static constexpr int terms = 2;
+  static FASTCSS_INLINE Vec along(const T* p, int64_t n) {
+    BFloat16 terms_of_words[2 * kLanes] = {};
+    for (int64_t first = 0; first < n; first += kLanes)
+      store(terms_of_words + first, n - first >= kLanes ? load(p + first) : load(p + first, n - first));
+    return load(reinterpret_cast<const float*>(terms_of_words));
+  }
+  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t k_stride, int n) {
+    const Bits first = round(Single<T>::along(p, lanes)), second = n > 1 ? round(Single<T>::along(p + k_stride, lanes)) : Bits{};
+    return reinterpret_cast<Vec>((first >> 16) | second);
+  }
+  static FASTCSS_INLINE Bits round(Vec v) {  // bfloat16 in the high half of each lane
+    BFloat16 narrow[kLanes];
+    store(narrow, v);
+    return reinterpret_cast<Bits>(load(narrow));
+  }
 };
 
 // One of the four rounds of a 16×16 transpose: exchanges the off-diagonal blocks of STEP × STEP.
@@ -206,59 +255,110 @@ FASTCSS_INLINE void exchange(Vec (&rows)[kLanes]) {
   }
 }
 
-// Terms k of up to 16 lanes, contiguous in k. Every store is a whole vector: what runs over `lanes` is overwritten by
-// the next term, or by the next 16 lanes, and the buffer has room for the last one.
-template <class T>
-FASTCSS_INLINE void pack_transposed(float* dst, int width, int lanes, int64_t k, const T* src, int64_t lane_stride) {
-  for (int64_t first = 0; first < k; first += kLanes) {
-    const int64_t terms = std::min<int64_t>(kLanes, k - first);
-    Vec rows[kLanes] = {};
+// 16 words of up to 16 lanes, contiguous in k, as one vector a word.
+template <class Word>
+FASTCSS_INLINE void read_transposed(Vec (&words)[kLanes], const typename Word::Element* src, int64_t lane_stride,
+                                    int lanes, int64_t terms) {
+  const int64_t n = std::min<int64_t>(kLanes * Word::terms, terms);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      const T* p = src + i * lane_stride + first;
-      if (i < lanes) rows[i] = terms == kLanes ? load(p) : load(p, terms);
-    }
-    exchange<8>(rows), exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j)
-      if (j < terms) store(dst + (first + j) * width, rows[j]);
-  }
+  for (int i = 0; i < kLanes; ++i) words[i] = i < lanes ? Word::along(src + i * lane_stride, n) : Vec{};
+  exchange<8>(words), exchange<4>(words), exchange<2>(words), exchange<1>(words);
 }
 
-template <class T>
-FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, const T* src, int64_t lane_stride,
-                               int64_t k_stride) {
-  if (k_stride == 1 && lane_stride != 1) return pack_transposed(dst, width, lanes, k, src, lane_stride);
-  for (int64_t j = 0; j < k; ++j, dst += width, src += k_stride) {
-    if (lane_stride == 1) {
-      store(dst, lanes == kLanes ? load(src) : load(src, lanes));
+// Every store is a whole vector: what runs over `lanes` is overwritten by the next word, or by the next 16 lanes, and
+// the buffer has room for the last one.
+template <class Word>
+FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, Matrix m) {
+  using T = typename Word::Element;
+  const T* src = static_cast<const T*>(m.data);
+  constexpr int kBlock = kLanes * Word::terms;
+  if (m.k_stride == 1 && m.lane_stride != 1) {
+    for (; k > 0; k -= kBlock, src += kBlock, dst += kLanes * width) {
+      Vec words[kLanes];
+      read_transposed<Word>(words, src, m.lane_stride, lanes, k);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j)
+        if (j * Word::terms < k) store(dst + j * width, words[j]);
+    }
+    return;
+  }
+  for (; k > 0; k -= Word::terms, src += Word::terms * m.k_stride, dst += width) {
+    const int n = static_cast<int>(std::min<int64_t>(Word::terms, k));
+    if (m.lane_stride == 1) {
+      store(dst, Word::across(src, lanes, m.k_stride, n));
     } else {
-      T gathered[kLanes] = {};
-      for (int i = 0; i < lanes; ++i) gathered[i] = src[i * lane_stride];
-      store(dst, load(gathered));
+      T gathered[Word::terms * kLanes] = {};
+      for (int j = 0; j < n; ++j)
+        for (int i = 0; i < lanes; ++i) gathered[j * kLanes + i] = src[j * m.k_stride + i * m.lane_stride];
+      store(dst, Word::across(gathered, kLanes, kLanes, n));
     }
   }
 }
 
-FASTCSS_CLONES inline void pack_f32(float* dst, int width, int lanes, int64_t k, Matrix m) {
-  pack_lanes(dst, width, lanes, k, static_cast<const float*>(m.data), m.lane_stride, m.k_stride);
-}
-FASTCSS_CLONES inline void pack_bf16(float* dst, int width, int lanes, int64_t k, Matrix m) {
-  pack_lanes(dst, width, lanes, k, static_cast<const BFloat16*>(m.data), m.lane_stride, m.k_stride);
-}
-FASTCSS_CLONES inline void pack_f16(float* dst, int width, int lanes, int64_t k, Matrix m) {
-  pack_lanes(dst, width, lanes, k, static_cast<const _Float16*>(m.data), m.lane_stride, m.k_stride);
+#define FASTCSS_PACK(name, word)                                                                      \
+  FASTCSS_CLONES inline void name(float* dst, int width, int lanes, int64_t k, Matrix m) { \
+    pack_lanes<word>(dst, width, lanes, k, m);                                                        \
+  }
+FASTCSS_PACK(pack_f32, Single<float>)
+FASTCSS_PACK(pack_bf16, Single<BFloat16>)
+FASTCSS_PACK(pack_f16, Single<_Float16>)
+FASTCSS_PACK(pack_pairs_f32, Pair<float>)
+FASTCSS_PACK(pack_pairs_bf16, Pair<BFloat16>)
+FASTCSS_PACK(pack_pairs_f16, Pair<_Float16>)
+#undef FASTCSS_PACK
+
+// A panel of `lanes` ≤ width lanes and k terms. The buffer needs room for kLanes floats past its end.
+inline void pack(float* dst, int width, int lanes, int64_t k, Matrix m, bool pairs = false) {
+  constexpr decltype(&pack_f32) packers[2][3] = {{pack_f32, pack_bf16, pack_f16},
+                                                 {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
+  for (int first = 0; first < lanes; first += kLanes)
+    packers[pairs][static_cast<int>(m.dtype)](dst + first, width, std::min(kLanes, lanes - first), k, m.at(first, 0));
 }
 
-// A panel of `lanes` ≤ width lanes. The buffer needs room for kLanes floats past its end.
-inline void pack(float* dst, int width, int lanes, int64_t k, Matrix m) {
-  for (int first = 0; first < lanes; first += kLanes) {
-    const int n = std::min(kLanes, lanes - first);
-    const Matrix part = m.at(first, 0);
-    if (m.dtype == DType::f32) pack_f32(dst + first, width, n, k, part);
-    if (m.dtype == DType::bf16) pack_bf16(dst + first, width, n, k, part);
-    if (m.dtype == DType::f16) pack_f16(dst + first, width, n, k, part);
+// ---- few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers ---------------
+
+constexpr int kFewRows = 4;  // up to here reading the right operand is the work, and packing it would double that
+
+// The sums are made in the order of Kernel::operator(), so that a row's result is the same alone and in a batch.
+template <class T, int ROWS>
+FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, const T* src, int64_t lane_stride,
+                             const float* c_in, int64_t ld_in, float* c_out, int64_t ld_out) {
+  constexpr int kVecs = kCols / kLanes;
+  Vec total[ROWS][kVecs];
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < kVecs; ++v) total[i][v] = load(c_in + i * ld_in + v * kLanes);
+  while (k > 0) {
+    const int64_t depth = std::min(k, kDepth);
+    Vec sum[ROWS][kVecs] = {};
+    for (int64_t first = 0; first < depth; first += kLanes)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        if (v * kLanes >= lanes) continue;
+        Vec words[kLanes];
+        read_transposed<Single<T>>(words, src + v * kLanes * lane_stride + first, lane_stride,
+                                   std::min(kLanes, lanes - v * kLanes), depth - first);
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j)
+          if (first + j < depth)
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i) sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - Vec{}, words[j]);
+      }
+    for (int i = 0; i < ROWS; ++i)
+      for (int v = 0; v < kVecs; ++v) total[i][v] += sum[i][v];
+    a += depth * panel, src += depth, k -= depth;
   }
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < kVecs; ++v) store(c_out + i * ld_out + v * kLanes, total[i][v]);
+}
+
+// The result is written in whole vectors of kCols. Wants float32, contiguous in k.
+FASTCSS_CLONES inline void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in,
+                                    int64_t ld_in, float* c_out, int64_t ld_out) {
+  const float* src = static_cast<const float*>(m.data);
+  if (rows == 1) few_body<float, 1>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
+  if (rows == 2) few_body<float, 2>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
+  if (rows == 3) few_body<float, 3>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
+  if (rows == 4) few_body<float, 4>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
 }
 
 FASTCSS_CLONES inline void add(float* sum, const float* term, int64_t n) {

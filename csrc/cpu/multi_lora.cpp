@@ -173,7 +173,7 @@ void contract(const std::vector<Contraction>& tasks, int64_t M, int64_t columns,
         const int64_t depth = std::min(kDepth, M - row);
         pack(right_packed, kCols, cols, depth, right.at(column, row));
         for (int64_t i = 0; i * height < adapter.rank; ++i)
-          tile(lefts[left + i].count, cols, depth, left_packed + (left + i) * left_size + row * height, right_packed,
+          tile(lefts[left + i].count, cols, depth, left_packed + (left + i) * left_size + row * height, right_packed, kCols,
                sum + i * height * kCols, kCols, sum + i * height * kCols, kCols);
       }
       left += ceil_div(adapter.rank, height);
