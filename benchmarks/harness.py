@@ -1,0 +1,143 @@
+"""Runs one case: verifies every provider, times those that are right, and makes the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import limits, measure
+from .registry import Case, Problem, Step
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Rows of one case in one mode, and why a provider has none or was refused."""
+
+    rows: list[dict]
+    remarks: dict[str, str]
+
+
+def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outcome:
+    """Verify, then time, then measure the memory of every provider of ``case``."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    problem = case.build(device, mode)
+    expected = problem.expected()
+    steps, errors, remarks = verify(problem.providers, expected, problem.tolerance)
+    right = {name: step for name, step in steps.items() if errors[name] <= problem.tolerance}
+    if device == "cuda":  # beside what a caller waits, what the GPU does: each provider as a CUDA graph
+        graphs = {f"{name}+graph": functools.partial(measure.captured, step) for name, step in right.items()}
+        graphs, graph_errors, graph_remarks = verify(graphs, expected, problem.tolerance)
+        right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
+        errors, remarks = errors | graph_errors, remarks | graph_remarks
+    times = measure.times_ms(right, device, seconds) if right else {}
+    peaks = {name: measure.peak_mib(step, device) for name, step in right.items()}
+    best = limits.measured_limits(device, case.dtype).ms(problem.flops, problem.bytes)
+    common = {"op": case.op, "case": case.name, "shape": case.shape, "mode": mode, "device": device}
+    rows = []
+    for name in errors:
+        row = common | {"provider": name, "dtype": str(case.dtype).removeprefix("torch.")}
+        row |= _figures(times.get(name), peaks.get(name), problem) | {"limit_ms": best}
+        row |= {"error": errors[name], "verified": name in right, "malloc": malloc}
+        rows.append(row | _stamp(case.sources, device))
+    return Outcome(rows, remarks)
+
+
+def verify(
+    providers: dict[str, Callable[[], Step]], expected: Sequence[Tensor], tolerance: float
+) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
+    """Prepare and run every provider once: its step, its error, and a remark where it did not run or was wrong."""
+    steps, errors, remarks = {}, {}, {}
+    for name, prepare in providers.items():
+        try:
+            step = prepare()
+            got = step()
+        except Exception as failure:
+            lines = str(failure).strip().splitlines() or [""]
+            remarks[name] = f"not run: {type(failure).__name__}: {lines[0]}"
+            continue
+        steps[name], errors[name] = step, error(got, expected)
+        if not errors[name] <= tolerance:
+            remarks[name] = f"refused: its error is {errors[name]:.2g}, allowed are {tolerance:.2g}"
+    return steps, errors, remarks
+
+
+def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference of any tensor, relative to its largest expected value; inf where shapes or NaNs differ."""
+    if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if b.numel():
+            difference = (a.detach().to(b.dtype) - b).abs().max() / b.abs().max().clamp(min=1e-30)
+            worst = max(worst, difference.nan_to_num(float("inf")).item())
+    return worst
+
+
+def _figures(samples: list[float] | None, peak: float | None, problem: Problem) -> dict:
+    names = ("median_ms", "p20_ms", "p80_ms", "peak_mib", "gflops", "gbps")
+    if not samples:
+        return dict.fromkeys(names)
+    p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    median = statistics.median(samples)
+    values = (median, p20, p80, peak, problem.flops / median / 1e6, problem.bytes / median / 1e6)
+    return dict(zip(names, values, strict=True))
+
+
+@functools.cache
+def _stamp(sources: tuple[str, ...], device: str) -> dict:
+    """What produced a row."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": _commit(),
+        "source_sha": source_sha(sources),
+        "date": datetime.date.today().isoformat(),
+        "device_name": device_name(device),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def source_sha(patterns: Sequence[str]) -> str:
+    """Hash of the sources a row stands on, every kernel among them; a row with another one is stale."""
+    files = {file for pattern in (*patterns, "kernels/*.py", "csrc/**/*") for file in ROOT.glob(pattern)}
+    digest = hashlib.sha256()
+    for file in sorted(file for file in files if file.is_file()):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def device_name(device: str) -> str:
+    """Such as "NVIDIA H200" or "AMD EPYC 9654, 2 threads"."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        name = next(models, name).split(":")[-1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,53 @@
+"""What this machine can do at best, measured: the rate of a GEMM and of a copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+
+import fastcss
+from fastcss import _backends
+
+from .measure import times_ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """``gemm`` in FLOP/s and ``copy`` in bytes/s, read and written bytes both counted."""
+
+    gemm: float
+    copy: float
+
+    def ms(self, flops: float, bytes: float) -> float:
+        """The least time for this much work, were both units busy all the time."""
+        return max(flops / self.gemm, bytes / self.copy) * 1e3
+
+
+@functools.cache
+def measured_limits(device: str, dtype: torch.dtype) -> Limits:
+    """The best of some GEMM sizes and of some copies, once per run."""
+    sizes = (4096, 8192) if device == "cuda" else (768, 2048)
+    gemm = max(2 * n**3 / _best_seconds(step, device) for n in sizes for step in _gemms(n, device, dtype))
+    copied = (1 << 30) if device == "cuda" else (256 << 20)
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    copy = 2 * copied / _best_seconds(lambda: target.copy_(source), device)
+    return Limits(gemm, copy)
+
+
+def _gemms(n: int, device: str, dtype: torch.dtype) -> list[Callable[[], object]]:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    steps = [lambda: torch.mm(a, b.t(), out=out)]
+    if device == "cpu" and _backends.why_not("cpu", a) is None:
+        # One adapter of rank 0 is the bare layer: the project's own micro-kernel and nothing else.
+        bare = fastcss.PackedLora.pack([a.new_empty(0, n)], [a.new_empty(n, 0)], [1.0])
+        steps.append(lambda: fastcss.multi_lora(a, b, bare, impl="cpu"))
+    return steps
+
+
+def _best_seconds(step: Callable[[], object], device: str) -> float:
+    return min(times_ms({"limit": step}, device, seconds=0.15)["limit"]) / 1e3

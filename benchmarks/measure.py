@@ -1,0 +1,105 @@
+"""Time and memory of one call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+MIB = 1 << 20
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler below would print two lines at every use
+
+
+def times_ms(
+    steps: Mapping[str, Callable[[], object]], device: str, seconds: float, least_rounds: int = 5
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, all providers in turn (A B A B …), so that a slow moment of the machine hits them all.
+
+    ``seconds`` is the time to spend on each provider on average; ``least_rounds`` are run in any case.
+    """
+    time_once = _cuda_ms if device == "cuda" else _cpu_ms
+    for step in steps.values():
+        step()
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds * len(steps)
+    rounds = 0
+    while rounds < least_rounds or time.perf_counter() < end:
+        for name, step in steps.items():
+            samples[name].append(time_once(step))
+        rounds += 1
+    return samples
+
+
+def _cpu_ms(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(step: Callable[[], object]) -> float:
+    """From an idle GPU with a cold second-level cache: what a caller in a larger program waits, launches included."""
+    flush = _flush_buffer()
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+_FLUSH: dict[int, torch.Tensor] = {}
+
+
+def _flush_buffer() -> torch.Tensor:
+    index = torch.cuda.current_device()
+    if index not in _FLUSH:
+        size = 2 * torch.cuda.get_device_properties(index).L2_cache_size
+        _FLUSH[index] = torch.empty(size, dtype=torch.int8, device="cuda")
+    return _FLUSH[index]
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """``step`` as a CUDA graph, whose time is the device's alone; raises if it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def peak_mib(step: Callable[[], object], device: str) -> float:
+    """Most memory one call holds at a time beyond what was there before it; its result counts, kept state does not.
+
+    On CPU from the profiler's record of torch's allocator, which sees temporaries inside compiled ops too.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = step()
+        torch.cuda.synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = step()
+    del result
+    held = peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / MIB

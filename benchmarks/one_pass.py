@@ -1,0 +1,172 @@
+"""Cases of ``one_pass``: the Grounding DINO encoder with six adapters, all of them run on the same picture."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastcss
+
+from .registry import Case, Problem, Step
+
+# Relative to the largest value. float32 is the specification's 1e-5; in bfloat16 the loop itself is off by this much
+# between batch sizes.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+TASKS, RANK = 6, 32
+SOURCES = ("fastcss/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py")
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    size, height, width, dtype = "swin-t", 480, 640, torch.float32
+    if device == "cuda":
+        height, width, dtype = 800, 1066, torch.bfloat16
+    if quick:
+        size, height, width = "tiny", 96, 128
+    name = f"one_pass/grounding-dino-{height}x{width}-t{TASKS}"
+    found = []
+    for sites, ending in (("swin+fusion", ""), ("fusion", "-fusion")):
+        shape = {"model": size, "sites": sites, "H": height, "W": width, "T": TASKS, "r": RANK}
+        build = functools.partial(_problem, shape, dtype)
+        found.append(Case("one_pass", name + ending + "-quick" * quick, shape, dtype, build, SOURCES, modes=("fwd",)))
+    return found
+
+
+def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem:
+    system = System.random(shape, dtype, device)
+    providers: dict[str, Callable[[], Step]] = {
+        "fastcss": system.one_pass,
+        "peft-loop": system.peft_loop,
+        "merged": system.merged_loop,
+        "vmap": system.vmapped,
+        "vmap-merged": system.vmapped_merged,
+    }
+    if shape["sites"] == "fusion":  # Swin's windows are a batch of their own, which PEFT's mixed batch cannot match
+        providers["peft-mixed"] = system.peft_mixed
+    shared, per_task = split_flops(system.model, system.inputs, shape["sites"])
+    shape |= {"gflop_shared": shared / 1e9, "gflop_per_task": per_task / 1e9}
+    weights = sum(p.numel() * p.itemsize for p in system.model.parameters())
+    return Problem(providers, system.peft_loop(), TOLERANCE[dtype], shared + shape["T"] * per_task, weights)
+
+
+@dataclasses.dataclass
+class System:
+    """A PEFT model with T adapters, named ``task0`` on, the model without them, and one picture with its text."""
+
+    model: nn.Module
+    bare: nn.Module
+    inputs: dict[str, Tensor]
+    names: list[str]
+
+    @classmethod
+    def random(cls, shape: dict, dtype: torch.dtype, device: str) -> System:
+        from fastcss.models.grounding_dino import GroundingDinoEncoder, add_adapters, phrases_to_ids
+
+        bare = GroundingDinoEncoder.random(shape["model"]).to(device, dtype)
+        model = add_adapters(copy.deepcopy(bare).cpu(), shape["T"], shape["r"], shape["sites"]).to(device, dtype)
+        pixels = torch.randn(1, 3, shape["H"], shape["W"])
+        inputs = {"pixel_values": pixels.to(device, dtype), "input_ids": phrases_to_ids()[0].to(device)}
+        return cls(model, bare, inputs, [f"task{task}" for task in range(shape["T"])])
+
+    def one_pass(self) -> Step:
+        runner = fastcss.one_pass(self.model)
+        return _without_grad(lambda: _tensors(runner(**self.inputs)))
+
+    def peft_loop(self) -> Step:
+        """What a PEFT user does today."""
+
+        def step():
+            outputs = []
+            for name in self.names:
+                self.model.set_adapter(name)
+                outputs.append(_tensors(self.model(**self.inputs)))
+            return _stacked(outputs)
+
+        return _without_grad(step)
+
+    def peft_mixed(self) -> Step:
+        """PEFT's mixed batch: the picture T times, one adapter a sample."""
+        tasks = len(self.names)
+        repeated = {name: value.expand(tasks, *value.shape[1:]) for name, value in self.inputs.items()}
+
+        def step():
+            outputs = _tensors(self.model(**repeated, adapter_names=self.names))
+            return tuple(tensor.unsqueeze(1) for tensor in outputs)  # a batch of T is T batches of one
+
+        return _without_grad(step)
+
+    def merged_loop(self) -> Step:
+        """A loop over T models whose adapters are merged; the weights that no adapter touches are kept once."""
+        states = [self._merged(name) for name in self.names]
+        return _without_grad(
+            lambda: _stacked([_tensors(functional_call(self.bare, state, (), self.inputs)) for state in states])
+        )
+
+    def vmapped(self) -> Step:
+        """``torch.vmap`` over stacked adapters: the six lines that share work without this package."""
+        self.model.set_adapter(self.names[0])
+        return self._vmapped(self.model, [self._adapter(name) for name in self.names])
+
+    def vmapped_merged(self) -> Step:
+        """The same over merged weights."""
+        return self._vmapped(self.bare, [self._merged(name) for name in self.names])
+
+    def _vmapped(self, model: nn.Module, states: list[dict[str, Tensor]]) -> Step:
+        stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        run = torch.vmap(lambda state: _tensors(functional_call(model, state, (), self.inputs)))
+        return _without_grad(lambda: run(stacked))
+
+    def _adapter(self, adapter: str) -> dict[str, Tensor]:
+        """This adapter's tensors, under the names of the first adapter's."""
+        first, mark = f".{self.names[0]}.", f".{adapter}."
+        found = {name: p.detach() for name, p in self.model.named_parameters() if "lora_" in name and mark in name}
+        return {name.replace(mark, first): p for name, p in found.items()}
+
+    def _merged(self, adapter: str) -> dict[str, Tensor]:
+        """The adapted weights of the bare model, merged in float32 and rounded once."""
+        state = {}
+        for name, layer in self.model.get_base_model().named_modules():
+            if hasattr(layer, "lora_A"):
+                weight = layer.base_layer.weight
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=layer.scaling[adapter])
+                state[f"{name}.weight"] = merged.detach().to(weight.dtype)
+        return state
+
+
+def split_flops(model: nn.Module, inputs: dict[str, Tensor], sites: str) -> tuple[float, float]:
+    """FLOPs of one task's pass, adapters included: those that are the same for all tasks, and those that are not.
+
+    By parts of the model: the text backbone is always shared, the image backbone where no adapter sits on it.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(**inputs)
+    total = counter.get_total_flops()
+    parts = ["text_backbone", "text_projection"]
+    if sites == "fusion":
+        parts += ["backbone", "input_proj_vision"]
+    found = {
+        name.removeprefix(f"{type(model).__name__}.base_model.model."): sum(ops.values())
+        for name, ops in counter.get_flop_counts().items()
+    }
+    shared = sum(found[part] for part in parts)
+    return shared, total - shared
+
+
+def _tensors(output) -> tuple[Tensor, Tensor]:
+    return output.last_hidden_state_vision, output.last_hidden_state_text
+
+
+def _stacked(outputs: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(tensors) for tensors in zip(*outputs, strict=True))
+
+
+def _without_grad(step: Step) -> Step:
+    return torch.no_grad()(step)

@@ -1,0 +1,78 @@
+"""What a benchmark case is, and the list of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+#: The provider every ratio is taken against.
+OURS = "fastcss"
+MODES = ("fwd", "bwd")
+
+Step = Callable[[], Sequence[Tensor]]
+
+
+@dataclasses.dataclass
+class Problem:
+    """A case with its inputs made: the same work for every provider.
+
+    Attributes:
+        providers: name → a function that prepares the provider and returns its step. A step does the work once and
+            returns its tensors: the output, and in mode "bwd" the gradients after it, in the order of ``expected``.
+            Preparing may raise where a provider does not exist on this machine.
+        expected: computes what every step must return.
+        tolerance: largest error, relative to the largest expected value of a tensor.
+        flops: that the work needs at least.
+        bytes: that must be moved between memory and chip at least.
+    """
+
+    providers: dict[str, Callable[[], Step]]
+    expected: Callable[[], Sequence[Tensor]]
+    tolerance: float
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One point of the benchmark; ``build(device, mode)`` makes its inputs, ``sources`` are patterns of what runs."""
+
+    op: str
+    name: str  # "<op>/<what>"
+    shape: dict
+    dtype: torch.dtype
+    build: Callable[[str, str], Problem]
+    sources: tuple[str, ...]
+    modes: tuple[str, ...] = MODES
+
+
+def all_cases(device: str, quick: bool = False) -> list[Case]:
+    """Every case of a device. ``quick`` gives small stand-ins under their own names, which end in ``-quick``."""
+    from . import multi_lora, one_pass
+
+    return [case for module in (multi_lora, one_pass) for case in module.cases(device, quick)]
+
+
+def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] = ()) -> list[Case]:
+    """The cases of these ops whose name starts with one of ``names``, with or without the op in front; all by default.
+
+    Raises:
+        ValueError: an op or a name that matches nothing; the message lists what there is.
+    """
+    known = list(dict.fromkeys(case.op for case in cases))
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"no op {op!r}; there are: {', '.join(known)}")
+    cases = [case for case in cases if not ops or case.op in ops]
+    for name in names:
+        if not any(_matches(case, name) for case in cases):
+            listed = "\n  ".join(case.name for case in cases)
+            raise ValueError(f"no case starts with {name!r}; there are:\n  {listed}")
+    return [case for case in cases if not names or any(_matches(case, name) for name in names)]
+
+
+def _matches(case: Case, name: str) -> bool:
+    return case.name.startswith(name) or case.name.removeprefix(case.op + "/").startswith(name)

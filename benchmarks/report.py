@@ -1,0 +1,78 @@
+"""The table for persons and the file for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .harness import Outcome
+from .registry import OURS
+
+#: Rows that agree in these are measurements of the same thing: a newer one takes the older one's place.
+KEY = ("case", "mode", "provider", "device", "dtype", "malloc", "device_name")
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """One case as a table: our row first, the others by time."""
+    rows = sorted(outcome.rows, key=lambda row: (row["provider"] != OURS, row["median_ms"] or float("inf")))
+    medians = {row["provider"]: row["median_ms"] for row in rows}
+    first = rows[0] if rows else None
+    if first:
+        title = f"{first['case']}  {first['mode']}  {first['dtype']}  {first['device_name']}  malloc {first['malloc']}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("provider")
+        for column in ("median ms", "p20…p80", f"÷ {OURS}", "% of limit", "peak MiB", "GFLOP/s", "GB/s", "error"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            ours = OURS + "+graph" * row["provider"].endswith("+graph")
+            table.add_row(row["provider"], *_cells(row, medians.get(ours)))
+        console.print(table)
+    for provider, remark in outcome.remarks.items():
+        console.print(f"  {provider}: {remark}", markup=False, highlight=False)
+
+
+def _cells(row: dict, ours: float | None) -> list[str]:
+    error = f"{row['error']:.1e}"
+    if not row["verified"]:
+        return ["wrong", *["–"] * 6, error]
+    median = row["median_ms"]
+    return [
+        f"{median:.3f}",
+        f"{row['p20_ms']:.3f}…{row['p80_ms']:.3f}",
+        f"{median / ours:.2f}" if ours else "–",
+        f"{100 * row['limit_ms'] / median:.0f}",
+        f"{row['peak_mib']:.1f}",
+        f"{row['gflops']:.0f}",
+        f"{row['gbps']:.1f}",
+        error,
+    ]
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def merge_into(path: Path, rows: Sequence[dict]) -> None:
+    """Put ``rows`` into a results file in place of their older measurements; it is replaced whole or not at all."""
+    merged = {tuple(row[name] for name in KEY): row for row in [*(read(path) if path.exists() else []), *rows]}
+    # A strict JSON reader knows no Infinity: the error of a wrong shape becomes null.
+    lines = [json.dumps({k: None if v == float("inf") else v for k, v in row.items()}) for row in merged.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        whole.write_text("".join(line + "\n" for line in lines))
+        whole.replace(path)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def file_name(device_name: str) -> str:
+    """``NVIDIA H200`` → ``nvidia-h200.jsonl``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".jsonl"

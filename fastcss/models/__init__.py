@@ -1,0 +1,1 @@
+"""Whole systems and the parts of them that other packages do not offer on their own."""

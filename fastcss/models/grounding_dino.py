@@ -1,0 +1,217 @@
+"""Grounding DINO up to its feature enhancer: the part of the detector that a segmentation model adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, GroundingDinoConfig, GroundingDinoModel, SwinConfig
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    GroundingDinoEncoderOutput,
+    generate_masks_with_special_tokens_and_transfer_map,
+)
+
+#: Where DecoupleCSS puts its adapters, as PEFT ``target_modules``. A name is matched from its start, which keeps the
+#: text backbone and the text enhancer out.
+LORA_SITES = {
+    "swin+fusion": r"(backbone\..*\.[qkv]_proj|encoder\..*\.fusion_layer\.attn\.(values_)?(vision|text)_proj)",
+    "fusion": r"encoder\..*\.fusion_layer\.attn\.(values_)?(vision|text)_proj",
+}
+
+
+#: Six phrases of arbitrary word ids, for models with random weights: they know no words.
+EXAMPLE_PHRASES = ((2311,), (3712, 2204), (3392,), (2300, 3011, 2050), (2711,), (2813, 2795))
+_CLS, _SEP, _STOP = 101, 102, 1012
+
+
+@dataclasses.dataclass
+class TextFeatures:
+    """What the feature enhancer wants of a text of L tokens. Masks are True where a token must *not* be read."""
+
+    features: Tensor  # [B, L, D]
+    mask: Tensor  # bool [B, L]
+    self_mask: Tensor  # bool [B, L, L]: a token reads its own phrase only
+    position_ids: Tensor  # int64 [B, L], counted within a phrase
+
+
+@dataclasses.dataclass
+class ImageFeatures:
+    """What the feature enhancer wants of an image, all levels flattened to N tokens."""
+
+    features: Tensor  # [B, N, D]
+    positions: Tensor  # [B, N, D]
+    mask: Tensor  # bool [B, N], True on padding
+    shapes: list[tuple[int, int]]  # (height, width) of each level
+    valid_ratios: Tensor  # [B, levels, 2], share of a level's (width, height) that is no padding
+
+
+class GroundingDinoEncoder(nn.Module):
+    """Swin, BERT and the feature enhancer of a ``GroundingDinoModel``; its decoder and heads are left out.
+
+    The three parts are methods of their own, since a caller may bring its own text features.
+    Parameter names are those of ``GroundingDinoModel``.
+    """
+
+    def __init__(self, model: GroundingDinoModel) -> None:
+        super().__init__()
+        self.max_text_len = model.config.max_text_len
+        self.backbone = model.backbone
+        self.input_proj_vision = model.input_proj_vision
+        self.text_backbone = model.text_backbone
+        self.text_projection = model.text_projection
+        self.encoder = model.encoder
+        self.level_embed = model.level_embed
+        self.register_buffer("special_tokens", model.special_tokens, persistent=False)
+
+    @classmethod
+    def from_folder(cls, folder: str) -> GroundingDinoEncoder:
+        """The encoder of a checkpoint folder as transformers saves it; safetensors only, no network."""
+        return cls(GroundingDinoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)).eval()
+
+    @classmethod
+    def random(cls, size: str = "swin-t", seed: int = 0, fusion_scale: float = 0.5) -> GroundingDinoEncoder:
+        """An encoder with random weights.
+
+        Args:
+            size: "swin-t", the published model's shape, or "tiny", for tests.
+            seed: of the weights; the global generator is left as it was.
+            fusion_scale: what the enhancer's learned residual scale is set to. Untrained it is 1e-4, where image and
+                text, and with them the tasks, hardly meet.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = cls(GroundingDinoModel(_config(size))).eval()
+        for name, parameter in encoder.named_parameters():
+            if name.endswith(("vision_param", "text_param")):
+                nn.init.constant_(parameter, fusion_scale)
+        return encoder
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+    ) -> GroundingDinoEncoderOutput:
+        """Image ``[B, 3, H, W]``, text ``[B, L]`` → enhanced image tokens ``[B, N, D]``, text tokens ``[B, L, D]``."""
+        text = self.embed_text(input_ids, attention_mask, token_type_ids)
+        return self.enhance(self.embed_image(pixel_values, pixel_mask), text)
+
+    def embed_text(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> TextFeatures:
+        """BERT, with every phrase (between the special tokens) reading only itself."""
+        length = self.max_text_len
+        input_ids = input_ids[:, :length]
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, :length]
+        token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids[:, :length]
+        readable, position_ids = generate_masks_with_special_tokens_and_transfer_map(input_ids, self.special_tokens)
+        hidden = self.text_backbone(input_ids, readable[:, None], token_type_ids, position_ids).last_hidden_state
+        return TextFeatures(self.text_projection(hidden), ~attention_mask.bool(), ~readable, position_ids)
+
+    def embed_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
+        """Swin's feature maps projected to D channels, and coarser levels made from the last of them."""
+        if pixel_mask is None:
+            pixel_mask = torch.ones(
+                pixel_values.shape[0], *pixel_values.shape[-2:], dtype=torch.long, device=pixel_values.device
+            )
+        maps, positions = self.backbone(pixel_values, pixel_mask)
+        last = maps[-1][0]
+        levels, masks = [], []
+        for level, project in enumerate(self.input_proj_vision):
+            if level < len(maps):
+                source, mask = maps[level]
+                source = project(source)
+            else:
+                source = project(last if level == len(maps) else levels[-1])
+                mask = nn.functional.interpolate(pixel_mask[None].float(), size=source.shape[-2:])[0].bool()
+                positions.append(self.backbone.position_embedding(source, mask).to(source.dtype))
+            levels.append(source)
+            masks.append(mask)
+        flat = [level.flatten(2).transpose(1, 2) for level in levels]
+        positions = [
+            position.flatten(2).transpose(1, 2) + embed
+            for position, embed in zip(positions, self.level_embed, strict=True)
+        ]
+        return ImageFeatures(
+            features=torch.cat(flat, 1),
+            positions=torch.cat(positions, 1),
+            mask=~torch.cat([mask.flatten(1) for mask in masks], 1),
+            shapes=[tuple(level.shape[-2:]) for level in levels],
+            valid_ratios=torch.stack([_valid_ratio(mask, flat[0].dtype) for mask in masks], 1),
+        )
+
+    def enhance(self, image: ImageFeatures, text: TextFeatures) -> GroundingDinoEncoderOutput:
+        """The feature enhancer: image and text tokens read each other, layer by layer."""
+        sizes = [height * width for height, width in image.shapes]
+        device = image.features.device
+        return self.encoder(
+            vision_features=image.features,
+            vision_attention_mask=image.mask,
+            vision_position_embedding=image.positions,
+            spatial_shapes=torch.tensor(image.shapes, device=device),
+            spatial_shapes_list=image.shapes,
+            level_start_index=torch.tensor([sum(sizes[:level]) for level in range(len(sizes))], device=device),
+            valid_ratios=image.valid_ratios,
+            text_features=text.features,
+            text_attention_mask=text.mask,
+            text_self_attention_masks=text.self_mask,
+            text_position_ids=text.position_ids,
+            return_dict=True,
+        )
+
+
+def phrases_to_ids(phrases: Sequence[Sequence[int]] = EXAMPLE_PHRASES) -> tuple[Tensor, list[slice]]:
+    """``[CLS] phrase . phrase . … [SEP]`` as ids ``[1, L]``, and where in it each phrase stands."""
+    ids = [_CLS, *itertools.chain.from_iterable((*phrase, _STOP) for phrase in phrases), _SEP]
+    starts = itertools.accumulate((len(phrase) + 1 for phrase in phrases), initial=1)
+    spans = [slice(start, start + len(phrase)) for start, phrase in zip(starts, phrases, strict=False)]
+    return torch.tensor([ids]), spans
+
+
+def add_adapters(
+    encoder: nn.Module, tasks: int, rank: int = 32, sites: str = "swin+fusion", seed: int = 0
+) -> nn.Module:
+    """A PEFT model of ``encoder`` with random adapters ``task0`` …; their B is random too: as zeros they do nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_SITES[sites])
+    model = get_peft_model(encoder, config, adapter_name="task0")
+    for task in range(1, tasks):
+        model.add_adapter(f"task{task}", config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.02
+            parameter.data.normal_(0, scale, generator=generator)
+    return model.eval()
+
+
+def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Share of the (width, height) of a level that is picture; ``mask`` is True there, [B, h, w] → [B, 2]."""
+    height, width = mask.shape[-2:]
+    return torch.stack([mask[:, 0].sum(1, dtype=dtype) / width, mask[:, :, 0].sum(1, dtype=dtype) / height], -1)
+
+
+def _config(size: str) -> GroundingDinoConfig:
+    levels = ["stage2", "stage3", "stage4"]
+    # The decoder is built and dropped; one layer and one query keep that short.
+    if size == "swin-t":
+        swin = SwinConfig(
+            embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=levels
+        )
+        return GroundingDinoConfig(backbone_config=swin, text_config=BertConfig(), decoder_layers=1, num_queries=1)
+    if size == "tiny":
+        swin = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 4], window_size=4, out_features=levels)
+        bert = BertConfig(
+            vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+        return GroundingDinoConfig(
+            backbone_config=swin, text_config=bert, d_model=32, encoder_layers=2, encoder_attention_heads=2,
+            encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, num_queries=1,
+        )  # fmt: skip
+    raise ValueError(f"GroundingDinoEncoder: size must be 'swin-t' or 'tiny', got {size!r}")
