@@ -1,4 +1,4 @@
-"""Builds the compiled modules: ``_cpu.abi3.so`` with any C++ compiler, ``_cuda.abi3.so`` where FASTCSS_CUDA=1 and nvcc is there.
+"""Builds the compiled modules: ``_cpu.abi3.so`` with any C++ compiler, ``_cuda.abi3.so`` with FASTCSS_CUDA=1 and nvcc.
 
 Both use LibTorch's stable ABI only, so one cp310-abi3 wheel serves torch >= 2.10. Without a compiler the package still
 installs; ``python -m fastcss info`` then says which implementations are missing.
@@ -12,8 +12,11 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 CXX_FLAGS = ["-O3", "-std=gnu++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
-CUDA_TARGETS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a",
-                "-gencode=arch=compute_100,code=[sm_100,compute_100]"]
+CUDA_TARGETS = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_100,code=[sm_100,compute_100]",
+]
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
@@ -30,15 +33,17 @@ def extensions() -> list:
                 "fastcss._cuda",
                 sources("cuda", ".cu", ".cpp"),
                 py_limited_api=True,
-                extra_compile_args={"cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
-                                    "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, *CUDA_TARGETS]},
+                extra_compile_args={
+                    "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
+                    "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, *CUDA_TARGETS],
+                },
             )
         )
     return found
 
 
 class OptionalBuild(BuildExtension):
-    """A missing or failing C++ compiler leaves a working, slower package; FASTCSS_REQUIRE_COMPILED=1 makes it an error."""
+    """A missing C++ compiler leaves a working, slower package; FASTCSS_REQUIRE_COMPILED=1 makes it an error."""
 
     def build_extensions(self) -> None:
         try:
@@ -51,7 +56,12 @@ class OptionalBuild(BuildExtension):
 
     def copy_extensions_to_source(self) -> None:
         # An editable install copies what was built; what failed above is not there to copy.
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists() or Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
+        self.extensions = [
+            e
+            for e in self.extensions
+            if Path(self.get_ext_fullpath(e.name)).exists()
+            or Path(self.build_lib, self.get_ext_filename(e.name)).exists()
+        ]
         super().copy_extensions_to_source()
 
 

@@ -52,15 +52,17 @@ UNAVAILABLE: dict[str, str | None] = {"reference": None, "composed": None, "cpu"
 UNAVAILABLE["triton"] = _probe_triton()
 
 
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}
+
+
 def why_not(impl: str, x: Tensor) -> str | None:
     """None where ``impl`` can run on tensors like ``x``, else the reason."""
     if impl in ("reference", "composed"):
         return None
     if UNAVAILABLE[impl]:
         return UNAVAILABLE[impl]
-    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}[impl]
-    if x.device.type not in devices:
-        return f"it runs on {' or '.join(devices)}, and the tensors are on {x.device}"
+    if x.device.type not in _DEVICES[impl]:
+        return f"it runs on {' or '.join(_DEVICES[impl])}, and the tensors are on {x.device}"
     if x.dtype not in KERNEL_DTYPES:
         return f"it takes float32, bfloat16 and float16, and the tensors are {x.dtype}"
     return None
@@ -74,8 +76,10 @@ def choose(op: str, impl: str, x: Tensor) -> str:
         RuntimeError: the implementation asked for cannot run here; the message says why.
     """
     if impl == "auto":
-        candidates = ("cpu",) if x.device.type == "cpu" else MEASURED_ON_GPU.get(op, ())
-        return next((name for name in candidates if why_not(name, x) is None), "composed")
+        for name in ("cpu",) if x.device.type == "cpu" else MEASURED_ON_GPU.get(op, ()):
+            if why_not(name, x) is None:
+                return name
+        return "composed"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     reason = why_not(impl, x)

@@ -35,7 +35,7 @@ struct Route {
   std::vector<Adapter> all;
   std::vector<float> scale;  // of each packed row
   std::vector<int64_t> hidden_slot;
-  int64_t hidden_ld, ranks;
+  int64_t hidden_ld, ranks = 0;
 };
 
 Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Tensor>& index, int64_t rows,
@@ -48,10 +48,13 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
                       scales.scalar_type() == ScalarType::Float,
                   "multi_lora: offsets must be int32 [T + 1] and scales float32 [T]");
   for (int64_t t = 0; t < count; ++t) {
-    r.all.push_back({offset[t], offset[t + 1] - offset[t]});
-    r.scale.insert(r.scale.end(), r.all[t].rank, scale[t]);
+    const int64_t first = offset[t * offsets.stride(0)], end = offset[(t + 1) * offsets.stride(0)];
+    STD_TORCH_CHECK(first == r.ranks && end >= first && end - first <= max_rank, "multi_lora: offsets must be the running ",
+                    "sum of the ranks, none above max_rank ", max_rank);
+    r.all.push_back({first, end - first});
+    r.scale.insert(r.scale.end(), end - first, scale[t * scales.stride(0)]);
+    r.ranks = end;
   }
-  r.ranks = offset[count];
   r.hidden_ld = index ? max_rank : r.ranks;
   const int64_t slots = index ? index->size(0) : count;
   for (int64_t s = 0; s < slots; ++s) {
@@ -118,6 +121,9 @@ std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight,
   const int64_t rows = x.size(x.dim() - 2), N = weight.size(0);
   const Route r = route(offsets, scales, index, rows, max_rank);
   const int64_t slots = static_cast<int64_t>(r.adapter.size());
+  STD_TORCH_CHECK(a.size(0) == r.ranks && b.size(0) == r.ranks && b.size(1) == N && a.size(1) == weight.size(1) &&
+                      x.size(x.dim() - 1) == weight.size(1) && (!bias || bias->size(0) == N),
+                  "multi_lora: x, weight, bias, lora_a and lora_b do not fit together");
   STD_TORCH_CHECK(shared || x.size(0) == slots, "multi_lora: x must have one slot for each of ", slots, " adapters");
 
   LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, "x", matrix(weight, 0, 1, "weight"), N, matrix(a, 0, 1, "lora_a"),

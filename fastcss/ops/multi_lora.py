@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _backends
 from .._schema import COMPILED, LIBRARY
@@ -15,6 +14,8 @@ from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
 
 MODES = ("shared", "diverged", "routed")
+FORWARD = {impl: getattr(torch.ops.fastcss.multi_lora, impl) for impl in COMPILED}
+BACKWARD = {impl: getattr(torch.ops.fastcss.multi_lora_backward, impl) for impl in COMPILED}
 
 
 def multi_lora(
@@ -57,19 +58,21 @@ def multi_lora(
         >>> multi_lora(torch.randn(100, 8), torch.randn(16, 8), lora).shape
         torch.Size([6, 100, 16])
     """
-    _check(x, weight, lora, bias, mode, index)
-    if torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    _check(x, weight, lora, bias, mode, index, autocast)
+    if autocast:
         x, weight, bias, lora = _autocast(x, weight, bias, lora)
     impl = _backends.choose("multi_lora", impl, x)
-    rows = x.reshape(-1, x.shape[-1]) if mode == "shared" else x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+    inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
+    rows = x
+    if len(inner) != 1:  # the raw op takes [M, K] or [slots, M, K]
+        rows = x.reshape(-1, x.shape[-1]) if mode == "shared" else x.reshape(x.shape[0], inner.numel(), x.shape[-1])
     if impl in ("reference", "composed"):
         room = reference if impl == "reference" else composed
         y = room.multi_lora(rows, weight, bias, lora, index)
     else:
         y = _run(impl, rows, weight, bias, lora, index)
-    slots = y.shape[0]
-    inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
-    return y.reshape(slots, *inner, weight.shape[0])
+    return y if len(inner) == 1 else y.reshape(y.shape[0], *inner, y.shape[-1])
 
 
 def _run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora, index: Tensor | None) -> Tensor:
@@ -78,7 +81,7 @@ def _run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora: Packed
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         save_h = lora.a.requires_grad or lora.b.requires_grad
         return MultiLora.apply(*arguments, save_h, impl)[0]
-    return getattr(torch.ops.fastcss.multi_lora, impl)(*arguments, False)[0]
+    return FORWARD[impl](*arguments, False)[0]
 
 
 class MultiLora(torch.autograd.Function):
@@ -86,42 +89,55 @@ class MultiLora(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, a, b, offsets, scales, index, max_rank, save_h, impl):
-        op = getattr(torch.ops.fastcss.multi_lora, impl)
-        return op(x, weight, bias, a, b, offsets, scales, index, max_rank, save_h)
+        return FORWARD[impl](x, weight, bias, a, b, offsets, scales, index, max_rank, save_h)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, a, b, offsets, scales, index, ctx.max_rank, _, ctx.impl = inputs
+        x, weight, _, a, b, offsets, scales, index, ctx.max_rank, _, ctx.impl = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, a, b, offsets, scales, index, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         x, weight, a, b, offsets, scales, index, h = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        need_lora = need_a or need_b
         dx = da = db = dweight = dbias = None
-        if need_x or need_lora:
-            op = getattr(torch.ops.fastcss.multi_lora_backward, ctx.impl)
-            dx, da, db = op(dy, x, weight, a, b, offsets, scales, index, h, ctx.max_rank, need_x, need_lora)
-        if need_weight:
-            shared = x.dim() == 2
-            dweight = dy.sum(0).t() @ x if shared else dy.flatten(0, 1).t() @ x.flatten(0, 1)
-        if need_bias:
-            dbias = dy.sum((0, 1))
-        return (
-            dx if need_x else None,
-            dweight,
-            dbias,
-            da if need_a else None,
-            db if need_b else None,
-            *[None] * 6,
-        )
+        with torch.no_grad():
+            if need_x or need_a or need_b:
+                route = (offsets, scales, index, h, ctx.max_rank)
+                dx, da, db = BACKWARD[ctx.impl](dy, x, weight, a, b, *route, need_x, need_a or need_b)
+            if need_weight:
+                dweight = dy.sum(0).t() @ x if x.dim() == 2 else dy.flatten(0, 1).t() @ x.flatten(0, 1)
+            if need_bias:
+                dbias = dy.sum((0, 1))
+        grads = [
+            g if need else None for g, need in zip((dx, dweight, dbias, da, db), ctx.needs_input_grad, strict=False)
+        ]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _OnceDifferentiable.apply(dy, x, weight, a, b, *grads)
+        return (*grads, *[None] * 6)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return _vmap(info.batch_size, in_dims, lambda *folded: MultiLora.apply(*folded), arguments)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients on, tied to what they were computed from, so that differentiating them raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, x, weight, a, b, *grads):
+        return tuple(None if g is None else g.view_as(g) for g in grads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("multi_lora: differentiable once only; for second derivatives use impl='composed'")
 
 
 def _vmap(batch: int, in_dims: tuple, op, arguments: tuple):
@@ -160,13 +176,11 @@ def _vmap(batch: int, in_dims: tuple, op, arguments: tuple):
 
 def _register_vmap() -> None:
     for impl in COMPILED:
-        op = getattr(torch.ops.fastcss.multi_lora, impl)
-        backward = getattr(torch.ops.fastcss.multi_lora_backward, impl)
 
-        def fold(info, in_dims, *arguments, op=op):
+        def fold(info, in_dims, *arguments, op=FORWARD[impl]):
             return _vmap(info.batch_size, in_dims, op, arguments)
 
-        def loop(info, in_dims, *arguments, op=backward):
+        def loop(info, in_dims, *arguments, op=BACKWARD[impl]):
             samples = (
                 tuple(v.select(d, i) if d is not None else v for v, d in zip(arguments, in_dims, strict=True))
                 for i in range(info.batch_size)
@@ -174,8 +188,8 @@ def _register_vmap() -> None:
             calls = [op(*sample) for sample in samples]
             return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0, 0, 0)
 
-        torch.library.register_vmap(op, fold, lib=LIBRARY)
-        torch.library.register_vmap(backward, loop, lib=LIBRARY)
+        torch.library.register_vmap(FORWARD[impl], fold, lib=LIBRARY)
+        torch.library.register_vmap(BACKWARD[impl], loop, lib=LIBRARY)
 
 
 _register_vmap()
@@ -187,7 +201,9 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
 
 
-def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None) -> None:
+def _check(
+    x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None, autocast: bool
+) -> None:
     if mode not in MODES:
         raise ValueError(f"multi_lora: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not isinstance(lora, PackedLora):
@@ -195,10 +211,12 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
     wanted = {"shared": "[*, K]", "diverged": "[T, *, K]", "routed": "[S, *, K]"}[mode]
     least = 1 if mode == "shared" else 2
     if x.dim() < least or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"multi_lora: x must be {wanted} and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+        raise ValueError(
+            f"multi_lora: x must be {wanted} and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
+        )
     if mode == "diverged" and x.shape[0] != lora.num_adapters:
         raise ValueError(
-            f"multi_lora: x must be [T, *, K] with T = {lora.num_adapters} adapters in mode 'diverged', got {list(x.shape)}"
+            f"multi_lora: x must be [T, *, K] with T = {lora.num_adapters} in mode 'diverged', got {list(x.shape)}"
         )
     if lora.a.shape[1] != weight.shape[1] or lora.b.shape[1] != weight.shape[0]:
         raise ValueError(
@@ -214,7 +232,7 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
             raise ValueError(f"multi_lora: {name} must be on the device of x, {x.device}, got {tensor.device}")
     if not x.is_floating_point():
         raise TypeError(f"multi_lora: x must be a floating-point tensor, got {x.dtype}")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
                 raise TypeError(f"multi_lora: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
@@ -226,3 +244,18 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
             raise ValueError(
                 f"multi_lora: index must be int32 or int64 [S] = [{x.shape[0]}], got {index.dtype} {list(index.shape)}"
             )
+        _check_index_range(index, lora.num_adapters)
+
+
+def _check_index_range(index: Tensor, num_adapters: int) -> None:
+    # Only where the values can be read without a stall: not on CUDA, not while tracing, not under vmap.
+    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(index):
+        return
+    low, high = index.aminmax()
+    if low < -1 or high >= num_adapters:
+        raise IndexError(
+            f"multi_lora: index must be in [-1, {num_adapters}) for {num_adapters} adapters, "
+            f"got values from {low.item()} to {high.item()}"
+        )
