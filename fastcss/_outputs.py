@@ -1,0 +1,89 @@
+"""The output of a model, of any nesting, as a list of leaves: what an axis is put on and taken from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a model returned for a number of slots: tasks, or samples with an adapter each.
+
+    Attributes:
+        leaves: tensors, with a leading slot axis where ``mapped``, and plain values.
+        mapped: for each leaf whether it has that axis; one without it is the same in every slot.
+        structure: how the leaves make up the model's own output type.
+        size: the number of slots.
+    """
+
+    leaves: list
+    mapped: list[bool]
+    structure: pytree.TreeSpec
+    size: int
+
+    @classmethod
+    def of(cls, returned: object, is_mapped: Callable[[Tensor], bool], size: int) -> Output:
+        leaves, structure = pytree.tree_flatten(returned)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *_PLAIN)):
+                raise TypeError(
+                    f"one_pass: the model's output holds a {type(leaf).__name__}, which can get no task axis; "
+                    "turn it off (use_cache=False, …) or register the type with torch.utils._pytree"
+                )
+        return cls(leaves, [isinstance(leaf, Tensor) and is_mapped(leaf) for leaf in leaves], structure, size)
+
+    def mapped_leaves(self) -> list[Tensor]:
+        return [leaf for leaf, mapped in zip(self.leaves, self.mapped, strict=True) if mapped]
+
+    def with_mapped_leaves(self, tensors: Sequence[Tensor]) -> Output:
+        left = iter(tensors)
+        leaves = [next(left) if mapped else leaf for leaf, mapped in zip(self.leaves, self.mapped, strict=True)]
+        return dataclasses.replace(self, leaves=leaves)
+
+    def expanded(self) -> object:
+        """The model's output type with a leading slot axis on every tensor."""
+
+        def expand(leaf: object, mapped: bool) -> object:
+            return leaf.expand(self.size, *leaf.shape) if isinstance(leaf, Tensor) and not mapped else leaf
+
+        return pytree.tree_unflatten(list(map(expand, self.leaves, self.mapped)), self.structure)
+
+    def as_batch(self) -> object:
+        """The model's output type where the slots were samples in batches of one: the slot axis becomes the batch axis."""
+
+        def squeeze(leaf: object, mapped: bool) -> object:
+            return leaf.squeeze(1) if mapped and leaf.dim() > 1 else leaf
+
+        return pytree.tree_unflatten(list(map(squeeze, self.leaves, self.mapped)), self.structure)
+
+
+def join(outputs: Sequence[Output]) -> Output:
+    """The slots of ``outputs`` one after the other."""
+    first = outputs[0]
+    if len(outputs) == 1:
+        return first
+    if any(output.structure != first.structure for output in outputs):
+        raise ValueError(
+            "one_pass: the model's output has another structure for each adapter, so they cannot be joined"
+        )
+    mapped = [any(of_leaf) for of_leaf in zip(*(output.mapped for output in outputs), strict=True)]
+    leaves = [_join_leaf(outputs, i) if is_it else first.leaves[i] for i, is_it in enumerate(mapped)]
+    return Output(leaves, mapped, first.structure, sum(output.size for output in outputs))
+
+
+def _join_leaf(outputs: Sequence[Output], i: int) -> Tensor:
+    values = [output.leaves[i] for output in outputs]
+    parts = [v if o.mapped[i] else v.expand(o.size, *v.shape) for v, o in zip(values, outputs, strict=True)]
+    shapes = dict.fromkeys(str(list(part.shape[1:])) for part in parts)
+    if len(shapes) > 1:
+        raise ValueError(
+            f"one_pass: an output has another shape for each adapter ({', '.join(shapes)}), so they cannot be joined"
+        )
+    return torch.cat(parts)

@@ -1,0 +1,150 @@
+"""How a model's own calls meet the task axis of ``torch.vmap``.
+
+vmap has a rule for nearly every op. ``TaskRules`` adds what it lacks while a model runs: attention, for which it would
+loop over the tasks on CPU; branches on a value, which it refuses even where all tasks agree on the value; and writes of
+the tasks' values into a tensor that the model has just made and that has no task axis yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Set
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+
+class Disagreement(RuntimeError):
+    """The model branches on, or shares, a value that differs between the tasks."""
+
+
+def is_mapped(value: object) -> bool:
+    """``value`` is a tensor with a hidden axis of ``torch.vmap``."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+def on_physical_tensors(call: Callable, *tensors: Tensor | None) -> Tensor:
+    """``call(size, dims, *tensors) → (result, dim)`` on the tensors with their mapped axes showing.
+
+    ``dims`` has one entry a tensor, None where it is not mapped. At least one must be. Differentiable through ``call``.
+    """
+    return _OnPhysicalTensors.apply(call, *tensors)
+
+
+class _OnPhysicalTensors(torch.autograd.Function):
+    """A Function only for its ``vmap`` method, which is where torch shows a mapped axis."""
+
+    @staticmethod
+    def forward(call, *tensors):
+        raise RuntimeError("one_pass: a layer ran outside of its runner's call")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        return call(info.batch_size, in_dims[1:], *tensors)
+
+
+def _attention(*args, **kwargs) -> Tensor:
+    """scaled_dot_product_attention with the mapped axis folded into its batch."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    tensors = [given.pop(name, None) for name in names[:4]]
+
+    def fold(size: int, dims: tuple, *tensors: Tensor | None) -> tuple[Tensor, int]:
+        logical = [
+            t.shape if d is None else t.movedim(d, 0).shape[1:]
+            for t, d in zip(tensors, dims, strict=True)
+            if t is not None
+        ]
+        rank = max(len(shape) for shape in logical)
+        batch = torch.broadcast_shapes(*(shape[:1] if len(shape) == rank else (1,) for shape in logical))[0]
+
+        def into_batch(t: Tensor | None, dim: int | None) -> Tensor | None:
+            if t is None or (dim is None and (t.dim() < rank or t.shape[0] == 1) and t is tensors[3]):
+                return t  # a mask that broadcasts over the batch does so over the tasks
+            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            t = t.reshape(size, *[1] * (rank + 1 - t.dim()), *t.shape[1:])
+            return t.expand(size, batch, *t.shape[2:]).flatten(0, 1)
+
+        folded = [into_batch(t, d) for t, d in zip(tensors, dims, strict=True)]
+        return F.scaled_dot_product_attention(*folded, **given).unflatten(0, (size, batch)), 0
+
+    return on_physical_tensors(fold, *tensors)
+
+
+def _agreed(function: Callable) -> Callable:
+    """``bool(t)``, ``t.item()``, …: the one value that all tasks have."""
+
+    def read(tensor: Tensor, *args):
+        while is_mapped(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        values = tensor.detach().flatten().tolist()
+        first = values[0]
+        if any(v != first and not (math.isnan(v) and math.isnan(first)) for v in values[1:]):
+            raise Disagreement(
+                f"the model branches on a value that differs between the tasks ({function.__name__} of {values})"
+            )
+        return function(tensor.detach().flatten()[0], *args)
+
+    return read
+
+
+def _writes(func: Callable) -> bool:
+    """``func`` writes its first argument: ``x[i] = y``, ``x += y``, ``x.masked_fill_(…)``."""
+    name = func.__name__
+    return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _give_axis(target: Tensor, mapped: Tensor) -> Tensor:
+    """A copy of ``target`` for each task."""
+    return on_physical_tensors(lambda size, dims, t, _: (t.expand(size, *t.shape).clone(), 0), target, mapped)
+
+
+def _has_alias(tensor: Tensor) -> bool:
+    # One count is the tensor's own, the other that of the storage object asked for here.
+    return tensor._is_view() or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
+
+
+_READERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, torch.is_nonzero)
+_WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__")
+RULES: dict[Callable, Callable] = {F.scaled_dot_product_attention: _attention} | {f: _agreed(f) for f in _READERS}
+
+
+class TaskRules(TorchFunctionMode):
+    """Applies the rules to calls with mapped tensors.
+
+    Args:
+        owned: ids of the tensors that outlive the call (weights, inputs), which no write may change into mapped ones.
+    """
+
+    def __init__(self, owned: Set[int]) -> None:
+        super().__init__()
+        self._owned = owned
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None:
+            applies = any(map(is_mapped, (*args, *kwargs.values())))
+            return rule(*args, **kwargs) if applies else func(*args, **kwargs)
+        if _writes(func) and isinstance(args[0], Tensor) and not is_mapped(args[0]):
+            mapped = next(filter(is_mapped, pytree.tree_leaves((args, kwargs))), None)
+            if mapped is not None:
+                return self._write(func, mapped, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _write(self, func: Callable, mapped: Tensor, target: Tensor, *args, **kwargs) -> Tensor | None:
+        if id(target) in self._owned or _has_alias(target):
+            raise Disagreement(
+                f"the model writes a value that differs between the tasks into a tensor they share ({func.__name__})"
+            )
+        fresh = _give_axis(target, mapped)
+        result = func(fresh, *args, **kwargs)
+        torch.utils.swap_tensors(target, fresh)  # the model's own name for it now means the tensor with the task axis
+        return target if result is not None else None

@@ -1,0 +1,198 @@
+"""Every LoRA adapter of a model in one pass over it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._capture import Captures
+from ._read_adapters import Adapters, read_directories, read_peft
+from ._stand_in import StandIn
+
+ENGINES = ("auto", "vmap", "replay")
+
+
+class OnePass:
+    """Runs a model once for all of its LoRA adapters: each output equals the model's with that adapter alone.
+
+    What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed once
+    for all of them. The model is left as it is: the runner works on a copy of its structure that shares its tensors, so
+    updates of weights and adapters in place are seen, and training through the runner reaches them. Adapters added,
+    removed or rescaled later, and a model moved to another device, want a new runner.
+
+    Args:
+        model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
+            Adapters may differ in rank, alpha and the layers they cover.
+        engine: "vmap" runs the adapters side by side under ``torch.vmap``; "replay" runs them in turn and repeats only
+            what depends on the adapter, which any model allows; "auto" is "vmap", and "replay", with a warning, for a
+            model that vmap refuses. ``runner.engine`` says which of them runs.
+        group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of them.
+
+    Attributes:
+        adapters: the adapters' names, in the order of the task axis.
+
+    Raises:
+        TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
+
+    Example:
+        >>> runner = fastcss.one_pass(peft_model)
+        >>> runner(pixel_values=image).last_hidden_state.shape  # [T, B, N, C]
+    """
+
+    def __init__(self, model: nn.Module, *, engine: str = "auto", group_size: int | None = None) -> None:
+        self._build(*read_peft(model), engine, group_size)
+
+    @classmethod
+    def from_directories(
+        cls,
+        model: nn.Module,
+        directories: Sequence,
+        names: Sequence[str] | None = None,
+        *,
+        engine: str = "auto",
+        group_size: int | None = None,
+    ) -> OnePass:
+        """A runner for a bare model and adapters saved by PEFT, without PEFT.
+
+        Args:
+            model: the base model of the adapters.
+            directories: PEFT adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``).
+            names: the adapters' names, by default the folders'.
+            engine, group_size: as for ``OnePass``.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle, is no plain LoRA adapter,
+                or belongs to another base model; the message names the file or the layer.
+        """
+        runner = cls.__new__(cls)
+        runner._build(model, read_directories(model, directories, names), engine, group_size)
+        return runner
+
+    def _build(self, model: nn.Module, adapters: Adapters, engine: str, group_size: int | None) -> None:
+        if engine not in ENGINES:
+            raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"one_pass: group_size must be at least 1, got {group_size}")
+        self.adapters = adapters.names
+        self.group_size = group_size
+        self._asked = engine
+        self._refused: dict[bool, str] = {}  # by training: why vmap does not run the model
+        self._stand_in = StandIn(model, adapters)
+        self._captures = Captures()
+
+    def __repr__(self) -> str:
+        model = type(self._stand_in.model).__name__
+        return f"OnePass({model}, adapters={list(self.adapters)}, engine={self.engine!r})"
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs the model in its present mode, "vmap" or "replay"."""
+        if self._asked != "auto":
+            return self._asked
+        return "replay" if self._stand_in.training in self._refused else "vmap"
+
+    def __call__(self, *args, adapters: Sequence[str] | None = None, route: Tensor | None = None, **kwargs):
+        """Call the model with every adapter.
+
+        Args:
+            *args, **kwargs: what the model takes.
+            adapters: names of the adapters to run, in the order wanted; by default all.
+            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its adapter
+                in ``runner.adapters``, -1 for the bare model. Input tensors of length B along dim 0 are the batch.
+
+        Returns:
+            The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
+            view where the output does not depend on them). With ``route`` there is no such axis, only the model's own.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route.
+        """
+        self._stand_in.follow_mode()
+        if route is not None:
+            route = _check_route(route, adapters, self.adapters)
+            routed, routed_in_turn = self._stand_in.routed, self._stand_in.routed_in_turn
+            return self._run(lambda: routed(route, args, kwargs), lambda: routed_in_turn(route, args, kwargs))
+        tasks = self._tasks(adapters)
+        captured = self._captures.find(tasks, self._stand_in, args, kwargs)
+        return captured() if captured else self._all_tasks(tasks, args, kwargs)
+
+    def capture(self, *args, adapters: Sequence[str] | None = None, fixed: Sequence[str] = (), **kwargs) -> None:
+        """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
+
+        Each set of shapes wants its own capture; other calls run as before. A graph holds inference only. Outputs of a
+        replay are copies. Where an adapter has changed since, the next call captures anew.
+
+        Args:
+            *args, **kwargs: example inputs on the GPU; their values do not matter.
+            adapters: as in a call.
+            fixed: names of keyword inputs that later calls will pass as the very same, unchanged tensors (the text
+                prompts, say): what depends on them and on the weights alone is computed now and left out of the graph.
+
+        Raises:
+            RuntimeError: the model or an input is not on a CUDA device, or the model does what no graph can hold.
+        """
+        self._stand_in.follow_mode()
+        tasks = self._tasks(adapters)
+        self._captures.add(tasks, self._stand_in, lambda *a, **k: self._all_tasks(tasks, a, k), fixed, args, kwargs)
+
+    def _all_tasks(self, tasks: tuple[int, ...], args: tuple, kwargs: dict) -> object:
+        side_by_side, in_turn = self._stand_in.side_by_side, self._stand_in.in_turn
+        size = self.group_size or len(tasks)
+        return self._run(lambda: side_by_side(tasks, size, args, kwargs), lambda: in_turn(tasks, args, kwargs))
+
+    def _run(self, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
+        must_replay = self._stand_in.must_replay()
+        if must_replay and self._asked == "vmap":
+            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {must_replay}")
+        if must_replay and self.engine == "vmap":
+            self._refuse(must_replay)
+        if self.engine == "replay":
+            return replay()
+        try:
+            return vmap()
+        except (RuntimeError, NotImplementedError) as error:
+            if self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
+            self._refuse(str(error).split("\n")[0])
+            return result
+
+    def _refuse(self, reason: str) -> None:
+        self._refused[self._stand_in.training] = reason
+        warnings.warn(
+            f"one_pass: {type(self._stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
+            f"(engine 'replay'): {reason}",
+            stacklevel=5,
+        )
+
+    def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:
+        if adapters is None:
+            return tuple(range(len(self.adapters)))
+        if isinstance(adapters, str) or not adapters:
+            raise ValueError(f"one_pass: adapters must be a list of adapter names, got {adapters!r}")
+        unknown = [name for name in adapters if name not in self.adapters]
+        if unknown:
+            raise KeyError(f"one_pass: no adapter {unknown[0]!r}; there are {', '.join(self.adapters)}")
+        return tuple(map(self.adapters.index, adapters))
+
+
+def _check_route(route: Tensor, adapters: object, names: tuple[str, ...]) -> Tensor:
+    if adapters is not None:
+        raise ValueError("one_pass: adapters and route exclude each other")
+    if (
+        not isinstance(route, Tensor)
+        or route.dtype not in (torch.int32, torch.int64)
+        or route.dim() != 1
+        or not len(route)
+    ):
+        got = f"{route.dtype} {list(route.shape)}" if isinstance(route, Tensor) else type(route).__name__
+        raise TypeError(f"one_pass: route must be an int32 or int64 tensor [B] with B ≥ 1, got {got}")
+    if route.device.type == "cpu" and not -1 <= route.min() <= route.max() < len(names):
+        raise IndexError(f"one_pass: route must hold places of {len(names)} adapters, or -1, got {route.tolist()}")
+    return route
+
+
+one_pass = OnePass
