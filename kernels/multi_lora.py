@@ -52,6 +52,11 @@ class Adapters(NamedTuple):
         shape = (rows, self.down.shape[0]) if self.index is None else (self.slots, rows, self.max_rank)
         return self.down.new_empty(shape, dtype=dtype)
 
+    @classmethod
+    def of(cls, lora_a, lora_b, offsets, scales, index, max_rank) -> Adapters:
+        tensors = (None if t is None else t.contiguous() for t in (lora_a, lora_b, offsets, scales, index))
+        return cls(*tensors, max_rank)
+
     def hidden_strides(self, rows: int) -> tuple[int, int]:
         """Strides of slots and rows of h. Packed, the slots are told apart by their first column instead."""
         return (0, self.down.shape[0]) if self.index is None else (rows * self.max_rank, self.max_rank)
@@ -99,7 +104,7 @@ def shrink_tile(width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def expand_tile(rows: int, width: int, max_rank: int, dtype: torch.dtype, over_slots: str) -> dict[str, int]:
     if dtype == torch.float32:
-        m, n, k, warps, stages = 64, 64, 32, 8, 2
+        m, n, k, warps, stages = 64, 64, 32, 8, 3
     elif rows * width <= 128 * 128 * 132:  # too few large tiles for the SMs of one GPU
         m, n, k, warps, stages = 64, 128, 64, 4, 3
     elif over_slots == "write":  # base and output are both in registers
@@ -190,7 +195,7 @@ def multi_lora(
     max_rank: int,
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    adapters = Adapters(lora_a.contiguous(), lora_b.contiguous(), offsets, scales, index, max_rank)
+    adapters = Adapters.of(lora_a, lora_b, offsets, scales, index, max_rank)
     with torch.cuda.device_of(x):
         y, h = linear(x, weight, bias, adapters, torch.float32 if save_h else None)
     return y, h if save_h else x.new_empty(0, dtype=torch.float32)

@@ -109,7 +109,7 @@ def multi_lora_backward(
     need_dx: bool,
     need_dlora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    forward = Adapters(lora_a.contiguous(), lora_b.contiguous(), offsets, scales, index, max_rank)
+    forward = Adapters.of(lora_a, lora_b, offsets, scales, index, max_rank)
     turned = forward._replace(down=forward.up, up=forward.down)
     dx, da, db, g = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0), None
     with torch.cuda.device_of(x):

@@ -16,11 +16,12 @@ def multi_lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora,
     a, b = (padded.to(x.dtype) for padded in lora.padded())  # [T, R, K], [T, R, N]
     scales = lora.scales.to(x.dtype)
     if index is not None:
-        # Slot of index -1: any adapter, scaled by 0 below. Indexing is checked, so a wrong index raises.
-        bare = index < 0
-        index = torch.where(bare, 0, index)
-        a, b = a[index], b[index]  # [S, R, ·]
-        scales = torch.where(bare, 0, scales[index])
+        # Index -1 is an adapter of zeros, put after the last; a wrong index goes past it, and indexing raises.
+        count = lora.num_adapters
+        wrong = (index < -1) | (index >= count)
+        index = torch.where(wrong, count + 1, torch.where(index == -1, count, index))
+        a, b = (torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))[index] for v in (a, b))  # [S, R, ·]
+        scales = torch.nn.functional.pad(scales, (0, 1))[index]
     if x.dim() == 2:
         hidden = (x @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2]).transpose(0, 1)  # [S, M, R]
         base = base.expand(a.shape[0], *base.shape)

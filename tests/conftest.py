@@ -1,0 +1,78 @@
+"""Options, tolerances and printed tables that every test shares."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+import pytest
+import torch
+
+# How much further from the float64 reference than the literal eager code of the same dtype a result may be, as a
+# fraction of the reference: both in the 2-norm of the tensor and in its largest element.
+TOLERANCES = {
+    torch.float64: 1e-14,  # another order of the same sums
+    torch.float32: 1e-6,  # another order of the same sums: a few units in the last place, 6e-8
+    torch.float16: 2.5e-4,  # half a unit roundoff (2⁻¹¹): what one rounding of the result costs on average
+    torch.bfloat16: 2e-3,  # the same, of 2⁻⁸
+}
+
+_tables: dict[str, list[dict]] = defaultdict(list)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors of the tests live")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before fastcss is imported: it decides there what is available
+        _mend_triton_interpreter()
+
+
+def _mend_triton_interpreter() -> None:
+    """Two gaps of Triton 3.6's interpreter: numpy 2.4 refuses its int() of an array [1] (triton issue 9171, mended in
+    3.7), and its float32 → bfloat16 truncates, where a GPU rounds to nearest."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(src.data).to(torch.bfloat16).view(torch.uint16).numpy()
+            return interpreter.TensorHandle(rounded, tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patch_lang_tensor, cast_impl
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> str:
+    return pytestconfig.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def tolerances() -> dict[torch.dtype, float]:
+    return TOLERANCES
+
+
+@pytest.fixture(scope="session")
+def record_table():
+    """``record_table(title, row)``: rows of figures, printed as a table after the tests."""
+    return lambda title, row: _tables[title].append(row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for title, rows in _tables.items():
+        terminalreporter.section(title)
+        cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
