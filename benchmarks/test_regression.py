@@ -1,0 +1,30 @@
+"""``pytest benchmarks``: our provider in every case; pytest-benchmark's ``--benchmark-compare`` finds regressions."""
+
+import pytest
+import torch
+
+from benchmarks import harness, registry
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc):
+    cases = registry.all_cases(DEVICE, metafunc.config.getoption("--quick"))
+    points = [pytest.param(case, mode, id=f"{case.name}-{mode}") for case in cases for mode in case.modes]
+    metafunc.parametrize(("case", "mode"), points)
+
+
+def test_fastcss(benchmark, case, mode):
+    torch.manual_seed(0)
+    problem = case.build(DEVICE, mode)
+    ours = {registry.OURS: problem.providers[registry.OURS]}
+    steps, _, remarks = harness.verify(ours, problem.expected(), problem.tolerance)
+    assert not remarks
+
+    def step():
+        steps[registry.OURS]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.extra_info |= case.shape
+    benchmark(step)
