@@ -3,8 +3,8 @@
 A layer runs in one of three ways, which ``Slots`` holds while a call is under way:
 
 - one adapter (``axis`` is None): the layer of a model in which that adapter alone is active;
-- the adapters ``tasks`` side by side, under ``torch.vmap``: an input that no adapter has touched yet has no task axis, and
-  what the tasks share of this layer's work is done once;
+- the adapters ``tasks`` side by side, under ``torch.vmap``: an input that no adapter has touched yet has no task axis,
+  and what the tasks share of this layer's work is done once;
 - routed, under ``torch.vmap`` over the samples: each sample through adapter ``axis`` (-1: none).
 """
 

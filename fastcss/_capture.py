@@ -112,7 +112,7 @@ def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
     leaves, structure = pytree.tree_flatten(
         (args, {name: kwargs[name] for name in sorted(kwargs) if name not in fixed})
     )
-    moving = tuple((l.shape, l.dtype, l.device) if isinstance(l, Tensor) else repr(l) for l in leaves)
+    moving = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     same = tuple((id(kwargs[name]), kwargs[name]._version) for name in fixed if name in kwargs)
     modes = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cuda", "cpu"))
     return structure, moving, same, modes

@@ -56,7 +56,7 @@ class Output:
         return pytree.tree_unflatten(list(map(expand, self.leaves, self.mapped)), self.structure)
 
     def as_batch(self) -> object:
-        """The model's output type where the slots were samples in batches of one: the slot axis becomes the batch axis."""
+        """The model's output type where the slots were samples in batches of one: their axis becomes the batch."""
 
         def squeeze(leaf: object, mapped: bool) -> object:
             return leaf.squeeze(1) if mapped and leaf.dim() > 1 else leaf

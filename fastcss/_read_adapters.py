@@ -18,7 +18,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # Options of a LoraConfig that make an adapter more than x Aᵀ Bᵀ, or train something beside it.
 NOT_PLAIN_LORA = (
     "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication", "megatron_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
+    "megatron_config",
 )  # fmt: skip
 REWRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -206,8 +207,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         if path.with_suffix(".bin").is_file():
             raise ValueError(
-                f"one_pass.from_directories: {path.with_suffix('.bin')} is a pickle, and loading a pickle runs whatever code "
-                "is in it; save the adapter as safetensors (peft's save_pretrained does by default)"
+                f"one_pass.from_directories: {path.with_suffix('.bin')} is a pickle, and loading it would run any code "
+                "in it; save the adapter as safetensors (peft's save_pretrained does by default)"
             )
         raise FileNotFoundError(f"one_pass.from_directories: {path} is missing")
     try:

@@ -60,6 +60,17 @@ class StandIn:
             if ours.training is not original.training:
                 ours.training = original.training
 
+    def snapshot(self) -> Callable[[], None]:
+        """What puts the buffers back as they are now, after a run that failed half-way."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+        def undo() -> None:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+        return undo
+
     def must_replay(self) -> str | None:
         """Why the model's present mode rules vmap out, None where it does not."""
         if self.training:

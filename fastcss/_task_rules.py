@@ -78,6 +78,13 @@ def _attention(*args, **kwargs) -> Tensor:
     return on_physical_tensors(fold, *tensors)
 
 
+def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
+    """torch.isin of mapped elements in one set."""
+    if is_mapped(test_elements):
+        return torch.isin(elements, test_elements, **kwargs)
+    return on_physical_tensors(lambda _, dims, e: (torch.isin(e, test_elements, **kwargs), dims[0]), elements)
+
+
 def _agreed(function: Callable) -> Callable:
     """``bool(t)``, ``t.item()``, …: the one value that all tasks have."""
 
@@ -113,7 +120,11 @@ def _has_alias(tensor: Tensor) -> bool:
 
 _READERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, torch.is_nonzero)
 _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__")
-RULES: dict[Callable, Callable] = {F.scaled_dot_product_attention: _attention} | {f: _agreed(f) for f in _READERS}
+RULES: dict[Callable, Callable] = {
+    F.scaled_dot_product_attention: _attention,
+    torch.isin: _isin,
+    **{reader: _agreed(reader) for reader in _READERS},
+}
 
 
 class TaskRules(TorchFunctionMode):

@@ -18,10 +18,10 @@ ENGINES = ("auto", "vmap", "replay")
 class OnePass:
     """Runs a model once for all of its LoRA adapters: each output equals the model's with that adapter alone.
 
-    What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed once
-    for all of them. The model is left as it is: the runner works on a copy of its structure that shares its tensors, so
-    updates of weights and adapters in place are seen, and training through the runner reaches them. Adapters added,
-    removed or rescaled later, and a model moved to another device, want a new runner.
+    What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed
+    once for all of them. The model is left as it is: the runner works on a copy of its structure that shares its
+    tensors, so updates of weights and adapters in place are seen, and training through the runner reaches them.
+    Adapters added, removed or rescaled later, and a model moved to another device, want a new runner.
 
     Args:
         model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
@@ -64,8 +64,8 @@ class OnePass:
             engine, group_size: as for ``OnePass``.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle, is no plain LoRA adapter,
-                or belongs to another base model; the message names the file or the layer.
+            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle, is no plain LoRA
+                adapter, or belongs to another base model; the message names the file or the layer.
         """
         runner = cls.__new__(cls)
         runner._build(model, read_directories(model, directories, names), engine, group_size)
@@ -80,6 +80,7 @@ class OnePass:
         self.group_size = group_size
         self._asked = engine
         self._refused: dict[bool, str] = {}  # by training: why vmap does not run the model
+        self._proven: set[bool] = set()  # by training: vmap has run the model
         self._stand_in = StandIn(model, adapters)
         self._captures = Captures()
 
@@ -100,8 +101,9 @@ class OnePass:
         Args:
             *args, **kwargs: what the model takes.
             adapters: names of the adapters to run, in the order wanted; by default all.
-            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its adapter
-                in ``runner.adapters``, -1 for the bare model. Input tensors of length B along dim 0 are the batch.
+            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its
+                adapter in ``runner.adapters``, -1 for the bare model. Input tensors of length B along dim 0 are the
+                batch.
 
         Returns:
             The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
@@ -151,9 +153,14 @@ class OnePass:
             self._refuse(must_replay)
         if self.engine == "replay":
             return replay()
+        undo = None if self._stand_in.training in self._proven else self._stand_in.snapshot()
         try:
-            return vmap()
+            result = vmap()
+            self._proven.add(self._stand_in.training)
+            return result
         except (RuntimeError, NotImplementedError) as error:
+            if undo:
+                undo()
             if self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
                 raise
             result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own

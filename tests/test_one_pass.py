@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 import warnings
 
@@ -20,16 +21,28 @@ from fastcss import _flops  # noqa: F401  registers the formulas that FlopCounte
 
 EXACT = 1e-5  # float32, largest absolute difference: the sums are the loop's in another order
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: threads would cost more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ------------------------------------------------------------------------------------------------- models
 
 
 def grounding_dino():
     swin = transformers.SwinConfig(
-        image_size=64, embed_dim=16, depths=[1, 2], num_heads=[2, 2], window_size=4, out_features=["stage1", "stage2"]
-    )
+        image_size=64, embed_dim=16, depths=[1, 2], num_heads=[2, 2], window_size=4,
+        out_features=["stage1", "stage2"], drop_path_rate=0.0,
+    )  # fmt: skip
     bert = transformers.BertConfig(
-        vocab_size=1100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
+        vocab_size=1100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
     config = transformers.GroundingDinoConfig(
         backbone_config=swin, text_config=bert, d_model=32, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=64,
         decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4, num_queries=10, num_feature_levels=3,
@@ -45,8 +58,8 @@ def grounding_dino():
 def vit():
     return transformers.ViTModel(
         transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32,
+            patch_size=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )
     )  # fmt: skip
 
@@ -233,8 +246,13 @@ def test_adapters_that_cover_different_layers(engine):
         {"r": 2, "target_modules": r".*layers\.1.*fc1"},
         {"r": 5, "target_modules": ["q_proj"], "use_rslora": True},
         {"r": 3, "target_modules": ["fc1", "fc2"], "lora_bias": True},
-        {"r": 4, "target_modules": ["v_proj"], "rank_pattern": {"layers.0.attention.v_proj": 7}, "alpha_pattern": {"v_proj": 3}},
-    )  # fmt: skip
+        {
+            "r": 4,
+            "target_modules": ["v_proj"],
+            "rank_pattern": {"layers.0.attention.v_proj": 7},
+            "alpha_pattern": {"v_proj": 3},
+        },
+    )
     given = {**inputs(vit, 2), "output_hidden_states": True}
     for group_size in (None, 3, 1):
         assert_equal(fastcss.one_pass(model, engine=engine, group_size=group_size)(**given), loop(model, given))
@@ -264,7 +282,9 @@ def test_tuple_outputs_and_untouched_outputs():
         def forward(self, x):
             return {"touched": self.touched(x), "input": 2 * x, "name": "both", "nothing": None}
 
-    touched = adapt(nn.Sequential(nn.Linear(4, 4)), {"r": 1, "target_modules": ["0"]}, {"r": 2, "target_modules": ["0"]})
+    touched = adapt(
+        nn.Sequential(nn.Linear(4, 4)), {"r": 1, "target_modules": ["0"]}, {"r": 2, "target_modules": ["0"]}
+    )
     x = torch.randn(5, 4)
     for engine in ("vmap", "replay"):
         got = fastcss.one_pass(Both(touched.get_base_model()), engine=engine)(x)
@@ -298,7 +318,7 @@ def test_bfloat16_is_as_near_as_peft_to_itself(build):
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.bfloat16()
     given = {key: t.bfloat16() if t.is_floating_point() else t for key, t in given.items()}
@@ -441,7 +461,7 @@ def test_flops_of_what_no_adapter_touches_count_once(engine):
         )
     one = flops(lambda: model(**given))
     shared = sum(bare.values())
-    assert shared > 0.3 * one
+    assert shared > 0.15 * one
     # The first layer's base projections are shared as well, so four tasks cost a little less than this.
     most = shared + 4 * (one - shared)
     assert 0.8 * most < flops(lambda: runner(**given)) <= most
@@ -525,21 +545,21 @@ class Writer(nn.Module):
 def test_writes_in_place(how, engine):
     model = adapt(Writer(how), *({"r": 2, "target_modules": ["layer"]} for _ in range(3)))
     other, x = copy.deepcopy(model), torch.randn(2, 4)
-    runner = fastcss.one_pass(model, engine=engine if how == "buffer" else "auto")
+    runner = fastcss.one_pass(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_equal(runner(x), loop(other, {"x": x}))
     assert runner.engine == engine
-    if how == "buffer":
-        assert torch.equal(model.get_base_model().kept, other.get_base_model().kept)
+    torch.testing.assert_close(model.get_base_model().kept, other.get_base_model().kept)
 
 
 def test_the_models_own_errors_come_through():
     runner = fastcss.one_pass(build_adapted(vit))
-    with pytest.raises(ValueError, match="pixel_values"):
-        runner()
-    with pytest.raises(ValueError, match="size"):
-        runner(pixel_values=torch.randn(1, 3, 40, 40))
+    for wrong in ({}, {"pixel_values": torch.randn(1, 3, 40, 40)}, {"pixel_values": torch.randn(1, 5, 32, 32)}):
+        with pytest.raises(Exception) as own:  # noqa: PT011
+            vit()(**wrong)
+        with pytest.raises(type(own.value), match=re.escape(str(own.value)[:60])):
+            runner(**wrong)
     assert runner.engine == "vmap"
 
 
@@ -575,16 +595,18 @@ def test_capture_wants_a_gpu():
 
 def state_of(model: nn.Module) -> tuple:
     modules = [(name, type(m), m.training, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()]
-    tensors = {name: (id(t), t.clone(), t.requires_grad) for name, t in model.state_dict(keep_vars=True).items()}
-    return modules, tensors, list(getattr(model, "active_adapters", [])), model.config.to_dict() if hasattr(model, "config") else None
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = {name: (t.data_ptr(), t.clone(), t.requires_grad) for name, t in tensors.items()}
+    active = model.active_adapter if isinstance(model, peft.PeftModel) else None
+    return modules, tensors, active, model.config.to_dict() if hasattr(model, "config") else None
 
 
 def assert_untouched(model: nn.Module, before: tuple) -> None:
     after = state_of(model)
     assert after[0] == before[0]
     assert after[1].keys() == before[1].keys()
-    for name, (identity, value, trains) in before[1].items():
-        assert after[1][name][0] == identity
+    for name, (address, value, trains) in before[1].items():
+        assert after[1][name][0] == address
         assert after[1][name][2] == trains
         assert torch.equal(after[1][name][1], value)
     assert after[2:] == before[2:]
@@ -709,6 +731,7 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+LAYER, NORM = "base_model.model.layers.0.attention.q_proj", "layernorm_before"
 DAMAGES = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json is missing"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "safetensors is missing"),
@@ -720,11 +743,13 @@ DAMAGES = {
     "biases": (lambda f: edit_config(f, bias="all"), TypeError, "own biases"),
     "pissa": (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), TypeError, "changes the base weights"),
     "magnitudes": (
-        lambda f: edit_tensors(f, lambda t: t | {next(iter(t)).replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(3)}),
+        lambda f: edit_tensors(f, lambda t: t | {f"{LAYER}.lora_magnitude_vector": torch.ones(3)}),
         TypeError,
         "lora_magnitude_vector",
     ),
-    "other weights": (lambda f: edit_tensors(f, lambda t: t | {"base_model.model.pooler": torch.ones(3)}), TypeError, "pooler"),
+    "other weights": (
+        lambda f: edit_tensors(f, lambda t: t | {"base_model.model.pooler": torch.ones(3)}), TypeError, "pooler",
+    ),
     "half": (
         lambda f: edit_tensors(f, lambda t: {k: v for k, v in t.items() if "lora_B" not in k}), ValueError, "one half",
     ),
@@ -740,7 +765,7 @@ DAMAGES = {
         "layer 'layers.*holds.*48.*another base model",
     ),
     "other kind": (
-        lambda f: edit_tensors(f, lambda t: {k.replace("attention.q_proj", "layernorm_before"): v for k, v in t.items()}),
+        lambda f: edit_tensors(f, lambda t: {k.replace("attention.q_proj", NORM): v for k, v in t.items()}),
         TypeError,
         "layernorm_before' is LayerNorm",
     ),

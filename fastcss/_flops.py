@@ -1,0 +1,34 @@
+"""FLOPs of the raw ops, for torch.utils.flop_counter, which knows only torch's own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+# Arguments arrive as their shapes, in the order of the schemas in _schema.py. A routed slot counts the largest rank:
+# which adapter it takes is not in the shapes.
+
+
+@register_flop_formula(torch.ops.fastcss.multi_lora)
+def multi_lora(x, weight, bias, lora_a, lora_b, offsets, scales, index, max_rank, save_h, **_) -> int:
+    width_out, width_in = weight
+    base_rows = math.prod(x[:-1])
+    slot_rows = (scales if index is None else index)[0] * x[-2]
+    rank_rows = x[-2] * lora_a[0] if index is None else slot_rows * max_rank
+    return 2 * (base_rows * width_in * width_out + rank_rows * (width_in + width_out))
+
+
+@register_flop_formula(torch.ops.fastcss.multi_lora_backward)
+def multi_lora_backward(
+    dy, x, weight, lora_a, lora_b, offsets, scales, index, h, max_rank, need_dx, need_dlora, **_
+) -> int:
+    width_out, width_in = weight
+    rank_rows = x[-2] * lora_a[0] if index is None else dy[0] * dy[1] * max_rank
+    flops = rank_rows * width_out  # dy Bᵀ, which both results need
+    if need_dx:
+        flops += math.prod(x[:-1]) * width_in * width_out + rank_rows * width_in
+    if need_dlora:
+        flops += rank_rows * (width_in + width_out)
+    return 2 * flops
