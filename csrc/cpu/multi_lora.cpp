@@ -17,10 +17,14 @@ using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "multi_lora: ", name, " must be float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "multi_lora: ", name, " must be float32, bfloat16 or float16");
   }
 }
 
@@ -49,8 +53,8 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
                   "multi_lora: offsets must be int32 [T + 1] and scales float32 [T]");
   for (int64_t t = 0; t < count; ++t) {
     const int64_t first = offset[t * offsets.stride(0)], end = offset[(t + 1) * offsets.stride(0)];
-    STD_TORCH_CHECK(first == r.ranks && end >= first && end - first <= max_rank, "multi_lora: offsets must be the running ",
-                    "sum of the ranks, none above max_rank ", max_rank);
+    STD_TORCH_CHECK(first == r.ranks && end >= first && end - first <= max_rank,
+                    "multi_lora: offsets must be the running ", "sum of the ranks, none above max_rank ", max_rank);
     r.all.push_back({first, end - first});
     r.scale.insert(r.scale.end(), end - first, scale[t * scales.stride(0)]);
     r.ranks = end;
@@ -72,31 +76,32 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
   return r;
 }
 
-LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, const char* name, Matrix weight, int64_t N, Matrix a, Matrix b,
-              bool stacked) {
+LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, const char* name, Matrix weight, int64_t N, Matrix a,
+                    Matrix b, bool stacked) {
   const int64_t dims = rows.dim();
   Matrix row_matrix = matrix(rows, dims - 2, dims - 1, name);
-  if (dims == 3 && rows.size(1) == 1) row_matrix.lane_stride = rows.stride(0);  // the stride of a single row means nothing
+  if (dims == 3 && rows.size(1) == 1)
+    row_matrix.lane_stride = rows.stride(0);  // the stride of a single row means nothing
   return {.fan = fan,
-             .slots = static_cast<int64_t>(r.adapter.size()),
-             .M = rows.size(dims - 2),
-             .K = rows.size(dims - 1),
-             .N = N,
-             .rows = row_matrix,
-             .rows_slot = dims == 3 ? rows.stride(0) : 0,
-             .weight = weight,
-             .a = a,
-             .b = b,
-             .ranks = r.ranks,
-             .adapter = r.adapter,
-             .stacked = stacked,
-             .scale = r.scale,
-             .bias = std::vector<float>(ceil_div(N, kCols) * kCols),
-             .out = nullptr,
-             .out_dtype = dtype_of(rows, name),
-             .hidden = nullptr,
-             .hidden_slot = r.hidden_slot,
-             .hidden_ld = r.hidden_ld};
+          .slots = static_cast<int64_t>(r.adapter.size()),
+          .M = rows.size(dims - 2),
+          .K = rows.size(dims - 1),
+          .N = N,
+          .rows = row_matrix,
+          .rows_slot = dims == 3 ? rows.stride(0) : 0,
+          .weight = weight,
+          .a = a,
+          .b = b,
+          .ranks = r.ranks,
+          .adapter = r.adapter,
+          .stacked = stacked,
+          .scale = r.scale,
+          .bias = std::vector<float>(ceil_div(N, kCols) * kCols),
+          .out = nullptr,
+          .out_dtype = dtype_of(rows, name),
+          .hidden = nullptr,
+          .hidden_slot = r.hidden_slot,
+          .hidden_ld = r.hidden_ld};
 }
 
 // Slots shorter than a panel share panels, which are packed in one go: their rows must follow each other evenly.
@@ -126,8 +131,8 @@ std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight,
                   "multi_lora: x, weight, bias, lora_a and lora_b do not fit together");
   STD_TORCH_CHECK(shared || x.size(0) == slots, "multi_lora: x must have one slot for each of ", slots, " adapters");
 
-  LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, "x", matrix(weight, 0, 1, "weight"), N, matrix(a, 0, 1, "lora_a"),
-                    matrix(b, 1, 0, "lora_b"), !index.has_value());
+  LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, "x", matrix(weight, 0, 1, "weight"), N,
+                          matrix(a, 0, 1, "lora_a"), matrix(b, 1, 0, "lora_b"), !index.has_value());
   Tensor y = torch::stable::new_empty(x, shape({slots, rows, N}));
   Tensor h = save_h ? hidden_like(x, r, index.has_value(), rows, max_rank)
                     : torch::stable::new_empty(x, shape({0}), ScalarType::Float);
@@ -179,8 +184,8 @@ void contract(const std::vector<Contraction>& tasks, int64_t M, int64_t columns,
         const int64_t depth = std::min(kDepth, M - row);
         pack(right_packed, kCols, cols, depth, right.at(column, row));
         for (int64_t i = 0; i * height < adapter.rank; ++i)
-          tile(lefts[left + i].count, cols, depth, left_packed + (left + i) * left_size + row * height, right_packed, kCols,
-               sum + i * height * kCols, kCols, sum + i * height * kCols, kCols);
+          tile(lefts[left + i].count, cols, depth, left_packed + (left + i) * left_size + row * height, right_packed,
+               kCols, sum + i * height * kCols, kCols, sum + i * height * kCols, kCols);
       }
       left += ceil_div(adapter.rank, height);
     }
@@ -205,13 +210,14 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
   Tensor dx = need_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, shape({0}));
   Tensor g = torch::stable::new_empty(x, shape({0}), ScalarType::Float);
   LoraProblem input = problem(shared ? Fan::kIn : Fan::kEach, r, dy, "dy", matrix(weight, 1, 0, "weight"), K,
-                        matrix(b, 0, 1, "lora_b"), matrix(a, 1, 0, "lora_a"), !indexed);
+                              matrix(b, 0, 1, "lora_b"), matrix(a, 1, 0, "lora_a"), !indexed);
+  if (need_dx && shared && slots == 0) torch::stable::zero_(dx);
   if (need_dx) input.out = dx.mutable_data_ptr();
   if (need_dlora) {
     g = hidden_like(x, r, indexed, M, max_rank);
     input.hidden = static_cast<float*>(g.mutable_data_ptr());
   }
-  LoraGemm(std::move(input)).run();
+  if (slots > 0) LoraGemm(std::move(input)).run();
   const auto none = shape({0});
   if (!need_dlora) return {dx, torch::stable::new_empty(a, none), torch::stable::new_empty(b, none)};
 
@@ -220,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
     const Tensor rows = even_rows(x);
     h = hidden_like(x, r, indexed, M, max_rank);
     LoraProblem again = problem(shared ? Fan::kOut : Fan::kEach, r, rows, "x", matrix(weight, 0, 1, "weight"), N,
-                          matrix(a, 0, 1, "lora_a"), matrix(b, 1, 0, "lora_b"), !indexed);
+                                matrix(a, 0, 1, "lora_a"), matrix(b, 1, 0, "lora_b"), !indexed);
     again.hidden = static_cast<float*>(h.mutable_data_ptr());
     LoraGemm(std::move(again)).run();
   }

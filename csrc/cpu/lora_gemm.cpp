@@ -1,0 +1,242 @@
+#include "lora_gemm.h"
+
+namespace fastcss::cpu {
+
+void LoraGemm::plan() {
+  const int64_t total = fan == Fan::kEach ? slots * M : M;
+  panels_a_slot = fan == Fan::kEach && M < height ? 0 : ceil_div(M, height);
+  panels = fan == Fan::kEach && panels_a_slot ? slots * panels_a_slot : ceil_div(total, height);
+  int64_t columns = 0;
+  for (const Adapter& t : adapter) {
+    hidden_first.push_back(fan == Fan::kEach ? 0 : columns);
+    columns = fan == Fan::kEach ? std::max(columns, t.rank) : columns + t.rank;
+  }
+  rows_size = words * height + kLanes;  // pack() writes up to kLanes floats past the end
+  hidden_size = columns * height;
+}
+
+LoraGemm::Segments LoraGemm::segments(int64_t panel) const {
+  Segments found;
+  const bool each = fan == Fan::kEach, apart = !each || panels_a_slot > 0;
+  int64_t row = apart ? panel % panels_a_slot * height : panel * height;
+  const int64_t end = std::min(row + height, apart ? M : slots * M);
+  while (row < end) {
+    const int64_t slot = !each ? 0 : apart ? panel / panels_a_slot : row / M;
+    const int count = static_cast<int>(apart ? end - row : std::min(end, (slot + 1) * M) - row);
+    found.of[found.size++] = {slot, apart ? row : row % M, found.rows, count};
+    found.rows += count, row += count;
+  }
+  return found;
+}
+
+// sums [rows of s][kCols] hold rows · A for the packed rows first … first + cols of A: scale them into the panel's
+// hidden activations from `column` on, and into `hidden` where they are wanted later.
+void LoraGemm::keep(const float* sums, int64_t first, int cols, const Segment& s, Panel panel, int64_t column) const {
+  float* to = panel.hidden + column * height + s.lane;
+  float* later = hidden ? hidden + hidden_slot[s.slot] + s.row * hidden_ld + column - hidden_first[s.slot] : nullptr;
+  for (int j = 0; j < cols; ++j)
+    for (int i = 0; i < s.count; ++i) {
+      const float h = sums[i * kCols + j] * scale[first + j];
+      to[j * height + i] = h;
+      if (later) later[i * hidden_ld + j] = h;
+    }
+}
+
+void LoraGemm::shrink(int64_t first, int64_t rank, const Segment& s, Panel panel, int64_t column) const {
+  alignas(64) float sums[kMaxRows * kCols];
+  alignas(64) const float zeros[kCols] = {};
+  for (int64_t c = 0; c < rank; c += kCols) {
+    const int cols = static_cast<int>(std::min<int64_t>(kCols, rank - c));
+    wide(s.count, cols, words, panel.rows + s.lane, a_panels[first] + c * words, kCols, zeros, 0, sums, kCols);
+    keep(sums, first + c, cols, s, panel, column + c);
+  }
+}
+
+void LoraGemm::prepare(int64_t panel, Panel to, float* scratch) const {
+  const auto parts = segments(panel);
+  const Segment& whole = parts.of[0];
+  if (fan == Fan::kEach) {
+    // Slots that share a panel lie one after the other.
+    pack(to.rows, height, parts.rows, K, rows.at(whole.row, 0).offset(whole.slot * rows_slot), pairs);
+    for (const Segment& s : parts) shrink(adapter[s.slot].first, adapter[s.slot].rank, s, to, 0);
+  } else if (fan == Fan::kOut) {
+    pack(to.rows, height, whole.count, K, rows.at(whole.row, 0), pairs);
+    if (stacked) return shrink(0, ranks, whole, to, 0);
+    for (int64_t t = 0; t < slots; ++t)
+      shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, to, hidden_first[t]);
+  } else {
+    for (int64_t t = 0; t < slots; ++t) {
+      float* packed = t == 0 ? to.rows : scratch;
+      pack(packed, height, whole.count, K, rows.at(whole.row, 0).offset(t * rows_slot));
+      shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, {packed, to.hidden}, hidden_first[t]);
+      if (t > 0) add(to.rows, packed, K * height);
+    }
+  }
+}
+
+// base [rows][kCols] holds a panel's rows · W + bias: adds every slot's hidden · B and writes the result.
+void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* base, const float* b_rows,
+                      int64_t ldb) const {
+  alignas(64) float result[kMaxRows * kCols];
+  const int64_t column = column_panel * kCols;
+  const int cols = static_cast<int>(std::min<int64_t>(kCols, N - column));
+  const auto parts = segments(panel);
+
+  // base + hidden · B for one slot's rows, written to `slot` of out
+  const auto add_adapter = [&](const Segment& s, int64_t t, int64_t slot) {
+    const float* h = from.hidden + hidden_first[t] * height + s.lane;
+    const float* b = b_rows + adapter[t].first * ldb;
+    const float* in = base + s.lane * kCols;
+    const int64_t at = (slot * M + s.row) * N + column;
+    if (out_dtype == DType::f32 && cols % kLanes == 0) {
+      tile(s.count, cols, adapter[t].rank, h, b, ldb, in, kCols, static_cast<float*>(out) + at, N);
+    } else {
+      tile(s.count, cols, adapter[t].rank, h, b, ldb, in, kCols, result, kCols);
+      write(static_cast<char*>(out) + at * size_of(out_dtype), out_dtype, N, s.count, cols, result);
+    }
+  };
+  const Segment& whole = parts.of[0];
+  if (fan == Fan::kEach) {
+    for (const Segment& s : parts) add_adapter(s, s.slot, s.slot);
+  } else if (fan == Fan::kOut) {
+    for (int64_t t = 0; t < slots; ++t) add_adapter(whole, t, t);
+  } else {
+    for (int64_t t = 0; t + 1 < slots; ++t)
+      tile(whole.count, cols, adapter[t].rank, from.hidden + hidden_first[t] * height, b_rows + adapter[t].first * ldb,
+           ldb, base, kCols, base, kCols);
+    add_adapter(whole, slots - 1, 0);
+  }
+}
+
+void LoraGemm::pack_column_panel(int64_t c, float* weight_panel, float* b_panel) const {
+  const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
+  pack(weight_panel, kCols, cols, K, weight.at(c * kCols, 0), pairs);
+  pack(b_panel, kCols, cols, ranks, b.at(c * kCols, 0));
+}
+
+// So few rows that reading W, A and B is the work: they are used from memory as they are, and not packed.
+void LoraGemm::run_few() {
+  alignas(64) const float zeros[kCols] = {};
+  float* packed = shared_workspace.get(rows_size + hidden_size);
+  const Panel panel{packed, packed + rows_size};
+  const auto parts = segments(0);
+  pack(panel.rows, height, parts.rows, K, rows);
+
+  struct Job {
+    Segment segment;
+    int64_t first, rank, column;
+  };
+  std::vector<Job> jobs;
+  const auto add_jobs = [&](const Segment& s, int64_t first, int64_t rank, int64_t column) {
+    for (int64_t c = 0; c < rank; c += kCols)
+      jobs.push_back({s, first + c, std::min<int64_t>(kCols, rank - c), column + c});
+  };
+  for (const Segment& s : parts) {
+    if (fan == Fan::kEach)
+      add_jobs(s, adapter[s.slot].first, adapter[s.slot].rank, 0);
+    else if (stacked)
+      add_jobs(s, 0, ranks, 0);
+    else
+      for (int64_t t = 0; t < slots; ++t)
+        add_jobs({t, s.row, 0, s.count}, adapter[t].first, adapter[t].rank, hidden_first[t]);
+  }
+  parallel(static_cast<int64_t>(jobs.size()), [&](int64_t i) {
+    const Job& job = jobs[i];
+    alignas(64) float sums[kFewRows * kCols];
+    const int cols = static_cast<int>(job.rank);
+    few_rows(job.segment.count, cols, K, panel.rows + job.segment.lane, height, a.at(job.first, 0), zeros, 0, sums,
+             kCols);
+    keep(sums, job.first, cols, job.segment, panel, job.column);
+  });
+  parallel(out ? ceil_div(N, kCols) : 0, [&](int64_t c) {
+    alignas(64) float base[kMaxRows * kCols];
+    const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
+    few_rows(parts.rows, cols, K, panel.rows, height, weight.at(c * kCols, 0), &bias[c * kCols], 0, base, kCols);
+    if (b.lane_stride == 1 && cols == kCols) {
+      expand(0, panel, c, base, static_cast<const float*>(b.at(c * kCols, 0).data), b.k_stride);
+    } else {
+      float* b_panel = local_workspace.get(ranks * kCols);
+      pack(b_panel, kCols, cols, ranks, b.at(c * kCols, 0));
+      expand(0, panel, c, base, b_panel, kCols);
+    }
+  });
+}
+
+void LoraGemm::run() {
+  plan();
+  const bool float_rows = weight.dtype == DType::f32 && a.dtype == DType::f32 && b.dtype == DType::f32;
+  if (panels == 1 && (fan == Fan::kEach ? slots * M : M) <= kFewRows && fan != Fan::kIn && float_rows &&
+      weight.k_stride == 1 && a.k_stride == 1)
+    return run_few();
+  // Adapters whose A is packed together: all of them, or one by one.
+  std::vector<Adapter> groups;
+  if (stacked && fan == Fan::kOut)
+    groups.push_back({0, ranks});
+  else
+    for (const Adapter& t : adapter)
+      if (t.rank && std::none_of(groups.begin(), groups.end(), [&](const Adapter& g) { return g.first == t.first; }))
+        groups.push_back(t);
+
+  const int64_t column_panels = out ? ceil_div(N, kCols) : 0;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t block = std::clamp<int64_t>((512 << 10) / (rows_size * 4), 1, 8);  // panels that share the L2 cache
+  const int64_t blocks = ceil_div(panels, block);
+  const bool streamed = blocks >= 4 * threads;  // else too few blocks to go round: threads share out the columns
+  const bool prepacked = blocks > 1;            // else a weight panel is used once, by the thread that packs it
+
+  // Everything the threads share: packed A, packed W and B, and all panels where they are not streamed.
+  const int64_t weight_size = words * kCols, b_size = ranks * kCols, column_size = weight_size + b_size;
+  int64_t a_size = 0;
+  for (const Adapter& g : groups) a_size += ceil_div(g.rank, kCols) * kCols * words;
+  const int64_t panel_size = rows_size + hidden_size;
+  float* a_packed = shared_workspace.get(a_size + (prepacked ? column_panels * column_size : 0) +
+                                         (streamed ? 0 : panels * panel_size));
+  float* columns_packed = a_packed + a_size;
+  float* panels_packed = columns_packed + (prepacked ? column_panels * column_size : 0);
+
+  a_panels.assign(ranks + 1, nullptr);
+  std::vector<std::pair<Adapter, float*>> a_jobs;  // a panel of A, and where it goes
+  for (const Adapter& g : groups) {
+    a_panels[g.first] = a_packed;
+    for (int64_t c = 0; c < g.rank; c += kCols, a_packed += kCols * words)
+      a_jobs.push_back({{g.first + c, std::min<int64_t>(kCols, g.rank - c)}, a_packed});
+  }
+  const int64_t a_count = static_cast<int64_t>(a_jobs.size());
+  parallel(a_count + (prepacked ? column_panels : 0), [&](int64_t i) {
+    if (i < a_count)
+      return pack(a_jobs[i].second, kCols, a_jobs[i].first.rank, K, a.at(a_jobs[i].first.first, 0), pairs);
+    float* to = columns_packed + (i - a_count) * column_size;
+    pack_column_panel(i - a_count, to, to + weight_size);
+  });
+
+  const auto compute = [&](int64_t p, Panel from, int64_t c, const float* weight_panel) {
+    alignas(64) float base[kMaxRows * kCols];
+    const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
+    wide(segments(p).rows, cols, words, from.rows, weight_panel, kCols, &bias[c * kCols], 0, base, kCols);
+    expand(p, from, c, base, weight_panel + weight_size, kCols);
+  };
+  const auto panel_at = [&](float* start, int64_t i) {
+    return Panel{start + i * panel_size, start + i * panel_size + rows_size};
+  };
+  if (streamed) {
+    parallel(blocks, [&](int64_t i) {
+      const int64_t first = i * block, count = std::min(block, panels - first);
+      float* local = local_workspace.get((block + 1) * panel_size);
+      for (int64_t p = 0; p < count; ++p) prepare(first + p, panel_at(local, p), panel_at(local, block).rows);
+      for (int64_t c = 0; c < column_panels; ++c)
+        for (int64_t p = 0; p < count; ++p) compute(first + p, panel_at(local, p), c, columns_packed + c * column_size);
+    });
+  } else {
+    parallel(panels, [&](int64_t p) { prepare(p, panel_at(panels_packed, p), local_workspace.get(rows_size)); });
+    parallel(blocks * column_panels, [&](int64_t i) {
+      const int64_t c = i / blocks, first = i % blocks * block;
+      float* columns = prepacked ? columns_packed + c * column_size : local_workspace.get(column_size);
+      if (!prepacked) pack_column_panel(c, columns, columns + weight_size);
+      for (int64_t p = first; p < std::min(first + block, panels); ++p)
+        compute(p, panel_at(panels_packed, p), c, columns);
+    });
+  }
+  shared_workspace.trim();
+}
+
+}  // namespace fastcss::cpu

@@ -1,0 +1,228 @@
+// Vectors, element types, and the packing that brings every operand into the order in which the micro-kernel reads it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#define FASTCSS_INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#define FASTCSS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTCSS_CLONES
+#endif
+
+namespace fastcss::cpu {
+
+constexpr int kLanes = 16;         // floats in a Vec
+constexpr int kCols = 2 * kLanes;  // columns of a tile
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+
+FASTCSS_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FASTCSS_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+// ---- element types -------------------------------------------------------------------------------------------------
+
+enum class DType { f32, bf16, f16 };
+inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+typedef uint16_t Half16Bits __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef _Float16 Half16 __attribute__((vector_size(2 * kLanes)));
+
+FASTCSS_INLINE Vec load(const BFloat16* p) {
+  Half16Bits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Bits) << 16);
+}
+FASTCSS_INLINE Vec load(const _Float16* p) {
+  Half16 half;
+  std::memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, Vec);
+}
+FASTCSS_INLINE void store(BFloat16* p, Vec v) {  // to nearest, ties to even; NaN stays NaN
+  const Bits bits = reinterpret_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits nan = (bits >> 16) | 0x40;
+  const auto narrow = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Half16Bits);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+FASTCSS_INLINE void store(_Float16* p, Vec v) {
+  const Half16 half = __builtin_convertvector(v, Half16);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+// The first `n` lanes only; the others of a loaded vector are zero.
+template <class T>
+FASTCSS_INLINE Vec load(const T* p, int64_t n) {
+  T whole[kLanes] = {};
+  std::memcpy(whole, p, n * sizeof(T));
+  return load(whole);
+}
+template <class T>
+FASTCSS_INLINE void store(T* p, Vec v, int64_t n) {
+  T whole[kLanes];
+  store(whole, v);
+  std::memcpy(p, whole, n * sizeof(T));
+}
+
+// ---- packing: dst[word][width] -------------------------------------------------------------------------------------
+
+// A matrix seen as lanes (rows of the left operand, columns of the right one) by terms of the sum.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t lane_stride, k_stride;  // in elements
+  Matrix offset(int64_t elements) const {
+    return {static_cast<const char*>(data) + elements * size_of(dtype), dtype, lane_stride, k_stride};
+  }
+  Matrix at(int64_t lane, int64_t k) const { return offset(lane * lane_stride + k * k_stride); }
+};
+
+// How words are read: one float32 term each …
+template <class T>
+struct Single {
+  using Element = T;
+  static constexpr int terms = 1;
+  static FASTCSS_INLINE Vec along(const T* p, int64_t n) { return n == kLanes ? load(p) : load(p, n); }
+  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t, int) { return along(p, lanes); }
+};
+// … or two bfloat16 terms each.
+template <class T>
+struct Pair {
+  using Element = T;
+  static constexpr int terms = 2;
+  static FASTCSS_INLINE Vec along(const T* p, int64_t n) {
+    BFloat16 terms_of_words[2 * kLanes] = {};
+    for (int64_t first = 0; first < n; first += kLanes)
+      store(terms_of_words + first, n - first >= kLanes ? load(p + first) : load(p + first, n - first));
+    return load(reinterpret_cast<const float*>(terms_of_words));
+  }
+  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t k_stride, int n) {
+    const Bits first = round(Single<T>::along(p, lanes)),
+               second = n > 1 ? round(Single<T>::along(p + k_stride, lanes)) : Bits{};
+    return reinterpret_cast<Vec>((first >> 16) | second);
+  }
+  static FASTCSS_INLINE Bits round(Vec v) {  // bfloat16 in the high half of each lane
+    BFloat16 narrow[kLanes];
+    store(narrow, v);
+    return reinterpret_cast<Bits>(load(narrow));
+  }
+};
+
+// One of the four rounds of a 16×16 transpose: exchanges the off-diagonal blocks of STEP × STEP.
+template <int STEP>
+FASTCSS_INLINE void exchange(Vec (&rows)[kLanes]) {
+  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Bits low = (lane & STEP) != 0 ? lane + kLanes - STEP : lane;
+  const Bits high = (lane & STEP) != 0 ? lane + kLanes : lane + STEP;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & STEP) continue;
+    const Vec x = rows[i], y = rows[i + STEP];
+    rows[i] = __builtin_shuffle(x, y, low);
+    rows[i + STEP] = __builtin_shuffle(x, y, high);
+  }
+}
+
+// 16 words of up to 16 lanes, contiguous in k, as one vector a word.
+template <class Word>
+FASTCSS_INLINE void read_transposed(Vec (&words)[kLanes], const typename Word::Element* src, int64_t lane_stride,
+                                    int lanes, int64_t terms) {
+  const int64_t n = std::min<int64_t>(kLanes * Word::terms, terms);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) words[i] = i < lanes ? Word::along(src + i * lane_stride, n) : Vec{};
+  exchange<8>(words), exchange<4>(words), exchange<2>(words), exchange<1>(words);
+}
+
+// Every store is a whole vector: what runs over `lanes` is overwritten by the next word, or by the next 16 lanes, and
+// the buffer has room for the last one.
+template <class Word>
+FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, Matrix m) {
+  using T = typename Word::Element;
+  const T* src = static_cast<const T*>(m.data);
+  constexpr int kBlock = kLanes * Word::terms;
+  if (m.k_stride == 1 && m.lane_stride != 1) {
+    for (; k > 0; k -= kBlock, src += kBlock, dst += kLanes * width) {
+      Vec words[kLanes];
+      read_transposed<Word>(words, src, m.lane_stride, lanes, k);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j)
+        if (j * Word::terms < k) store(dst + j * width, words[j]);
+    }
+    return;
+  }
+  for (; k > 0; k -= Word::terms, src += Word::terms * m.k_stride, dst += width) {
+    const int n = static_cast<int>(std::min<int64_t>(Word::terms, k));
+    if (m.lane_stride == 1) {
+      store(dst, Word::across(src, lanes, m.k_stride, n));
+    } else {
+      T gathered[Word::terms * kLanes] = {};
+      for (int j = 0; j < n; ++j)
+        for (int i = 0; i < lanes; ++i) gathered[j * kLanes + i] = src[j * m.k_stride + i * m.lane_stride];
+      store(dst, Word::across(gathered, kLanes, kLanes, n));
+    }
+  }
+}
+
+#define FASTCSS_PACK(name, word)                                                           \
+  FASTCSS_CLONES inline void name(float* dst, int width, int lanes, int64_t k, Matrix m) { \
+    pack_lanes<word>(dst, width, lanes, k, m);                                             \
+  }
+FASTCSS_PACK(pack_f32, Single<float>)
+FASTCSS_PACK(pack_bf16, Single<BFloat16>)
+FASTCSS_PACK(pack_f16, Single<_Float16>)
+FASTCSS_PACK(pack_pairs_f32, Pair<float>)
+FASTCSS_PACK(pack_pairs_bf16, Pair<BFloat16>)
+FASTCSS_PACK(pack_pairs_f16, Pair<_Float16>)
+#undef FASTCSS_PACK
+
+// A panel of `lanes` ≤ width lanes and k terms. The buffer needs room for kLanes floats past its end.
+inline void pack(float* dst, int width, int lanes, int64_t k, Matrix m, bool pairs = false) {
+  constexpr decltype(&pack_f32) packers[2][3] = {{pack_f32, pack_bf16, pack_f16},
+                                                 {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
+  for (int first = 0; first < lanes; first += kLanes)
+    packers[pairs][static_cast<int>(m.dtype)](dst + first, width, std::min(kLanes, lanes - first), k, m.at(first, 0));
+}
+
+FASTCSS_CLONES inline void add(float* sum, const float* term, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += term[i];
+}
+
+// ---- unpacking -----------------------------------------------------------------------------------------------------
+
+template <class T>
+FASTCSS_INLINE void write_rows(T* dst, int64_t ld, int rows, int cols, const float* tile) {
+  for (int i = 0; i < rows; ++i)
+    for (int first = 0; first < cols; first += kLanes) {
+      const Vec v = load(tile + i * kCols + first);
+      const int n = std::min(kLanes, cols - first);
+      n == kLanes ? store(dst + i * ld + first, v) : store(dst + i * ld + first, v, n);
+    }
+}
+FASTCSS_CLONES inline void write_f32(float* dst, int64_t ld, int rows, int cols, const float* tile) {
+  write_rows(dst, ld, rows, cols, tile);
+}
+FASTCSS_CLONES inline void write_bf16(BFloat16* dst, int64_t ld, int rows, int cols, const float* tile) {
+  write_rows(dst, ld, rows, cols, tile);
+}
+FASTCSS_CLONES inline void write_f16(_Float16* dst, int64_t ld, int rows, int cols, const float* tile) {
+  write_rows(dst, ld, rows, cols, tile);
+}
+
+// Writes the first `cols` columns of a float32 tile [rows][kCols] as elements of `dtype`.
+inline void write(void* dst, DType dtype, int64_t ld, int rows, int cols, const float* tile) {
+  if (dtype == DType::f32) write_f32(static_cast<float*>(dst), ld, rows, cols, tile);
+  if (dtype == DType::bf16) write_bf16(static_cast<BFloat16*>(dst), ld, rows, cols, tile);
+  if (dtype == DType::f16) write_f16(static_cast<_Float16*>(dst), ld, rows, cols, tile);
+}
+
+}  // namespace fastcss::cpu

@@ -1,0 +1,62 @@
+// Work sharing on torch's threads, and memory that is kept from call to call.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "pack.h"
+
+namespace fastcss::cpu {
+
+// f(i) for every i < items, on torch's threads. Which thread takes which item is left open; no result depends on it.
+template <class F>
+void parallel(int64_t items, const F& f) {
+  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t i = 0; i < items; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (; first < last; ++first)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
+  });
+}
+
+// A buffer that a thread keeps from call to call: no page faults after the first. Large ones are given back.
+class Workspace {
+ public:
+  ~Workspace() { std::free(data_); }
+  float* get(int64_t floats) {
+    floats += kLanes;  // pack() stores whole vectors
+    if (floats > size_) {
+      std::free(data_);
+      size_ = (floats + 1023) / 1024 * 1024;
+      data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+      if (data_ == nullptr) throw std::bad_alloc();
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ * sizeof(float) <= kKept) return;
+    std::free(data_);
+    data_ = nullptr, size_ = 0;
+  }
+
+ private:
+  static constexpr size_t kKept = size_t{64} << 20;
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// What one call's threads share, owned by the calling thread; and what each of them has for itself.
+inline thread_local Workspace shared_workspace, local_workspace;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace fastcss::cpu
