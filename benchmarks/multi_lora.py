@@ -237,14 +237,15 @@ def _grouped(data: Layer) -> Step:
 
 
 def _peft_layer(data: Layer):
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, get_peft_model
 
     t, r, k = data.a.shape
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(k, data.weight.shape[0])}).to(data.x)
+    linear = torch.nn.ModuleDict({"layer": torch.nn.Linear(k, data.weight.shape[0])})
     config = LoraConfig(r=r, lora_alpha=r, target_modules=["layer"])
-    for task in range(t):
-        inject_adapter_in_model(config, model, adapter_name=f"task{task}")
-    layer = model["layer"].to(data.x)
+    model = get_peft_model(linear, config, adapter_name="task0")
+    for task in range(1, t):
+        model.add_adapter(f"task{task}", config)
+    layer = linear["layer"].to(data.x)
     with torch.no_grad():
         layer.base_layer.weight.copy_(data.weight)
         layer.base_layer.bias.copy_(data.bias)

@@ -35,7 +35,9 @@ def run(out: Path, model: str | None = None, tuned: bool = False, size: str = "s
 
     console = Console()
     malloc = "glibc keeps freed memory" if tuned and tune_malloc() else "the C library's default"
-    console.print(f"[bold]{TASKS} adapters of rank {RANK}, one photograph[/bold]; memory setting of both sides: {malloc}")
+    console.print(
+        f"[bold]{TASKS} adapters of rank {RANK}, one photograph[/bold]; memory setting of both sides: {malloc}"
+    )
     picture = _photograph(height)
     encoder, ids, spans, titles, weights = _encoder(model, size)
     console.print(f"Grounding DINO encoder, {weights}; picture {height}×{picture.shape[-1]}")
@@ -173,12 +175,12 @@ def _draw(out: Path, picture: Tensor, maps: Tensor, titles: list[str], figures: 
     figure = Figure(figsize=(15, 6.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 4).flat
-    image = picture.permute(1, 2, 0).clamp(0, 1)
+    image = picture.permute(1, 2, 0).clamp(0, 1).numpy()
     gray = image.mean(-1)
     next_panel = next(panels)
     next_panel.imshow(image)
     next_panel.set_title("the photograph")
-    for title, affinity in zip(titles, maps, strict=True):
+    for title, affinity in zip(titles, maps.numpy(), strict=True):
         panel = next(panels)
         panel.imshow(gray, cmap="gray")
         shown = panel.imshow(affinity, cmap="viridis", alpha=0.65)

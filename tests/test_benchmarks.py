@@ -1,0 +1,214 @@
+"""The benchmark harness: what it refuses, what it writes, and its arithmetic."""
+
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from benchmarks import __main__ as command_line  # noqa: E402
+from benchmarks import harness, limits, measure, multi_lora, plot, registry, report  # noqa: E402
+
+FIELDS = {
+    "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mib", "gflops",
+    "gbps", "limit_ms", "error", "verified", "torch", "triton", "commit", "source_sha", "malloc", "date", "device_name",
+}  # fmt: skip
+
+
+def broken():
+    raise RuntimeError("no such kernel\nand more lines")
+
+
+@pytest.fixture
+def case(monkeypatch):
+    """A sum of two vectors, done right twice, wrong in four ways, and not at all."""
+    monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
+    x = torch.arange(1.0, 1 + 2**18)
+    wrong_place = 2 * x
+    wrong_place[-1] += 8
+    providers = {
+        "fastcss": lambda: lambda: (x + x,),
+        "double": lambda: lambda: (2 * x,),
+        "zeros": lambda: lambda: (torch.zeros_like(x),),
+        "nan": lambda: lambda: (2 * x * float("nan"),),
+        "short": lambda: lambda: (2 * x[:-1],),
+        "one too many": lambda: lambda: (2 * x, x),
+        "one element": lambda: lambda: (wrong_place,),
+        "broken": broken,
+    }
+
+    def build(device, mode):
+        return registry.Problem(providers, lambda: (2 * x.double(),), 1e-6, flops=2e6, bytes=1e6)
+
+    return registry.Case("toy", "toy/sum", {"n": len(x)}, torch.float32, build, sources=())
+
+
+@pytest.fixture
+def outcome(case):
+    return harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0)
+
+
+def test_wrong_outputs_are_refused_and_never_timed(outcome):
+    rows = {row["provider"]: row for row in outcome.rows}
+    assert {name for name, row in rows.items() if row["verified"]} == {"fastcss", "double"}
+    for name in ("zeros", "nan", "short", "one too many", "one element"):
+        assert (rows[name]["median_ms"], rows[name]["peak_mib"]) == (None, None)
+        assert outcome.remarks[name].startswith("refused")
+    assert outcome.remarks["broken"] == "not run: RuntimeError: no such kernel"
+    assert "broken" not in rows
+
+
+def test_rows_have_the_fields_and_their_values(outcome):
+    row = outcome.rows[0]
+    assert set(row) == FIELDS
+    assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    assert row["limit_ms"] == pytest.approx(2.0)
+    assert row["gflops"] == pytest.approx(2e6 / row["median_ms"] / 1e6)
+    assert row["peak_mib"] == pytest.approx(1.0, abs=0.01)
+    assert (row["dtype"], row["malloc"], row["device"]) == ("float32", "default", "cpu")
+    json.dumps(row)
+
+
+def test_the_limit_is_the_slower_of_products_and_copies():
+    machine = limits.Limits(gemm=100e9, copy=10e9)
+    assert machine.ms(flops=1e9, bytes=1e6) == pytest.approx(10)
+    assert machine.ms(flops=1e6, bytes=1e9) == pytest.approx(100)
+
+
+def test_measured_limits_are_rates_of_this_machine():
+    found = limits.measured_limits("cpu", torch.float32)
+    assert 1e8 < found.gemm < 1e14
+    assert 1e8 < found.copy < 1e13
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "flops", "moved"),
+    [
+        ("shared", "fwd", 2 * 5 * 3 * 7 + 2 * 5 * 4 * 10, 4 * (15 + 28 + 40 + 70)),
+        ("diverged", "fwd", 2 * 2 * 5 * 3 * 7 + 2 * 5 * 4 * 10, 4 * (30 + 28 + 40 + 70)),
+        ("shared", "bwd", 2 * 210 + 3 * 400, 4 * (30 + 28 + 80 + 140)),
+    ],
+)
+def test_work_of_multi_lora(form, mode, flops, moved):
+    shape = {"form": form, "M": 5, "K": 3, "N": 7, "T": 2, "r": 2}
+    assert multi_lora.work(shape, 4, mode) == (flops, moved)
+
+
+def test_peak_memory_counts_temporaries_and_the_result():
+    mib = 2**18  # float32 values
+    assert measure.peak_mib(lambda: torch.ones(mib), "cpu") == pytest.approx(1, abs=0.01)
+    assert measure.peak_mib(lambda: torch.ones(3 * mib).sum(), "cpu") == pytest.approx(3, abs=0.01)
+    kept = torch.ones(mib)
+    assert measure.peak_mib(lambda: kept.add_(1), "cpu") == pytest.approx(0, abs=0.01)
+
+
+def test_providers_are_timed_in_turn():
+    order = []
+    steps = {
+        name: lambda name=name: order.append(name) or time.sleep(0.002 * (name == "slow")) for name in ("fast", "slow")
+    }
+    samples = measure.times_ms(steps, "cpu", seconds=0.0, least_rounds=4)
+    assert order == ["fast", "slow"] * 5  # one round warms up
+    assert [len(times) for times in samples.values()] == [4, 4]
+    assert min(samples["slow"]) >= 2 > min(samples["fast"])
+
+
+def test_every_provider_of_the_quick_cases_is_right():
+    cases = registry.select(registry.all_cases("cpu", quick=True), ["multi_lora"])
+    for case, mode in itertools.product(cases, registry.MODES):
+        torch.manual_seed(0)
+        problem = case.build("cpu", mode)
+        _, errors, remarks = harness.verify(problem.providers, problem.expected(), problem.tolerance)
+        assert not remarks, (case.name, mode)
+        assert errors["fastcss"] <= problem.tolerance
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_case_names_are_unique_and_selected_by_prefix(device):
+    cases = registry.all_cases(device)
+    assert len({case.name for case in cases}) == len(cases)
+    shared = registry.select(cases, ["multi_lora"], ["shared-"])
+    assert {case.name.split("-")[0] for case in shared} == {"multi_lora/shared"}
+
+
+def test_the_grid_is_whole():
+    assert len(registry.select(registry.all_cases("cpu"), names=["grid"])) == 4 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_op"], "no op 'no_such_op'; there are: multi_lora, one_pass"),
+        (["multi_lora", "--case", "nowhere"], "no case starts with 'nowhere'; there are:\n  multi_lora/shared-m1024"),
+        (["--mode", "sideways"], "invalid choice: 'sideways'"),
+    ],
+)
+def test_bad_names_are_answered_with_the_list(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_exit_code_says_whether_fastcss_was_right(case, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(registry, "all_cases", lambda device, quick: [case])
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--quick", "--mode", "fwd", "--malloc", "default", "--out", str(out)]
+    assert command_line.main(arguments) == 0
+    assert "refused: its error is" in capsys.readouterr().out
+    assert len(report.read(out)) == 7
+    case.build("cpu", "fwd").providers["fastcss"] = broken
+    assert command_line.main(arguments) == 1
+
+
+def test_newer_rows_replace_older_ones(outcome, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    report.merge_into(path, outcome.rows)
+    other = [row | {"case": "toy/other"} for row in outcome.rows[:1]]
+    newer = [row | {"median_ms": 1.0} for row in outcome.rows[:1]]
+    report.merge_into(path, other)
+    report.merge_into(path, newer)
+    rows = report.read(path)
+    assert len(rows) == len(outcome.rows) + 1
+    assert rows[0]["median_ms"] == 1.0
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert "Infinity" not in path.read_text()
+
+
+def test_a_failed_write_leaves_the_old_file(outcome, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    report.merge_into(path, outcome.rows)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        report.merge_into(path, [outcome.rows[0] | {"shape": object()}])
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_the_source_hash_follows_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    kernel = tmp_path / "csrc" / "gemm.h"
+    kernel.write_text("a")
+    before = harness.source_sha([])
+    (tmp_path / "notes.txt").write_text("not a source")
+    assert harness.source_sha([]) == before
+    kernel.write_text("b")
+    assert harness.source_sha([]) != before
+
+
+def test_plots_are_drawn_from_rows(outcome, tmp_path):
+    grid = [
+        row | {"case": f"multi_lora/grid-{form}-m{m}", "shape": {"form": form, "M": m, "T": 2, "r": 8}}
+        for row in outcome.rows
+        for form in ("shared", "diverged")
+        for m in (1, 64)
+    ]
+    file = tmp_path / "cpu.jsonl"
+    report.merge_into(file, [*outcome.rows, *grid])
+    assert plot.main([str(file), "--out", str(tmp_path)]) == 0
+    assert {picture.name for picture in tmp_path.glob("*.png")} == {"cpu-toy-fwd.png", "cpu-toy-fwd-grid.png"}

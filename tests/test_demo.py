@@ -1,0 +1,98 @@
+"""The demo, and the encoder that it and the benchmarks run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+transformers = pytest.importorskip("transformers")
+
+from fastcss import demo  # noqa: E402
+from fastcss.models import grounding_dino  # noqa: E402
+from fastcss.models.grounding_dino import GroundingDinoEncoder, add_adapters, phrases_to_ids  # noqa: E402
+
+
+def test_the_demo_writes_a_picture_and_both_ways_agree(tmp_path, capsys):
+    figures = demo.run(tmp_path / "out" / "demo.png", size="tiny", height=96)
+    assert figures["difference"] < 1e-5
+    assert figures["gflop_shared"] > 0 < figures["gflop_per_task"]
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["demo.png"]
+    printed = capsys.readouterr().out
+    for words in ("random weights", "switching adapters", "largest difference"):
+        assert words in printed
+
+
+def test_a_missing_model_folder_is_named():
+    command = [sys.executable, "-m", "fastcss", "demo", "--model", "/no/such/folder"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert "no such folder: /no/such/folder" in finished.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return transformers.GroundingDinoModel(grounding_dino._config("tiny")).eval()
+
+
+@pytest.fixture(scope="module")
+def padded_batch():
+    ids = phrases_to_ids([(5, 6), (7,)])[0].repeat(2, 1)
+    pixel_mask = torch.ones(2, 97, 130, dtype=torch.long)
+    pixel_mask[1, 80:] = pixel_mask[1, :, 100:] = 0
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, -3:] = 0
+    pixels = torch.randn(2, 3, 97, 130, generator=torch.Generator().manual_seed(1))
+    return {"pixel_values": pixels, "input_ids": ids, "pixel_mask": pixel_mask, "attention_mask": attention_mask}
+
+
+@torch.no_grad()
+def test_the_encoder_is_the_models_own(tiny, padded_batch):
+    whole, part = tiny(**padded_batch), GroundingDinoEncoder(tiny)(**padded_batch)
+    torch.testing.assert_close(part.last_hidden_state_vision, whole.encoder_last_hidden_state_vision, rtol=0, atol=0)
+    torch.testing.assert_close(part.last_hidden_state_text, whole.encoder_last_hidden_state_text, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_an_encoder_comes_back_from_a_checkpoint_folder(tiny, padded_batch, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    back = GroundingDinoEncoder.from_folder(tmp_path)(**padded_batch)
+    expected = GroundingDinoEncoder(tiny)(**padded_batch)
+    assert torch.equal(back.last_hidden_state_vision, expected.last_hidden_state_vision)
+
+
+def test_random_encoders_follow_their_seed_and_leave_the_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    first, again, other = (GroundingDinoEncoder.random("tiny", seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.randn(3), expected)
+    name = "encoder.layers.0.fusion_layer.attn.vision_proj.weight"
+    assert torch.equal(first.get_parameter(name), again.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+    assert torch.all(first.get_parameter("encoder.layers.0.fusion_layer.vision_param") == 0.5)
+
+
+@pytest.mark.parametrize(("sites", "layers"), [("swin+fusion", 4 * 3 + 2 * 4), ("fusion", 2 * 4)])
+def test_adapters_sit_where_they_should(sites, layers):
+    model = add_adapters(GroundingDinoEncoder.random("tiny"), tasks=2, rank=4, sites=sites)
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == layers
+    assert not any("text_backbone" in name or "text_enhancer" in name for name in adapted)
+    assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_phrases_stand_where_the_spans_say():
+    ids, spans = phrases_to_ids([(5, 6), (7,)])
+    assert ids.tolist() == [[101, 5, 6, 1012, 7, 1012, 102]]
+    assert [ids[0, span].tolist() for span in spans] == [[5, 6], [7]]
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(ValueError, match="'swin-t' or 'tiny', got 'huge'"):
+        GroundingDinoEncoder.random("huge")
