@@ -84,7 +84,8 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 def peak_mib(step: Callable[[], object], device: str) -> float:
     """Most memory one call holds at a time beyond what was there before it; its result counts, kept state does not.
 
-    On CPU from the profiler's record of torch's allocator, which sees temporaries inside compiled ops too.
+    On CPU from the profiler's record of torch's allocator. It sees temporaries inside compiled ops too, but not the
+    workspace that our C++ ops keep for each thread, which is state like any other.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import __main__ as command_line  # noqa: E402
-from benchmarks import harness, limits, measure, multi_lora, plot, registry, report  # noqa: E402
+from benchmarks import __main__ as command_line
+from benchmarks import harness, limits, measure, multi_lora, plot, registry, report
 
 FIELDS = {
     "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mib", "gflops",
