@@ -196,6 +196,7 @@ def multi_lora(
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
     adapters = Adapters.of(lora_a, lora_b, offsets, scales, index, max_rank)
+    bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         y, h = linear(x, weight, bias, adapters, torch.float32 if save_h else None)
     return y, h if save_h else x.new_empty(0, dtype=torch.float32)

@@ -66,7 +66,7 @@ def multi_lora(
     inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
     rows = x
     if len(inner) != 1:  # the raw op takes [M, K] or [slots, M, K]
-        rows = x.reshape(-1, x.shape[-1]) if mode == "shared" else x.reshape(x.shape[0], inner.numel(), x.shape[-1])
+        rows = x.reshape(*x.shape[: 0 if mode == "shared" else 1], inner.numel(), x.shape[-1])
     if impl in ("reference", "composed"):
         room = reference if impl == "reference" else composed
         y = room.multi_lora(rows, weight, bias, lora, index)
@@ -78,10 +78,18 @@ def multi_lora(
 def _run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora, index: Tensor | None) -> Tensor:
     tensors = (x, weight, bias, lora.a, lora.b)
     arguments = (*tensors, lora.offsets, lora.scales, index, lora.max_rank)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        save_h = lora.a.requires_grad or lora.b.requires_grad
+    if torch.is_grad_enabled() and any(t is not None and _requires_grad(t) for t in tensors):
+        save_h = _requires_grad(lora.a) or _requires_grad(lora.b)
         return MultiLora.apply(*arguments, save_h, impl)[0]
     return FORWARD[impl](*arguments, False)[0]
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    """Also of a tensor mapped by torch.vmap, whose wrapper says no where what it wraps says yes."""
+    if not torch.compiler.is_compiling():
+        while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 class MultiLora(torch.autograd.Function):

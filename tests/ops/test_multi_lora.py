@@ -423,7 +423,7 @@ def test_only_what_is_asked_for_is_differentiated(impl, needs, device):
 def test_double_backward_raises(impl, device):
     inputs = make("shared", (3,), 7, 5, (2, 1), device=device).leaves()
     (gradient,) = torch.autograd.grad(inputs.call(runs(impl, device)).sum(), inputs.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
 
@@ -570,11 +570,11 @@ def test_training_through_vmap(impl, name, device):
     want = torch.autograd.grad(_loop(function, arguments, in_dims).square().sum(), leaves)
     got = torch.autograd.grad(torch.vmap(function, in_dims)(*arguments).square().sum(), leaves)
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
     def loss(*sample):
         return function(*sample).square().sum()
 
     per_sample = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims)(*(v.detach() for v in arguments))
     for one, other, dim in zip(per_sample, want, in_dims, strict=False):
-        torch.testing.assert_close(one if dim == 0 else one.sum(0), other)
+        torch.testing.assert_close(one if dim == 0 else one.sum(0), other, rtol=1e-4, atol=1e-4)
