@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcss import PackedLora, _backends, multi_lora
 
@@ -274,6 +275,65 @@ def test_nan_and_inf_propagate(impl, mode, value, device):
         want, got = inputs.call("reference"), inputs.call(runs(impl, device))
         assert torch.equal(want.isfinite(), got.isfinite())
         assert not got[..., 2, :].isfinite().any()
+
+
+# --- memory and the device ------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every tensor that torch allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in known:
+            self.bytes.append(result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("mode", ["shared", "diverged"])
+def test_triton_allocates_the_result_and_the_hidden_activations(mode, device):
+    """Forward: y and O(M·Σr). Backward: the gradients, O(M·Σr), and one [M, N] where x is shared; no [T, M, N]."""
+    runs("triton", device)
+    from fastcss.kernels.multi_lora import multi_lora as forward
+    from fastcss.kernels.multi_lora_backward import multi_lora_backward as backward
+
+    inputs = make(mode, (100,), 64, 96, (4,) * 8, device=device)
+    tensors = (inputs.a, inputs.b, inputs.lora.offsets, inputs.lora.scales, None)
+    hidden = 100 * 32 * 4
+    with Allocations() as allocated:
+        y, h = forward(inputs.x, inputs.weight, inputs.bias, *tensors, 4, True)
+    assert sum(allocated.bytes) == y.nbytes + hidden == y.nbytes + h.nbytes
+    with Allocations() as allocated:
+        gradients = backward(y, inputs.x, inputs.weight, *tensors, h, 4, True, True)
+    sum_of_dy = 100 * 96 * 4 if mode == "shared" else 0
+    assert sum(allocated.bytes) == sum(g.nbytes for g in gradients) + hidden + sum_of_dy
+
+
+@pytest.mark.parametrize("mode", ["shared", "diverged", "routed"])
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_cuda_graph_replays_without_a_sync(impl, mode, device):
+    if device != "cuda":
+        pytest.skip("CUDA graphs need --device cuda")
+    for rows in (4, 300):
+        index = [1, -1, 0, 7] if mode == "routed" else None  # 7 is wrong: NaN, not an error
+        inputs = make(mode, (rows,), 64, 96, (4, 200, 0), index=index, dtype=torch.bfloat16, device=device)
+        dy, inputs = output_gradient(inputs), inputs.leaves()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            want = inputs.results(runs(impl, device), dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = inputs.results(impl, dy)
+        graph.replay()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
