@@ -151,7 +151,8 @@ def split_flops(model: nn.Module, inputs: dict[str, Tensor], sites: str) -> tupl
     total = counter.get_total_flops()
     parts = ["text_backbone", "text_projection"]
     if sites == "fusion":
-        parts += ["backbone", "input_proj_vision"]
+        levels = len(model.get_base_model().input_proj_vision)
+        parts += ["backbone", *(f"input_proj_vision.{level}" for level in range(levels))]
     found = {
         name.removeprefix(f"{type(model).__name__}.base_model.model."): sum(ops.values())
         for name, ops in counter.get_flop_counts().items()
