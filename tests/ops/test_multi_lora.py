@@ -187,7 +187,7 @@ def any_inputs(draw):
     )
 
 
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 25), ("cpu", 60), ("triton", 12)])
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 8)])
 def test_any_shape_and_stride(impl, examples, device, tolerances):
     runs(impl, device)
 
@@ -264,6 +264,7 @@ def test_index_minus_one_is_the_bare_layer(impl, rows, device):
     assert not got["b"].count_nonzero()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, under Triton's interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["shared", "diverged", "routed"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
