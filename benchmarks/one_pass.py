@@ -110,8 +110,9 @@ class System:
 
     def vmapped(self) -> Step:
         """``torch.vmap`` over stacked adapters: the six lines that share work without this package."""
-        self.model.set_adapter(self.names[0])
-        return self._vmapped(self.model, [self._adapter(name) for name in self.names])
+        model = copy.deepcopy(self.model)  # of its own: the loop switches the active adapter of the other one
+        model.set_adapter(self.names[0])
+        return self._vmapped(model, [self._adapter(name) for name in self.names])
 
     def vmapped_merged(self) -> Step:
         """The same over merged weights."""

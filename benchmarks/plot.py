@@ -78,7 +78,8 @@ def _bars(rows: Sequence[dict]) -> plt.Figure:
             spread = [[median - row["p20_ms"]], [row["p80_ms"] - median]]
             color = OUR_COLOR if row["provider"] == OURS else PEER_COLOR
             panel.barh(place, median, xerr=spread, color=color, error_kw={"elinewidth": 0.8})
-            label = f" {median:.3g} ms" + (f" ({median / ours:.2f}×)" if ours else "")
+            label = f" {median:.0f} ms" if median >= 100 else f" {median:.3g} ms"
+            label += f" ({median / ours:.2f}×)" if ours else ""
             panel.text(row["p80_ms"], place, label, va="center", fontsize=7)
         panel.axvline(ordered[0]["limit_ms"], color="black", linestyle="--", linewidth=0.8)
         panel.set_yticks(range(len(ordered)), [row["provider"] for row in ordered], fontsize=8)

@@ -62,6 +62,24 @@ def test_wrong_outputs_are_refused_and_never_timed(outcome):
     assert "broken" not in rows
 
 
+def test_a_provider_that_another_one_disturbs_is_refused():
+    state = {"factor": 2}
+
+    def careless():
+        state["factor"] = 3
+        return (torch.full((4,), 2.0),)
+
+    providers = {"disturbed": lambda: lambda: (torch.full((4,), float(state["factor"])),), "fastcss": lambda: careless}
+    expected = torch.full((4,), 2.0, dtype=torch.float64)
+    case = registry.Case(
+        "toy", "toy/state", {}, torch.float32, sources=(),
+        build=lambda device, mode: registry.Problem(providers, lambda: (expected,), 1e-6, flops=1, bytes=1),
+    )  # fmt: skip
+    outcome = harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0)
+    assert {row["provider"]: row["verified"] for row in outcome.rows} == {"disturbed": False, "fastcss": True}
+    assert "beside the others" in outcome.remarks["disturbed"]
+
+
 def test_rows_have_the_fields_and_their_values(outcome):
     row = outcome.rows[0]
     assert set(row) == FIELDS
