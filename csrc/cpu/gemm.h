@@ -143,18 +143,18 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
     const int64_t depth = std::min(k, kDepth);
     Vec sum[ROWS][kVecs] = {};
     for (int64_t first = 0; first < depth; first += kLanes)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        if (v * kLanes >= lanes) continue;
+      for (int v = 0; v * kLanes < lanes; ++v) {  // two independent sums hide each other's latency
         Vec words[kLanes];
         read_transposed<Single<T>>(words, src + v * kLanes * lane_stride + first, lane_stride,
                                    std::min(kLanes, lanes - v * kLanes), depth - first);
+        const int terms = static_cast<int>(std::min<int64_t>(kLanes, depth - first));
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j)
-          if (first + j < depth)
+        for (int j = 0; j < kLanes; ++j) {
+          if (j == terms) break;
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i)
-              sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - Vec{}, words[j]);
+          for (int i = 0; i < ROWS; ++i)
+            sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - Vec{}, words[j]);
+        }
       }
     for (int i = 0; i < ROWS; ++i)
       for (int v = 0; v < kVecs; ++v) total[i][v] += sum[i][v];

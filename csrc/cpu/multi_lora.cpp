@@ -115,7 +115,8 @@ std::vector<int64_t> shape(std::initializer_list<int64_t> sizes) { return sizes;
 Tensor hidden_like(const Tensor& x, const Route& r, bool indexed, int64_t rows, int64_t max_rank) {
   const int64_t slots = static_cast<int64_t>(r.adapter.size());
   const auto sizes = indexed ? shape({slots, rows, max_rank}) : shape({rows, r.ranks});
-  return torch::stable::new_empty(x, sizes, ScalarType::Float);
+  Tensor hidden = torch::stable::new_empty(x, sizes, ScalarType::Float);
+  return indexed ? torch::stable::zero_(hidden) : hidden;  // columns beyond a slot's own rank are not written
 }
 
 std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -136,7 +137,8 @@ std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight,
   Tensor y = torch::stable::new_empty(x, shape({slots, rows, N}));
   Tensor h = save_h ? hidden_like(x, r, index.has_value(), rows, max_rank)
                     : torch::stable::new_empty(x, shape({0}), ScalarType::Float);
-  if (bias) pack(g.bias.data(), 1, 1, N, matrix(*bias, 0, 0, "bias"));
+  for (int64_t c = 0; bias && c < N; c += kCols)
+    pack(&g.bias[c], kCols, static_cast<int>(std::min<int64_t>(kCols, N - c)), 1, matrix(*bias, 0, 0, "bias").at(c, 0));
   g.out = y.mutable_data_ptr();
   g.hidden = save_h ? static_cast<float*>(h.mutable_data_ptr()) : nullptr;
   LoraGemm(std::move(g)).run();

@@ -92,23 +92,24 @@ template <class T>
 struct Single {
   using Element = T;
   static constexpr int terms = 1;
-  static FASTCSS_INLINE Vec along(const T* p, int64_t n) { return n == kLanes ? load(p) : load(p, n); }
-  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t, int) { return along(p, lanes); }
+  static FASTCSS_INLINE Vec along(const T* p) { return load(p); }
+  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t, int) {
+    return lanes == kLanes ? load(p) : load(p, lanes);
+  }
 };
 // … or two bfloat16 terms each.
 template <class T>
 struct Pair {
   using Element = T;
   static constexpr int terms = 2;
-  static FASTCSS_INLINE Vec along(const T* p, int64_t n) {
-    BFloat16 terms_of_words[2 * kLanes] = {};
-    for (int64_t first = 0; first < n; first += kLanes)
-      store(terms_of_words + first, n - first >= kLanes ? load(p + first) : load(p + first, n - first));
-    return load(reinterpret_cast<const float*>(terms_of_words));
+  static FASTCSS_INLINE Vec along(const T* p) {
+    BFloat16 narrow[2 * kLanes];
+    store(narrow, load(p)), store(narrow + kLanes, load(p + kLanes));
+    return load(reinterpret_cast<const float*>(narrow));
   }
   static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t k_stride, int n) {
-    const Bits first = round(Single<T>::along(p, lanes)),
-               second = n > 1 ? round(Single<T>::along(p + k_stride, lanes)) : Bits{};
+    const Bits first = round(Single<T>::across(p, lanes, 0, 1));
+    const Bits second = n > 1 ? round(Single<T>::across(p + k_stride, lanes, 0, 1)) : Bits{};
     return reinterpret_cast<Vec>((first >> 16) | second);
   }
   static FASTCSS_INLINE Bits round(Vec v) {  // bfloat16 in the high half of each lane
@@ -133,13 +134,25 @@ FASTCSS_INLINE void exchange(Vec (&rows)[kLanes]) {
   }
 }
 
+// A block that ends early, copied to where it can be read whole. Out of line: it is rare, and long when inlined.
+template <class T>
+__attribute__((noinline)) void stage(T* block, int width, const T* src, int64_t lane_stride, int lanes, int64_t terms) {
+  for (int i = 0; i < lanes; ++i)
+    for (int64_t j = 0; j < width; ++j) block[i * width + j] = j < terms ? src[i * lane_stride + j] : T{};
+}
+
 // 16 words of up to 16 lanes, contiguous in k, as one vector a word.
 template <class Word>
 FASTCSS_INLINE void read_transposed(Vec (&words)[kLanes], const typename Word::Element* src, int64_t lane_stride,
                                     int lanes, int64_t terms) {
-  const int64_t n = std::min<int64_t>(kLanes * Word::terms, terms);
+  constexpr int kBlock = kLanes * Word::terms;
+  typename Word::Element block[kLanes * kBlock];
+  if (terms < kBlock) {
+    stage(block, kBlock, src, lane_stride, lanes, terms);
+    src = block, lane_stride = kBlock;
+  }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) words[i] = i < lanes ? Word::along(src + i * lane_stride, n) : Vec{};
+  for (int i = 0; i < kLanes; ++i) words[i] = i < lanes ? Word::along(src + i * lane_stride) : Vec{};
   exchange<8>(words), exchange<4>(words), exchange<2>(words), exchange<1>(words);
 }
 
