@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._linear import linear
 from ._read_adapters import LoraWeights, is_conv1d, kind_of
 from ._task_rules import on_physical_tensors
 from .ops import multi_lora
@@ -78,7 +79,7 @@ class Adapted(nn.Module):
             if slots.axis is not None:
                 return on_physical_tensors(self._fold, x, slots.axis)
             if not self._covered(slots.tasks):
-                return self.base_layer(x)
+                return self.base(x[None])[0]
             return self.shared(x, slots.tasks)[0]
 
     def _fold(self, size: int, dims: tuple, x: Tensor, axis: Tensor) -> tuple[Tensor, int | None]:
@@ -94,7 +95,7 @@ class Adapted(nn.Module):
     def _bare(self, x: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
         """No adapter of the group touches this layer: an input without a task axis stays without."""
         if dim is None:
-            return self.base_layer(x), None
+            return self.base(x[None])[0], None
         return self.base(x.movedim(dim, 0)), 0
 
     def base(self, x: Tensor) -> Tensor:
@@ -170,6 +171,9 @@ class PackedLinear:
 
 class AdaptedLinear(Adapted):
     """A linear layer on ``multi_lora``."""
+
+    def base(self, x: Tensor) -> Tensor:
+        return linear(x, self._weight, self.base_layer.bias)
 
     def shared(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
         return self._run(x, tasks, "shared")

@@ -145,7 +145,7 @@ class StandIn:
 
     def _single(self, tasks: tuple[int, ...], shared: SharedWork | None, args: tuple, kwargs: dict) -> Output:
         """The model with one adapter or, with ``tasks`` empty, none."""
-        with shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
+        with TaskRules(self._owned), shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
             returned = self.model(*args, **kwargs)
         output = Output.of(returned, lambda tensor: shared is None or not shared.is_shared(tensor), 1)
         return output.with_mapped_leaves([leaf[None] for leaf in output.mapped_leaves()])

@@ -2,7 +2,8 @@
 
 vmap has a rule for nearly every op. ``TaskRules`` adds what it lacks while a model runs: attention, for which it would
 loop over the tasks on CPU; branches on a value, which it refuses even where all tasks agree on the value; and writes of
-the tasks' values into a tensor that the model has just made and that has no task axis yet.
+the tasks' values into a tensor that the model has just made and that has no task axis yet. Linear layers go to the
+project's own GEMM where that is the faster.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from ._linear import linear
 
 
 class Disagreement(RuntimeError):
@@ -50,8 +53,19 @@ class _OnPhysicalTensors(torch.autograd.Function):
         return call(info.batch_size, in_dims[1:], *tensors)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear with the mapped axis among its rows: one GEMM with the bias in it, on the GEMM of our choice."""
+    if is_mapped(weight) or is_mapped(bias):
+        return F.linear(x, weight, bias)
+    if not is_mapped(x):
+        return linear(x, weight, bias)
+    return on_physical_tensors(lambda _, dims, x: (linear(x.movedim(dims[0], 0), weight, bias), 0), x)
+
+
 def _attention(*args, **kwargs) -> Tensor:
     """scaled_dot_product_attention with the mapped axis folded into its batch."""
+    if not any(map(is_mapped, (*args, *kwargs.values()))):
+        return F.scaled_dot_product_attention(*args, **kwargs)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = dict(zip(names, args, strict=False)) | kwargs
     tensors = [given.pop(name, None) for name in names[:4]]
@@ -80,7 +94,7 @@ def _attention(*args, **kwargs) -> Tensor:
 
 def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
     """torch.isin of mapped elements in one set."""
-    if is_mapped(test_elements):
+    if not is_mapped(elements) or is_mapped(test_elements):
         return torch.isin(elements, test_elements, **kwargs)
     return on_physical_tensors(lambda _, dims, e: (torch.isin(e, test_elements, **kwargs), dims[0]), elements)
 
@@ -89,6 +103,8 @@ def _agreed(function: Callable) -> Callable:
     """``bool(t)``, ``t.item()``, …: the one value that all tasks have."""
 
     def read(tensor: Tensor, *args):
+        if not is_mapped(tensor):
+            return function(tensor, *args)
         while is_mapped(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         values = tensor.detach().flatten().tolist()
@@ -121,6 +137,7 @@ def _has_alias(tensor: Tensor) -> bool:
 _READERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, torch.is_nonzero)
 _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__")
 RULES: dict[Callable, Callable] = {
+    F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
     torch.isin: _isin,
     **{reader: _agreed(reader) for reader in _READERS},
@@ -128,7 +145,7 @@ RULES: dict[Callable, Callable] = {
 
 
 class TaskRules(TorchFunctionMode):
-    """Applies the rules to calls with mapped tensors.
+    """Applies the rules to a model's calls.
 
     Args:
         owned: ids of the tensors that outlive the call (weights, inputs), which no write may change into mapped ones.
@@ -140,10 +157,8 @@ class TaskRules(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        rule = RULES.get(func)
-        if rule is not None:
-            applies = any(map(is_mapped, (*args, *kwargs.values())))
-            return rule(*args, **kwargs) if applies else func(*args, **kwargs)
+        if func in RULES:
+            return RULES[func](*args, **kwargs)
         if _writes(func) and isinstance(args[0], Tensor) and not is_mapped(args[0]):
             mapped = next(filter(is_mapped, pytree.tree_leaves((args, kwargs))), None)
             if mapped is not None:
