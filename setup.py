@@ -11,7 +11,16 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
-CXX_FLAGS = ["-O3", "-std=gnu++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=gnu++20",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    *STABLE_ABI,
+]
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
@@ -20,12 +29,16 @@ CUDA_TARGETS = [
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    return sorted(str(path) for path in Path("csrc", folder).iterdir() if path.suffix in suffixes)
+    return sorted(str(path) for path in Path("csrc", folder).glob("*") if path.suffix in suffixes)
 
 
 def extensions() -> list:
     found = [CppExtension("fastcss._cpu", sources("cpu", ".cpp"), py_limited_api=True, extra_compile_args=CXX_FLAGS)]
     if os.environ.get("FASTCSS_CUDA") == "1":
+        if not sources("cuda", ".cu"):
+            raise SystemExit(
+                "FASTCSS_CUDA=1 asks for the CUDA module, but csrc/cuda holds no kernel yet: see impl='triton'"
+            )
         if CUDA_HOME is None:
             raise SystemExit("FASTCSS_CUDA=1 asks for the CUDA module, but no nvcc was found (set CUDA_HOME)")
         found.append(
@@ -66,7 +79,7 @@ class OptionalBuild(BuildExtension):
 
 
 setup(
-    packages=["fastcss", "fastcss.ops", "fastcss.reference", "fastcss.composed", "fastcss.kernels"],
+    packages=["fastcss", "fastcss.ops", "fastcss.reference", "fastcss.composed", "fastcss.models", "fastcss.kernels"],
     package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

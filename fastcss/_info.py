@@ -20,7 +20,8 @@ def info() -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    devices = [f"cpu: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    devices = [f"cpu: {platform.machine()}, {capability}, {threads} threads"]
     if torch.cuda.is_available():
         devices += [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return {

@@ -28,7 +28,9 @@ _MULTI_LORA = (
 )
 
 
-def _multi_lora_fake(x, weight, bias, lora_a, lora_b, offsets, scales, index, max_rank, save_h) -> tuple[Tensor, Tensor]:
+def _multi_lora_fake(
+    x, weight, bias, lora_a, lora_b, offsets, scales, index, max_rank, save_h
+) -> tuple[Tensor, Tensor]:
     slots = scales.shape[0] if index is None else index.shape[0]
     rows = x.shape[-2]
     y = x.new_empty(slots, rows, weight.shape[0])
@@ -38,8 +40,8 @@ def _multi_lora_fake(x, weight, bias, lora_a, lora_b, offsets, scales, index, ma
 
 _define("multi_lora", _MULTI_LORA, _multi_lora_fake)
 
-# dx [M, K] or [S, M, K] like x, dlora_a [Σr, K], dlora_b [Σr, N] in the adapters' dtype; what need_* turns off is empty.
-# h is what the forward pass saved, or empty: then it is computed again.
+# dx [M, K] or [S, M, K] like x, dlora_a [Σr, K], dlora_b [Σr, N] in the adapters' dtype; what need_* turns off is
+# empty. h is what the forward pass saved, or empty: then it is computed again.
 _MULTI_LORA_BACKWARD = (
     "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor offsets, Tensor scales, "
     "Tensor? index, Tensor h, int max_rank, bool need_dx, bool need_dlora) "

@@ -13,8 +13,8 @@ from torch import Tensor
 class PackedLora:
     """T LoRA adapters of one linear layer, packed row by row.
 
-    Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. A rank of 0 is an adapter that does not
-    touch this layer.
+    Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. A rank of 0 is an adapter that does
+    not touch this layer.
 
     Attributes:
         a: ``[sum(ranks), K]``, the down projections, one row a rank.
