@@ -7,6 +7,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import _schema  # noqa: F401  defines the ops
+
 # Arguments arrive as their shapes, in the order of the schemas in _schema.py. A routed slot counts the largest rank:
 # which adapter it takes is not in the shapes.
 

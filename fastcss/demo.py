@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import _flops  # noqa: F401  (the FLOPs of our own ops, for FlopCounterMode)
 from ._malloc import tune_malloc
 from .one_pass import one_pass
 

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastcss
-from fastcss import _flops  # noqa: F401  registers the formulas that FlopCounterMode reads
 
 EXACT = 1e-5  # float32, largest absolute difference: the sums are the loop's in another order
 
