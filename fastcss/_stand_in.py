@@ -9,10 +9,12 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.overrides import TorchFunctionMode
 
-from ._adapted_layers import Adapted, Slots, adapted
-from ._outputs import Output, join
+from ._adapted import Adapted, Slots
+from ._adapted_layers import adapted
+from ._group_size import Widest, group_size
+from ._leaves import Inputs, Output, join
 from ._read_adapters import Adapters
 from ._replay import SharedWork
 from ._task_rules import TaskRules, is_mapped
@@ -26,7 +28,7 @@ class StandIn:
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
         self._slots = Slots()
-        self._owned = {id(tensor) for tensor in self.tensors()}
+        self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
         layers = dict(self.model.named_modules())
         replaced: dict[nn.Module, Adapted] = {}
         for name, weights in adapters.layers.items():
@@ -60,14 +62,16 @@ class StandIn:
             if ours.training is not original.training:
                 ours.training = original.training
 
-    def snapshot(self) -> Callable[[], None]:
-        """What puts the buffers back as they are now, after a run that failed half-way."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+    def snapshot(self, inputs: Inputs) -> Callable[[], None]:
+        """What puts buffers and inputs back as they are now, after a run that failed half-way."""
+        tensors = [t for t in (*self.model.buffers(), *inputs.tensors) if not t.is_inference()]
+        before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
 
         def undo() -> None:
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for tensor, version, value in before:
+                    if tensor._version != version:
+                        tensor.copy_(value)
 
         return undo
 
@@ -79,63 +83,81 @@ class StandIn:
                     raise ValueError(
                         f"one_pass: {name or 'the model'} has gradient checkpointing on; turn it off to train"
                     )
-                if (
-                    isinstance(module, nn.modules.batchnorm._NormBase)
-                    and module.training
-                    and module.track_running_stats
-                ):
+                counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+                if counts and module.training:
                     return f"layer {name!r} updates its running statistics in every task's forward pass"
         return None
 
     # --------------------------------------------------------------------------------- every task on the same input
 
-    def side_by_side(self, tasks: tuple[int, ...], group_size: int, args: tuple, kwargs: dict) -> object:
-        """Groups of tasks under vmap; the groups share what no adapter touches."""
-        groups = [tasks[start : start + group_size] for start in range(0, len(tasks), group_size)]
+    def side_by_side(self, tasks: tuple[int, ...], size: int | None, inputs: Inputs) -> object:
+        """Groups of ``size`` tasks under vmap, which share what no adapter touches.
+
+        With None the size is ours to choose; on a CPU the first task of the first call runs alone, to be measured.
+        """
+        size = size or self._known_size(len(tasks), inputs)
         outputs = []
-        with self._sharing(len(groups), (args, kwargs)) as shared:
-            for group in groups:
-                axis = torch.arange(len(group), device=self.device)
-                outputs.append(self._mapped(lambda: self.model(*args, **kwargs), axis, (), shared, tasks=group))
+        with self._sharing(size != len(tasks), inputs) as shared:
+            if size is None:
+                widest, first, tasks = Widest(), tasks[:1], tasks[1:]
+                outputs.append(self._group(first, inputs, shared, widest))
+                self._widest[inputs.shapes] = widest.bytes
+                size = self._known_size(len(tasks), inputs)
+            for start in range(0, len(tasks), size):
+                outputs.append(self._group(tasks[start : start + size], inputs, shared))
         return join(outputs).expanded()
 
-    def in_turn(self, tasks: tuple[int, ...], args: tuple, kwargs: dict) -> object:
+    def in_turn(self, tasks: tuple[int, ...], inputs: Inputs) -> object:
         """One task after the other; the later ones take over what no adapter touches."""
-        with self._sharing(len(tasks), (args, kwargs)) as shared:
-            return join([self._single((task,), shared, args, kwargs) for task in tasks]).expanded()
+        with self._sharing(len(tasks) > 1, inputs) as shared:
+            return join([self._single((task,), inputs, shared) for task in tasks]).expanded()
+
+    def _known_size(self, tasks: int, inputs: Inputs) -> int | None:
+        """Tasks to run side by side; None where that has to be measured first."""
+        if tasks == 1 or self.device.type != "cpu" or self.training:
+            return tasks
+        widest = self._widest.get(inputs.shapes)
+        return None if widest is None else group_size(tasks, widest)
 
     # ------------------------------------------------------------------------------------ an adapter for each sample
 
-    def routed(self, route: Tensor, args: tuple, kwargs: dict) -> object:
+    def routed(self, route: Tensor, inputs: Inputs) -> object:
         """Under vmap over the samples, each a batch of one: exact whatever the model does with its batch axis."""
-        samples, rebuild = _batched(route, args, kwargs)
+        samples, rebuild = inputs.batched(len(route))
 
         def run(*samples: Tensor) -> object:
-            args, kwargs = rebuild([sample[None] for sample in samples])
-            return self.model(*args, **kwargs)
+            return rebuild([sample[None] for sample in samples]).call(self.model)
 
-        return self._mapped(run, route, samples, None, routed=True).as_batch()
+        return self._mapped(run, route, samples, [TaskRules(self._owned(inputs))], routed=True).as_batch()
 
-    def routed_in_turn(self, route: Tensor, args: tuple, kwargs: dict) -> object:
+    def routed_in_turn(self, route: Tensor, inputs: Inputs) -> object:
         """One sample after the other."""
-        samples, rebuild = _batched(route, args, kwargs)
+        samples, rebuild = inputs.batched(len(route))
         outputs = []
-        with self._sharing(len(route), rebuild([None] * len(samples))) as shared:
+        with self._sharing(len(route) > 1, rebuild([None] * len(samples))) as shared:
             for i, task in enumerate(route.tolist()):
-                args, kwargs = rebuild([sample[i : i + 1] for sample in samples])
-                outputs.append(self._single(() if task < 0 else (task,), shared, args, kwargs))
+                sample = rebuild([tensor[i : i + 1] for tensor in samples])
+                outputs.append(self._single(() if task < 0 else (task,), sample, shared))
         return join(outputs).as_batch()
 
     # ------------------------------------------------------------------------------------------------------ one run
 
+    def _group(self, group: tuple[int, ...], inputs: Inputs, *modes: TorchFunctionMode | None) -> Output:
+        axis = torch.arange(len(group), device=self.device)
+        modes = [TaskRules(self._owned(inputs)), *filter(None, modes)]
+        return self._mapped(lambda: inputs.call(self.model), axis, [], modes, tasks=group)
+
     def _mapped(
-        self, run: Callable, axis: Tensor, inputs: Sequence[Tensor], shared: SharedWork | None, **slots
+        self, run: Callable, axis: Tensor, inputs: Sequence[Tensor], modes: Sequence[TorchFunctionMode], **slots
     ) -> Output:
         """``run(*inputs)`` with ``axis`` and ``inputs`` mapped along their dim 0."""
         outputs, size = [], axis.shape[0]
 
         def body(axis: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            with TaskRules(self._owned), shared or contextlib.nullcontext(), self._slots.hold(axis=axis, **slots):
+            with contextlib.ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                stack.enter_context(self._slots.hold(axis=axis, **slots))
                 output = Output.of(run(*inputs), is_mapped, size)
             outputs.append(output)
             return axis, *output.mapped_leaves()
@@ -143,38 +165,25 @@ class StandIn:
         _, *values = torch.vmap(body, randomness="different")(axis, *inputs)
         return outputs[0].with_mapped_leaves(values)
 
-    def _single(self, tasks: tuple[int, ...], shared: SharedWork | None, args: tuple, kwargs: dict) -> Output:
+    def _single(self, tasks: tuple[int, ...], inputs: Inputs, shared: SharedWork | None) -> Output:
         """The model with one adapter or, with ``tasks`` empty, none."""
-        with TaskRules(self._owned), shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
-            returned = self.model(*args, **kwargs)
+        with TaskRules(self._owned(inputs)), shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
+            returned = inputs.call(self.model)
         output = Output.of(returned, lambda tensor: shared is None or not shared.is_shared(tensor), 1)
         return output.with_mapped_leaves([leaf[None] for leaf in output.mapped_leaves()])
 
+    def _owned(self, inputs: Inputs) -> set[int]:
+        """Ids of the tensors that outlive a call."""
+        return {id(tensor) for tensor in (*self.tensors(), *inputs.tensors)}
+
     @contextlib.contextmanager
-    def _sharing(self, runs: int, inputs: object) -> Iterator[SharedWork | None]:
-        """Share work between ``runs`` runs of the model."""
-        if runs == 1 or self.training:
+    def _sharing(self, wanted: bool, inputs: Inputs) -> Iterator[SharedWork | None]:
+        """What several runs of the model share, None while there is one run only, or in training."""
+        if not wanted or self.training:
             yield None
             return
-        given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        shared = SharedWork([*self.tensors(), *given])
         with contextlib.ExitStack() as stack:
             if torch.is_inference_mode_enabled():  # SharedWork has to see writes
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            yield shared
-
-
-def _batched(route: Tensor, args: tuple, kwargs: dict) -> tuple[list[Tensor], Callable[[list], tuple[tuple, dict]]]:
-    """The tensors with the batch along dim 0, and how to put others in their places."""
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    size = route.shape[0]
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size]
-    if not places:
-        raise ValueError(f"one_pass: route has {size} entries, and no input has a batch of that length along dim 0")
-
-    def rebuild(tensors: list) -> tuple[tuple, dict]:
-        filled = dict(zip(places, tensors, strict=True))
-        return pytree.tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
-
-    return [leaves[i] for i in places], rebuild
+            yield SharedWork([*self.tensors(), *inputs.tensors])

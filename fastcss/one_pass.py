@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._capture import Captures
+from ._leaves import Inputs
 from ._read_adapters import Adapters, read_directories, read_peft
 from ._stand_in import StandIn
 
@@ -29,7 +30,8 @@ class OnePass:
         engine: "vmap" runs the adapters side by side under ``torch.vmap``; "replay" runs them in turn and repeats only
             what depends on the adapter, which any model allows; "auto" is "vmap", and "replay", with a warning, for a
             model that vmap refuses. ``runner.engine`` says which of them runs.
-        group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of them.
+        group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of
+            them on a GPU; on a CPU as many as keep its tensors small enough for the C library and the caches.
 
     Attributes:
         adapters: the adapters' names, in the order of the task axis.
@@ -113,13 +115,14 @@ class OnePass:
             KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route.
         """
         self._stand_in.follow_mode()
+        inputs = Inputs(args, kwargs)
         if route is not None:
             route = _check_route(route, adapters, self.adapters)
             routed, routed_in_turn = self._stand_in.routed, self._stand_in.routed_in_turn
-            return self._run(lambda: routed(route, args, kwargs), lambda: routed_in_turn(route, args, kwargs))
+            return self._run(inputs, lambda: routed(route, inputs), lambda: routed_in_turn(route, inputs))
         tasks = self._tasks(adapters)
         captured = self._captures.find(tasks, self._stand_in, args, kwargs)
-        return captured() if captured else self._all_tasks(tasks, args, kwargs)
+        return captured() if captured else self._all_tasks(tasks, inputs)
 
     def capture(self, *args, adapters: Sequence[str] | None = None, fixed: Sequence[str] = (), **kwargs) -> None:
         """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
@@ -138,14 +141,15 @@ class OnePass:
         """
         self._stand_in.follow_mode()
         tasks = self._tasks(adapters)
-        self._captures.add(tasks, self._stand_in, lambda *a, **k: self._all_tasks(tasks, a, k), fixed, args, kwargs)
+        self._captures.add(
+            tasks, self._stand_in, lambda *a, **k: self._all_tasks(tasks, Inputs(a, k)), fixed, args, kwargs
+        )
 
-    def _all_tasks(self, tasks: tuple[int, ...], args: tuple, kwargs: dict) -> object:
+    def _all_tasks(self, tasks: tuple[int, ...], inputs: Inputs) -> object:
         side_by_side, in_turn = self._stand_in.side_by_side, self._stand_in.in_turn
-        size = self.group_size or len(tasks)
-        return self._run(lambda: side_by_side(tasks, size, args, kwargs), lambda: in_turn(tasks, args, kwargs))
+        return self._run(inputs, lambda: side_by_side(tasks, self.group_size, inputs), lambda: in_turn(tasks, inputs))
 
-    def _run(self, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
+    def _run(self, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
         must_replay = self._stand_in.must_replay()
         if must_replay and self._asked == "vmap":
             raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {must_replay}")
@@ -153,7 +157,7 @@ class OnePass:
             self._refuse(must_replay)
         if self.engine == "replay":
             return replay()
-        undo = None if self._stand_in.training in self._proven else self._stand_in.snapshot()
+        undo = None if self._stand_in.training in self._proven else self._stand_in.snapshot(inputs)
         try:
             result = vmap()
             self._proven.add(self._stand_in.training)

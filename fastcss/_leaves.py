@@ -1,4 +1,4 @@
-"""The output of a model, of any nesting, as a list of leaves: what an axis is put on and taken from."""
+"""A model's arguments and outputs, of any nesting, as lists of leaves: what an axis is put on and taken from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,38 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call of a model."""
+
+    args: tuple
+    kwargs: dict
+
+    def call(self, model: Callable) -> object:
+        return model(*self.args, **self.kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def shapes(self) -> tuple:
+        return tuple((tensor.shape, tensor.dtype) for tensor in self.tensors)
+
+    def batched(self, size: int) -> tuple[list[Tensor], Callable[[Sequence], Inputs]]:
+        """The tensors with a batch of ``size`` along dim 0, and how to make the call with others in their places."""
+        leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)]
+        if not places:
+            raise ValueError(f"one_pass: route has {size} entries, and no input has a batch of that length along dim 0")
+
+        def rebuild(tensors: Sequence) -> Inputs:
+            others = dict(zip(places, tensors, strict=True))
+            return Inputs(*pytree.tree_unflatten([others.get(i, leaf) for i, leaf in enumerate(leaves)], structure))
+
+        return [leaves[i] for i in places], rebuild
 
 
 @dataclasses.dataclass(frozen=True)

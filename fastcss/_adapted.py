@@ -1,0 +1,144 @@
+"""What stands in a model's copy for an adapted layer: the base layer with all T adapters at once.
+
+A layer runs in one of three ways, which ``Slots`` holds while a call is under way:
+
+- one adapter (``axis`` is None): the layer of a model in which that adapter alone is active;
+- the adapters ``tasks`` side by side, under ``torch.vmap``: an input that no adapter has touched yet has no task axis,
+  and what the tasks share of this layer's work is done once;
+- routed, under ``torch.vmap`` over the samples: each sample through adapter ``axis`` (-1: none).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._read_adapters import LoraWeights
+from ._task_rules import on_physical_tensors
+
+
+class Slots(threading.local):
+    """What the layers of one runner compute in this thread's current call.
+
+    Attributes:
+        tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
+        axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
+        routed: ``axis`` holds one adapter index a sample.
+    """
+
+    tasks: tuple[int, ...] = ()
+    axis: Tensor | None = None
+    routed: bool = False
+
+    @contextlib.contextmanager
+    def hold(self, tasks: tuple[int, ...] = (), axis: Tensor | None = None, routed: bool = False) -> Iterator[None]:
+        before = self.tasks, self.axis, self.routed
+        self.tasks, self.axis, self.routed = tasks, axis, routed
+        try:
+            yield
+        finally:
+            self.tasks, self.axis, self.routed = before
+
+
+class Adapted(nn.Module):
+    """A base layer with T adapters; a subclass says how several of them run on one input or on one input each."""
+
+    def __init__(self, base_layer: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = list(adapters)  # a plain list: the parameters stay the user's model's
+        self.slots = slots
+        self.training = base_layer.training
+        self._packs: dict[tuple[int, ...], tuple[tuple, object]] = {}
+
+    def __getattr__(self, name: str):
+        # Models read `layer.weight`, `layer.out_features`, … of the layers that we stand in for.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = self.slots
+        with torch._C.DisableTorchFunction():  # the task rules are for the model's own calls
+            if slots.axis is not None:
+                return on_physical_tensors(self._fold, x, slots.axis)
+            if not self._covered(slots.tasks):
+                return self.base(x[None])[0]
+            return self.shared(x, slots.tasks)[0]
+
+    def _fold(self, size: int, dims: tuple, x: Tensor, axis: Tensor) -> tuple[Tensor, int | None]:
+        slots, dim = self.slots, dims[0]
+        if slots.routed:
+            return self.routed(x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0), axis), 0
+        if not self._covered(slots.tasks):
+            return self._bare(x, dim)
+        if dim is None:
+            return self.shared(x, slots.tasks), 0
+        return self.diverged(x.movedim(dim, 0), slots.tasks), 0
+
+    def _bare(self, x: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
+        """No adapter of the group touches this layer: an input without a task axis stays without."""
+        if dim is None:
+            return self.base(x[None])[0], None
+        return self.base(x.movedim(dim, 0)), 0
+
+    def base(self, x: Tensor) -> Tensor:
+        """The base layer on ``x`` [S, *]."""
+        return self.base_layer(x)
+
+    def _covered(self, tasks: tuple[int, ...]) -> bool:
+        return any(self.adapters[t] is not None for t in tasks)
+
+    def shared(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
+        """``x`` [*] through each adapter of ``tasks`` → [T, *]."""
+        raise NotImplementedError
+
+    def diverged(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
+        """``x`` [T, *], each through its own adapter of ``tasks`` → [T, *]."""
+        raise NotImplementedError
+
+    def routed(self, x: Tensor, index: Tensor) -> Tensor:
+        """``x`` [S, *], sample s through adapter ``index[s]``, -1 for none → [S, *]."""
+        raise NotImplementedError
+
+    def packed(self, tasks: tuple[int, ...]):
+        """What ``pack`` makes of these adapters; kept as long as none of them changes, made anew where they train."""
+        weights = [w for w in map(self.adapters.__getitem__, tasks) if w is not None]
+        tensors = [t for w in weights for t in (w.a, w.b, w.bias) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self.pack(tasks)
+        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
+        kept = self._packs.get(tasks)
+        if kept is None or kept[0] != stamp:
+            # Normal tensors even under inference_mode, so that a later call may train the base weights through them.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._packs[tasks] = (stamp, self.pack(tasks))
+        return kept[1]
+
+    def pack(self, tasks: tuple[int, ...]):
+        raise NotImplementedError
+
+    def _all(self) -> tuple[int, ...]:
+        return tuple(range(len(self.adapters)))
+
+    def _biases(self, tasks: tuple[int, ...], width: int, like: Tensor) -> Tensor | None:
+        """``scale · bias`` of each adapter [T + 1, N], with a row of zeros at the end, where index -1 finds it."""
+        adapters = [self.adapters[t] for t in tasks]
+        if all(w is None or w.bias is None for w in adapters):
+            return None
+        zero = like.new_zeros(width)
+        return torch.stack([zero if w is None or w.bias is None else w.bias * w.scale for w in adapters] + [zero])
+
+    def _dropout(self, tasks: tuple[int, ...]) -> tuple[float, ...] | None:
+        """Each adapter's dropout in training [T + 1], None where there is none."""
+        dropout = [0.0 if self.adapters[t] is None else self.adapters[t].dropout for t in tasks]
+        return (*dropout, 0.0) if self.training and any(dropout) else None
+
+    def extra_repr(self) -> str:
+        ranks = [0 if w is None else w.a.shape[0] for w in self.adapters]
+        return f"ranks={ranks}"
