@@ -9,6 +9,7 @@
 PYTHON ?= python3
 # Another build of torch: TORCH="torch==2.13.0 --index-url …". Left empty, the torch that PYTHON already has is used.
 TORCH ?= torch==2.13.0
+# For the kernels' tests; a CUDA build of torch brings its own.
 TRITON ?= triton==3.6.0
 VENV ?= .venv
 OUT ?=
@@ -39,7 +40,8 @@ bench: $(VENV)/installed
 $(VENV)/torch:
 	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
 	$(if $(TORCH),$(PIP) install $(TORCH))
-	$(PIP) install $(TRITON) "setuptools>=77" ninja
+	$(PIP) install "setuptools>=77" ninja
+	$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) install $(TRITON)
 	touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
