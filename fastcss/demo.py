@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune-malloc", action="store_true", help="keep freed memory in the process, for both sides")
 
 
-def run(out: Path, model: str | None = None, tuned: bool = False, size: str = "swin-t", height: int = 427) -> dict:
+def run(out: Path, model: str | None = None, tuned: bool = False, size: str = "swin-t", height: int = 320) -> dict:
     """Run the demo; → the figures it prints."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
