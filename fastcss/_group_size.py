@@ -2,14 +2,14 @@
 
 More tasks side by side read the weights less often and start fewer ops, until their tensors grow too large. Where that
 is depends on the C library. Out of the box glibc maps every tensor over 32 MB afresh and page-faults it in at every
-use; after ``tune_malloc`` it keeps them, and only the caches set a limit. Six tasks of Grounding DINO's encoder, one
-thread, CPU time of the PEFT loop ÷ ours:
+use; after ``tune_malloc`` it keeps them, and only the caches set a limit. Six tasks of Grounding DINO's encoder on one
+thread of an AMD EPYC (Zen 5), CPU time of the PEFT loop ÷ ours:
 
     widest tensor of one task    memory    6      3      2      1 side by side
-    14 MB (256×320)              glibc's   1.16   –      1.50   1.27
-    14 MB                        tuned     1.79   –      1.61   1.27
-    52 MB (480×640)              glibc's   1.27   1.27   1.22   1.55
-    52 MB                        tuned     1.32   1.81   1.83   1.48
+    28 MB (256×320)              glibc's   1.16   –      1.50   1.27
+    28 MB                        tuned     1.79   –      1.61   1.27
+    105 MB (480×640)             glibc's   1.27   1.27   1.22   1.55
+    105 MB                       tuned     1.32   1.81   1.83   1.48
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from ._task_rules import is_mapped
 
-MAPPED_FROM = 32 << 20  # bytes: glibc's threshold moves no higher
-WIDEST_KEPT = 128 << 20
+WIDEST_MAPPED = 64 << 20  # bytes, with which all but a few of a model's tensors stay below glibc's threshold
+WIDEST_KEPT = 256 << 20
+PROBE = 256 << 20  # never touched, and more than the heap has free in one piece, which glibc would take first
 
 
 class Widest(TorchFunctionMode):
@@ -42,7 +43,7 @@ class Widest(TorchFunctionMode):
 
 def group_size(tasks: int, bytes_of_one: int) -> int:
     """Tasks to run side by side, of ``tasks`` whose widest tensor has ``bytes_of_one`` bytes each."""
-    limit = MAPPED_FROM if _maps_large_tensors() else WIDEST_KEPT
+    limit = WIDEST_MAPPED if _maps_large_tensors() else WIDEST_KEPT
     size = max(1, limit // max(1, bytes_of_one))
     groups = -(-tasks // size)
     return -(-tasks // groups)  # groups of equal size
@@ -55,7 +56,7 @@ def _maps_large_tensors() -> bool:
         return False
     libc.mallinfo2.restype = _MallocInfo
     before = libc.mallinfo2().mappings
-    tensor = torch.empty(MAPPED_FROM + 1, dtype=torch.uint8)
+    tensor = torch.empty(PROBE, dtype=torch.uint8)
     return libc.mallinfo2().mappings > before and tensor.numel() > 0
 
 

@@ -537,7 +537,7 @@ def test_the_runner_chooses_how_many_tasks_run_side_by_side(monkeypatch):
     monkeypatch.setattr(_stand_in.StandIn, "_group", record)
     widest = 17 * 64 * 4  # the MLP's hidden activations: tokens × width × bytes
     for limit, expected in ((10**9, [(0,), (1, 2), (0, 1, 2)]), (2 * widest, [(0,), (1, 2), (0, 1), (2,)])):
-        monkeypatch.setattr(_group_size, "MAPPED_FROM", limit)
+        monkeypatch.setattr(_group_size, "WIDEST_MAPPED", limit)
         monkeypatch.setattr(_group_size, "WIDEST_KEPT", limit)
         runner = fastcss.one_pass(model)
         groups.clear()
