@@ -16,12 +16,13 @@ def multi_lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora,
     a, b = (padded.to(x.dtype) for padded in lora.padded())  # [T, R, K], [T, R, N]
     scales = lora.scales.to(x.dtype)
     if index is not None:
-        # Index -1 is an adapter of zeros, put after the last; a wrong index goes past it, and indexing raises.
+        # Index -1 is an adapter of zeros, put after the last. A wrong index, which only the caller can refuse without a
+        # stall, takes it too, with a scale that makes its rows NaN.
         count = lora.num_adapters
         wrong = (index < -1) | (index >= count)
-        index = torch.where(wrong, count + 1, torch.where(index == -1, count, index))
+        index = torch.where(wrong | (index == -1), count, index)
         a, b = (torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))[index] for v in (a, b))  # [S, R, ·]
-        scales = torch.nn.functional.pad(scales, (0, 1))[index]
+        scales = torch.where(wrong, torch.nan, torch.nn.functional.pad(scales, (0, 1))[index])
     if x.dim() == 2:
         hidden = (x @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2]).transpose(0, 1)  # [S, M, R]
         base = base.expand(a.shape[0], *base.shape)
