@@ -6,13 +6,24 @@ void LoraGemm::plan() {
   const int64_t total = fan == Fan::kEach ? slots * M : M;
   panels_a_slot = fan == Fan::kEach && M < height ? 0 : ceil_div(M, height);
   panels = fan == Fan::kEach && panels_a_slot ? slots * panels_a_slot : ceil_div(total, height);
-  int64_t columns = 0;
+  int64_t columns = 0, factors = 0;
+  b_first.assign(ranks + 1, 0);
   for (const Adapter& t : adapter) {
     hidden_first.push_back(fan == Fan::kEach ? 0 : columns);
+    factor_first.push_back(fan == Fan::kEach ? 0 : factors);
     columns = fan == Fan::kEach ? std::max(columns, t.rank) : columns + t.rank;
+    factors = fan == Fan::kEach ? words_of(columns) : factors + words_of(t.rank);
+    widest = std::max(widest, t.rank);
+    if (t.rank && std::none_of(used.begin(), used.end(), [&](const Adapter& u) { return u.first == t.first; })) {
+      used.push_back(t);
+      b_first[t.first] = b_words;
+      b_words += words_of(t.rank);
+    }
   }
-  rows_size = words * height + kLanes;  // pack() writes up to kLanes floats past the end
-  hidden_size = columns * height;
+  // pack() writes up to kLanes floats past the end.
+  rows_size = words * height + kLanes;
+  hidden_size = columns * height + (pairs ? height : 0);  // and a row of zeros for a widest rank that is odd
+  factors_size = pairs ? factors * height + kLanes : 0;
 }
 
 LoraGemm::Segments LoraGemm::segments(int64_t panel) const {
@@ -52,6 +63,23 @@ void LoraGemm::shrink(int64_t first, int64_t rank, const Segment& s, Panel panel
   }
 }
 
+// The hidden activations as pairs of bfloat16, each slot's from a word of its own on.
+void LoraGemm::round_hidden(const Segments& parts, Panel panel) const {
+  if (!pairs) return;
+  const auto pack_columns = [&](int64_t word, int64_t column, int64_t count) {
+    const Matrix columns{panel.hidden + column * height, DType::f32, 1, height};
+    pack(panel.factors + word * height, height, parts.rows, count, columns, true);
+  };
+  if (fan == Fan::kOut) {
+    for (int64_t t = 0; t < slots; ++t) pack_columns(factor_first[t], hidden_first[t], adapter[t].rank);
+    return;
+  }
+  for (const Segment& s :
+       parts)  // the slots of a panel lie side by side: end odd ranks with a zero, pack them together
+    std::fill_n(panel.hidden + adapter[s.slot].rank * height + s.lane, s.count, 0.f);
+  pack_columns(0, 0, widest);
+}
+
 void LoraGemm::prepare(int64_t panel, Panel to, float* scratch) const {
   const auto parts = segments(panel);
   const Segment& whole = parts.of[0];
@@ -59,39 +87,47 @@ void LoraGemm::prepare(int64_t panel, Panel to, float* scratch) const {
     // Slots that share a panel lie one after the other.
     pack(to.rows, height, parts.rows, K, rows.at(whole.row, 0).offset(whole.slot * rows_slot), pairs);
     for (const Segment& s : parts) shrink(adapter[s.slot].first, adapter[s.slot].rank, s, to, 0);
+    round_hidden(parts, to);
   } else if (fan == Fan::kOut) {
     pack(to.rows, height, whole.count, K, rows.at(whole.row, 0), pairs);
-    if (stacked) return shrink(0, ranks, whole, to, 0);
-    for (int64_t t = 0; t < slots; ++t)
-      shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, to, hidden_first[t]);
+    if (stacked)
+      shrink(0, ranks, whole, to, 0);
+    else
+      for (int64_t t = 0; t < slots; ++t)
+        shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, to, hidden_first[t]);
+    round_hidden(parts, to);
   } else {
     for (int64_t t = 0; t < slots; ++t) {
       float* packed = t == 0 ? to.rows : scratch;
       pack(packed, height, whole.count, K, rows.at(whole.row, 0).offset(t * rows_slot));
-      shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, {packed, to.hidden}, hidden_first[t]);
+      shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, {packed, to.hidden, to.factors},
+             hidden_first[t]);
       if (t > 0) add(to.rows, packed, K * height);
     }
   }
 }
 
 // base [rows][kCols] holds a panel's rows · W + bias: adds every slot's hidden · B and writes the result.
-void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* base, const float* b_rows,
-                      int64_t ldb) const {
+void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* base, BRows b_rows) const {
   alignas(64) float result[kMaxRows * kCols];
   const int64_t column = column_panel * kCols;
   const int cols = static_cast<int>(std::min<int64_t>(kCols, N - column));
   const auto parts = segments(panel);
 
+  const auto b_at = [&](int64_t t) {
+    return b_rows.data + (b_rows.packed ? b_first[adapter[t].first] : adapter[t].first) * b_rows.ld;
+  };
   // base + hidden · B for one slot's rows, written to `slot` of out
   const auto add_adapter = [&](const Segment& s, int64_t t, int64_t slot) {
-    const float* h = from.hidden + hidden_first[t] * height + s.lane;
-    const float* b = b_rows + adapter[t].first * ldb;
+    const float* h = from.factors + factor_first[t] * height + s.lane;
+    const float* b = b_at(t);
+    const int64_t k = words_of(adapter[t].rank);
     const float* in = base + s.lane * kCols;
     const int64_t at = (slot * M + s.row) * N + column;
     if (out_dtype == DType::f32 && cols % kLanes == 0) {
-      tile(s.count, cols, adapter[t].rank, h, b, ldb, in, kCols, static_cast<float*>(out) + at, N);
+      wide(s.count, cols, k, h, b, b_rows.ld, in, kCols, static_cast<float*>(out) + at, N);
     } else {
-      tile(s.count, cols, adapter[t].rank, h, b, ldb, in, kCols, result, kCols);
+      wide(s.count, cols, k, h, b, b_rows.ld, in, kCols, result, kCols);
       write(static_cast<char*>(out) + at * size_of(out_dtype), out_dtype, N, s.count, cols, result);
     }
   };
@@ -102,8 +138,8 @@ void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* ba
     for (int64_t t = 0; t < slots; ++t) add_adapter(whole, t, t);
   } else {
     for (int64_t t = 0; t + 1 < slots; ++t)
-      tile(whole.count, cols, adapter[t].rank, from.hidden + hidden_first[t] * height, b_rows + adapter[t].first * ldb,
-           ldb, base, kCols, base, kCols);
+      wide(whole.count, cols, words_of(adapter[t].rank), from.factors + factor_first[t] * height, b_at(t), b_rows.ld,
+           base, kCols, base, kCols);
     add_adapter(whole, slots - 1, 0);
   }
 }
@@ -111,14 +147,20 @@ void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* ba
 void LoraGemm::pack_column_panel(int64_t c, float* weight_panel, float* b_panel) const {
   const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
   pack(weight_panel, kCols, cols, K, weight.at(c * kCols, 0), pairs);
-  pack(b_panel, kCols, cols, ranks, b.at(c * kCols, 0));
+  pack_b(c, b_panel);
+}
+
+void LoraGemm::pack_b(int64_t c, float* b_panel) const {
+  const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
+  for (const Adapter& t : used)
+    pack(b_panel + b_first[t.first] * kCols, kCols, cols, t.rank, b.at(c * kCols, t.first), pairs);
 }
 
 // So few rows that reading W, A and B is the work: they are used from memory as they are, and not packed.
 void LoraGemm::run_few() {
   alignas(64) const float zeros[kCols] = {};
   float* packed = shared_workspace.get(rows_size + hidden_size);
-  const Panel panel{packed, packed + rows_size};
+  const Panel panel{packed, packed + rows_size, packed + rows_size};
   const auto parts = segments(0);
   pack(panel.rows, height, parts.rows, K, rows);
 
@@ -153,11 +195,11 @@ void LoraGemm::run_few() {
     const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
     few_rows(parts.rows, cols, K, panel.rows, height, weight.at(c * kCols, 0), &bias[c * kCols], 0, base, kCols);
     if (b.lane_stride == 1 && cols == kCols) {
-      expand(0, panel, c, base, static_cast<const float*>(b.at(c * kCols, 0).data), b.k_stride);
+      expand(0, panel, c, base, {static_cast<const float*>(b.at(c * kCols, 0).data), b.k_stride, false});
     } else {
-      float* b_panel = local_workspace.get(ranks * kCols);
-      pack(b_panel, kCols, cols, ranks, b.at(c * kCols, 0));
-      expand(0, panel, c, base, b_panel, kCols);
+      float* b_panel = local_workspace.get(b_words * kCols);
+      pack_b(c, b_panel);
+      expand(0, panel, c, base, {b_panel, kCols, true});
     }
   });
 }
@@ -169,13 +211,7 @@ void LoraGemm::run() {
       weight.k_stride == 1 && a.k_stride == 1)
     return run_few();
   // Adapters whose A is packed together: all of them, or one by one.
-  std::vector<Adapter> groups;
-  if (stacked && fan == Fan::kOut)
-    groups.push_back({0, ranks});
-  else
-    for (const Adapter& t : adapter)
-      if (t.rank && std::none_of(groups.begin(), groups.end(), [&](const Adapter& g) { return g.first == t.first; }))
-        groups.push_back(t);
+  const auto groups = stacked && fan == Fan::kOut ? std::vector<Adapter>{{0, ranks}} : used;
 
   const int64_t column_panels = out ? ceil_div(N, kCols) : 0;
   const int64_t threads = torch::stable::get_num_threads();
@@ -185,10 +221,10 @@ void LoraGemm::run() {
   const bool prepacked = blocks > 1;            // else a weight panel is used once, by the thread that packs it
 
   // Everything the threads share: packed A, packed W and B, and all panels where they are not streamed.
-  const int64_t weight_size = words * kCols, b_size = ranks * kCols, column_size = weight_size + b_size;
+  const int64_t weight_size = words * kCols, b_size = b_words * kCols, column_size = weight_size + b_size;
   int64_t a_size = 0;
   for (const Adapter& g : groups) a_size += ceil_div(g.rank, kCols) * kCols * words;
-  const int64_t panel_size = rows_size + hidden_size;
+  const int64_t panel_size = rows_size + hidden_size + factors_size;
   float* a_packed = shared_workspace.get(a_size + (prepacked ? column_panels * column_size : 0) +
                                          (streamed ? 0 : panels * panel_size));
   float* columns_packed = a_packed + a_size;
@@ -213,10 +249,11 @@ void LoraGemm::run() {
     alignas(64) float base[kMaxRows * kCols];
     const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
     wide(segments(p).rows, cols, words, from.rows, weight_panel, kCols, &bias[c * kCols], 0, base, kCols);
-    expand(p, from, c, base, weight_panel + weight_size, kCols);
+    expand(p, from, c, base, {weight_panel + weight_size, kCols, true});
   };
   const auto panel_at = [&](float* start, int64_t i) {
-    return Panel{start + i * panel_size, start + i * panel_size + rows_size};
+    float *rows_at = start + i * panel_size, *hidden_at = rows_at + rows_size;
+    return Panel{rows_at, hidden_at, pairs ? hidden_at + hidden_size : hidden_at};
   };
   if (streamed) {
     parallel(blocks, [&](int64_t i) {

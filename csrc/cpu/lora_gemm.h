@@ -57,9 +57,16 @@ class LoraGemm : LoraProblem {
     const Segment* begin() const { return of; }
     const Segment* end() const { return of + size; }
   };
-  struct Panel {  // one panel of rows, packed: [K][height], and its hidden activations: [hidden columns][height]
-    float* rows;
-    float* hidden;
+  struct Panel {     // one panel of rows, packed
+    float* rows;     // [words][height]
+    float* hidden;   // scale · rows · A, float32: [hidden columns][height]
+    float* factors;  // the same as the words that meet B: [words][height] a slot
+  };
+
+  struct BRows {  // the columns of B that a tile meets: packed by pack_b(), or the rows of B themselves
+    const float* data;
+    int64_t ld;
+    bool packed;
   };
 
   void plan();
@@ -67,20 +74,28 @@ class LoraGemm : LoraProblem {
   Segments segments(int64_t panel) const;
   void prepare(int64_t panel, Panel to, float* scratch) const;
   void shrink(int64_t first, int64_t rank, const Segment& s, Panel panel, int64_t column) const;
+  void round_hidden(const Segments& parts, Panel panel) const;
   void keep(const float* sums, int64_t first, int cols, const Segment& s, Panel panel, int64_t column) const;
-  void expand(int64_t panel, Panel from, int64_t column_panel, float* base, const float* b_rows, int64_t ldb) const;
+  void expand(int64_t panel, Panel from, int64_t column_panel, float* base, BRows b_rows) const;
   void pack_column_panel(int64_t c, float* weight_panel, float* b_panel) const;
+  void pack_b(int64_t c, float* b_panel) const;
+  int64_t words_of(int64_t terms) const { return pairs ? ceil_div(terms, 2) : terms; }
 
-  // Products over K run on pairs of bfloat16 where the CPU multiplies them; the deltas and all sums are float32.
+  // Products run on pairs of bfloat16 where the CPU multiplies them; all sums are float32.
   const bool pairs = rows.dtype == DType::bf16 && fan != Fan::kIn && pair_kernel() != nullptr;
   const Kernel& tile = kernel();
   const Kernel& wide = pairs ? *pair_kernel() : tile;
   const int height = tile.rows;
-  const int64_t words = pairs ? ceil_div(K, 2) : K;
-  int64_t panels, panels_a_slot;       // panels_a_slot 0: short slots share panels
-  int64_t rows_size, hidden_size;      // floats of a Panel
-  std::vector<int64_t> hidden_first;   // hidden column of each slot
-  std::vector<const float*> a_panels;  // by packed row: where that row's adapter (or the stack) starts
+  const int64_t words = words_of(K);
+  int64_t panels, panels_a_slot;                 // panels_a_slot 0: short slots share panels
+  int64_t rows_size, hidden_size, factors_size;  // floats of a Panel
+  int64_t widest = 0;                            // rank
+  std::vector<Adapter> used;                     // every adapter of some slot, once
+  std::vector<int64_t> hidden_first;             // hidden column of each slot
+  std::vector<int64_t> factor_first;             // its first word among the factors
+  std::vector<int64_t> b_first;                  // by packed row: its adapter's first word of a packed panel of B
+  int64_t b_words = 0;                           // of a packed panel of B
+  std::vector<const float*> a_panels;            // by packed row: where that row's adapter (or the stack) starts
 };
 
 }  // namespace fastcss::cpu
