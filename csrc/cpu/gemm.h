@@ -129,7 +129,7 @@ inline const Kernel* pair_kernel() {
 
 // ---- few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers ---------------
 
-constexpr int kFewRows = 4;  // up to here reading the right operand is the work, and packing it would double that
+constexpr int64_t kAhead = 64;  // terms of each lane to fetch ahead: too many streams for the hardware to follow
 
 // The sums are made in the order of Kernel::operator(), so that a row's result is the same alone and in a batch.
 template <class T, int ROWS>
@@ -144,6 +144,7 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
     Vec sum[ROWS][kVecs] = {};
     for (int64_t first = 0; first < depth; first += kLanes)
       for (int v = 0; v * kLanes < lanes; ++v) {  // two independent sums hide each other's latency
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(src + (v * kLanes + i) * lane_stride + first + kAhead);
         Vec words[kLanes];
         read_transposed<Single<T>>(words, src + v * kLanes * lane_stride + first, lane_stride,
                                    std::min(kLanes, lanes - v * kLanes), depth - first);
@@ -151,7 +152,7 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) {
           if (j == terms) break;
-#pragma GCC unroll 4
+#pragma GCC unroll 12
           for (int i = 0; i < ROWS; ++i)
             sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - Vec{}, words[j]);
         }
@@ -164,14 +165,14 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
     for (int v = 0; v < kVecs; ++v) store(c_out + i * ld_out + v * kLanes, total[i][v]);
 }
 
-// The result is written in whole vectors of kCols. Wants float32, contiguous in k.
+// The row count is rounded up to one of these; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
 FASTCSS_CLONES inline void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m,
                                     const float* c_in, int64_t ld_in, float* c_out, int64_t ld_out) {
   const float* src = static_cast<const float*>(m.data);
-  if (rows == 1) few_body<float, 1>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
-  if (rows == 2) few_body<float, 2>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
-  if (rows == 3) few_body<float, 3>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
-  if (rows == 4) few_body<float, 4>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
+#define FASTCSS_FEW(n) \
+  if (rows <= n) return few_body<float, n>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
+  FASTCSS_FEW(1) FASTCSS_FEW(2) FASTCSS_FEW(4) FASTCSS_FEW(6) FASTCSS_FEW(12)
+#undef FASTCSS_FEW
 }
 
 }  // namespace fastcss::cpu

@@ -184,7 +184,7 @@ void LoraGemm::run_few() {
   }
   parallel(static_cast<int64_t>(jobs.size()), [&](int64_t i) {
     const Job& job = jobs[i];
-    alignas(64) float sums[kFewRows * kCols];
+    alignas(64) float sums[kMaxRows * kCols];
     const int cols = static_cast<int>(job.rank);
     few_rows(job.segment.count, cols, K, panel.rows + job.segment.lane, height, a.at(job.first, 0), zeros, 0, sums,
              kCols);
@@ -207,9 +207,7 @@ void LoraGemm::run_few() {
 void LoraGemm::run() {
   plan();
   const bool float_rows = weight.dtype == DType::f32 && a.dtype == DType::f32 && b.dtype == DType::f32;
-  if (panels == 1 && (fan == Fan::kEach ? slots * M : M) <= kFewRows && fan != Fan::kIn && float_rows &&
-      weight.k_stride == 1 && a.k_stride == 1)
-    return run_few();
+  if (panels == 1 && fan != Fan::kIn && float_rows && weight.k_stride == 1 && a.k_stride == 1) return run_few();
   // Adapters whose A is packed together: all of them, or one by one.
   const auto groups = stacked && fan == Fan::kOut ? std::vector<Adapter>{{0, ranks}} : used;
 
