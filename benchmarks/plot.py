@@ -110,7 +110,8 @@ def _grid(rows: Sequence[dict]) -> plt.Figure:
         panel.imshow(ratios, cmap="RdBu", norm=matplotlib.colors.LogNorm(0.5, 2), aspect="auto")
         for i, line in enumerate(ratios):
             for j, ratio in enumerate(line):
-                panel.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8)
+                ink = "black" if 0.65 < ratio < 1.5 else "white"
+                panel.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=ink)
         panel.set_xticks(range(len(widths)), [f"T={t}\nr={r}" for t, r in widths], fontsize=7)
         panel.set_yticks(range(len(heights)), [f"M={m}" for m in heights], fontsize=7)
         panel.set_title(f"{form}: best unmerged peer ÷ {OURS}", fontsize=9)
