@@ -7,7 +7,7 @@
 #   make wheel   the abi3 wheel, checked in an empty environment            → dist
 
 PYTHON ?= python3
-# Another build of torch: TORCH="torch==2.13.0 --index-url …". Left empty, the torch that PYTHON already has is used.
+# Another build of torch: make TORCH=… Left empty, the torch that PYTHON already has is used.
 TORCH ?= torch==2.13.0
 # For the kernels' tests; a CUDA build of torch brings its own.
 TRITON ?= triton==3.6.0
