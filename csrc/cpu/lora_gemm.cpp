@@ -213,7 +213,9 @@ void LoraGemm::run() {
 
   const int64_t column_panels = out ? ceil_div(N, kCols) : 0;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t block = std::clamp<int64_t>((512 << 10) / (rows_size * 4), 1, 8);  // panels that share the L2 cache
+  // Panels that share the L2 cache and meet a packed column panel together; more of them where there are many.
+  const int64_t block =
+      std::clamp<int64_t>((512 << 10) / (rows_size * 4), 1, std::clamp<int64_t>(panels / (8 * threads), 8, 32));
   const int64_t blocks = ceil_div(panels, block);
   const bool streamed = blocks >= 4 * threads;  // else too few blocks to go round: threads share out the columns
   const bool prepacked = blocks > 1;            // else a weight panel is used once, by the thread that packs it
@@ -246,7 +248,13 @@ void LoraGemm::run() {
   const auto compute = [&](int64_t p, Panel from, int64_t c, const float* weight_panel) {
     alignas(64) float base[kMaxRows * kCols];
     const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
-    wide(segments(p).rows, cols, words, from.rows, weight_panel, kCols, &bias[c * kCols], 0, base, kCols);
+    const auto parts = segments(p);
+    const bool direct = b_words == 0 && parts.size == 1 && (fan != Fan::kOut || slots == 1) &&
+                        out_dtype == DType::f32 && cols % kLanes == 0;  // nothing to add: the base is the result
+    const int64_t at = (parts.of[0].slot * M + parts.of[0].row) * N + c * kCols;
+    float* to = direct ? static_cast<float*>(out) + at : base;
+    wide(parts.rows, cols, words, from.rows, weight_panel, kCols, &bias[c * kCols], 0, to, direct ? N : kCols);
+    if (direct) return;
     expand(p, from, c, base, {weight_panel + weight_size, kCols, true});
   };
   const auto panel_at = [&](float* start, int64_t i) {
