@@ -34,3 +34,43 @@ def multi_lora_backward(
     if need_dlora:
         flops += rank_rows * (width_in + width_out)
     return 2 * flops
+
+
+@register_flop_formula(torch.ops.fastcss.affinity_attention)
+def affinity_attention(q, k, v, scale, mean, **_) -> int:
+    batch, pixels, width = q
+    return 2 * batch * pixels**2 * (width + v[2])
+
+
+@register_flop_formula(torch.ops.fastcss.affinity_attention_backward)
+def affinity_attention_backward(dintra, dinter, q, k, v, scale, mean, **_) -> int:
+    batch, pixels, width = q
+    return 2 * batch * pixels**2 * (3 * width + 2 * v[2])
+
+
+@register_flop_formula(torch.ops.fastcss.class_affinity)
+def class_affinity(q, k, feats, centers, scale, mean, save_tp, **_) -> int:
+    batch, pixels, width = q
+    classes, channels = centers[1:]
+    return 2 * batch * (pixels**2 * (width + classes) + 3 * pixels * channels * classes)
+
+
+@register_flop_formula(torch.ops.fastcss.affinity_loss)
+def affinity_loss(q, k, labels, scale, ignore_index, **_) -> int:
+    batch, pixels, width = q
+    return 2 * batch * pixels**2 * width
+
+
+@register_flop_formula(torch.ops.fastcss.affinity_loss_backward)
+def affinity_loss_backward(dloss, q, k, labels, scale, ignore_index, **_) -> int:
+    return 3 * affinity_loss(q, k, labels, scale, ignore_index)
+
+
+@register_flop_formula(torch.ops.fastcss.class_centers)
+def class_centers(logits, feats, over_classes, **_) -> int:
+    return 2 * math.prod(logits) * feats[2]
+
+
+@register_flop_formula(torch.ops.fastcss.class_centers_backward)
+def class_centers_backward(dcenters, logits, feats, centers, class_lse, pixel_lse, **_) -> int:
+    return 4 * math.prod(logits) * feats[2]

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import _backends
+from .._autograd import kernels, needs_grad, once_differentiable, requires_grad
 from .._schema import COMPILED, LIBRARY
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
 
 MODES = ("shared", "diverged", "routed")
-FORWARD = {impl: getattr(torch.ops.fastcss.multi_lora, impl) for impl in COMPILED}
-BACKWARD = {impl: getattr(torch.ops.fastcss.multi_lora_backward, impl) for impl in COMPILED}
+FORWARD = kernels("multi_lora")
+BACKWARD = kernels("multi_lora_backward")
 
 
 def multi_lora(
@@ -78,18 +79,10 @@ def multi_lora(
 def _run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora, index: Tensor | None) -> Tensor:
     tensors = (x, weight, bias, lora.a, lora.b)
     arguments = (*tensors, lora.offsets, lora.scales, index, lora.max_rank)
-    if torch.is_grad_enabled() and any(t is not None and _requires_grad(t) for t in tensors):
-        save_h = _requires_grad(lora.a) or _requires_grad(lora.b)
+    if needs_grad(*tensors):
+        save_h = requires_grad(lora.a) or requires_grad(lora.b)
         return MultiLora.apply(*arguments, save_h, impl)[0]
     return FORWARD[impl](*arguments, False)[0]
-
-
-def _requires_grad(tensor: Tensor) -> bool:
-    """Also of a tensor mapped by torch.vmap, whose wrapper says no where what it wraps says yes."""
-    if not torch.compiler.is_compiling():
-        while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
 
 
 class MultiLora(torch.autograd.Function):
@@ -121,31 +114,11 @@ class MultiLora(torch.autograd.Function):
         grads = [
             g if need else None for g, need in zip((dx, dweight, dbias, da, db), ctx.needs_input_grad, strict=False)
         ]
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = _OnceDifferentiable.apply(dy, x, weight, a, b, *grads)
-        return (*grads, *[None] * 6)
+        return (*once_differentiable("multi_lora", (dy, x, weight, a, b), grads), *[None] * 6)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return _vmap(info.batch_size, in_dims, lambda *folded: MultiLora.apply(*folded), arguments)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Passes gradients on, tied to what they were computed from, so that differentiating them raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy, x, weight, a, b, *grads):
-        return tuple(None if g is None else g.view_as(g) for g in grads)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("multi_lora: differentiable once only; for second derivatives use impl='composed'")
 
 
 def _vmap(batch: int, in_dims: tuple, op, arguments: tuple):

@@ -1,0 +1,31 @@
+"""Work on an N×N map a few rows at a time, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._autograd import needs_grad
+
+# Elements of the map that exist at a time: with their temporaries they stay in the second-level cache of a CPU, and
+# keep a GPU busy.
+ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
+
+
+def row_chunks(compute: Callable[..., Tensor], rows: tuple[Tensor, ...], whole: tuple[Tensor, ...]) -> list[Tensor]:
+    """``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1); backward computes each chunk again."""
+    batch, n = rows[0].shape[:2]
+    size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * n))
+    again = needs_grad(*rows, *whole)
+    chunks = []
+    for first in range(0, n, size):
+        arguments = (*(tensor[:, first : first + size] for tensor in rows), *whole)
+        chunks.append(
+            checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else compute(*arguments)
+        )
+    return chunks

@@ -1,0 +1,22 @@
+"""A few rows of the affinity map at a time: with T = tanh(s/2), M V = ½ (Σ V + T V) and (1 − M) V = ½ (Σ V − T V)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._row_chunks import row_chunks
+
+
+def affinity_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mean: bool) -> tuple[Tensor, Tensor]:
+    """``q``, ``k`` [B, N, K], ``v`` [B, N, D] → two [B, N, D]."""
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.bmm(torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / 2)), v)
+
+    half = 0.5 / max(v.shape[1], 1) if mean else 0.5
+    # Each half is rounded once: twice the sum does not fit float16 where its half does.
+    wide = torch.promote_types(v.dtype, torch.float32)
+    total = v.sum(dim=1, keepdim=True, dtype=wide) * half
+    product = torch.cat([*row_chunks(compute, (q,), (k, v)), v[:, :0]], dim=1).to(wide) * half
+    return (total + product).to(v.dtype), (total - product).to(v.dtype)

@@ -1,0 +1,118 @@
+"""Affinity loss: binary cross-entropy of all pairs of pixels, without any N×N map, forward or backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from ..composed import affinity_loss as composed
+from ..reference import affinity_loss as reference
+from ._arguments import autocast, check_alike, check_device, check_shapes, readable
+
+FORWARD = kernels("affinity_loss")
+BACKWARD = kernels("affinity_loss_backward")
+
+
+def affinity_loss(
+    q: Tensor,
+    k: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    ignore_index: int = 255,
+    num_classes: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Train an affinity map: ``BCE(sigmoid(scale · q_i · k_j), [label_i == label_j])``, the mean over all pairs.
+
+    Args:
+        q: ``[B, N, K]``, a query for each of N pixels; float32, bfloat16 or float16 (float64 runs composed).
+        k: ``[B, N, K]``, a key for each pixel, dtype of ``q``.
+        labels: integer ``[B, N]``, or ``[B, h, w]`` with h·w = N; the class of each pixel, on the device of ``q``.
+        scale: factor of the products ``q_i · k_j``.
+        ignore_index: pixels of this label are in no pair.
+        num_classes: where given, labels are checked against it (on CPU; on CUDA reading them would stall).
+        impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input): the mean over the pairs within each image whose two pixels
+        count. Without such a pair it is 0, with gradients 0. Differentiable once in ``q`` and ``k``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.
+        IndexError: a label that is negative or not below ``num_classes``, and not ``ignore_index`` (CPU).
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+
+    Source: CAA (thesis chapter 3) eq. 3.9.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 4096, 64).requires_grad_()
+        >>> affinity_loss(q, k, torch.randint(21, (1, 64, 64)), num_classes=21).backward()
+    """
+    op = "affinity_loss"
+    sizes = check_shapes(op, q=(q, "B N K"), k=(k, "B N K"))
+    check_alike(op, q=q, k=k)
+    labels = _labels(q, labels, sizes["B"], sizes["N"], ignore_index, num_classes)
+    q, k = autocast(q, k)
+    impl = _backends.choose(op, impl, q)
+    if impl == "reference":
+        return reference.affinity_loss(q, k, labels, scale, ignore_index)
+    if impl == "composed":
+        return composed.affinity_loss(q, k, labels, scale, ignore_index)
+    if needs_grad(q, k):
+        return AffinityLoss.apply(q, k, labels, scale, ignore_index, impl)
+    return FORWARD[impl](q, k, labels, scale, ignore_index)
+
+
+class AffinityLoss(torch.autograd.Function):
+    """The compiled implementations with their gradients."""
+
+    @staticmethod
+    def forward(q, k, labels, scale, ignore_index, impl):
+        return FORWARD[impl](q, k, labels, scale, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.ignore_index, ctx.impl = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, dloss):
+        tensors = (dloss, *ctx.saved_tensors)
+        with torch.no_grad():
+            grads = BACKWARD[ctx.impl](*tensors, ctx.scale, ctx.ignore_index)
+        return (*once_differentiable("affinity_loss", tensors[:3], grads), None, None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return loop_vmap(AffinityLoss.apply, info.batch_size, in_dims, arguments)
+
+
+register_vmap("affinity_loss", loop_vmap)
+register_vmap("affinity_loss_backward", loop_vmap)
+
+
+def _labels(q: Tensor, labels: Tensor, batch: int, pixels: int, ignore_index: int, num_classes: int | None) -> Tensor:
+    """As int32 [B, N]."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"affinity_loss: labels must be a tensor of integers, got {got}")
+    flat = labels.flatten(1) if labels.dim() == 3 else labels
+    if flat.shape != (batch, pixels):
+        raise ValueError(
+            f"affinity_loss: labels must be [B, N] = [{batch}, {pixels}], or [B, h, w] with h·w = {pixels} pixels, "
+            f"got {list(labels.shape)}"
+        )
+    check_device("affinity_loss", "q", q, "labels", labels)
+    if readable(labels):
+        counted = labels[labels != ignore_index]
+        low, high = (counted.min().item(), counted.max().item()) if counted.numel() else (0, 0)
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            below = "" if num_classes is None else f" and below {num_classes}"
+            raise IndexError(
+                f"affinity_loss: labels must be at least 0{below}, or ignore_index = {ignore_index}; "
+                f"got values from {low} to {high}"
+            )
+    return flat.to(torch.int32)

@@ -1,0 +1,87 @@
+"""Class centres: the mean feature of each class, weighted by a coarse segmentation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from ..composed import class_centers as composed
+from ..reference import class_centers as reference
+from ._arguments import autocast, check_alike, check_shapes
+
+FORWARD = kernels("class_centers")
+BACKWARD = kernels("class_centers_backward")
+
+
+def class_centers(logits: Tensor, feats: Tensor, *, over: str = "pixels", impl: str = "auto") -> Tensor:
+    """Average the pixels' features for each class: ``softmax(logits) F``, without the softmaxed map.
+
+    Args:
+        logits: ``[B, C, N]``, the coarse segmentation (``.flatten(2)`` of ``[B, C, h, w]``); float32, bfloat16 or
+            float16 (float64 runs composed).
+        feats: ``[B, N, D]``, the pixels' features, dtype of ``logits``; any strides, so that ``.flatten(2).mT`` of
+            ``[B, D, h, w]`` costs no copy.
+        over: "pixels", softmax over the N pixels (CAA); "classes", softmax over the C classes, divided by the mass of
+            each class (ECAC).
+        impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
+
+    Returns:
+        ``[B, C, D]``. Differentiable once in ``logits`` and ``feats``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+
+    Source: CAA (thesis chapter 3) eq. 3.1; ECAC (chapter 4) eq. 4.6, as its code divides it.
+
+    Example:
+        >>> class_centers(torch.randn(1, 21, 4096), torch.randn(1, 4096, 512)).shape
+        torch.Size([1, 21, 512])
+    """
+    op = "class_centers"
+    if over not in ("pixels", "classes"):
+        raise ValueError(f"{op}: over must be 'pixels' or 'classes', got {over!r}")
+    sizes = check_shapes(op, logits=(logits, "B C N"), feats=(feats, "B N D"))
+    if sizes["C"] == 0 or sizes["N"] == 0:
+        raise ValueError(f"{op}: logits must have at least one class and one pixel, got {list(logits.shape)}")
+    check_alike(op, logits=logits, feats=feats)
+    logits, feats = autocast(logits, feats)
+    impl = _backends.choose(op, impl, logits)
+    if impl == "reference":
+        return reference.class_centers(logits, feats, over == "classes")
+    if impl == "composed":
+        return composed.class_centers(logits, feats, over == "classes")
+    if needs_grad(logits, feats):
+        return ClassCenters.apply(logits, feats, over == "classes", impl)[0]
+    return FORWARD[impl](logits, feats, over == "classes")[0]
+
+
+class ClassCenters(torch.autograd.Function):
+    """The compiled implementations with their gradients."""
+
+    @staticmethod
+    def forward(logits, feats, over_classes, impl):
+        return FORWARD[impl](logits, feats, over_classes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, feats, _, ctx.impl = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(logits, feats, *output)
+
+    @staticmethod
+    def backward(ctx, dcenters, *_):
+        logits, feats, *_ = ctx.saved_tensors
+        with torch.no_grad():
+            grads = BACKWARD[ctx.impl](dcenters, *ctx.saved_tensors)
+        return (*once_differentiable("class_centers", (dcenters, logits, feats), grads), None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return fold_vmap(ClassCenters.apply, info.batch_size, in_dims, arguments)
+
+
+register_vmap("class_centers", fold_vmap)
+register_vmap("class_centers_backward", fold_vmap)
