@@ -30,8 +30,7 @@ FASTCSS_INLINE Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
 
 // ROWS × VECS vectors are held in registers; `PANEL` is the row count that `a` was packed for.
 template <int ROWS, int VECS, int PANEL, Vec (*MULTIPLY_ADD)(Vec, Vec, Vec) = multiply_add>
-FASTCSS_INLINE void tile_body(FASTCSS_TILE_ARGS) {
-  Vec sum[ROWS][VECS] = {};
+FASTCSS_INLINE void accumulate(Vec (&sum)[ROWS][VECS], int64_t k, const float* a, const float* b, int64_t ldb) {
   for (; k > 0; --k, a += PANEL, b += ldb) {
     Vec column[VECS];
 #pragma GCC unroll 16
@@ -43,6 +42,12 @@ FASTCSS_INLINE void tile_body(FASTCSS_TILE_ARGS) {
       for (int v = 0; v < VECS; ++v) sum[i][v] = MULTIPLY_ADD(sum[i][v], row, column[v]);
     }
   }
+}
+
+template <int ROWS, int VECS, int PANEL, Vec (*MULTIPLY_ADD)(Vec, Vec, Vec) = multiply_add>
+FASTCSS_INLINE void tile_body(FASTCSS_TILE_ARGS) {
+  Vec sum[ROWS][VECS] = {};
+  accumulate<ROWS, VECS, PANEL, MULTIPLY_ADD>(sum, k, a, b, ldb);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -70,109 +75,30 @@ struct Kernel {
 };
 
 #if defined(__x86_64__)
-template <int ROWS, int VECS>
-FASTCSS_TARGET("arch=x86-64-v4")
-void tile_v4(FASTCSS_TILE_ARGS) {  // 12 × 2 of 32 zmm registers
-  tile_body<ROWS, VECS, 12>(k, a, b, ldb, c_in, ld_in, c_out, ld_out);
-}
-template <int ROWS, int VECS>
-FASTCSS_TARGET("arch=x86-64-v3")
-void tile_v3(FASTCSS_TILE_ARGS) {  // 6 × 2 of 16 ymm registers, a vector at a time
-  for (int v = 0; v < VECS; ++v)
-    tile_body<ROWS, 1, 6>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
-}
 // A word is a pair of bfloat16 terms: sum + x₀y₀ + x₁y₁ in one instruction.
 FASTCSS_TARGET("arch=x86-64-v4,avx512bf16") inline Vec multiply_add_pairs(Vec sum, Vec x, Vec y) {
   return reinterpret_cast<Vec>(
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y)));
 }
-template <int ROWS, int VECS>
-FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
-void tile_pairs(FASTCSS_TILE_ARGS) {
-  tile_body<ROWS, VECS, 12, multiply_add_pairs>(k, a, b, ldb, c_in, ld_in, c_out, ld_out);
-}
-#endif
-template <int ROWS, int VECS>
-void tile_baseline(FASTCSS_TILE_ARGS) {  // 2 × 4 of 16 xmm registers
-  for (int v = 0; v < VECS; ++v)
-    tile_body<ROWS, 1, 2>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
-}
-
-#define FASTCSS_TILES_2(f, r) \
-  {f<r, 1>, f<r, 2>}, { f<r + 1, 1>, f<r + 1, 2> }
-#define FASTCSS_TILES_6(f, r) FASTCSS_TILES_2(f, r), FASTCSS_TILES_2(f, r + 2), FASTCSS_TILES_2(f, r + 4)
-
-// The best kernel of this CPU for float32 words.
-inline const Kernel& kernel() {
-  static const Kernel baseline{2, {FASTCSS_TILES_2(tile_baseline, 1)}};
-#if defined(__x86_64__)
-  static const Kernel v3{6, {FASTCSS_TILES_6(tile_v3, 1)}};
-  static const Kernel v4{12, {FASTCSS_TILES_6(tile_v4, 1), FASTCSS_TILES_6(tile_v4, 7)}};
+// x86-64-v… of this CPU, as far as a kernel makes use of it.
+inline int level() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return v4;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return v3;
-#endif
-  return baseline;
+    return 4;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 3 : 1;
 }
+#endif
+
+// The best kernel of this CPU for float32 words.
+const Kernel& kernel();
 
 // The kernel for pairs of bfloat16, or nullptr where this CPU has none. Its panels are as high as kernel()'s.
-inline const Kernel* pair_kernel() {
-#if defined(__x86_64__)
-  static const Kernel pairs{12, {FASTCSS_TILES_6(tile_pairs, 1), FASTCSS_TILES_6(tile_pairs, 7)}};
-  if (kernel().rows == pairs.rows && __builtin_cpu_supports("avx512bf16")) return &pairs;
-#endif
-  return nullptr;
-}
-#undef FASTCSS_TILES_2
-#undef FASTCSS_TILES_6
+const Kernel* pair_kernel();
 
-// ---- few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers ---------------
-
-constexpr int64_t kAhead = 64;  // terms of each lane to fetch ahead: too many streams for the hardware to follow
-
-// The sums are made in the order of Kernel::operator(), so that a row's result is the same alone and in a batch.
-template <class T, int ROWS>
-FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, const T* src, int64_t lane_stride,
-                             const float* c_in, int64_t ld_in, float* c_out, int64_t ld_out) {
-  constexpr int kVecs = kCols / kLanes;
-  Vec total[ROWS][kVecs];
-  for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < kVecs; ++v) total[i][v] = load(c_in + i * ld_in + v * kLanes);
-  while (k > 0) {
-    const int64_t depth = std::min(k, kDepth);
-    Vec sum[ROWS][kVecs] = {};
-    for (int64_t first = 0; first < depth; first += kLanes)
-      for (int v = 0; v * kLanes < lanes; ++v) {  // two independent sums hide each other's latency
-        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(src + (v * kLanes + i) * lane_stride + first + kAhead);
-        Vec words[kLanes];
-        read_transposed<Single<T>>(words, src + v * kLanes * lane_stride + first, lane_stride,
-                                   std::min(kLanes, lanes - v * kLanes), depth - first);
-        const int terms = static_cast<int>(std::min<int64_t>(kLanes, depth - first));
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) {
-          if (j == terms) break;
-#pragma GCC unroll 12
-          for (int i = 0; i < ROWS; ++i)
-            sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - Vec{}, words[j]);
-        }
-      }
-    for (int i = 0; i < ROWS; ++i)
-      for (int v = 0; v < kVecs; ++v) total[i][v] += sum[i][v];
-    a += depth * panel, src += depth, k -= depth;
-  }
-  for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < kVecs; ++v) store(c_out + i * ld_out + v * kLanes, total[i][v]);
-}
-
-// The row count is rounded up to one of these; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
-FASTCSS_CLONES inline void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m,
-                                    const float* c_in, int64_t ld_in, float* c_out, int64_t ld_out) {
-  const float* src = static_cast<const float*>(m.data);
-#define FASTCSS_FEW(n) \
-  if (rows <= n) return few_body<float, n>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
-  FASTCSS_FEW(1) FASTCSS_FEW(2) FASTCSS_FEW(4) FASTCSS_FEW(6) FASTCSS_FEW(12)
-#undef FASTCSS_FEW
-}
+// Few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers. The sums are made in
+// the order of Kernel::operator(), so that a row's result is the same alone and in a batch. The row count is rounded up
+// to 1, 2, 4, 6 or 12; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
+void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
+              float* c_out, int64_t ld_out);
 
 }  // namespace fastcss::cpu

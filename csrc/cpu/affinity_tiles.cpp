@@ -1,0 +1,223 @@
+#include "affinity_tiles.h"
+
+namespace fastcss::cpu {
+namespace {
+
+// ---- 2^t and 1/x of each instruction set ---------------------------------------------------------------------------
+
+// 2^r for |r| ≤ ½: relative error 9e-8, exact at 0.
+FASTCSS_INLINE Vec exp2_fraction(Vec r) {
+  Vec p = r * 0.001326472731307149f + 0.009671512991189957f;
+  p = p * r + 0.05550733581185341f;
+  p = p * r + 0.24022242426872253f;
+  p = p * r + 0.6931470036506653f;
+  return p * r + 1.f;
+}
+
+struct Portable {
+  // t in [-126, 126], or NaN
+  static FASTCSS_INLINE Vec exp2(Vec t) {
+    const Vec shifted = t + 12582912.f;  // 1.5 · 2²³: leaves the nearest whole number in the low bits
+    const Bits scale = (reinterpret_cast<Bits>(shifted) << 23) + 0x3f800000;
+    return exp2_fraction(t - (shifted - 12582912.f)) * reinterpret_cast<Vec>(scale);
+  }
+  static FASTCSS_INLINE Vec reciprocal(Vec x) { return 1.f / x; }
+  // NaN stays NaN.
+  static FASTCSS_INLINE Vec at_least(Vec x, float low) { return x < low ? low - Vec{} : x; }
+  static FASTCSS_INLINE Vec at_most(Vec x, float high) { return x > high ? high - Vec{} : x; }
+};
+
+#if defined(__x86_64__)
+#define FASTCSS_V4 FASTCSS_TARGET("arch=x86-64-v4")
+constexpr __mmask16 kAll = 0xffff;  // the unmasked forms make GCC 12 warn of its own headers
+
+struct Avx512 {
+  static FASTCSS_V4 inline Vec exp2(Vec t) {
+    const __m512 x = reinterpret_cast<__m512>(t);
+    const __m512 whole = _mm512_maskz_roundscale_ps(kAll, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec fraction = reinterpret_cast<Vec>(_mm512_sub_ps(x, whole));
+    return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(exp2_fraction(fraction)), whole));
+  }
+  static FASTCSS_V4 inline Vec reciprocal(Vec x) {  // 14 bits, and one Newton step
+    const Vec y = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(kAll, reinterpret_cast<__m512>(x)));
+    return y + y * (1.f - x * y);
+  }
+  // The second operand is the result where one is NaN.
+  static FASTCSS_V4 inline Vec at_least(Vec x, float low) {
+    return reinterpret_cast<Vec>(_mm512_maskz_max_ps(kAll, _mm512_set1_ps(low), reinterpret_cast<__m512>(x)));
+  }
+  static FASTCSS_V4 inline Vec at_most(Vec x, float high) {
+    return reinterpret_cast<Vec>(_mm512_maskz_min_ps(kAll, _mm512_set1_ps(high), reinterpret_cast<__m512>(x)));
+  }
+};
+#endif
+
+// ---- what becomes of an element --------------------------------------------------------------------------------------
+
+// tanh(s/2) of t = −s · log₂e: (1 − e) / (1 + e) with e = 2^t, exact at 0 and ±∞.
+template <class Isa>
+FASTCSS_INLINE Vec tanh_half(Vec t) {
+  const Vec e = Isa::exp2(Isa::at_least(Isa::at_most(t, 80.f), -80.f));
+  return (1.f - e) * Isa::reciprocal(1.f + e);
+}
+
+constexpr uint32_t kSign = 0x80000000;
+
+// −t where both pixels have one label, else t.
+FASTCSS_INLINE Vec signed_by(Vec t, Bits row_labels, int32_t key_label) {
+  const Bits same = reinterpret_cast<Bits>(row_labels == static_cast<uint32_t>(key_label));
+  return reinterpret_cast<Vec>(reinterpret_cast<Bits>(t) ^ (same & kSign));
+}
+
+// ---- tiles of ROWS keys by VECS vectors of queries ------------------------------------------------------------------
+
+template <class Isa, int ROWS, int VECS>
+FASTCSS_INLINE void tanh_body(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
+  Vec sum[ROWS][VECS] = {};
+  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) store(map + i * ld + v * kLanes, tanh_half<Isa>(sum[i][v] * factor));
+}
+
+template <int ROWS, int VECS>
+FASTCSS_INLINE void tanh_slope_body(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {
+  Vec sum[ROWS][VECS] = {};
+  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) {
+      const Vec t = load(map + i * ld + v * kLanes);
+      store(slope + i * ld + v * kLanes, (factor - factor * t * t) * sum[i][v]);
+    }
+}
+
+template <class Isa, int ROWS, int VECS>
+FASTCSS_INLINE void softplus_body(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,
+                                  Vec* twice_hinge, Vec* excess) {
+  Vec sum[ROWS][VECS] = {};
+  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+#pragma GCC unroll 16
+  for (int v = 0; v < VECS; ++v) {
+    const Bits labels = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(row_labels) + v * kLanes));
+    Vec hinge = twice_hinge[v], more = excess[v];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      if (i == keys) break;
+      const Vec x = signed_by(sum[i][v] * factor, labels, key_labels[i]);
+      const Vec minus = reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) | kSign);  // −|x|
+      hinge += x - minus;
+      const Vec e = Isa::exp2(Isa::at_least(minus, -126.f));
+      more += e * (1.f + more);
+    }
+    twice_hinge[v] = hinge, excess[v] = more;
+  }
+}
+
+template <class Isa, int ROWS, int VECS>
+FASTCSS_INLINE void softplus_slope_body(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,
+                                        float* slope, int64_t ld) {
+  Vec sum[ROWS][VECS] = {};
+  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+#pragma GCC unroll 16
+  for (int v = 0; v < VECS; ++v) {
+    const Bits labels = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(row_labels) + v * kLanes));
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const Vec minus = signed_by(sum[i][v] * -factor, labels, key_labels[i]);  // −x
+      const Vec sigmoid = Isa::reciprocal(1.f + Isa::exp2(Isa::at_least(Isa::at_most(minus, 126.f), -126.f)));
+      store(slope + i * ld + v * kLanes, signed_by(sigmoid, labels, key_labels[i]));
+    }
+  }
+}
+
+template <int ROWS, int VECS>
+FASTCSS_INLINE void from_left_body(int64_t k, const float* map, int64_t ld, const float* b, float* c) {
+  Vec sum[ROWS][VECS] = {};
+  for (int64_t j = 0; j < k; ++j) {
+    Vec column[VECS];
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) column[v] = load(b + j * kCols + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECS; ++v) sum[i][v] = multiply_add(sum[i][v], map[i * ld + j] - Vec{}, column[v]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) {
+      float* to = c + i * kCols + v * kLanes;
+      store(to, load(to) + sum[i][v]);
+    }
+}
+
+// ---- one table an instruction set ----------------------------------------------------------------------------------
+
+#define FASTCSS_TILES(name, target, Isa, ROWS, VECS)                                                             \
+  target void tanh_##name(FASTCSS_MAP_ARGS, float* map, int64_t ld) {                                            \
+    for (int v = 0; v < kCols; v += VECS * kLanes) tanh_body<Isa, ROWS, VECS>(k, a, b + v, factor, map + v, ld); \
+  }                                                                                                              \
+  target void tanh_slope_##name(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {                  \
+    for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
+      tanh_slope_body<ROWS, VECS>(k, a, b + v, factor, map + v, slope + v, ld);                                  \
+  }                                                                                                              \
+  target void softplus_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,  \
+                              Softplus* sum) {                                                                   \
+    for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
+      softplus_body<Isa, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, keys,                      \
+                                     sum->twice_hinge + v / kLanes, sum->excess + v / kLanes);                   \
+  }                                                                                                              \
+  target void softplus_slope_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,      \
+                                    float* slope, int64_t ld) {                                                  \
+    for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
+      softplus_slope_body<Isa, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, slope + v, ld);      \
+  }                                                                                                              \
+  target void from_left_##name(int64_t k, const float* map, int64_t ld, const float* b, float* c) {              \
+    for (int v = 0; v < kCols; v += VECS * kLanes) from_left_body<ROWS, VECS>(k, map, ld, b + v, c + v);         \
+  }
+#define FASTCSS_TABLE(name, pairs) \
+  { tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name, from_left_##name }
+
+#if defined(__x86_64__)
+FASTCSS_TILES(v4, FASTCSS_TARGET("arch=x86-64-v4"), Avx512, 12, 2)
+FASTCSS_TILES(v3, FASTCSS_TARGET("arch=x86-64-v3"), Portable, 6, 1)
+
+#define FASTCSS_BF16 FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
+// Lane by lane the pair (first, second), rounded to bfloat16.
+FASTCSS_BF16 inline Vec round_pairs(Vec first, Vec second) {
+  const Half16Bits low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  const Half16Bits high = low + 8;
+  alignas(64) uint16_t order[2 * kLanes];
+  std::memcpy(order, &low, sizeof(low)), std::memcpy(order + kLanes, &high, sizeof(high));
+  const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+  return reinterpret_cast<Vec>(_mm512_permutexvar_epi16(_mm512_load_si512(order), reinterpret_cast<__m512i>(both)));
+}
+FASTCSS_BF16 void tanh_pairs_v4(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
+  Vec sum[12][2] = {};
+  accumulate<12, 2, 12, multiply_add_pairs>(sum, k, a, b, kCols);
+#pragma GCC unroll 16
+  for (int i = 0; i < 12; i += 2)
+#pragma GCC unroll 16
+    for (int v = 0; v < 2; ++v)
+      store(map + i / 2 * ld + v * kLanes,
+            round_pairs(tanh_half<Avx512>(sum[i][v] * factor), tanh_half<Avx512>(sum[i + 1][v] * factor)));
+}
+#endif
+FASTCSS_TILES(baseline, , Portable, 2, 1)
+
+}  // namespace
+
+const AffinityTiles& affinity_tiles() {
+  static const AffinityTiles baseline FASTCSS_TABLE(baseline, nullptr);
+#if defined(__x86_64__)
+  static const AffinityTiles v4 FASTCSS_TABLE(v4, tanh_pairs_v4), v3 FASTCSS_TABLE(v3, nullptr);
+  if (level() == 4) return v4;
+  if (level() == 3) return v3;
+#endif
+  return baseline;
+}
+
+}  // namespace fastcss::cpu

@@ -1,0 +1,5 @@
+"""Modules built on the ops: a part of a segmentation model each."""
+
+from .caa import CAALosses, CAAOutput, ClassAwareAffinity
+
+__all__ = ["CAALosses", "CAAOutput", "ClassAwareAffinity"]

@@ -1,0 +1,263 @@
+"""Class-aware affinity (CAA): context from alike pixels, unlike pixels and class centres, for any backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._backends import IMPLEMENTATIONS
+from ..ops import affinity_attention, affinity_loss, class_centers
+from ..ops._arguments import autocast, check_device, check_shapes, readable
+
+Norm = Callable[[int], nn.Module]
+
+
+class CAAOutput(NamedTuple):
+    """What ``ClassAwareAffinity`` returns; a tuple, so that ``torch.compile`` and DDP see every tensor in it.
+
+    Attributes:
+        logits: ``[B, C, h, w]``, the segmentation.
+        coarse: ``[B, C, h, w]``, the coarse segmentation that the class centres are made with.
+        q: ``[B, h·w, K]``, the queries of the affinity map ``sigmoid(Q Kᵀ)``.
+        k: ``[B, h·w, K]``, its keys.
+    """
+
+    logits: Tensor
+    coarse: Tensor
+    q: Tensor
+    k: Tensor
+
+
+class CAALosses(NamedTuple):
+    """Scalars, at least float32: the weighted ``total`` to train with, and its three parts as they are."""
+
+    total: Tensor
+    seg: Tensor
+    affinity: Tensor
+    aux: Tensor
+
+
+class ClassAwareAffinity(nn.Module):
+    """A segmentation head that puts class-aware affinity between a backbone's features and their classification.
+
+    Each pixel gathers features from the pixels alike (``M F``) and unlike (``(1 − M) F``), both attend to the class
+    centres of the coarse segmentation, and what they find is joined with the features. One segmentation layer, a 1×1
+    convolution, makes the coarse segmentation from the features and the final one from the result. Without that layer,
+    which the bare model has too, the module has 3,614,336 parameters at 512 channels. The N×N map is never made.
+
+    Args:
+        in_channels: D, channels of the features.
+        num_classes: C, classes of the segmentation.
+        key_channels: K, channels of the queries and keys of the affinity map.
+        attention_channels: channels of the attention to the class centres.
+        norm_layer: makes the normalisation of so many channels; ``nn.SyncBatchNorm.convert_sync_batchnorm`` works on
+            the finished module.
+        loss_weights: factors of the segmentation, affinity and auxiliary loss in ``loss``.
+        ignore_index: pixels of this label are in no loss.
+        impl: implementation of the ops: "auto", or one of "reference", "composed", "cpu", "triton", "cuda".
+
+    Raises:
+        ValueError: a channel or class count below 1, an unknown ``impl``, or not three loss weights.
+
+    Source: CAA (thesis chapter 3), table 3.5 for the size; what the text leaves open is as in the author's code.
+
+    Example:
+        >>> head = ClassAwareAffinity(512, num_classes=21)
+        >>> output = head(torch.randn(2, 512, 64, 64))
+        >>> head.loss(output, torch.randint(21, (2, 512, 512))).total.backward()
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        key_channels: int = 64,
+        attention_channels: int = 256,
+        norm_layer: Norm = nn.BatchNorm2d,
+        loss_weights: tuple[float, float, float] = (1.0, 1.0, 0.4),
+        ignore_index: int = 255,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        sizes = {"in_channels": in_channels, "num_classes": num_classes}
+        sizes |= {"key_channels": key_channels, "attention_channels": attention_channels}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"ClassAwareAffinity: {name} must be at least 1, got {size}")
+        if impl not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(
+                f"ClassAwareAffinity: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}"
+            )
+        if len(loss_weights) != 3:
+            raise ValueError(f"ClassAwareAffinity: loss_weights must be three numbers, got {loss_weights}")
+        self.in_channels, self.num_classes, self.impl = in_channels, num_classes, impl
+        self.loss_weights, self.ignore_index = tuple(loss_weights), ignore_index
+
+        self.segmentation = nn.Conv2d(in_channels, num_classes, 1)
+        self.query = nn.Conv2d(in_channels, key_channels, 1)
+        self.key = nn.Conv2d(in_channels, key_channels, 1)
+        self.intra = conv_norm_relu(in_channels, in_channels, norm_layer)
+        self.inter = conv_norm_relu(in_channels, in_channels, norm_layer)
+        self.intra_reduce = conv_norm_relu(2 * in_channels, in_channels, norm_layer)
+        self.inter_reduce = conv_norm_relu(2 * in_channels, in_channels, norm_layer)
+        self.center_attention = CenterAttention(in_channels, attention_channels, norm_layer)
+        self.fuse = conv_norm_relu(3 * in_channels, in_channels, norm_layer)
+
+    def forward(self, features: Tensor) -> CAAOutput:
+        """Segment.
+
+        Args:
+            features: ``[B, D, h, w]`` of the backbone; any strides, channels-last included; the module's dtype, or any
+                floating-point dtype under autocast.
+
+        Raises:
+            TypeError, ValueError: not a floating-point tensor of that shape with at least one pixel.
+            RuntimeError: the implementation asked for cannot run here; the message says why.
+        """
+        self._check_features(features)
+        (features,) = autocast(features)  # once, not in each of the layers that read them
+        size = features.shape[2:]
+        coarse = self.segmentation(features)  # [B, C, h, w]
+        pixels = _to_pixels(features)  # [B, N, D]
+        centers = class_centers(coarse.flatten(2), pixels, over="pixels", impl=self.impl)  # [B, C, D]
+
+        q, k = _to_pixels(self.query(features)), _to_pixels(self.key(features))  # [B, N, K]
+        intra, inter = affinity_attention(q, k, pixels, mean=True, impl=self.impl)  # [B, N, D]
+        intra, inter = self.intra(_to_map(intra, size)), self.inter(_to_map(inter, size))
+        intra = self.intra_reduce(torch.cat([features, intra], dim=1))
+        inter = self.inter_reduce(torch.cat([features, inter], dim=1))
+
+        intra, inter = self.center_attention(intra, inter, centers=centers)
+        final = self.fuse(torch.cat([features, intra, inter], dim=1))
+        return CAAOutput(self.segmentation(final), coarse, q, k)
+
+    def loss(self, output: CAAOutput, labels: Tensor) -> CAALosses:
+        """Losses of an output: segmentation and auxiliary cross-entropy at the labels' size, affinity loss at [h, w].
+
+        Logits are upsampled to the labels (bilinear), labels down-sampled to the affinity map (nearest). With no pixel
+        that counts every loss is 0, with gradients 0. Uses no parameters: may be called beside a DDP wrapper.
+
+        Args:
+            output: of ``forward``.
+            labels: integer ``[B, H, W]``, the class of each pixel or ``ignore_index``; H ≥ h and W ≥ w at one stride.
+
+        Returns:
+            ``(total, seg, affinity, aux)``; total is the sum weighted by ``loss_weights``.
+
+        Raises:
+            TypeError, ValueError: labels of another kind, batch, size or device.
+            IndexError: a label that is neither a class nor ``ignore_index`` (on CPU; on CUDA reading them would stall).
+
+        Source: eq. 3.9 to 3.12.
+        """
+        labels = self._check_labels(output.logits, labels)
+        rows, columns = (
+            torch.arange(small, device=labels.device) * large // small
+            for small, large in zip(output.logits.shape[2:], labels.shape[1:], strict=True)
+        )
+        small = labels[:, rows[:, None], columns].flatten(1)  # [B, N]
+        seg = self._cross_entropy(output.logits, labels)
+        affinity = affinity_loss(output.q, output.k, small, ignore_index=self.ignore_index, impl=self.impl)
+        aux = self._cross_entropy(output.coarse, labels)
+        total = sum(weight * part for weight, part in zip(self.loss_weights, (seg, affinity, aux), strict=True))
+        return CAALosses(total, seg, affinity, aux)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the pixels that count; of none 0, where ``reduction="mean"`` is NaN."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+        total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+        return total / (labels != self.ignore_index).sum().clamp(min=1)
+
+    def _check_features(self, features: Tensor) -> None:
+        op = "ClassAwareAffinity"
+        sizes = check_shapes(op, features=(features, "B D h w"))
+        if not features.is_floating_point():
+            raise TypeError(f"{op}: features must be a floating-point tensor, got {features.dtype}")
+        if sizes["D"] != self.in_channels or sizes["h"] == 0 or sizes["w"] == 0:
+            raise ValueError(
+                f"{op}: features must be [B, {self.in_channels}, h, w] with at least one pixel, "
+                f"got {list(features.shape)}"
+            )
+
+    def _check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """As int64."""
+        op = "ClassAwareAffinity.loss"
+        sizes = check_shapes(op, logits=(logits, "B C h w"), labels=(labels, "B H W"))
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"{op}: labels must be a tensor of integers, got {labels.dtype}")
+        check_device(op, "output", logits, "labels", labels)
+        h, w, height, width = (sizes[letter] for letter in "hwHW")
+        # One stride s gives both sizes, rounded down or up: H/(h + 1) < s < H/(h − 1), and so for w.
+        one_stride = height * (w - 1) < width * (h + 1) and width * (h - 1) < height * (w + 1)
+        if height < h or width < w or not one_stride:
+            raise ValueError(
+                f"{op}: labels must be [B, H, W] of the picture whose features are {h}×{w}, at one stride in both "
+                f"directions, got {height}×{width}"
+            )
+        if readable(labels):
+            counted = labels[labels != self.ignore_index]
+            low, high = (counted.min().item(), counted.max().item()) if counted.numel() else (0, 0)
+            if low < 0 or high >= self.num_classes:
+                raise IndexError(
+                    f"{op}: labels must be from 0 to num_classes − 1 = {self.num_classes - 1}, or ignore_index = "
+                    f"{self.ignore_index}; got values from {low} to {high}"
+                )
+        return labels.long()
+
+
+class CenterAttention(nn.Module):
+    """Attention of pixels to class centres, as OCRNet's object attention; one set of weights for all maps given.
+
+    Args:
+        channels: D, of the maps, of the centres and of the results.
+        attention_channels: of queries, keys and values; the products are scaled by its −½th power.
+        norm_layer: makes the normalisation of so many channels.
+    """
+
+    def __init__(self, channels: int, attention_channels: int, norm_layer: Norm) -> None:
+        super().__init__()
+
+        def two_layers() -> nn.Sequential:
+            first = conv_norm_relu(channels, attention_channels, norm_layer)
+            return nn.Sequential(first, conv_norm_relu(attention_channels, attention_channels, norm_layer))
+
+        self.scale = attention_channels**-0.5
+        self.query, self.key = two_layers(), two_layers()
+        self.value = conv_norm_relu(channels, attention_channels, norm_layer)
+        self.out = conv_norm_relu(attention_channels, channels, norm_layer)
+        self.bottleneck = conv_norm_relu(2 * channels, channels, norm_layer)
+
+    def forward(self, *maps: Tensor, centers: Tensor) -> list[Tensor]:
+        """``maps`` [B, D, h, w] each, ``centers`` [B, C, D] → a [B, D, h, w] for each map."""
+        columns = centers.mT.unsqueeze(3)  # [B, D, C, 1]
+        key, value = (_to_pixels(layer(columns)).unsqueeze(1) for layer in (self.key, self.value))  # [B, 1, C, A]
+        attended = []
+        for x in maps:
+            query = _to_pixels(self.query(x)).unsqueeze(1)  # [B, 1, N, A]
+            context = F.scaled_dot_product_attention(query, key, value, scale=self.scale).squeeze(1)
+            context = self.out(_to_map(context, x.shape[2:]))
+            attended.append(self.bottleneck(torch.cat([context, x], dim=1)))
+        return attended
+
+
+def conv_norm_relu(in_channels: int, out_channels: int, norm_layer: Norm) -> nn.Sequential:
+    """A 1×1 convolution without bias, its normalisation, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, bias=False), norm_layer(out_channels), nn.ReLU(inplace=True)
+    )
+
+
+def _to_pixels(x: Tensor) -> Tensor:
+    """[B, D, h, w] → [B, N, D], a view."""
+    return x.flatten(2).mT
+
+
+def _to_map(x: Tensor, size: torch.Size) -> Tensor:
+    """[B, N, D] → [B, D, h, w], a view."""
+    return x.mT.unflatten(2, size)
