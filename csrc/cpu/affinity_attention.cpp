@@ -1,8 +1,9 @@
-// fastcss::affinity_attention.cpu: with T = tanh(s/2), M V = ½ (Σ V + T V) and (1 − M) V = ½ (Σ V − T V).
+// fastcss::affinity_attention.cpu and its backward: with T = tanh(s/2), M V = ½ (Σ V + T V) and (1 − M) V = ½ (Σ V − T V).
 
 #include <tuple>
 
 #include "affinity_gather.h"
+#include "affinity_gradient.h"
 #include "tensors.h"
 
 namespace fastcss::cpu {
@@ -25,7 +26,7 @@ std::tuple<Tensor, Tensor> affinity_attention(const Tensor& q, const Tensor& k, 
   Tensor intra = torch::stable::new_empty(v, v.sizes()), inter = torch::stable::new_empty(v, v.sizes());
   const AffinityGather gather(N, q.size(2), D, static_cast<float>(scale), dtype);
   const float half = mean ? 0.5f / static_cast<float>(N) : 0.5f;
-  for (int64_t b = 0; b < B; ++b) {
+  for_images(B, N, [&](int64_t b) {
     float* total = shared_workspace.get(D + gather.size());
     float* packed = total + D;
     gather.pack_keys(packed, matrix(k, 1, 2, kOp).offset(b * k.stride(0)));
@@ -37,9 +38,35 @@ std::tuple<Tensor, Tensor> affinity_attention(const Tensor& q, const Tensor& k, 
                     write_transposed(image(intra, b, dtype) + at, dtype, D, queries, D, sums);
                     write_transposed(image(inter, b, dtype) + at, dtype, D, queries, D, others);
                   });
-  }
-  shared_workspace.trim();
+    shared_workspace.trim();
+  });
   return {intra, inter};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affinity_attention_backward(const Tensor& dintra, const Tensor& dinter,
+                                                               const Tensor& q, const Tensor& k, const Tensor& v,
+                                                               double scale, bool mean) {
+  const int64_t B = v.size(0), N = v.size(1), D = v.size(2), K = q.size(2);
+  const DType dtype = dtype_of(v, kOp);
+  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes()),
+         dv = torch::stable::new_empty(v, v.sizes());
+  const auto pixels = [&](const Tensor& t, int64_t b) { return matrix(t, 1, 2, kOp).offset(b * t.stride(0)); };
+  for_images(B, N, [&](int64_t b) {
+    const AffinityGradientProblem problem{.N = N,
+                                          .K = K,
+                                          .scale = static_cast<float>(scale),
+                                          .q = pixels(q, b),
+                                          .k = pixels(k, b),
+                                          .ds_factor = static_cast<float>(scale / 2),
+                                          .C = D,
+                                          .v = pixels(v, b),
+                                          .dintra = pixels(dintra, b),
+                                          .dinter = pixels(dinter, b),
+                                          .half = mean ? 0.5f / static_cast<float>(N) : 0.5f};
+    AffinityGradient(problem).run({image(dq, b, dtype), image(dk, b, dtype), image(dv, b, dtype), dtype});
+    shared_workspace.trim();
+  });
+  return {dq, dk, dv};
 }
 
 }  // namespace
@@ -47,4 +74,5 @@ std::tuple<Tensor, Tensor> affinity_attention(const Tensor& q, const Tensor& k, 
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
   m.impl("affinity_attention.cpu", TORCH_BOX(&fastcss::cpu::affinity_attention));
+  m.impl("affinity_attention_backward.cpu", TORCH_BOX(&fastcss::cpu::affinity_attention_backward));
 }

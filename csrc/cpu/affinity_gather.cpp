@@ -1,5 +1,7 @@
 #include "affinity_gather.h"
 
+#include "vector_math.h"
+
 namespace fastcss::cpu {
 
 AffinityGather::AffinityGather(int64_t N, int64_t K, int64_t C, float scale, DType dtype)

@@ -1,31 +1,11 @@
 #include "affinity_tiles.h"
 
+#include "vector_math.h"
+
 namespace fastcss::cpu {
 namespace {
 
-// ---- 2^t and 1/x of each instruction set ---------------------------------------------------------------------------
-
-// 2^r for |r| ≤ ½: relative error 9e-8, exact at 0.
-FASTCSS_INLINE Vec exp2_fraction(Vec r) {
-  Vec p = r * 0.001326472731307149f + 0.009671512991189957f;
-  p = p * r + 0.05550733581185341f;
-  p = p * r + 0.24022242426872253f;
-  p = p * r + 0.6931470036506653f;
-  return p * r + 1.f;
-}
-
-struct Portable {
-  // t in [-126, 126], or NaN
-  static FASTCSS_INLINE Vec exp2(Vec t) {
-    const Vec shifted = t + 12582912.f;  // 1.5 · 2²³: leaves the nearest whole number in the low bits
-    const Bits scale = (reinterpret_cast<Bits>(shifted) << 23) + 0x3f800000;
-    return exp2_fraction(t - (shifted - 12582912.f)) * reinterpret_cast<Vec>(scale);
-  }
-  static FASTCSS_INLINE Vec reciprocal(Vec x) { return 1.f / x; }
-  // NaN stays NaN.
-  static FASTCSS_INLINE Vec at_least(Vec x, float low) { return x < low ? low - Vec{} : x; }
-  static FASTCSS_INLINE Vec at_most(Vec x, float high) { return x > high ? high - Vec{} : x; }
-};
+// ---- 2^t and 1/x with AVX-512 ----------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 #define FASTCSS_V4 FASTCSS_TARGET("arch=x86-64-v4")

@@ -6,8 +6,6 @@
 
 namespace fastcss::cpu {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
 // Σ softplus(x) over some keys for kCols queries, in pieces: softplus(x) = max(x, 0) + ln(1 + e^−|x|), and the
 // factors of the logarithm are multiplied first. Units of x are log₂e.
 struct Softplus {

@@ -28,6 +28,14 @@ void parallel(int64_t items, const F& f) {
   });
 }
 
+// f(b) for every image of a batch of images of N pixels. Large images follow each other, and `parallel` inside f shares
+// out each of them; small ones are shared out themselves, and then `parallel` inside f is a loop.
+template <class F>
+void for_images(int64_t B, int64_t N, const F& f) {
+  if (N <= 1024) return parallel(B, f);
+  for (int64_t b = 0; b < B; ++b) f(b);
+}
+
 // A buffer that a thread keeps from call to call: no page faults after the first. Large ones are given back.
 class Workspace {
  public:
