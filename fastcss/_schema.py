@@ -121,7 +121,7 @@ def _affinity_loss_backward_fake(dloss, q, k, labels, scale, ignore_index) -> tu
 
 _define("affinity_loss_backward", _AFFINITY_LOSS_BACKWARD, _affinity_loss_backward_fake)
 
-# logits [B, C, N], feats [B, N, D] → centers [B, C, D] = Σ_n w_cn f_n with w = exp(logits − pixel_lse − class_lse):
+# logits [B, C, N], feats [B, N, D] → centers float32 [B, C, D] = Σ_n w_cn f_n, w = exp(logits − pixel_lse − class_lse):
 # pixel_lse [B, N] is Σ over the classes where over_classes (else empty, 0), class_lse [B, C] then over the pixels.
 _CLASS_CENTERS = (
     "(Tensor logits, Tensor feats, bool over_classes) -> (Tensor centers, Tensor class_lse, Tensor pixel_lse)"
@@ -132,7 +132,8 @@ def _class_centers_fake(logits, feats, over_classes) -> tuple[Tensor, Tensor, Te
     batch, classes, pixels = logits.shape
     class_lse = logits.new_empty((batch, classes), dtype=torch.float32)
     pixel_lse = logits.new_empty((batch, pixels) if over_classes else (0,), dtype=torch.float32)
-    return feats.new_empty(batch, classes, feats.shape[2]), class_lse, pixel_lse
+    centers = feats.new_empty((batch, classes, feats.shape[2]), dtype=torch.float32)
+    return centers, class_lse, pixel_lse
 
 
 _define("class_centers", _CLASS_CENTERS, _class_centers_fake)

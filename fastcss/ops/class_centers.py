@@ -54,8 +54,8 @@ def class_centers(logits: Tensor, feats: Tensor, *, over: str = "pixels", impl: 
     if impl == "composed":
         return composed.class_centers(logits, feats, over == "classes")
     if needs_grad(logits, feats):
-        return ClassCenters.apply(logits, feats, over == "classes", impl)[0]
-    return FORWARD[impl](logits, feats, over == "classes")[0]
+        return ClassCenters.apply(logits, feats, over == "classes", impl)[0].to(feats.dtype)
+    return FORWARD[impl](logits, feats, over == "classes")[0].to(feats.dtype)
 
 
 class ClassCenters(torch.autograd.Function):

@@ -1,0 +1,214 @@
+// fastcss::class_centers.cpu and its backward. Dividing a softmax over the classes by its mass is a softmax over the
+// pixels too, of logits − pixel_lse: both forms are Σ_n w_cn f_n with w = exp(logits − pixel_lse − class_lse).
+
+#include <tuple>
+#include <vector>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "tensors.h"
+#include "vector_math.h"
+
+namespace fastcss::cpu {
+namespace {
+
+constexpr const char* kOp = "class_centers";
+
+// ln Σ exp of `terms` rows [terms][kCols], lane by lane.
+FASTCSS_CLONES void log_sum_exp(const float* rows, int64_t terms, float* result) {
+  float most[kCols], sum[kCols] = {};
+  for (float& m : most) m = -__builtin_inff();
+  for (int64_t c = 0; c < terms; ++c)
+    for (int i = 0; i < kCols; ++i) most[i] = rows[c * kCols + i] > most[i] ? rows[c * kCols + i] : most[i];
+  for (int64_t c = 0; c < terms; ++c)
+    for (int v = 0; v < kCols; v += kLanes)
+      store(sum + v, load(sum + v) + exp_negative(load(rows + c * kCols + v) - load(most + v)));
+  for (int v = 0; v < kCols; v += kLanes)  // the sum is at least 1, or NaN
+    store(result + v, load(most + v) + log1p(load(sum + v) - 1.f));
+}
+
+// row = exp(row − most) with most the largest of row − shift: the softmax before it is divided by `sum`.
+FASTCSS_CLONES void exponentials(float* row, const float* shift, int64_t n, float* most, float* sum) {
+  float largest = -__builtin_inff(), total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    row[i] -= shift ? shift[i] : 0.f;
+    largest = row[i] > largest ? row[i] : largest;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec e = exp_negative(load(row + i) - largest);
+    store(row + i, e);
+    const int64_t lanes = std::min<int64_t>(kLanes, n - i);
+    for (int64_t j = 0; j < lanes; ++j) total += row[i + j];
+  }
+  *most = largest, *sum = total;
+}
+
+// weights = exp(logits − pixel shift − class shift), [C][kCols] with pixels on the lanes
+FASTCSS_CLONES void weigh(const float* logits, const float* pixel_shift, const float* class_shift, int64_t C,
+                          float* weights) {
+  for (int64_t c = 0; c < C; ++c)
+    for (int v = 0; v < kCols; v += kLanes) {
+      const Vec shift = (pixel_shift ? load(pixel_shift + v) : Vec{}) + (class_shift ? class_shift[c] : 0.f);
+      store(weights + c * kCols + v, exp_negative(load(logits + c * kCols + v) - shift));
+    }
+}
+
+// dz = weights · (products − means); over the classes also dlogits = dz − probabilities · Σ_c dz.
+FASTCSS_CLONES void slopes(float* products, const float* weights, const float* means, const float* probabilities,
+                           int64_t C) {
+  float sum[kCols] = {};
+  for (int64_t c = 0; c < C; ++c)
+    for (int i = 0; i < kCols; ++i) {
+      products[c * kCols + i] = weights[c * kCols + i] * (products[c * kCols + i] - means[c]);
+      sum[i] += products[c * kCols + i];
+    }
+  if (!probabilities) return;
+  for (int64_t c = 0; c < C; ++c)
+    for (int i = 0; i < kCols; ++i) products[c * kCols + i] -= probabilities[c * kCols + i] * sum[i];
+}
+
+// Pixels are summed in chunks, each with a maximum of its own; as many as the shape says, on any number of threads.
+struct Chunks {
+  int64_t N, C, D;
+  int64_t size = kLanes * std::max<int64_t>(16, ceil_div(N, 32 * kLanes)), count = ceil_div(N, size);
+  const Kernel& tile = kernel();
+  int64_t height = tile.rows, panels = ceil_div(C, height), columns = ceil_div(D, kCols) * kCols;
+
+  // One chunk's largest logits and sums of exponentials [C], and centres [C][columns] before the division.
+  void run(int64_t chunk, Matrix logits, Matrix feats, const float* shift, float* most, float* sums,
+           float* centers) const {
+    const int64_t first = chunk * size, pixels = std::min(size, N - first), a_size = pixels * height + kLanes;
+    alignas(64) static const float zeros[kCols] = {};
+    float* rows = local_workspace.get(C * size + panels * a_size + size * kCols + 2 * kLanes);
+    float *a = rows + C * size + kLanes, *b = a + panels * a_size;
+    pack(rows, static_cast<int>(size), static_cast<int>(pixels), C, logits.at(first, 0));
+    for (int64_t c = 0; c < C; ++c)
+      exponentials(rows + c * size, shift ? shift + first : nullptr, pixels, most + c, sums + c);
+    for (int64_t p = 0; p < panels; ++p)
+      pack(a + p * a_size, tile.rows, lanes(p), pixels, {rows + p * height * size, DType::f32, size, 1});
+    for (int64_t column = 0; column < D; column += kCols) {
+      pack(b, kCols, static_cast<int>(std::min<int64_t>(kCols, D - column)), pixels, feats.at(column, first));
+      for (int64_t p = 0; p < panels; ++p)
+        tile(lanes(p), kCols, pixels, a + p * a_size, b, kCols, zeros, 0, centers + p * height * columns + column,
+             columns);
+    }
+  }
+  int lanes(int64_t panel) const { return static_cast<int>(std::min(height, C - panel * height)); }
+};
+
+// The chunks' results as one: centres [C, D] and class_lse [C].
+FASTCSS_CLONES void combine(const Chunks& s, int64_t c, const float* most, const float* sums, const float* centers,
+                            float* out, float* class_lse) {
+  float largest = -__builtin_inff(), total = 0;
+  for (int64_t i = 0; i < s.count; ++i) largest = most[i * s.C + c] > largest ? most[i * s.C + c] : largest;
+  std::fill_n(out, s.columns, 0.f);
+  for (int64_t i = 0; i < s.count; ++i) {
+    const float factor = exp_negative(Vec{} + (most[i * s.C + c] - largest))[0];
+    const float* from = centers + (i * s.C + c) * s.columns;
+    for (int64_t d = 0; d < s.columns; ++d) out[d] += factor * from[d];
+    total += factor * sums[i * s.C + c];
+  }
+  for (int64_t d = 0; d < s.columns; ++d) out[d] /= total;
+  *class_lse = largest + log1p(Vec{} + (total - 1.f))[0];
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_centers(const Tensor& logits, const Tensor& feats, bool over_classes) {
+  const int64_t B = logits.size(0), C = logits.size(1), N = logits.size(2), D = feats.size(2);
+  Tensor centers = torch::stable::new_empty(feats, shape({B, C, D}), ScalarType::Float);
+  Tensor class_lse = torch::stable::new_empty(feats, shape({B, C}), ScalarType::Float);
+  Tensor pixel_lse = torch::stable::new_empty(feats, over_classes ? shape({B, N}) : shape({0}), ScalarType::Float);
+  const Chunks chunks{N, C, D};
+  for_images(B, N, [&](int64_t b) {
+    const Matrix by_pixel = matrix(logits, 2, 1, kOp).offset(b * logits.stride(0));
+    float* shift = over_classes ? static_cast<float*>(pixel_lse.mutable_data_ptr()) + b * N : nullptr;
+    parallel(shift ? ceil_div(N, kCols) : 0, [&](int64_t p) {
+      const int64_t first = p * kCols, pixels = std::min<int64_t>(kCols, N - first);
+      float *rows = local_workspace.get(C * kCols), lse[kCols];
+      pack(rows, kCols, static_cast<int>(pixels), C, by_pixel.at(first, 0));
+      log_sum_exp(rows, C, lse);
+      std::copy_n(lse, pixels, shift + first);
+    });
+    const Matrix by_channel = matrix(feats, 2, 1, kOp).offset(b * feats.stride(0));
+    const int64_t part = C * chunks.columns;
+    float* most = shared_workspace.get(chunks.count * (2 * C + part));
+    float *sums = most + chunks.count * C, *parts = sums + chunks.count * C;
+    parallel(chunks.count, [&](int64_t i) {
+      chunks.run(i, by_pixel, by_channel, shift, most + i * C, sums + i * C, parts + i * part);
+    });
+    parallel(C, [&](int64_t c) {
+      float* out = local_workspace.get(chunks.columns);
+      combine(chunks, c, most, sums, parts, out, static_cast<float*>(class_lse.mutable_data_ptr()) + b * C + c);
+      std::copy_n(out, D, static_cast<float*>(centers.mutable_data_ptr()) + (b * C + c) * D);
+    });
+    shared_workspace.trim();
+  });
+  return {centers, class_lse, pixel_lse};
+}
+
+std::tuple<Tensor, Tensor> class_centers_backward(const Tensor& dcenters, const Tensor& logits, const Tensor& feats,
+                                                  const Tensor& centers, const Tensor& class_lse,
+                                                  const Tensor& pixel_lse) {
+  const int64_t B = logits.size(0), C = logits.size(1), N = logits.size(2), D = feats.size(2);
+  const bool over_classes = pixel_lse.dim() == 2;
+  const DType dtype = dtype_of(feats, kOp);
+  const Kernel& tile = kernel();
+  const int64_t height = tile.rows, class_panels = ceil_div(C, height), channel_panels = ceil_div(D, height);
+  // pack() writes up to kLanes floats past the end.
+  const int64_t class_size = D * height + kLanes, channel_size = C * height + kLanes;
+  Tensor dlogits = torch::stable::new_empty(logits, logits.sizes()),
+         dfeats = torch::stable::new_empty(feats, feats.sizes());
+  const auto lanes = [&](int64_t panel, int64_t of) {
+    return static_cast<int>(std::min(height, of - panel * height));
+  };
+  for_images(B, N, [&](int64_t b) {
+    float* by_class = shared_workspace.get(class_panels * class_size + channel_panels * channel_size + C);
+    float *by_channel = by_class + class_panels * class_size, *means = by_channel + channel_panels * channel_size;
+    const Matrix d = matrix(dcenters, 1, 2, kOp).offset(b * dcenters.stride(0));
+    const Matrix turned{d.data, d.dtype, d.k_stride, d.lane_stride};
+    parallel(class_panels, [&](int64_t p) {
+      pack(by_class + p * class_size, tile.rows, lanes(p, C), D, d.at(p * height, 0));
+      float* own = local_workspace.get(class_size);  // Σ_n w_cn (dcenters_c · f_n) = dcenters_c · centers_c
+      pack(own, tile.rows, lanes(p, C), D, matrix(centers, 1, 2, kOp).offset(b * centers.stride(0)).at(p * height, 0));
+      for (int i = 0; i < lanes(p, C); ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < D; ++j) sum += by_class[p * class_size + j * height + i] * own[j * height + i];
+        means[p * height + i] = static_cast<float>(sum);
+      }
+    });
+    parallel(channel_panels, [&](int64_t p) {
+      pack(by_channel + p * channel_size, tile.rows, lanes(p, D), C, turned.at(p * height, 0));
+    });
+    parallel(ceil_div(N, kCols), [&](int64_t p) {
+      alignas(64) static const float zeros[kCols] = {};
+      const int64_t first = p * kCols;
+      const int pixels = static_cast<int>(std::min<int64_t>(kCols, N - first));
+      const int64_t map = C * kCols;
+      float* rows = local_workspace.get(4 * map + D * kCols + kLanes + channel_panels * height * kCols);
+      float *weights = rows + map, *probabilities = weights + map, *products = probabilities + map;
+      float *f = products + map, *df = f + D * kCols + kLanes, shift[kCols] = {};
+      if (over_classes) std::copy_n(static_cast<const float*>(pixel_lse.const_data_ptr()) + b * N + first, pixels, shift);
+      pack(rows, kCols, pixels, C, matrix(logits, 2, 1, kOp).offset(b * logits.stride(0)).at(first, 0));
+      weigh(rows, shift, static_cast<const float*>(class_lse.const_data_ptr()) + b * C, C, weights);
+      if (over_classes) weigh(rows, shift, nullptr, C, probabilities);
+      pack(f, kCols, pixels, D, matrix(feats, 1, 2, kOp).offset(b * feats.stride(0)).at(first, 0));
+      for (int64_t c = 0; c < class_panels; ++c)
+        tile(lanes(c, C), kCols, D, by_class + c * class_size, f, kCols, zeros, 0, products + c * height * kCols, kCols);
+      for (int64_t c = 0; c < channel_panels; ++c)
+        tile(lanes(c, D), kCols, C, by_channel + c * channel_size, weights, kCols, zeros, 0, df + c * height * kCols,
+             kCols);
+      slopes(products, weights, means, over_classes ? probabilities : nullptr, C);
+      write(image(dlogits, b, dtype) + first * size_of(dtype), dtype, N, static_cast<int>(C), pixels, products);
+      write_transposed(image(dfeats, b, dtype) + first * D * size_of(dtype), dtype, D, pixels, D, df);
+    });
+    shared_workspace.trim();
+  });
+  return {dlogits, dfeats};
+}
+
+}  // namespace
+}  // namespace fastcss::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
+  m.impl("class_centers.cpu", TORCH_BOX(&fastcss::cpu::class_centers));
+  m.impl("class_centers_backward.cpu", TORCH_BOX(&fastcss::cpu::class_centers_backward));
+}
