@@ -3,6 +3,16 @@
 #include "vector_math.h"
 
 namespace fastcss::cpu {
+namespace {
+
+// sum[i] += Σ_j rows[j][i] for rows of `width` ≤ kLanes, of which the last may be read beyond its end.
+FASTCSS_CLONES void add_rows(double* sum, const float* rows, int width, int count, int64_t n) {
+  Vec part{};
+  for (int64_t j = 0; j < n; ++j) part += load(rows + j * width);
+  for (int i = 0; i < count; ++i) sum[i] += part[i];
+}
+
+}  // namespace
 
 AffinityGather::AffinityGather(int64_t N, int64_t K, int64_t C, float scale, DType dtype)
     : N(N), K(K), C(C), pairs(dtype == DType::bf16 && pair_kernel() != nullptr), factor(-scale * kLog2e) {}
@@ -25,10 +35,7 @@ void AffinityGather::pack_values(float* packed, Matrix v, float* total) const {
     for (int64_t key = 0; key < N; key += kMapKeys) {
       const int64_t keys = std::min(kMapKeys, N - key);
       pack(block, height, values, keys, from.at(0, key));
-      float part[kMaxRows] = {};
-      for (int64_t j = 0; j < keys; ++j)
-        for (int i = 0; i < values; ++i) part[i] += block[j * height + i];
-      for (int i = 0; i < values; ++i) sum[i] += part[i];
+      add_rows(sum, block, height, values, keys);
     }
     for (int i = 0; i < values; ++i) total[p * height + i] = static_cast<float>(sum[i]);
   });
