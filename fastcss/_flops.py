@@ -55,6 +55,13 @@ def class_affinity(q, k, feats, centers, scale, mean, save_tp, **_) -> int:
     return 2 * batch * (pixels**2 * (width + classes) + 3 * pixels * channels * classes)
 
 
+@register_flop_formula(torch.ops.fastcss.class_affinity_backward)
+def class_affinity_backward(dintra, dinter, q, k, feats, centers, tp, scale, mean, **_) -> int:
+    batch, pixels, width = q
+    classes, channels = centers[1:]
+    return 2 * batch * (pixels**2 * (3 * width + 2 * classes) + 6 * pixels * channels * classes)
+
+
 @register_flop_formula(torch.ops.fastcss.affinity_loss)
 def affinity_loss(q, k, labels, scale, ignore_index, **_) -> int:
     batch, pixels, width = q

@@ -100,6 +100,20 @@ def _class_affinity_fake(q, k, feats, centers, scale, mean, save_tp) -> tuple[Te
 
 _define("class_affinity", _CLASS_AFFINITY, _class_affinity_fake)
 
+_CLASS_AFFINITY_BACKWARD = (
+    "(Tensor dintra, Tensor dinter, Tensor q, Tensor k, Tensor feats, Tensor centers, Tensor tp, float scale, bool mean) "
+    "-> (Tensor dq, Tensor dk, Tensor dfeats, Tensor dcenters)"
+)
+
+
+def _class_affinity_backward_fake(
+    dintra, dinter, q, k, feats, centers, tp, scale, mean
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (q, k, feats, centers))
+
+
+_define("class_affinity_backward", _CLASS_AFFINITY_BACKWARD, _class_affinity_backward_fake)
+
 # labels int32 [B, N]. loss: float32 scalar, the mean over the pairs whose two pixels are not ignored; 0 without any.
 _AFFINITY_LOSS = "(Tensor q, Tensor k, Tensor labels, float scale, int ignore_index) -> Tensor"
 

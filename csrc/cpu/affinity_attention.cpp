@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> affinity_attention_backward(const Tensor& din
                                           .dintra = pixels(dintra, b),
                                           .dinter = pixels(dinter, b),
                                           .half = mean ? 0.5f / static_cast<float>(N) : 0.5f};
-    AffinityGradient(problem).run({image(dq, b, dtype), image(dk, b, dtype), image(dv, b, dtype), dtype});
+    AffinityGradient(problem).run({image(dq, b, dtype), image(dk, b, dtype), dtype}, {image(dv, b, dtype), dtype});
     shared_workspace.trim();
   });
   return {dq, dk, dv};

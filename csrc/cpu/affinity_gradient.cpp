@@ -129,34 +129,36 @@ void AffinityGradient::products(int64_t q0, int64_t q_end, int64_t k0, int64_t k
     }
 }
 
-void AffinityGradient::write_all(Result result) {
-  const auto at = [&](void* to, int64_t element) { return static_cast<char*>(to) + element * size_of(result.dtype); };
+void AffinityGradient::write_all(Products products, Values values) {
+  const auto at = [](void* to, DType dtype, int64_t element) {
+    return static_cast<char*>(to) + element * size_of(dtype);
+  };
   parallel(query_panels, [&](int64_t p) {
     const int64_t first = p * kCols;
     const int pixels = static_cast<int>(std::min<int64_t>(kCols, N - first));
     float* sums = dq + p * q_size;
     for (int64_t i = 0; i < K * kCols; ++i) sums[i] *= ds_factor;
-    write_transposed(at(result.dq, first * K), result.dtype, K, pixels, K, sums);
-    const auto write_rows = [&](void* to, float* sums, int64_t terms) {
+    write_transposed(at(products.dq, products.dtype, first * K), products.dtype, K, pixels, K, sums);
+    const auto write_rows = [&](void* to, DType dtype, const float* from, int64_t terms) {
       for (int64_t c = 0; c < terms; c += kCols)
-        write(at(to, first * terms + c), result.dtype, terms, pixels,
-              static_cast<int>(std::min<int64_t>(kCols, terms - c)), sums + (c / kCols * rows + first) * kCols);
+        write(at(to, dtype, first * terms + c), dtype, terms, pixels,
+              static_cast<int>(std::min<int64_t>(kCols, terms - c)), from + (c / kCols * rows + first) * kCols);
     };
     for (int64_t c = 0; c < K; c += kCols)
       for (int64_t i = 0; i < pixels * kCols; ++i) dk[(c / kCols * rows + first) * kCols + i] *= ds_factor;
-    write_rows(result.dk, dk, K);
-    write_rows(result.dv, dv, C);
+    write_rows(products.dk, products.dtype, dk, K);
+    write_rows(values.dv, values.dtype, dv, C);
   });
 }
 
-void AffinityGradient::run(Result result) {
+void AffinityGradient::run(Products products, Values values) {
   plan();
   pack_all();
   // In each step every block of queries meets another block of keys: no two threads add to the same sums, and each
   // sum is made in the same order on any number of threads.
   for (int64_t step = 0; step < blocks; ++step)
     parallel(blocks, [&](int64_t i) { block(i, (i + step) % blocks); });
-  write_all(result);
+  write_all(products, values);
 }
 
 }  // namespace fastcss::cpu

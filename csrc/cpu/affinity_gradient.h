@@ -28,11 +28,15 @@ class AffinityGradient : AffinityGradientProblem {
  public:
   explicit AffinityGradient(const AffinityGradientProblem& problem) : AffinityGradientProblem(problem) {}
 
-  struct Result {  // contiguous [N, K], [N, K] and [N, C]
-    void *dq, *dk, *dv;
+  struct Products {  // contiguous [N, K]
+    void *dq, *dk;
     DType dtype;
   };
-  void run(Result result);
+  struct Values {  // contiguous [N, C]
+    void* dv;
+    DType dtype;
+  };
+  void run(Products products, Values values = {});
 
  private:
   static constexpr int64_t kKeys = 96, kQueries = 128;  // of a tile: multiples of every panel height, and of kCols
@@ -43,7 +47,7 @@ class AffinityGradient : AffinityGradientProblem {
   void block(int64_t queries, int64_t keys) const;
   void products(int64_t first_query, int64_t queries, int64_t first_key, int64_t keys, const float* map,
                 const float* ds) const;
-  void write_all(Result result);
+  void write_all(Products products, Values values);
 
   const Kernel& tile = kernel();
   const int height = tile.rows;

@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> affinity_loss_backward(const Tensor& dloss, const Ten
                                           .k = counted.matrix_of(k_rows),
                                           .ds_factor = static_cast<float>(slope),
                                           .labels = counted.labels.data()};
-    AffinityGradient(problem).run({dq_rows.data(), dk_rows.data(), nullptr, DType::f32});
+    AffinityGradient(problem).run({dq_rows.data(), dk_rows.data(), DType::f32});
     counted.scatter(dq_rows.data(), image(dq, b, dtype), dtype);
     counted.scatter(dk_rows.data(), image(dk, b, dtype), dtype);
     shared_workspace.trim();

@@ -71,29 +71,19 @@ FASTCSS_CLONES void slopes(float* products, const float* weights, const float* m
 struct Chunks {
   int64_t N, C, D;
   int64_t size = kLanes * std::max<int64_t>(16, ceil_div(N, 32 * kLanes)), count = ceil_div(N, size);
-  const Kernel& tile = kernel();
-  int64_t height = tile.rows, panels = ceil_div(C, height), columns = ceil_div(D, kCols) * kCols;
+  int64_t columns = ceil_div(D, kCols) * kCols;
 
   // One chunk's largest logits and sums of exponentials [C], and centres [C][columns] before the division.
   void run(int64_t chunk, Matrix logits, Matrix feats, const float* shift, float* most, float* sums,
            float* centers) const {
-    const int64_t first = chunk * size, pixels = std::min(size, N - first), a_size = pixels * height + kLanes;
-    alignas(64) static const float zeros[kCols] = {};
-    float* rows = local_workspace.get(C * size + panels * a_size + size * kCols + 2 * kLanes);
-    float *a = rows + C * size + kLanes, *b = a + panels * a_size;
+    const int64_t first = chunk * size, pixels = std::min(size, N - first);
+    float* rows = local_workspace.get(C * size + kLanes + product_scratch(C, pixels));
     pack(rows, static_cast<int>(size), static_cast<int>(pixels), C, logits.at(first, 0));
     for (int64_t c = 0; c < C; ++c)
       exponentials(rows + c * size, shift ? shift + first : nullptr, pixels, most + c, sums + c);
-    for (int64_t p = 0; p < panels; ++p)
-      pack(a + p * a_size, tile.rows, lanes(p), pixels, {rows + p * height * size, DType::f32, size, 1});
-    for (int64_t column = 0; column < D; column += kCols) {
-      pack(b, kCols, static_cast<int>(std::min<int64_t>(kCols, D - column)), pixels, feats.at(column, first));
-      for (int64_t p = 0; p < panels; ++p)
-        tile(lanes(p), kCols, pixels, a + p * a_size, b, kCols, zeros, 0, centers + p * height * columns + column,
-             columns);
-    }
+    product(C, D, pixels, {rows, DType::f32, size, 1}, feats.at(0, first), centers, columns, false,
+            rows + C * size + kLanes);
   }
-  int lanes(int64_t panel) const { return static_cast<int>(std::min(height, C - panel * height)); }
 };
 
 // The chunks' results as one: centres [C, D] and class_lse [C].

@@ -102,4 +102,27 @@ FASTCSS_CLONES void few_rows(int rows, int lanes, int64_t k, const float* a, int
 #undef FASTCSS_FEW
 }
 
+int64_t product_scratch(int64_t M, int64_t k) {
+  const int64_t height = kernel().rows, panels = (M + height - 1) / height;
+  return panels * (k * height + kLanes) + k * kCols + kLanes;
+}
+
+void product(int64_t M, int64_t N, int64_t k, Matrix left, Matrix right, float* out, int64_t ld, bool add,
+             float* scratch) {
+  alignas(64) static const float zeros[kCols] = {};
+  const Kernel& tile = kernel();
+  const int64_t height = tile.rows, panel_size = k * height + kLanes;
+  const auto rows = [&](int64_t first) { return static_cast<int>(std::min(height, M - first)); };
+  float* columns = scratch;
+  for (int64_t i = 0; i < M; i += height, columns += panel_size) pack(columns, tile.rows, rows(i), k, left.at(i, 0));
+  for (int64_t j = 0; j < N; j += kCols) {
+    pack(columns, kCols, static_cast<int>(std::min<int64_t>(kCols, N - j)), k, right.at(j, 0));
+    for (int64_t i = 0; i < M; i += height) {
+      float* to = out + i * ld + j;
+      tile(rows(i), kCols, k, scratch + i / height * panel_size, columns, kCols, add ? to : zeros, add ? ld : 0, to,
+           ld);
+    }
+  }
+}
+
 }  // namespace fastcss::cpu

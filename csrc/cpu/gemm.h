@@ -101,4 +101,10 @@ const Kernel* pair_kernel();
 void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
               float* c_out, int64_t ld_out);
 
+// out [M][ld] = left · right over k terms, or with `add` out += that, packed and computed on this thread. `out` has room
+// for columns up to a multiple of kCols; `scratch` for product_scratch floats.
+void product(int64_t M, int64_t N, int64_t k, Matrix left, Matrix right, float* out, int64_t ld, bool add,
+             float* scratch);
+int64_t product_scratch(int64_t M, int64_t k);
+
 }  // namespace fastcss::cpu

@@ -10,10 +10,10 @@ from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, reg
 from ..composed import class_affinity as composed
 from ..reference import class_affinity as reference
 from ._arguments import autocast, check_alike, check_shapes
-from .affinity_attention import BACKWARD as ATTENTION_BACKWARD
 from .affinity_attention import affinity_attention
 
 FORWARD = kernels("class_affinity")
+BACKWARD = kernels("class_affinity_backward")
 
 
 def class_affinity(
@@ -86,22 +86,10 @@ class ClassAffinity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dintra, dinter, _):
-        q, k, feats, centers, tp = ctx.saved_tensors
         with torch.no_grad():
-            scores = torch.bmm(feats, centers.transpose(1, 2))  # [B, N, C], the P of the schema
-            half = 0.5 / feats.shape[1] if ctx.mean else 0.5
-            total = scores.sum(dim=1, keepdim=True, dtype=torch.float32)
-            dcenters, dlogits = 0, []
-            for logits, dout in (((total + tp) * half, dintra), ((total - tp) * half, dinter)):
-                weights = logits.softmax(dim=2)
-                dweights = torch.bmm(dout, centers.transpose(1, 2))
-                dlogits.append((weights * (dweights - (weights * dweights).sum(dim=2, keepdim=True))).to(q.dtype))
-                dcenters = dcenters + torch.bmm(weights.to(q.dtype).transpose(1, 2), dout)
-            dq, dk, dscores = ATTENTION_BACKWARD[ctx.impl](*dlogits, q, k, scores, ctx.scale, ctx.mean)
-            dfeats = torch.bmm(dscores, centers)
-            dcenters = dcenters + torch.bmm(dscores.transpose(1, 2), feats)
-        inputs = (dintra, dinter, q, k, feats, centers)
-        return (*once_differentiable("class_affinity", inputs, (dq, dk, dfeats, dcenters)), None, None, None)
+            grads = BACKWARD[ctx.impl](dintra, dinter, *ctx.saved_tensors, ctx.scale, ctx.mean)
+        inputs = (dintra, dinter, *ctx.saved_tensors[:4])
+        return (*once_differentiable("class_affinity", inputs, grads), None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -109,3 +97,4 @@ class ClassAffinity(torch.autograd.Function):
 
 
 register_vmap("class_affinity", fold_vmap)
+register_vmap("class_affinity_backward", fold_vmap)
