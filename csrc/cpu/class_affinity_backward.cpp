@@ -40,10 +40,11 @@ class Backward : Problem {
 
   void run() {
     const int64_t part = C * columns;
-    float* start = maps.get(classes.size() + 4 * C * ld + (panels + 1) * C + chunks * part);
+    float* start = maps.get(classes.size() + 3 * C * ld + (panels + 1) * C + chunks * part);
     packed = start, scores = packed + classes.size();
-    dlogits[0] = scores + C * ld, dlogits[1] = dlogits[0] + C * ld, dscores = dlogits[1] + C * ld;
-    total = dscores + C * ld, parts = total + (panels + 1) * C;
+    dlogits[0] = scores + C * ld, dlogits[1] = dlogits[0] + C * ld;
+    total = dlogits[1] + C * ld, parts = total + (panels + 1) * C;
+    dscores = scores;  // written when the scores have been read for the last time
     classes.pack_all(packed, centers);
     parallel(panels, [&](int64_t p) { score(p); });
     sum_panels(total + C, panels, C, total);
@@ -133,7 +134,7 @@ class Backward : Problem {
   const ClassCenters classes{C, D, false};
   const int64_t panels = ceil_div(N, kCols), ld = panels * kCols, columns = ceil_div(D, kCols) * kCols;
   // Pixels are summed in chunks, as many as the shape says, on any number of threads.
-  const int64_t size = kCols * std::max<int64_t>(8, ceil_div(N, 32 * kCols)), chunks = ceil_div(N, size);
+  const int64_t size = kCols * std::max<int64_t>(16, ceil_div(N, 32 * kCols)), chunks = ceil_div(N, size);
   float *packed, *scores, *dlogits[2], *dscores, *total, *parts;
 };
 
