@@ -79,7 +79,16 @@ class OptionalBuild(BuildExtension):
 
 
 setup(
-    packages=["fastcss", "fastcss.ops", "fastcss.reference", "fastcss.composed", "fastcss.models", "fastcss.kernels"],
+    packages=[
+        "fastcss",
+        "fastcss.ops",
+        "fastcss.reference",
+        "fastcss.composed",
+        "fastcss.nn",
+        "fastcss.models",
+        "fastcss.data",
+        "fastcss.kernels",
+    ],
     package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

@@ -51,9 +51,10 @@ class Case:
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
     """Every case of a device. ``quick`` gives small stand-ins under their own names, which end in ``-quick``."""
-    from . import multi_lora, one_pass
+    from . import affinity_attention, affinity_loss, caa, class_affinity, class_centers, multi_lora, one_pass
 
-    return [case for module in (multi_lora, one_pass) for case in module.cases(device, quick)]
+    modules = (multi_lora, one_pass, affinity_attention, class_affinity, affinity_loss, class_centers, caa)
+    return [case for module in modules for case in module.cases(device, quick)]
 
 
 def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] = ()) -> list[Case]:

@@ -3,4 +3,14 @@
 
 def register() -> None:
     """Give the raw ops their Triton implementations. Called once, when the package finds a working Triton."""
-    from . import multi_lora, multi_lora_backward  # noqa: F401  registers fastcss::multi_lora.triton and its backward
+    from . import (  # noqa: F401  each registers the raw ops of its name
+        affinity_attention,
+        affinity_attention_backward,
+        affinity_loss,
+        class_affinity,
+        class_affinity_backward,
+        class_centers,
+        class_centers_backward,
+        multi_lora,
+        multi_lora_backward,
+    )

@@ -115,6 +115,9 @@ class ClassAwareAffinity(nn.Module):
             features: ``[B, D, h, w]`` of the backbone; any strides, channels-last included; the module's dtype, or any
                 floating-point dtype under autocast.
 
+        Returns:
+            ``(logits, coarse, q, k)``: see ``CAAOutput``.
+
         Raises:
             TypeError, ValueError: not a floating-point tensor of that shape with at least one pixel.
             RuntimeError: the implementation asked for cannot run here; the message says why.

@@ -1,0 +1,133 @@
+"""What the cases of the affinity ops share: steps with and without gradients, and the affinity map by rows in torch."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .registry import Step
+
+Forward = Callable[..., Sequence[Tensor]]
+
+#: Rows of the map at a time that the chunked forms try.
+ROWS = (64, 128, 256, 512)
+
+
+def normal(*size: int, scale: float = 1.0, dtype: torch.dtype, device: str) -> Tensor:
+    return (torch.randn(*size, device=device) * scale).to(dtype)
+
+
+def queries_and_keys(shape: dict, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Of an affinity map whose logits have a standard deviation of 2."""
+    size = (1, shape["N"], shape["K"])
+    q = normal(*size, scale=2 * shape["K"] ** -0.5, dtype=dtype, device=device)
+    return q, normal(*size, dtype=dtype, device=device)
+
+
+def step_of(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Step:
+    """A step of ``forward(*tensors)``; in mode "bwd" with the gradients of all tensors."""
+    if mode == "fwd":
+
+        def step():
+            with torch.no_grad():
+                return forward(*tensors)
+
+        return step
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+    def step():
+        outputs = forward(*leaves)
+        return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, gradients)
+
+    return step
+
+
+def expected(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
+    """What ``forward`` gives in float64."""
+    return step_of(forward, [t.double() for t in tensors], [dy.double() for dy in gradients], mode)()
+
+
+def exact(pixels: int) -> str:
+    """What float64 is computed with: the equation, or in row chunks where its maps would take 10 GiB."""
+    return "reference" if pixels <= 8192 else "composed"
+
+
+def fastest(prepare: Callable[[int], Step], choices: Sequence[int] = ROWS) -> Step:
+    """The step of the choice that is fastest here, each timed twice after a first call."""
+
+    def seconds(step: Step) -> float:
+        step()
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return min((prepare(choice) for choice in choices), key=seconds)
+
+
+def shares(product: Tensor, values: Tensor, half: float) -> tuple[Tensor, Tensor]:
+    """``half`` · (Σ V ± T V), in float32 until the end."""
+    total = values.sum(dim=1, keepdim=True, dtype=torch.float32) * half
+    product = product.float() * half
+    return (total + product).to(values.dtype), (total - product).to(values.dtype)
+
+
+class TanhProduct(torch.autograd.Function):
+    """T V with T = tanh(½ Q Kᵀ) for one image, a few rows of the map at a time: the best form of torch ops we know.
+
+    One buffer for the rows, tanh in place, products into their place; the backward pass makes the rows again.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.rows = rows
+        out, keys = torch.empty_like(v), k[0].t()
+        buffer = q.new_empty(rows, k.shape[1])
+        for part, halved in zip(out[0].split(rows), (q[0] * 0.5).split(rows), strict=True):
+            logits = buffer[: len(part)]
+            torch.mm(torch.mm(halved, keys, out=logits).tanh_(), v[0], out=part)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = (tensor[0] for tensor in ctx.saved_tensors)
+        dout, rows, keys, values = dout[0].to(v.dtype), ctx.rows, k.t(), v.t()
+        halved, dq = q * 0.5, torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        buffers = q.new_empty(2, rows, len(k))
+        for first in range(0, len(q), rows):
+            part = slice(first, first + rows)
+            tanh, slope = (buffer[: len(dq[part])] for buffer in buffers)
+            torch.mm(halved[part], keys, out=tanh).tanh_()
+            torch.mm(dout[part], values, out=slope)
+            dv += torch.mm(tanh.t(), dout[part])
+            slope.addcmul_(slope * tanh, tanh, value=-1)  # (1 − T²) dT
+            torch.mm(slope, k, out=dq[part])
+            dk += torch.mm(slope.t(), halved[part])
+        return dq.mul_(0.5)[None], dk.to(k.dtype)[None], dv.to(v.dtype)[None], None
+
+
+def flex_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """M V by FlexAttention, in float32: a softmax over log σ(s), times the sum it was divided by, is σ(s)."""
+    out, lse = _flex_attention()(*(t[:, None] for t in (q, k, v)), score_mod=_log_sigmoid, scale=1.0, return_lse=True)
+    return out[:, 0].float() * lse[:, 0, :, None].exp()
+
+
+@functools.cache
+def _flex_attention() -> Callable[..., tuple[Tensor, Tensor]]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _log_sigmoid(score, batch, head, query, key):
+    return torch.nn.functional.logsigmoid(score)

@@ -1,0 +1,87 @@
+"""Cases of ``affinity_attention``: features of alike and of unlike pixels, and other ways to gather them.
+
+Mode "bwd" is a training step's share: forward, then the gradients of q, k and v.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastcss.ops import affinity_attention
+
+from . import _affinity
+from .registry import Case, Problem, Step
+
+# Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, and the means
+# of 4096 features of either sign are small beside the rounded terms.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+SOURCES = ("fastcss/ops/affinity_attention.py", "fastcss/composed/affinity_attention.py")
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """The point of the specification."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shape = {"N": 4096, "K": 64, "D": 512}
+    name = "affinity_attention/n4096-k64-d512"
+    if quick:
+        name, shape = f"{name}-quick", {"N": 128, "K": 16, "D": 48}
+    return [Case("affinity_attention", name, shape, dtype, functools.partial(_problem, shape, dtype, quick), SOURCES)]
+
+
+def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: str) -> Problem:
+    size = (1, shape["N"], shape["D"])
+    v, *gradients = (_affinity.normal(*size, dtype=dtype, device=device) for _ in range(3))
+    tensors = (*_affinity.queries_and_keys(shape, dtype, device), v)
+
+    def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
+        return _affinity.step_of(forward, tensors, gradients, mode)
+
+    providers: dict[str, Callable[[], Step]] = {
+        "fastcss": lambda: step(_with("auto")),
+        "literal": lambda: step(_with("reference")),
+        "one-product": lambda: step(_one_product),
+        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(_chunked, rows=rows))),
+    }
+    if not quick:
+        providers["compiled"] = lambda: step(torch.compile(_one_product))
+    if device == "cuda":
+        providers["composed"] = lambda: step(_with("composed"))
+        providers["triton"] = lambda: step(_with("triton"))
+        providers["flex"] = lambda: step(_flex)
+
+    def expected():
+        return _affinity.expected(_with(_affinity.exact(shape["N"])), tensors, gradients, mode)
+
+    return Problem(providers, expected, TOLERANCE[dtype], *work(shape, dtype.itemsize, mode))
+
+
+def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
+    """FLOPs, without what a backward pass computes again, and bytes in and out of memory."""
+    n, k, d = (shape[name] for name in ("N", "K", "D"))
+    flops, moved = 2 * n * n * (k + d), 2 * n * k + 3 * n * d
+    if mode == "bwd":  # inputs and gradients of the outputs are read, gradients of the inputs written
+        flops, moved = flops + 2 * n * n * (3 * k + 2 * d), 2 * moved + 2 * n * d
+    return flops, moved * itemsize
+
+
+def _with(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return functools.partial(affinity_attention, mean=True, impl=impl)
+
+
+def _one_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole map once; inter from the column sums, which saves the second product."""
+    intra = torch.bmm(torch.bmm(q, k.mT).sigmoid(), v).float() / q.shape[1]
+    return intra.to(v.dtype), (v.mean(dim=1, keepdim=True, dtype=torch.float32) - intra).to(v.dtype)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return _affinity.shares(_affinity.TanhProduct.apply(q, k, v, rows), v, 0.5 / q.shape[1])
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    intra = _affinity.flex_product(q, k, v) / q.shape[1]
+    return intra.to(v.dtype), (v.mean(dim=1, keepdim=True, dtype=torch.float32) - intra).to(v.dtype)

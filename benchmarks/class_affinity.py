@@ -1,0 +1,143 @@
+"""Cases of ``class_affinity``: pixels attend to the class centres through the affinity map, and other ways to do it.
+
+Mode "bwd" is a training step's share: forward, then the gradients of q, k, feats and centers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastcss.ops import class_affinity
+
+from . import _affinity
+from .registry import Case, Problem, Step
+
+# Relative to the largest expected value. float32: sums of 4096 and 16384 rounded products. bfloat16: the class logits,
+# about 1, are rounded to its 8 bits more than once.
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 4e-2}
+SOURCES = tuple(
+    f"fastcss/{room}/{op}.py" for room in ("ops", "composed") for op in ("class_affinity", "affinity_attention")
+)
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """The points of the specification; on CPU beside float32 the forward pass in bfloat16."""
+    points = [(pixels, classes) for pixels in (4096, 16384) for classes in (150, 21)]
+    if device == "cuda":
+        return [_case(*point, torch.bfloat16, quick) for point in points]
+    halves = [
+        dataclasses.replace(_case(*point, torch.bfloat16, quick, "-bf16"), modes=("fwd",)) for point in points[:2]
+    ]
+    return [_case(*point, torch.float32, quick) for point in points] + [
+        dataclasses.replace(case, modes=("fwd",)) for case in halves
+    ]
+
+
+def _case(
+    pixels: int,
+    classes: int,
+    dtype: torch.dtype,
+    quick: bool,
+    ending: str = "",
+    modes: tuple[str, ...] = ("fwd", "bwd"),
+) -> Case:
+    shape = {"N": pixels, "K": 64, "D": 512, "C": classes}
+    name = f"class_affinity/n{pixels}-k64-d512-c{classes}{ending}"
+    if quick:
+        name, shape = f"{name}-quick", {"N": pixels // 32, "K": 16, "D": 48, "C": classes}
+    build = functools.partial(_problem, shape, dtype, quick)
+    return Case("class_affinity", name, shape, dtype, build, SOURCES)
+
+
+def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: str) -> Problem:
+    pixels, width, classes = shape["N"], shape["D"], shape["C"]
+    size = (1, pixels, width)
+    tensors = (
+        *_affinity.queries_and_keys(shape, dtype, device),
+        _affinity.normal(*size, dtype=dtype, device=device),
+        # The means of features over many pixels are small; with these centres the class logits are about 1.
+        _affinity.normal(1, classes, width, scale=2 * (pixels / width) ** 0.5, dtype=dtype, device=device),
+    )
+    gradients = tuple(_affinity.normal(*size, dtype=dtype, device=device) for _ in range(2))
+
+    def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
+        return _affinity.step_of(forward, tensors, gradients, mode)
+
+    providers: dict[str, Callable[[], Step]] = {
+        "fastcss": lambda: step(_with("auto")),
+        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(_chunked, rows=rows))),
+    }
+    # Whole maps take 1 GiB each at N = 16,384 in float32, the literal form then 5 s a call, and autograd keeps several.
+    small = pixels <= 8192 or device == "cuda"
+    if small:
+        providers["literal"] = lambda: step(_with("reference"))
+    if small or mode == "fwd":
+        providers["reassociated"] = lambda: step(_reassociated)
+    if small and not quick:
+        providers["compiled"] = lambda: step(torch.compile(_reassociated))
+    if small and not quick and device == "cpu":
+        providers["chunked-compiled"] = lambda: step(_chunks_compiled())
+    if device == "cuda":
+        providers["composed"] = lambda: step(_with("composed"))
+        providers["triton"] = lambda: step(_with("triton"))
+        providers["flex"] = lambda: step(_flex)
+
+    def expected():
+        return _affinity.expected(_with(_affinity.exact(pixels)), tensors, gradients, mode)
+
+    return Problem(providers, expected, TOLERANCE[dtype], *work(shape, dtype.itemsize, mode))
+
+
+def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
+    """FLOPs in the order M (F Cᵀ), without what a backward pass computes again, and bytes in and out of memory."""
+    n, k, d, c = (shape[name] for name in ("N", "K", "D", "C"))
+    flops, moved = 2 * n * n * (k + c) + 6 * n * d * c, 2 * n * k + 3 * n * d + c * d
+    if mode == "bwd":  # inputs and gradients of the outputs are read, gradients of the inputs written
+        flops, moved = flops + 2 * n * n * (3 * k + 2 * c) + 12 * n * d * c, 2 * moved + 2 * n * d
+    return flops, moved * itemsize
+
+
+def _with(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return functools.partial(class_affinity, mean=True, impl=impl)
+
+
+def _attend(logits: tuple[Tensor, Tensor], centers: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.bmm(x.softmax(dim=2), centers) for x in logits)
+
+
+def _reassociated(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
+    """The whole map once, on values of C channels; inter from the column sums, which saves the second product."""
+    scores = torch.bmm(feats, centers.mT)
+    intra = torch.bmm(torch.bmm(q, k.mT).sigmoid(), scores).float() / q.shape[1]
+    inter = scores.mean(dim=1, keepdim=True, dtype=torch.float32) - intra
+    return _attend((intra.to(q.dtype), inter.to(q.dtype)), centers)
+
+
+def _chunked(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor, rows: int) -> tuple[Tensor, ...]:
+    scores = torch.bmm(feats, centers.mT)
+    product = _affinity.TanhProduct.apply(q, k, scores, rows)
+    return _attend(_affinity.shares(product, scores, 0.5 / q.shape[1]), centers)
+
+
+def _chunks_compiled(rows: int = 256) -> Callable[..., tuple[Tensor, ...]]:
+    """Each chunk of rows as one compiled graph."""
+    chunk = torch.compile(lambda q, k, v: torch.bmm(torch.tanh(torch.bmm(q, k.mT) * 0.5), v))
+
+    def forward(q, k, feats, centers):
+        scores = torch.bmm(feats, centers.mT)
+        product = torch.cat([chunk(part, k, scores) for part in q.split(rows, dim=1)], dim=1)
+        return _attend(_affinity.shares(product, scores, 0.5 / q.shape[1]), centers)
+
+    return forward
+
+
+def _flex(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
+    scores = torch.bmm(feats, centers.mT)
+    intra = _affinity.flex_product(q, k, scores) / q.shape[1]
+    inter = scores.mean(dim=1, keepdim=True, dtype=torch.float32) - intra
+    return _attend((intra.to(q.dtype), inter.to(q.dtype)), centers)

@@ -1,0 +1,299 @@
+"""ClassAwareAffinity: its size, what it computes, how it trains, and where it must run."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastcss.nn import CAAOutput, ClassAwareAffinity
+
+
+def head(channels=12, classes=5, device="cpu", **arguments):
+    torch.manual_seed(0)
+    arguments = {"key_channels": 6, "attention_channels": 8} | arguments
+    module = ClassAwareAffinity(channels, classes, **arguments).to(device)
+    for layer in module.modules():  # no statistic or weight at the value where leaving it out changes nothing
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.weight, layer.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (layer.bias, layer.running_mean):
+                nn.init.uniform_(tensor, -0.5, 0.5)
+    return module
+
+
+def picture(device="cpu", batch=2, channels=12, h=5, w=7, classes=5, stride=4):
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(batch, channels, h, w, generator=generator)
+    labels = torch.randint(classes, (batch, h * stride, w * stride), generator=generator)
+    labels[:, :3] = 255
+    return features.to(device), labels.to(device)
+
+
+def literal(module, features):
+    """The same network, from the equations, with the N×N map and a layer call wherever the figure shows one."""
+    b, d, h, w = features.shape
+    coarse = module.segmentation(features)
+    pixels = features.reshape(b, d, h * w)  # [B, D, N]
+    weights = coarse.reshape(b, -1, h * w).softmax(dim=2)
+    centers = torch.einsum("bcn,bdn->bcd", weights, pixels)  # (3.1)
+    q, k = (layer(features).reshape(b, -1, h * w) for layer in (module.query, module.key))
+    affinity = torch.einsum("bki,bkj->bij", q, k).sigmoid()
+    attention, results = module.center_attention, []
+    for weighted, conv, reduce in (
+        (affinity, module.intra, module.intra_reduce),  # (3.2)
+        (1 - affinity, module.inter, module.inter_reduce),  # (3.3)
+    ):
+        gathered = torch.einsum("bij,bdj->bdi", weighted, pixels) / (h * w)
+        x = reduce(torch.cat([features, conv(gathered.reshape(b, d, h, w))], dim=1))
+        query = attention.query(x).flatten(2)
+        key, value = (layer(centers.mT[..., None])[..., 0] for layer in (attention.key, attention.value))
+        relation = (torch.einsum("ban,bac->bnc", query, key) * query.shape[1] ** -0.5).softmax(dim=2)  # (3.4, 3.6)
+        context = torch.einsum("bnc,bac->ban", relation, value)  # (3.5, 3.7)
+        context = attention.out(context.reshape(b, -1, h, w))
+        results.append(attention.bottleneck(torch.cat([context, x], dim=1)))
+    final = module.segmentation(module.fuse(torch.cat([features, *results], dim=1)))  # (3.8)
+    return CAAOutput(final, coarse, q.mT, k.mT)
+
+
+def test_the_published_size_comes_out():
+    module = ClassAwareAffinity(512, 150)
+    added = sum(p.numel() for name, p in module.named_parameters() if not name.startswith("segmentation."))
+    assert added == 3_614_336
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.named_children()}
+    assert parts == {
+        "segmentation": 512 * 150 + 150, "query": 32_832, "key": 32_832, "intra": 263_168, "inter": 263_168,
+        "intra_reduce": 525_312, "inter_reduce": 525_312, "center_attention": 1_184_256, "fuse": 787_456,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_computes_the_equations(training, device):
+    module = head(device=device).double().train(training)
+    features, labels = picture(device)
+    features = features.double().requires_grad_()
+    output, expected = module(features), literal(copy.deepcopy(module), features)
+    for got, want in zip(output, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(module.loss(o, labels).total, features)[0] for o in (output, expected))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_other_dtypes_agree_with_float64(dtype, tolerance, device):
+    module, (features, labels) = head(device=device).eval().double(), picture(device)
+    exact, output = module(features.double()), copy.deepcopy(module).to(dtype)(features.to(dtype))
+    for got, want in zip(output, exact, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    for got, want in zip(module.loss(output, labels), module.loss(exact, labels), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("h", "w", "height", "width"), [(5, 7, 20, 28), (5, 7, 5, 7), (5, 7, 38, 50), (1, 1, 3, 9)])
+def test_the_losses_are_those_of_the_equations(h, w, height, width, device):
+    module, (features, _) = head(device=device, loss_weights=(0.5, 2.0, 0.25)).eval(), picture(device, h=h, w=w)
+    labels = torch.randint(5, (2, height, width), generator=torch.Generator().manual_seed(2)).to(device)
+    labels[0, 0] = 255
+    output = module(features)
+    losses = module.loss(output, labels)
+
+    def cross_entropy(logits):
+        return F.cross_entropy(F.interpolate(logits, (height, width), mode="bilinear"), labels, ignore_index=255)
+
+    torch.testing.assert_close(losses.seg, cross_entropy(output.logits))
+    torch.testing.assert_close(losses.aux, cross_entropy(output.coarse))
+    small = F.interpolate(labels[:, None].double(), (h, w), mode="nearest").flatten(1)
+    same = (small[:, :, None] == small[:, None, :]).float()
+    counts = (small != 255)[:, :, None] & (small != 255)[:, None, :]
+    pairs = F.binary_cross_entropy_with_logits(output.q @ output.k.mT, same, reduction="none")
+    torch.testing.assert_close(losses.affinity, pairs[counts].mean())
+    torch.testing.assert_close(losses.total, 0.5 * losses.seg + 2 * losses.affinity + 0.25 * losses.aux)
+    for dtype in (torch.uint8, torch.int32):
+        assert module.loss(output, labels.to(dtype)).total == losses.total
+
+
+def test_nothing_to_learn_from_is_zero_with_zero_gradients(device):
+    module, (features, labels) = head(device=device, ignore_index=-1), picture(device)
+    losses = module.loss(module(features.requires_grad_()), torch.full_like(labels, -1))
+    assert not any(losses)
+    losses.total.backward()
+    assert not features.grad.any()
+    for parameter in module.parameters():
+        assert not parameter.grad.any()
+
+
+def test_every_parameter_learns(device):
+    module, (features, labels) = head(device=device), picture(device)
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    history = []
+    for _ in range(30):
+        losses = module.loss(module(features), labels)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        history.append(torch.stack(losses).detach())
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.any(), name
+    for name, first, last in zip(losses._fields, history[0], history[-1], strict=True):
+        assert last < first, name
+
+
+@pytest.mark.parametrize("strides", ["channels_last", "expanded", "sliced"])
+def test_any_strides(strides, device):
+    module, (features, _) = head(device=device).eval(), picture(device)
+    if strides == "channels_last":
+        other = features.to(memory_format=torch.channels_last)
+    elif strides == "expanded":
+        features = features[:1].expand(2, -1, -1, -1).contiguous()
+        other = features[:1].expand(2, -1, -1, -1)
+    else:
+        other = features.mT.repeat(1, 2, 1, 2)[:, :12, :, :5].mT
+    for got, want in zip(module(other), module(features), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_one_pixel_one_class_and_no_picture(device):
+    module = head(device=device, classes=1).eval()
+    output = module(torch.randn(1, 12, 1, 1, device=device))
+    assert module.loss(output, torch.zeros(1, 8, 8, dtype=torch.long, device=device)).total.isfinite()
+    assert module(torch.randn(0, 12, 4, 4, device=device)).logits.shape == (0, 1, 4, 4)
+
+
+def test_autocast(device):
+    module, (features, labels) = head(device=device).eval(), picture(device)
+    exact = module(features)
+    with torch.autocast(device, torch.bfloat16):
+        output = module(features.requires_grad_())
+        losses = module.loss(output, labels)
+    assert (output.logits.dtype, output.q.dtype, losses.total.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(output.logits.float(), exact.logits, rtol=0.05, atol=0.05)
+    losses.total.backward()
+    assert features.grad.isfinite().all()
+    assert features.grad.dtype == torch.float32
+
+
+def test_compiled_forward_and_training_step(device):
+    eager, (features, labels) = head(device=device), picture(device)
+    module = copy.deepcopy(eager)
+
+    def losses(module, features, labels):
+        return module.loss(module(features), labels)
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    got, want = compiled(module, features, labels), losses(eager, features, labels)
+    torch.testing.assert_close(got, want)
+    for result in (got, want):
+        result.total.backward()
+    for a, b in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tuple(module.buffers()), tuple(eager.buffers()))  # the statistics moved alike
+    module.eval()
+    forward = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(tuple(forward(features)), tuple(eager.eval()(features)))
+
+
+def test_distributed_data_parallel(tmp_path, device):
+    eager, (features, labels) = head(device=device), picture(device)
+    module = copy.deepcopy(eager)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(module)
+        for _ in range(2):  # the second pass finds out whether every parameter was used in the first
+            for m, forward in ((module, parallel), (eager, eager)):
+                m.zero_grad()
+                m.loss(forward(features), labels).total.backward()
+        torch.testing.assert_close([p.grad for p in module.parameters()], [p.grad for p in eager.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_other_normalisations(device):
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(head())
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    assert [type(layer) for layer in norms] == [nn.SyncBatchNorm] * 12
+    module = head(device=device, norm_layer=lambda channels: nn.GroupNorm(2, channels))
+    assert module(picture(device)[0]).logits.shape == (2, 5, 5, 7)
+
+
+def test_weights_come_back_from_safetensors(tmp_path, device):
+    from safetensors.torch import load_file, save_file
+
+    module, (features, _) = head(device=device).eval(), picture(device)
+    save_file(module.state_dict(), tmp_path / "head.safetensors")
+    other = ClassAwareAffinity(12, 5, key_channels=6, attention_channels=8).to(device).eval()
+    other.load_state_dict(load_file(tmp_path / "head.safetensors"))
+    assert torch.equal(other(features).logits, module(features).logits)
+
+
+def test_the_affinity_map_is_never_made():
+    """With N = 4096 pixels one N×N map is 64 MiB, as the reference has it; everything else here is small."""
+    features, labels = picture(batch=1, h=64, w=64, stride=1)
+
+    def largest_allocation(impl):
+        module = head(impl=impl)
+        module.loss(module(features), labels).total.backward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            module.loss(module(features), labels).total.backward()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    assert largest_allocation("reference") >= 64 << 20
+    assert largest_allocation("auto") < 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"key_channels": -3}, "key_channels must be at least 1, got -3"),
+        ({"attention_channels": 0}, "attention_channels must be at least 1"),
+        ({"impl": "fast"}, "impl must be 'auto' or one of reference, .*, got 'fast'"),
+        ({"loss_weights": (1, 1)}, "loss_weights must be three numbers"),
+    ],
+)
+def test_bad_sizes_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassAwareAffinity(**{"in_channels": 4, "num_classes": 3} | arguments)
+
+
+def test_bad_features_are_named():
+    module = head()
+    for shape in ((2, 11, 5, 7), (12, 5, 7), (2, 12, 0, 7)):
+        with pytest.raises(ValueError, match=r"features must be \[B, (D|12), h, w\].*, got \["):
+            module(torch.randn(shape))
+    with pytest.raises(TypeError, match=r"features must be a floating-point tensor, got torch.int64"):
+        module(torch.ones(2, 12, 5, 7, dtype=torch.int64))
+    with pytest.raises(TypeError, match="features must be a tensor"):
+        module([1.0])
+
+
+def test_an_explicit_implementation_never_falls_back():
+    module = head(impl="cpu").double()
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run"):
+        module(picture()[0].double())
+
+
+def test_bad_labels_are_named():
+    module, (features, labels) = head(), picture()
+    output = module(features)
+    for wrong in (labels[:1], labels[0], labels[:, None]):
+        with pytest.raises(ValueError, match=r"labels must be \[B, H, W\]"):
+            module.loss(output, wrong)
+    for wrong in (labels[:, :4], labels[:, :, :6], labels.mT, labels[:, :14]):
+        with pytest.raises(ValueError, match=r"labels must be .* whose features are 5×7, .* got \d+×\d+"):
+            module.loss(output, wrong)
+    for wrong in (labels.float(), labels.bool()):
+        with pytest.raises(TypeError, match=r"labels must be a tensor of integers, got torch\.(float32|bool)"):
+            module.loss(output, wrong)
+    with pytest.raises(TypeError, match="labels must be a tensor"):
+        module.loss(output, labels.tolist())
+    for value, got in ((5, "0 to 5"), (-1, "-1 to 4")):
+        wrong = labels.clone()
+        wrong[1, 9, 9] = value
+        with pytest.raises(IndexError, match=f"num_classes − 1 = 4, or ignore_index = 255; got values from {got}"):
+            module.loss(output, wrong)

@@ -1,0 +1,82 @@
+"""What the runner refuses, and that it says why and leaves the model alone."""
+
+from __future__ import annotations
+
+import re
+
+import peft
+import pytest
+import torch
+from adapted_models import adapt, assert_untouched, build_adapted, inputs, state_of, vit
+from torch import nn
+
+import fastcss
+
+
+def unsupported():
+    """(what, model, what the error names)"""
+    sites = {"r": 2, "target_modules": ["q_proj"]}
+    yield "dora", lambda: adapt(vit(), sites, {**sites, "use_dora": True}), "q_proj.*task1.*no plain LoRA"
+    yield "modules_to_save", lambda: adapt(vit(), {**sites, "modules_to_save": ["pooler"]}), "'pooler'.*modules_to_save"
+    yield "no adapters", vit, "ViTModel has no LoRA layer"
+
+    def merged():
+        model = adapt(vit(), sites)
+        model.merge_adapter()
+        return model
+
+    yield "merged", merged, "q_proj.*merged"
+    yield (
+        "other tuner",
+        lambda: peft.get_peft_model(vit(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
+        "IA3",
+    )
+    yield (
+        "attention",
+        lambda: adapt(nn.TransformerEncoderLayer(8, 2, 16), {"r": 2, "target_modules": ["self_attn"]}),
+        "'self_attn' is .*MultiheadAttention",
+    )
+
+    def hooked():
+        model = adapt(vit(), sites)
+        model.get_base_model().layers[0].attention.q_proj.base_layer.register_forward_hook(lambda *_: None)
+        return model
+
+    yield "hook", hooked, "layers.0.attention.q_proj' has hooks"
+    yield "bad engine", lambda: adapt(vit(), sites), "engine must be one of"
+
+
+@pytest.mark.parametrize(("build", "message"), [pytest.param(b, m, id=w) for w, b, m in unsupported()])
+def test_what_cannot_run_is_refused_by_name(build, message):
+    model = build()
+    before = state_of(model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        fastcss.one_pass(model, engine="warp" if "engine" in message else "auto")
+    assert_untouched(model, before)
+
+
+@torch.no_grad()
+def test_bad_routes():
+    runner, given = fastcss.one_pass(build_adapted(vit)), inputs(vit, 2)
+    with pytest.raises(IndexError, match="3 adapters"):
+        runner(**given, route=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="route has 3 entries"):
+        runner(**given, route=torch.tensor([0, 1, 1]))
+    for route in ([0, 1], torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):
+        with pytest.raises(TypeError, match="route must be an int32 or int64 tensor"):
+            runner(**given, route=route)
+
+
+def test_the_models_own_errors_come_through():
+    runner = fastcss.one_pass(build_adapted(vit))
+    for wrong in ({}, {"pixel_values": torch.randn(1, 3, 40, 40)}, {"pixel_values": torch.randn(1, 5, 32, 32)}):
+        with pytest.raises(Exception) as own:  # noqa: PT011
+            vit()(**wrong)
+        with pytest.raises(type(own.value), match=re.escape(str(own.value)[:60])):
+            runner(**wrong)
+    assert runner.engine == "vmap"
+
+
+def test_capture_wants_a_gpu():
+    with pytest.raises(RuntimeError, match="on a CUDA device, got cpu"):
+        fastcss.one_pass(build_adapted(vit)).capture(**inputs(vit))

@@ -1,0 +1,199 @@
+"""What holds for each affinity op, whatever it computes: where it runs, how often, and under which transform."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from affinity import Call, normal
+from torch import Tensor
+
+
+def assert_bitwise(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def assert_reproducible(call: Call, impl: str) -> None:
+    dys = call.output_gradients()
+    assert_bitwise(call.leaves().results(impl, dys), call.leaves().results(impl, dys))
+
+
+def assert_same_on_any_number_of_threads(call: Call) -> None:
+    dys, threads = call.output_gradients(), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(call.leaves().results("cpu", dys))
+    finally:
+        torch.set_num_threads(threads)
+    assert_bitwise(found[1], found[0])
+    assert_bitwise(found[2], found[0])
+
+
+def assert_batch_invariant(call: Call, impl: str) -> None:
+    """Bitwise: an image gives the same alone and among others, one of which is NaN."""
+    dys = call.output_gradients()
+    tensors = {name: tensor.clone() for name, tensor in call.tensors.items()}
+    for tensor in tensors.values():
+        tensor[1] = float("nan")
+    together = call.having(**tensors).leaves().results(impl, dys)
+    for i in (0, 2):
+        one = {name: tensor[i : i + 1] for name, tensor in call.tensors.items()}
+        alone = call.having(**one).leaves().results(impl, tuple(dy[i : i + 1] for dy in dys))
+        assert_bitwise({name: tensor[i : i + 1] for name, tensor in together.items()}, alone)
+
+
+def assert_not_finite_as_reference(call: Call, impl: str, nan_stays: bool = True) -> None:
+    """What is not finite in the literal code of this dtype is not here, and nothing else; NaN there is NaN here."""
+    dys = call.output_gradients()
+    want, got = (call.leaves().results(name, dys) for name in ("reference", impl))
+    for name in want:
+        assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
+        if nan_stays and not name.startswith(
+            "d"
+        ):  # a gradient that is inf − inf in one order of its sums is inf in another
+            assert got[name][want[name].isnan()].isnan().all(), name
+    assert not all(t.isfinite().all() for t in want.values())
+
+
+def assert_compiles(call: Call, impl: str) -> None:
+    """One graph, forward and backward, and the same values."""
+    dys, eager, compiled = call.output_gradients(), call.leaves(), call.leaves()
+    want = list(eager.results(impl, dys).values())
+
+    @torch.compile(fullgraph=True, backend="inductor" if impl == "cpu" else "aot_eager")
+    def run(*tensors):
+        return [2 * y for y in call.having(**dict(zip(call.tensors, tensors, strict=True)))(impl)]
+
+    torch.compiler.reset()
+    outputs = run(*compiled.tensors.values())
+    halves = [dy.to(y.dtype) / 2 for y, dy in zip(outputs, dys, strict=True)]
+    found = torch.autograd.grad(outputs, list(compiled.tensors.values()), halves)
+    for got, expected in zip((*(y / 2 for y in outputs), *found), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def assert_autocasts(call: Call, impl: str, device: str) -> None:
+    """float32 tensors in a bfloat16 region: as if cast by hand, and the gradients come back in float32."""
+    by_hand = call.leaves(torch.bfloat16)
+    dys, call = by_hand.output_gradients(), call.leaves()
+    want = by_hand.results(impl, dys)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        outputs = call(impl)
+    given = [dy.to(y.dtype) for y, dy in zip(outputs, dys, strict=True)]
+    found = torch.autograd.grad(outputs, list(call.tensors.values()), given)
+    assert all(gradient.dtype == torch.float32 for gradient in found)
+    for got, expected in zip((*outputs, *found), want.values(), strict=True):
+        assert torch.equal(got.float(), expected.float())
+
+
+def assert_maps(call: Call, impl: str, mapped: tuple[str, ...], samples: int = 3) -> None:
+    """torch.vmap over ``mapped`` is a loop: values, gradients through it, and gradients for each sample."""
+    arguments = {**call.tensors, **{n: v for n, v in call.options.items() if isinstance(v, Tensor)}}
+    in_dims = tuple(0 if name in mapped else None for name in arguments)
+    stacked = [_stack(v, samples) if name in mapped else v for name, v in arguments.items()]
+    leaves = [v.clone().requires_grad_() for v in stacked[: len(call.tensors)]]
+    whole = (*leaves, *stacked[len(leaves) :])
+
+    def run(*values):
+        return call.having(**dict(zip(arguments, values, strict=True)))(impl)
+
+    def loss(*values):
+        return sum(y.square().sum() for y in run(*values))
+
+    one_by_one = [[v if d is None else v[i] for v, d in zip(whole, in_dims, strict=True)] for i in range(samples)]
+    want = [torch.stack(parts) for parts in zip(*(run(*values) for values in one_by_one), strict=True)]
+    got = torch.vmap(run, in_dims)(*whole)
+    slopes = [torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves) for outputs in (want, got)]
+    per_sample = torch.vmap(torch.func.grad(loss, argnums=tuple(range(len(leaves)))), in_dims)(
+        *map(Tensor.detach, whole)
+    )
+    for one, other in zip((*got, *slopes[1]), (*want, *slopes[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for one, other, dim in zip(per_sample, slopes[0], in_dims, strict=False):
+        torch.testing.assert_close(one if dim == 0 else one.sum(0), other, rtol=1e-4, atol=1e-5)
+
+
+def _stack(value: Tensor, samples: int) -> Tensor:
+    """Different samples of a tensor: turned along its last dimension."""
+    return torch.stack([value.roll(i, -1) for i in range(samples)])
+
+
+def gradcheck(call: Call, impl: str) -> None:
+    call = call.leaves()
+    names = list(call.tensors)
+    torch.autograd.gradcheck(lambda *t: call.having(**dict(zip(names, t, strict=True)))(impl), [*call.tensors.values()])
+
+
+def assert_once_differentiable(call: Call, impl: str) -> None:
+    """Where there is a kernel; the composed form has second derivatives, those of the reference."""
+
+    def second(impl: str) -> list[Tensor]:
+        leaves = call.leaves()
+        tensors = list(leaves.tensors.values())
+        total = sum(y.square().sum() for y in leaves(impl))
+        first = torch.autograd.grad(total, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    if impl == "composed":
+        for got, want in zip(second(impl), second("reference"), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(RuntimeError, match="^[a-z_]+: differentiable once.*impl='composed'"):
+            second(impl)
+
+
+def assert_slope(call: Call, impl: str) -> None:
+    """Each gradient, along a direction, is the central difference of the float64 reference."""
+    dys = call.output_gradients()
+    gradients = call.leaves().results(impl, dys)
+    wide = call.leaves(torch.float64)
+    with torch.no_grad():
+        for seed, (name, value) in enumerate(wide.tensors.items()):
+            direction = normal(*value.shape, seed=50 + seed, dtype=torch.float64, device=value.device)
+            up, down = (wide.having(**{name: value + step * direction})("reference") for step in (1e-5, -1e-5))
+            slope = sum(((a - b) * dy).sum() for a, b, dy in zip(up, down, dys, strict=True)) / 2e-5
+            got = (gradients[f"d{name}"].double() * direction).sum()
+            size = torch.linalg.vector_norm(gradients[f"d{name}"].double())  # of the slope along a usual direction
+            assert abs(got - slope) <= 1e-4 * size, name
+
+
+def opcheck(name: str, impl: str, *arguments) -> tuple[Tensor, ...]:
+    """torch.library.opcheck of a raw op; returns what it computes."""
+    raw = getattr(getattr(torch.ops.fastcss, name), impl)
+    torch.library.opcheck(raw, arguments)
+    return raw(*arguments)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_MEMORY = """
+import torch
+from fastcss import ops
+
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+torch.manual_seed(0)
+{prepare}
+def run({arguments}):
+    {run}
+run({small})
+before = status("VmRSS")
+kept = run({large})
+print(status("VmHWM") - before - sum(t.nbytes for t in kept))
+"""
+
+
+def extra_memory(**parts: str) -> int:
+    """Most bytes a process of its own held during a call beyond its inputs and results, by what the system says."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    printed = subprocess.run(
+        [sys.executable, "-c", _MEMORY.format(**parts)], capture_output=True, text=True, check=True
+    )
+    return int(printed.stdout)

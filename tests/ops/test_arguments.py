@@ -1,0 +1,172 @@
+"""Bad input of the affinity ops: an error before anything is computed, with the argument's name and what it got."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fastcss import ops
+
+ARGUMENTS = {
+    "affinity_attention": {"q": torch.ones(2, 4, 3), "k": torch.ones(2, 4, 3), "v": torch.ones(2, 4, 5)},
+    "class_affinity": {
+        "q": torch.ones(2, 4, 3),
+        "k": torch.ones(2, 4, 3),
+        "feats": torch.ones(2, 4, 5),
+        "centers": torch.ones(2, 6, 5),
+    },
+    "affinity_loss": {
+        "q": torch.ones(2, 4, 3),
+        "k": torch.ones(2, 4, 3),
+        "labels": torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]),
+    },
+    "class_centers": {"logits": torch.ones(2, 3, 4), "feats": torch.ones(2, 4, 5)},
+}
+
+
+def refused(op: str, kind: type[Exception], message: str, **changes) -> None:
+    with pytest.raises(kind, match=f"^{op}: {re.escape(message)}"):
+        getattr(ops, op)(**ARGUMENTS[op] | changes)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_unchanged_they_are_right(op):
+    getattr(ops, op)(**ARGUMENTS[op], impl="reference")
+
+
+EVERY = [(op, name) for op, arguments in ARGUMENTS.items() for name in arguments]
+FLOATS = [(op, name) for op, name in EVERY if name != "labels"]
+FIRST = {"affinity_attention": "q", "class_affinity": "q", "affinity_loss": "q", "class_centers": "logits"}
+OTHERS = [(op, name) for op, name in FLOATS if name != FIRST[op]]
+
+
+@pytest.mark.parametrize(("op", "name"), FLOATS)
+def test_no_tensor(op, name):
+    refused(op, TypeError, f"{name} must be a tensor [B, ", **{name: [[[1.0]]]})
+
+
+@pytest.mark.parametrize(("op", "name"), FLOATS)
+def test_number_of_dimensions(op, name):
+    for wrong in (ARGUMENTS[op][name][0], ARGUMENTS[op][name][None]):
+        with pytest.raises(ValueError, match=rf"^{op}: {name} must be \[B, .*, got {re.escape(str([*wrong.shape]))}"):
+            getattr(ops, op)(**ARGUMENTS[op] | {name: wrong})
+
+
+#: The sizes of an argument that are those of an argument before it.
+SIZES = {"k": "BNK", "v": "BN", "feats": "BN", "centers": "B D"}
+
+
+@pytest.mark.parametrize(("op", "name"), OTHERS)
+def test_sizes_that_do_not_match(op, name):
+    """Nor is a size of one broadcast."""
+    right = ARGUMENTS[op][name]
+    for dim, letter in enumerate(SIZES[name]):
+        for wrong in (right.narrow(dim, 0, 1), torch.cat([right, right], dim)):
+            if letter != " ":
+                message = rf"^{op}: {name} must be \[B, .*\] with .*{letter} = {right.shape[dim]}.*, got "
+                with pytest.raises(ValueError, match=message + re.escape(str([*wrong.shape]))):
+                    getattr(ops, op)(**ARGUMENTS[op] | {name: wrong})
+
+
+@pytest.mark.parametrize(("op", "name"), OTHERS)
+def test_another_dtype(op, name):
+    for dtype in (torch.float16, torch.float64):
+        wrong = ARGUMENTS[op][name].to(dtype)
+        message = f"{name} must have the dtype of {FIRST[op]}, torch.float32, got {dtype}"
+        refused(op, TypeError, message, **{name: wrong})
+
+
+@pytest.mark.parametrize(("op", "name"), FLOATS)
+def test_integers(op, name):
+    for dtype in (torch.int64, torch.uint8, torch.bool):
+        wrong = ARGUMENTS[op][name].to(dtype)
+        refused(op, TypeError, f"{name} must be a floating-point tensor, got {dtype}", **{name: wrong})
+
+
+@pytest.mark.parametrize(("op", "name"), [*OTHERS, ("affinity_loss", "labels")])
+def test_another_device(op, name):
+    wrong = ARGUMENTS[op][name].to("meta")
+    refused(op, ValueError, f"{name} must be on the device of {FIRST[op]}, cpu, got meta", **{name: wrong})
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_unknown_implementation(op):
+    refused(op, ValueError, "impl must be 'auto' or one of reference, composed, cpu, triton, cuda, got 'c'", impl="c")
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_explicit_implementation_never_falls_back(op, impl):
+    """There is no kernel for float64: an error that says so, where "auto" takes the composed form."""
+    arguments = {n: t.double() if t.is_floating_point() else t for n, t in ARGUMENTS[op].items()}
+    call = getattr(ops, op)
+    with pytest.raises(RuntimeError, match=f"^{op}: impl='{impl}' cannot run: .+"):
+        call(**arguments, impl=impl)
+    found, want = (call(**arguments, impl=impl) for impl in ("auto", "composed"))
+    for one, other in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (found, want)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_the_cpu_kernels_say_which_dtypes_they_have(op):
+    arguments = {n: t.double() if t.is_floating_point() else t for n, t in ARGUMENTS[op].items()}
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcss::{op}.cpu", "CPU"):
+        message = "impl='cpu' cannot run: it takes float32, bfloat16 and float16, and the tensors are torch.float64"
+        refused(op, RuntimeError, message, **arguments, impl="cpu")
+    else:
+        pytest.skip("nothing compiled is installed")
+
+
+# --- one op's own ----------------------------------------------------------------------------------------------------
+
+
+def test_no_classes():
+    message = "centers must have at least one class, got [2, 0, 5]"
+    refused("class_affinity", ValueError, message, centers=torch.ones(2, 0, 5))
+    message = "logits must have at least one class and one pixel, got [2, 0, 4]"
+    refused("class_centers", ValueError, message, logits=torch.ones(2, 0, 4))
+
+
+def test_centers_of_no_pixels():
+    message = "logits must have at least one class and one pixel, got [2, 3, 0]"
+    refused("class_centers", ValueError, message, logits=torch.ones(2, 3, 0), feats=torch.ones(2, 0, 5))
+
+
+@pytest.mark.parametrize("over", ["both", "pixel", None, 1])
+def test_over(over):
+    refused("class_centers", ValueError, f"over must be 'pixels' or 'classes', got {over!r}", over=over)
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"), [(torch.ones(2, 4), "torch.float32"), (torch.ones(2, 4) * 1j, "torch.complex64"), ([0], "list")]
+)
+def test_labels_are_integers(labels, got):
+    refused("affinity_loss", TypeError, f"labels must be a tensor of integers, got {got}", labels=labels)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4), (2, 2, 3), (2, 4, 4), (8,), (2, 1, 2, 2), ()])
+def test_labels_are_of_all_pixels(shape):
+    message = f"labels must be [B, N] = [2, 4], or [B, h, w] with h·w = 4 pixels, got {[*shape]}"
+    refused("affinity_loss", ValueError, message, labels=torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "options", "message"),
+    [
+        (-1, {}, "at least 0, or ignore_index = 255; got values from -1 to 3"),
+        (7, {"num_classes": 7}, "at least 0 and below 7, or ignore_index = 255; got values from 0 to 7"),
+        (
+            255,
+            {"num_classes": 7, "ignore_index": -1},
+            "at least 0 and below 7, or ignore_index = -1; got values from 0",
+        ),
+        (-2, {"ignore_index": -1}, "at least 0, or ignore_index = -1; got values from -2 to 3"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["reference", "composed", "auto"])
+def test_labels_in_range(wrong, options, message, impl):
+    labels = ARGUMENTS["affinity_loss"]["labels"].clone()
+    labels[1, 2] = wrong
+    refused("affinity_loss", IndexError, f"labels must be {message}", labels=labels, impl=impl, **options)
