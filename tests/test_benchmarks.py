@@ -6,12 +6,26 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command_line
-from benchmarks import harness, limits, measure, multi_lora, plot, registry, report
+from benchmarks import (
+    affinity_attention,
+    affinity_loss,
+    caa,
+    class_affinity,
+    class_centers,
+    harness,
+    limits,
+    measure,
+    multi_lora,
+    plot,
+    registry,
+    report,
+)
 
 FIELDS = {
     "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mib", "gflops",
@@ -114,6 +128,34 @@ def test_measured_limits_are_rates_of_this_machine():
 def test_work_of_multi_lora(form, mode, flops, moved):
     shape = {"form": form, "M": 5, "K": 3, "N": 7, "T": 2, "r": 2}
     assert multi_lora.work(shape, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "flops", "moved"),
+    [
+        (affinity_attention, "fwd", 2 * 25 * (3 + 7), 4 * (30 + 3 * 35)),
+        (affinity_attention, "bwd", 2 * 25 * (3 + 7) + 2 * 25 * (9 + 14), 4 * (60 + 8 * 35)),
+        (class_affinity, "fwd", 2 * 25 * (3 + 2) + 6 * 70, 4 * (30 + 3 * 35 + 14)),
+        (class_affinity, "bwd", 2 * 25 * (3 + 2) + 6 * 70 + 2 * 25 * (9 + 4) + 12 * 70, 4 * (60 + 8 * 35 + 28)),
+        (affinity_loss, "fwd", 2 * 25 * 3, 4 * 30),
+        (affinity_loss, "bwd", 2 * 25 * 3 + 2 * 25 * 9, 4 * 90),
+        (class_centers, "fwd", 2 * 70, 4 * (10 + 35 + 14)),
+        (class_centers, "bwd", 6 * 70, 8 * (10 + 35 + 14)),
+    ],
+)
+def test_work_of_the_affinity_ops(op, mode, flops, moved):
+    assert op.work({"N": 5, "K": 3, "D": 7, "C": 2}, 4, mode) == (flops, moved)
+
+
+def test_work_of_caa():
+    """The composed head has no product too many; the base is one 1×1 convolution."""
+    head, base = (case.build("cpu", "fwd") for case in caa.cases("cpu", quick=True))
+    counter = FlopCounterMode(display=False)
+    step = head.providers["composed"]()
+    with counter:
+        step()
+    assert head.flops == counter.get_total_flops()
+    assert base.flops == 2 * 144 * 64 * 20
 
 
 def test_peak_memory_counts_temporaries_and_the_result():
