@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kOp = "affinity_loss";
 constexpr int64_t kKeysAtOnce = 96;  // factors 1 + e^−|s| that are multiplied before a logarithm is taken: at most 2^96
 
-// The pixels of one image that are not ignored, as float32 rows side by side.
+// The pixels of one image that are not ignored.
 struct Counted {
   std::vector<int64_t> pixels;
   std::vector<int32_t> labels;  // and room to read kCols more
@@ -32,22 +32,23 @@ struct Counted {
     labels.resize(N + kCols, -1);
   }
 
-  // rows [N][K] of the pixels, lanes by terms
-  void gather(const Tensor& t, int64_t b, std::vector<float>& rows) const {
-    rows.resize(N * K + kLanes);
+  // Their rows of t, lanes by terms: where they are, or where some are left out, gathered in `rows` as float32.
+  Matrix rows_of(const Tensor& t, int64_t b, std::vector<float>& rows) const {
     const Matrix from = matrix(t, 1, 2, kOp).offset(b * t.stride(0));
+    if (N == t.size(1)) return from;
+    rows.resize(N * K + kLanes);
+    const Matrix turned{from.data, from.dtype, from.k_stride, from.lane_stride};
     parallel(ceil_div(N, kCols), [&](int64_t item) {
-      float row[1 << 10];
-      for (int64_t i = item * kCols; i < std::min(N, (item + 1) * kCols); ++i)
-        for (int64_t first = 0; first < K; first += 512) {
-          const int64_t terms = std::min<int64_t>(512, K - first);
-          pack(row, 1, 1, terms, from.at(pixels[i], first));
-          std::memcpy(&rows[i * K + first], row, terms * sizeof(float));
-        }
+      std::vector<float> row(K + kLanes);
+      for (int64_t i = item * kCols; i < std::min(N, (item + 1) * kCols); ++i) {
+        pack(row.data(), static_cast<int>(K), static_cast<int>(K), 1, turned.at(0, pixels[i]));
+        std::memcpy(&rows[i * K], row.data(), K * sizeof(float));
+      }
     });
+    return {rows.data(), DType::f32, K, 1};
   }
 
-  // The pixels' rows into a contiguous [all pixels, K] of zeros.
+  // Rows of the pixels that count into those of all pixels, [·, K] of zeros.
   void scatter(const float* rows, void* to, DType dtype) const {
     parallel(ceil_div(N, kCols), [&](int64_t item) {
       for (int64_t i = item * kCols; i < std::min(N, (item + 1) * kCols); ++i)
@@ -58,10 +59,7 @@ struct Counted {
           write(static_cast<char*>(to) + (pixels[i] * K + first) * size_of(dtype), dtype, K, 1, terms, row);
         }
     });
-  }
-
-  Matrix matrix_of(const std::vector<float>& rows) const { return {rows.data(), DType::f32, K, 1}; }
-};
+  }};
 
 FASTCSS_CLONES void add_to(double* total, const Softplus& sum) {
   for (int v = 0; v < kCols / kLanes; ++v) {
@@ -76,17 +74,17 @@ double sum_of_pairs(const Counted& counted, const Tensor& q, const Tensor& k, in
   const int64_t N = counted.N, K = counted.K, height = kernel().rows;
   const int64_t key_panels = ceil_div(N, height), query_panels = ceil_div(N, kCols), key_size = K * height + kLanes;
   std::vector<float> q_rows, k_rows;
-  counted.gather(q, b, q_rows), counted.gather(k, b, k_rows);
+  const Matrix queries_at = counted.rows_of(q, b, q_rows), keys_at = counted.rows_of(k, b, k_rows);
   float* keys = shared_workspace.get(key_panels * key_size);
   parallel(key_panels, [&](int64_t p) {
     const int lanes = static_cast<int>(std::min(height, N - p * height));
-    pack(keys + p * key_size, kernel().rows, lanes, K, counted.matrix_of(k_rows).at(p * height, 0));
+    pack(keys + p * key_size, kernel().rows, lanes, K, keys_at.at(p * height, 0));
   });
   std::vector<double> totals(query_panels);
   parallel(query_panels, [&](int64_t p) {
     const int queries = static_cast<int>(std::min<int64_t>(kCols, N - p * kCols));
     float* packed = local_workspace.get(K * kCols);
-    pack(packed, kCols, queries, K, counted.matrix_of(q_rows).at(p * kCols, 0));
+    pack(packed, kCols, queries, K, queries_at.at(p * kCols, 0));
     double total[kCols] = {};
     for (int64_t first = 0; first < key_panels; first += kKeysAtOnce / height) {
       Softplus sum{};
@@ -123,7 +121,7 @@ std::tuple<Tensor, Tensor> affinity_loss_backward(const Tensor& dloss, const Ten
   const int64_t B = q.size(0), K = q.size(2);
   const DType dtype = dtype_of(q, kOp);
   Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes());
-  torch::stable::zero_(dq), torch::stable::zero_(dk);
+  torch::stable::zero_(dq), torch::stable::zero_(dk);  // those of ignored pixels stay so
   std::vector<Counted> images;
   double pairs = 0;
   for (int64_t b = 0; b < B; ++b) {
@@ -133,18 +131,22 @@ std::tuple<Tensor, Tensor> affinity_loss_backward(const Tensor& dloss, const Ten
   const double slope = *static_cast<const float*>(dloss.const_data_ptr()) * scale / std::max(pairs, 1.0);
   for_images(B, q.size(1), [&](int64_t b) {
     const Counted& counted = images[b];
-    std::vector<float> q_rows, k_rows, dq_rows(counted.N * K), dk_rows(counted.N * K);
-    counted.gather(q, b, q_rows), counted.gather(k, b, k_rows);
+    std::vector<float> q_rows, k_rows;
     const AffinityGradientProblem problem{.N = counted.N,
                                           .K = K,
                                           .scale = static_cast<float>(scale),
-                                          .q = counted.matrix_of(q_rows),
-                                          .k = counted.matrix_of(k_rows),
+                                          .q = counted.rows_of(q, b, q_rows),
+                                          .k = counted.rows_of(k, b, k_rows),
                                           .ds_factor = static_cast<float>(slope),
                                           .labels = counted.labels.data()};
-    AffinityGradient(problem).run({dq_rows.data(), dk_rows.data(), DType::f32});
-    counted.scatter(dq_rows.data(), image(dq, b, dtype), dtype);
-    counted.scatter(dk_rows.data(), image(dk, b, dtype), dtype);
+    if (counted.N == q.size(1)) {
+      AffinityGradient(problem).run({image(dq, b, dtype), image(dk, b, dtype), dtype});
+    } else {
+      std::vector<float> dq_rows(counted.N * K), dk_rows(counted.N * K);
+      AffinityGradient(problem).run({dq_rows.data(), dk_rows.data(), DType::f32});
+      counted.scatter(dq_rows.data(), image(dq, b, dtype), dtype);
+      counted.scatter(dk_rows.data(), image(dk, b, dtype), dtype);
+    }
     shared_workspace.trim();
   });
   return {dq, dk};
