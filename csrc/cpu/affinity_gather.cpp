@@ -72,8 +72,7 @@ void AffinityGather::sum_block(const float* packed, Matrix q, int64_t first, int
         tanh(words(K), packed + (first_panel + j) * key_size, q_packed + p * q_size, factor,
              map + j * panel_words * kCols, kCols);
       if (pairs && keys % 2)  // the other half of the last word is no key, and tanh of 0 · ∞ is NaN
-        for (int64_t i = 0; i < kCols; ++i)
-          reinterpret_cast<uint16_t*>(map + keys / 2 * kCols + i)[1] = 0;
+        for (int64_t i = 0; i < kCols; ++i) reinterpret_cast<uint16_t*>(map + keys / 2 * kCols + i)[1] = 0;
       for (int64_t c = 0; c < value_panels; ++c) {
         const int values = static_cast<int>(std::min<int64_t>(height, C - c * height));
         const float* value = packed + key_panels * key_size + c * value_size + words(key) * height;

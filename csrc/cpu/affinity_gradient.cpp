@@ -18,10 +18,17 @@ void AffinityGradient::plan() {
   struct {
     float** start;
     int64_t floats;
-  } parts[] = {{&q_panels, query_panels * q_size}, {&k_panels, key_panels * k_size}, {&v_panels, key_panels * v_size},
-               {&e_panels, query_panels * e_size}, {&q_words, k_cols * query_words}, {&k_words, k_rows * key_words},
-               {&e_words, c_cols * query_words},   {&dq, query_panels * q_size},     {&dk, k_cols * rows * kCols},
-               {&dv, c_cols * rows * kCols},       {&totals, query_panels * C + c_cols * kCols}};
+  } parts[] = {{&q_panels, query_panels * q_size},
+               {&k_panels, key_panels * k_size},
+               {&v_panels, key_panels * v_size},
+               {&e_panels, query_panels * e_size},
+               {&q_words, k_cols * query_words},
+               {&k_words, k_rows * key_words},
+               {&e_words, c_cols * query_words},
+               {&dq, query_panels * q_size},
+               {&dk, k_cols * rows * kCols},
+               {&dv, c_cols * rows * kCols},
+               {&totals, query_panels * C + c_cols * kCols}};
   int64_t floats = 0;
   for (const auto& part : parts) floats += part.floats;
   float* next = shared_workspace.get(floats);
@@ -156,8 +163,7 @@ void AffinityGradient::run(Products products, Values values) {
   pack_all();
   // In each step every block of queries meets another block of keys: no two threads add to the same sums, and each
   // sum is made in the same order on any number of threads.
-  for (int64_t step = 0; step < blocks; ++step)
-    parallel(blocks, [&](int64_t i) { block(i, (i + step) % blocks); });
+  for (int64_t step = 0; step < blocks; ++step) parallel(blocks, [&](int64_t i) { block(i, (i + step) % blocks); });
   write_all(products, values);
 }
 

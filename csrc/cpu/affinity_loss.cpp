@@ -1,7 +1,6 @@
 // fastcss::affinity_loss.cpu and its backward, on the pixels that count: a pair of one class costs softplus(−s), any
 // other softplus(s).
 
-#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -59,7 +58,8 @@ struct Counted {
           write(static_cast<char*>(to) + (pixels[i] * K + first) * size_of(dtype), dtype, K, 1, terms, row);
         }
     });
-  }};
+  }
+};
 
 FASTCSS_CLONES void add_to(double* total, const Softplus& sum) {
   for (int v = 0; v < kCols / kLanes; ++v) {

@@ -5,7 +5,8 @@
 namespace fastcss::cpu {
 namespace {
 
-// ---- 2^t and 1/x with AVX-512; t ≤ 126 or NaN ----------------------------------------------------------------------------------------
+// ---- 2^t and 1/x with AVX-512; t ≤ 126 or NaN
+// ----------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 #define FASTCSS_V4 FASTCSS_TARGET("arch=x86-64-v4")
@@ -50,7 +51,8 @@ struct Avx512Rough : Avx512 {
 };
 #endif
 
-// ---- what becomes of an element --------------------------------------------------------------------------------------
+// ---- what becomes of an element
+// --------------------------------------------------------------------------------------
 
 // tanh(s/2) of t = −s · log₂e: (1 − e) / (1 + e) with e = 2^t, exact at 0 and ±∞.
 template <class Isa>
@@ -177,7 +179,7 @@ FASTCSS_INLINE void from_left_body(int64_t k, const float* map, int64_t ld, cons
     for (int v = 0; v < kCols; v += VECS * kLanes) from_left_body<ROWS, VECS>(k, map, ld, b + v, c + v);         \
   }
 #define FASTCSS_TABLE(name, pairs) \
-  { tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name, from_left_##name }
+  {tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name, from_left_##name}
 
 #if defined(__x86_64__)
 FASTCSS_TILES(v4, FASTCSS_TARGET("arch=x86-64-v4"), Avx512, 12, 2)

@@ -1,5 +1,5 @@
-// Tiles of the affinity map, made and used in registers: S = K Qᵀ for a panel of keys by kCols queries, and what each op
-// makes of S before it is stored. Queries are on the SIMD lanes, so that neither keys nor values need padding.
+// Tiles of the affinity map, made and used in registers: S = K Qᵀ for a panel of keys by kCols queries, and what each
+// op makes of S before it is stored. Queries are on the SIMD lanes, so that neither keys nor values need padding.
 #pragma once
 
 #include "gemm.h"

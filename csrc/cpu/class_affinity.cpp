@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> class_affinity(const Tensor& q, const Tensor&
     gather.gather(values, matrix(q, 1, 2, kOp).offset(b * q.stride(0)), room,
                   [&](int64_t query, int queries, float* sums, float* weights) {
                     float *words = weights + gather.sum_size(), *out = words + gather.sum_size();
-                    if (save_tp) write_transposed(image(tp, b, DType::f32) + query * C * 4, DType::f32, C, queries, C, sums);
+                    if (save_tp)
+                      write_transposed(image(tp, b, DType::f32) + query * C * 4, DType::f32, C, queries, C, sums);
                     for (const auto& [result, sign] : {std::pair{&intra, 1.f}, std::pair{&inter, -1.f}}) {
                       softmax(sums, total, half, sign, C, weights);
                       classes.average(packed, weights, words, out);
@@ -71,6 +72,4 @@ std::tuple<Tensor, Tensor, Tensor> class_affinity(const Tensor& q, const Tensor&
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("class_affinity.cpu", TORCH_BOX(&fastcss::cpu::class_affinity));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("class_affinity.cpu", TORCH_BOX(&fastcss::cpu::class_affinity)); }

@@ -92,8 +92,8 @@ class Backward : Problem {
   // dlogits of a chunk of pixels, and its part of dcenters: Σ_n weights dout.
   void through_softmax(int64_t chunk, float* part) const {
     const int64_t first = chunk * size, pixels = std::min(size, N - first);
-    float* sums = local_workspace.get(2 * C * kCols + classes.features_size() + C * size + kLanes +
-                                      product_scratch(C, pixels));
+    float* sums =
+        local_workspace.get(2 * C * kCols + classes.features_size() + C * size + kLanes + product_scratch(C, pixels));
     float *weights = sums + C * kCols, *features = weights + C * kCols;
     float *all_weights = features + classes.features_size(), *scratch = all_weights + C * size + kLanes;
     const std::pair<Matrix, float> sides[] = {{dintra, 1.f}, {dinter, -1.f}};

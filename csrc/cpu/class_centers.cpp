@@ -147,9 +147,7 @@ std::tuple<Tensor, Tensor> class_centers_backward(const Tensor& dcenters, const 
   const int64_t class_size = D * height + kLanes, channel_size = C * height + kLanes;
   Tensor dlogits = torch::stable::new_empty(logits, logits.sizes()),
          dfeats = torch::stable::new_empty(feats, feats.sizes());
-  const auto lanes = [&](int64_t panel, int64_t of) {
-    return static_cast<int>(std::min(height, of - panel * height));
-  };
+  const auto lanes = [&](int64_t panel, int64_t of) { return static_cast<int>(std::min(height, of - panel * height)); };
   for_images(B, N, [&](int64_t b) {
     float* by_class = shared_workspace.get(class_panels * class_size + channel_panels * channel_size + C);
     float *by_channel = by_class + class_panels * class_size, *means = by_channel + channel_panels * channel_size;
@@ -176,13 +174,15 @@ std::tuple<Tensor, Tensor> class_centers_backward(const Tensor& dcenters, const 
       float* rows = local_workspace.get(4 * map + D * kCols + kLanes + channel_panels * height * kCols);
       float *weights = rows + map, *probabilities = weights + map, *products = probabilities + map;
       float *f = products + map, *df = f + D * kCols + kLanes, shift[kCols] = {};
-      if (over_classes) std::copy_n(static_cast<const float*>(pixel_lse.const_data_ptr()) + b * N + first, pixels, shift);
+      if (over_classes)
+        std::copy_n(static_cast<const float*>(pixel_lse.const_data_ptr()) + b * N + first, pixels, shift);
       pack(rows, kCols, pixels, C, matrix(logits, 2, 1, kOp).offset(b * logits.stride(0)).at(first, 0));
       weigh(rows, shift, static_cast<const float*>(class_lse.const_data_ptr()) + b * C, C, weights);
       if (over_classes) weigh(rows, shift, nullptr, C, probabilities);
       pack(f, kCols, pixels, D, matrix(feats, 1, 2, kOp).offset(b * feats.stride(0)).at(first, 0));
       for (int64_t c = 0; c < class_panels; ++c)
-        tile(lanes(c, C), kCols, D, by_class + c * class_size, f, kCols, zeros, 0, products + c * height * kCols, kCols);
+        tile(lanes(c, C), kCols, D, by_class + c * class_size, f, kCols, zeros, 0, products + c * height * kCols,
+             kCols);
       for (int64_t c = 0; c < channel_panels; ++c)
         tile(lanes(c, D), kCols, C, by_channel + c * channel_size, weights, kCols, zeros, 0, df + c * height * kCols,
              kCols);

@@ -8,8 +8,7 @@ alignas(64) static const float kZeros[kCols] = {};
 
 void ClassCenters::pack_all(float* packed, Matrix centers) const {
   parallel(class_panels + channel_panels, [&](int64_t i) {
-    if (i < class_panels)
-      return pack(packed + i * class_size, height, classes(i), D, centers.at(i * height, 0), pairs);
+    if (i < class_panels) return pack(packed + i * class_size, height, classes(i), D, centers.at(i * height, 0), pairs);
     const int64_t panel = i - class_panels, first = panel * height;
     const int channels = static_cast<int>(std::min<int64_t>(height, D - first));
     const Matrix turned{centers.at(0, first).data, centers.dtype, centers.k_stride, centers.lane_stride};

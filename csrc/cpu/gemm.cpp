@@ -93,8 +93,8 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
 
 }  // namespace
 
-FASTCSS_CLONES void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m,
-                                    const float* c_in, int64_t ld_in, float* c_out, int64_t ld_out) {
+FASTCSS_CLONES void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in,
+                             int64_t ld_in, float* c_out, int64_t ld_out) {
   const float* src = static_cast<const float*>(m.data);
 #define FASTCSS_FEW(n) \
   if (rows <= n) return few_body<float, n>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);

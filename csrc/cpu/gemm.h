@@ -95,14 +95,14 @@ const Kernel& kernel();
 // The kernel for pairs of bfloat16, or nullptr where this CPU has none. Its panels are as high as kernel()'s.
 const Kernel* pair_kernel();
 
-// Few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers. The sums are made in
-// the order of Kernel::operator(), so that a row's result is the same alone and in a batch. The row count is rounded up
-// to 1, 2, 4, 6 or 12; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
+// Few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers. The sums are made
+// in the order of Kernel::operator(), so that a row's result is the same alone and in a batch. The row count is rounded
+// up to 1, 2, 4, 6 or 12; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
 void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
               float* c_out, int64_t ld_out);
 
-// out [M][ld] = left · right over k terms, or with `add` out += that, packed and computed on this thread. `out` has room
-// for columns up to a multiple of kCols; `scratch` for product_scratch floats.
+// out [M][ld] = left · right over k terms, or with `add` out += that, packed and computed on this thread. `out` has
+// room for columns up to a multiple of kCols; `scratch` for product_scratch floats.
 void product(int64_t M, int64_t N, int64_t k, Matrix left, Matrix right, float* out, int64_t ld, bool add,
              float* scratch);
 int64_t product_scratch(int64_t M, int64_t k);

@@ -33,9 +33,9 @@ FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, Matr
   }
 }
 
-#define FASTCSS_PACK(name, word)                                                           \
+#define FASTCSS_PACK(name, word)                                                    \
   FASTCSS_CLONES void name(float* dst, int width, int lanes, int64_t k, Matrix m) { \
-    pack_lanes<word>(dst, width, lanes, k, m);                                             \
+    pack_lanes<word>(dst, width, lanes, k, m);                                      \
   }
 FASTCSS_PACK(pack_f32, Single<float>)
 FASTCSS_PACK(pack_bf16, Single<BFloat16>)
@@ -65,7 +65,6 @@ FASTCSS_CLONES void write_bf16(BFloat16* dst, int64_t ld, int rows, int cols, co
 FASTCSS_CLONES void write_f16(_Float16* dst, int64_t ld, int rows, int cols, const float* tile) {
   write_rows(dst, ld, rows, cols, tile);
 }
-
 
 // A tile [cols][kCols], whose rows are on the lanes, as `rows` ≤ kCols rows of `cols` elements.
 template <class T>
