@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --tune-malloc --out out/demo.png
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

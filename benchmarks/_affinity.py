@@ -56,64 +56,73 @@ def exact(pixels: int) -> str:
     return "reference" if pixels <= 8192 else "composed"
 
 
-def fastest(prepare: Callable[[int], Step], choices: Sequence[int] = ROWS) -> Step:
-    """The step of the choice that is fastest here, each timed twice after a first call."""
+def fastest(prepare: Callable[[int], Step], pixels: int) -> Step:
+    """The step of that number of rows at a time which is fastest here, each timed after a first call."""
 
     def seconds(step: Step) -> float:
         step()
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
+        start = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-    return min((prepare(choice) for choice in choices), key=seconds)
+    return min((prepare(rows) for rows in (ROWS if pixels <= 8192 else ROWS[:2])), key=seconds)
 
 
-def shares(product: Tensor, values: Tensor, half: float) -> tuple[Tensor, Tensor]:
-    """``half`` · (Σ V ± T V), in float32 until the end."""
-    total = values.sum(dim=1, keepdim=True, dtype=torch.float32) * half
-    product = product.float() * half
-    return (total + product).to(values.dtype), (total - product).to(values.dtype)
+def complement(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The means M V ÷ N and (1 − M) V ÷ N from M V and the column sums, in float32 until the end."""
+    intra = product.float() / values.shape[1]
+    inter = values.mean(dim=1, keepdim=True, dtype=torch.float32) - intra
+    return intra.to(values.dtype), inter.to(values.dtype)
 
 
-class TanhProduct(torch.autograd.Function):
-    """T V with T = tanh(½ Q Kᵀ) for one image, a few rows of the map at a time: the best form of torch ops we know.
+def whole_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """M V with the whole map."""
+    return torch.bmm(torch.bmm(q, k.mT).sigmoid(), v)
 
-    One buffer for the rows, tanh in place, products into their place; the backward pass makes the rows again.
+
+class ChunkedProduct(torch.autograd.Function):
+    """M V with M = sigmoid(Q Kᵀ) for one image, a few rows of the map at a time: the best form of torch ops we know.
+
+    One buffer for the rows, sigmoid in place (half the time of tanh), products into their place; the backward pass
+    makes the rows again.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+    def forward(ctx, rows: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.rows = rows
         out, keys = torch.empty_like(v), k[0].t()
         buffer = q.new_empty(rows, k.shape[1])
-        for part, halved in zip(out[0].split(rows), (q[0] * 0.5).split(rows), strict=True):
-            logits = buffer[: len(part)]
-            torch.mm(torch.mm(halved, keys, out=logits).tanh_(), v[0], out=part)
+        for part, queries in zip(out[0].split(rows), q[0].split(rows), strict=True):
+            torch.mm(torch.mm(queries, keys, out=buffer[: len(part)]).sigmoid_(), v[0], out=part)
         return out
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = (tensor[0] for tensor in ctx.saved_tensors)
-        dout, rows, keys, values = dout[0].to(v.dtype), ctx.rows, k.t(), v.t()
-        halved, dq = q * 0.5, torch.empty_like(q)
+        dout, dq = dout[0].to(v.dtype), torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        buffers = q.new_empty(2, rows, len(k))
-        for first in range(0, len(q), rows):
-            part = slice(first, first + rows)
-            tanh, slope = (buffer[: len(dq[part])] for buffer in buffers)
-            torch.mm(halved[part], keys, out=tanh).tanh_()
-            torch.mm(dout[part], values, out=slope)
-            dv += torch.mm(tanh.t(), dout[part])
-            slope.addcmul_(slope * tanh, tanh, value=-1)  # (1 − T²) dT
+        buffers = q.new_empty(2, ctx.rows, len(k))
+        for first in range(0, len(q), ctx.rows):
+            part = slice(first, first + ctx.rows)
+            affinity, slope = (buffer[: len(dq[part])] for buffer in buffers)
+            torch.mm(q[part], k.t(), out=affinity).sigmoid_()
+            torch.mm(dout[part], v.t(), out=slope)
+            add_product(dv, affinity.t(), dout[part])
+            torch.ops.aten.sigmoid_backward.grad_input(slope, affinity, grad_input=slope)
             torch.mm(slope, k, out=dq[part])
-            dk += torch.mm(slope.t(), halved[part])
-        return dq.mul_(0.5)[None], dk.to(k.dtype)[None], dv.to(v.dtype)[None], None
+            add_product(dk, slope.t(), q[part])
+        return None, dq[None], dk.to(k.dtype)[None], dv.to(v.dtype)[None]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Onto a float32 sum."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b)
 
 
 def flex_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         "fastcss": lambda: step(_with("auto")),
         "literal": lambda: step(_with("reference")),
         "one-product": lambda: step(_one_product),
-        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(_chunked, rows=rows))),
+        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(_chunked, rows=rows)), shape["N"]),
     }
     if not quick:
         providers["compiled"] = lambda: step(torch.compile(_one_product))
@@ -74,14 +74,12 @@ def _with(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _one_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The whole map once; inter from the column sums, which saves the second product."""
-    intra = torch.bmm(torch.bmm(q, k.mT).sigmoid(), v).float() / q.shape[1]
-    return intra.to(v.dtype), (v.mean(dim=1, keepdim=True, dtype=torch.float32) - intra).to(v.dtype)
+    return _affinity.complement(_affinity.whole_product(q, k, v), v)
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    return _affinity.shares(_affinity.TanhProduct.apply(q, k, v, rows), v, 0.5 / q.shape[1])
+    return _affinity.complement(_affinity.ChunkedProduct.apply(rows, q, k, v), v)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    intra = _affinity.flex_product(q, k, v) / q.shape[1]
-    return intra.to(v.dtype), (v.mean(dim=1, keepdim=True, dtype=torch.float32) - intra).to(v.dtype)
+    return _affinity.complement(_affinity.flex_product(q, k, v), v)

@@ -49,7 +49,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: step(_with("auto")),
-        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(ChunkedLoss.apply, rows))),
+        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(ChunkedLoss.apply, rows)), shape["N"]),
     }
     # At N = 16,384 in float32 the map, its labels and the losses take 1 GiB each, and autograd keeps several.
     if shape["N"] <= 8192 or device == "cuda":
@@ -114,6 +114,6 @@ class ChunkedLoss(torch.autograd.Function):
             part = slice(first, first + rows)
             slope = torch.mm(q[part], k.t(), out=logits[: len(dq[part])]).sigmoid_()
             torch.mm(slope, k, out=dq[part])
-            dk += torch.mm(slope.t(), q[part])
+            _affinity.add_product(dk, slope.t(), q[part])
         dq -= one_hot @ (one_hot.t() @ k)
         return None, (dq * share).to(q.dtype)[None], (dk * share).to(k.dtype)[None], None

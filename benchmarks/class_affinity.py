@@ -68,24 +68,29 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
         return _affinity.step_of(forward, tensors, gradients, mode)
 
+    def with_product(product: Callable[..., Tensor]) -> Step:
+        return step(functools.partial(_reassociated, product=product))
+
+    def chunked(rows: int) -> Step:
+        return with_product(functools.partial(_affinity.ChunkedProduct.apply, rows))
+
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: step(_with("auto")),
-        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(_chunked, rows=rows))),
+        "chunked": lambda: _affinity.fastest(chunked, pixels),
     }
-    # Whole maps take 1 GiB each at N = 16,384 in float32, the literal form then 5 s a call, and autograd keeps several.
+    # At N = 16,384 in float32 a whole map takes 1 GiB; autograd keeps several, and inference a few at a time.
     small = pixels <= 8192 or device == "cuda"
-    if small:
-        providers["literal"] = lambda: step(_with("reference"))
     if small or mode == "fwd":
+        providers["literal"] = lambda: step(_with("reference"))
         providers["reassociated"] = lambda: step(_reassociated)
     if small and not quick:
         providers["compiled"] = lambda: step(torch.compile(_reassociated))
     if small and not quick and device == "cpu":
-        providers["chunked-compiled"] = lambda: step(_chunks_compiled())
+        providers["chunked-compiled"] = lambda: with_product(_chunks_compiled())
     if device == "cuda":
         providers["composed"] = lambda: step(_with("composed"))
         providers["triton"] = lambda: step(_with("triton"))
-        providers["flex"] = lambda: step(_flex)
+        providers["flex"] = lambda: with_product(_affinity.flex_product)
 
     def expected():
         return _affinity.expected(_with(_affinity.exact(pixels)), tensors, gradients, mode)
@@ -106,38 +111,14 @@ def _with(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return functools.partial(class_affinity, mean=True, impl=impl)
 
 
-def _attend(logits: tuple[Tensor, Tensor], centers: Tensor) -> tuple[Tensor, ...]:
+def _reassociated(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor, product=_affinity.whole_product):
+    """``product`` computes M V, with values of C channels; inter from the column sums saves the second one."""
+    scores = torch.bmm(feats, centers.mT)
+    logits = _affinity.complement(product(q, k, scores), scores)
     return tuple(torch.bmm(x.softmax(dim=2), centers) for x in logits)
 
 
-def _reassociated(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
-    """The whole map once, on values of C channels; inter from the column sums, which saves the second product."""
-    scores = torch.bmm(feats, centers.mT)
-    intra = torch.bmm(torch.bmm(q, k.mT).sigmoid(), scores).float() / q.shape[1]
-    inter = scores.mean(dim=1, keepdim=True, dtype=torch.float32) - intra
-    return _attend((intra.to(q.dtype), inter.to(q.dtype)), centers)
-
-
-def _chunked(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor, rows: int) -> tuple[Tensor, ...]:
-    scores = torch.bmm(feats, centers.mT)
-    product = _affinity.TanhProduct.apply(q, k, scores, rows)
-    return _attend(_affinity.shares(product, scores, 0.5 / q.shape[1]), centers)
-
-
-def _chunks_compiled(rows: int = 256) -> Callable[..., tuple[Tensor, ...]]:
+def _chunks_compiled(rows: int = 256) -> Callable[..., Tensor]:
     """Each chunk of rows as one compiled graph."""
-    chunk = torch.compile(lambda q, k, v: torch.bmm(torch.tanh(torch.bmm(q, k.mT) * 0.5), v))
-
-    def forward(q, k, feats, centers):
-        scores = torch.bmm(feats, centers.mT)
-        product = torch.cat([chunk(part, k, scores) for part in q.split(rows, dim=1)], dim=1)
-        return _attend(_affinity.shares(product, scores, 0.5 / q.shape[1]), centers)
-
-    return forward
-
-
-def _flex(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
-    scores = torch.bmm(feats, centers.mT)
-    intra = _affinity.flex_product(q, k, scores) / q.shape[1]
-    inter = scores.mean(dim=1, keepdim=True, dtype=torch.float32) - intra
-    return _attend((intra.to(q.dtype), inter.to(q.dtype)), centers)
+    chunk = torch.compile(_affinity.whole_product)
+    return lambda q, k, v: torch.cat([chunk(part, k, v) for part in q.split(rows, dim=1)], dim=1)

@@ -69,6 +69,17 @@ def record_table():
     return lambda title, row: _tables[title].append(row)
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["tables"] = dict(_tables)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for title, rows in getattr(node, "workeroutput", {}).get("tables", {}).items():
+        _tables[title].extend(rows)
+
+
 def pytest_terminal_summary(terminalreporter):
     for title, rows in _tables.items():
         terminalreporter.section(title)

@@ -20,13 +20,14 @@ COMPILED = ("cpu", "triton")
 IMPLEMENTATIONS = ("composed", *COMPILED)
 
 
-def runs(op: Callable, impl: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """``impl``, or skip this test with the reason why it does not run here."""
-    reason = _backends.why_not(impl, torch.empty(0, device=device, dtype=dtype))
-    if reason is None and impl in COMPILED:
-        kernel = f"fastcss::{op.__name__}.{impl}"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, "CUDA" if device == "cuda" else "CPU"):
-            reason = f"{kernel} has no kernel yet"
+def runs(op: Callable, impl: str, device: str, light: bool = True) -> str:
+    """``impl``, or skip this test with the reason why it does not run here.
+
+    Triton's interpreter, some thousand times slower than a GPU, takes only the ``light`` points of a test.
+    """
+    reason = _backends.why_not(impl, torch.empty(0, device=device))
+    if reason is None and impl == "triton" and device == "cpu" and not light:
+        reason = f"{op.__name__} has enough points without this one in Triton's interpreter"
     if reason:
         pytest.skip(f"{impl}: {reason}")
     return impl

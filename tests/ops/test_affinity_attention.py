@@ -36,7 +36,7 @@ CASES = {
     "N 97": (1, 97, 3, 21),
     "N 150": (1, 150, 64, 150),
 }
-# Across the edges of a tiled kernel's blocks, too large for Triton's interpreter.
+# Across the edges of a tiled kernel's blocks.
 LARGE = {"N 577": (2, 577, 64, 150), "N 1030": (1, 1030, 64, 21), "wide": (1, 390, 130, 530)}
 
 
@@ -44,10 +44,10 @@ LARGE = {"N 577": (2, 577, 64, 150), "N 1030": (1, 1030, 64, 21), "wide": (1, 39
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    if impl == "triton" and device == "cpu" and case in LARGE:
-        pytest.skip("slow in Triton's interpreter")
+    light = case == "N 97" or (dtype == torch.float32 and case not in LARGE)
+    runs(affinity_attention, impl, device, light)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device, seed=7)  # one element, and yet no cancellation
-    affinity.assert_as_good_as_eager(call, runs(affinity_attention, impl, device), tolerances[dtype])
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -78,10 +78,11 @@ def test_the_reference_is_the_equation(device):
 @pytest.mark.parametrize("logit", affinity.ENDS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_ends_of_the_sigmoid(impl, logit, dtype, device, tolerances):
+    runs(affinity_attention, impl, device, logit in (-30, 10**4) and dtype != torch.float16)
     call = affinity.ENDS[logit](make(2, 70, 16, 21, dtype=dtype, device=device))
     logits = (call.tensors["q"] @ call.tensors["k"].mT).abs() * call.options.get("scale", 1)
     assert (logits > abs(logit) / 2).float().mean() > 0.1
-    affinity.assert_as_good_as_eager(call, runs(affinity_attention, impl, device), tolerances[dtype], flat=True)
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype], flat=True)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -100,10 +101,11 @@ def test_bfloat16_does_not_lose_a_small_inter(impl, device):
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nan_and_inf_propagate(impl, name, value, device):
+    runs(affinity_attention, impl, device, math.isnan(value) or name == "k")
     for pixels in (3, 70):
         call = make(2, pixels, 5, 9, device=device)
         call.tensors[name][1, 2, 3] = value
-        checks.assert_not_finite_as_reference(call, runs(affinity_attention, impl, device))
+        checks.assert_not_finite_as_reference(call, impl)
 
 
 # --- strides ---------------------------------------------------------------------------------------------------------
@@ -112,13 +114,13 @@ def test_nan_and_inf_propagate(impl, name, value, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, device, tolerances):
+    runs(affinity_attention, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
     call = make(2, 66, 21, 18, device=device).map(LAYOUTS[layout])
     dys = tuple(LAYOUTS[layout](dy) for dy in call.output_gradients())
-    runs(affinity_attention, impl, device)
     affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
 
 
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 40), ("triton", 6)])
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 25), ("triton", 4)])
 def test_any_shape_and_stride(impl, examples, device, tolerances):
     runs(affinity_attention, impl, device)
     pixels = st.integers(0, 110 if impl != "triton" else 40)
@@ -208,7 +210,7 @@ def test_compile_without_graph_breaks(impl, device):
 @pytest.mark.parametrize("mapped", [("q", "k", "v"), ("q",), ("v",), ("k", "v")], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap(impl, mapped, device):
-    checks.assert_maps(make(2, 6, 3, 4, device=device), runs(affinity_attention, impl, device), mapped)
+    checks.assert_maps(make(2, 6, 3, 4, device=device), runs(affinity_attention, impl, device, len(mapped) > 1), mapped)
 
 
 @pytest.mark.parametrize("impl", COMPILED)

@@ -41,7 +41,7 @@ CASES = {
     "N 97": (2, 97, 3, 21),
     "N 150": (1, 150, 64, 1),
 }
-# Across the edges of a tiled kernel's blocks, too large for Triton's interpreter.
+# Across the edges of a tiled kernel's blocks.
 LARGE = {"N 577": (2, 577, 64, 150), "N 1030": (1, 1030, 64, 21), "wide": (1, 390, 260, 5)}
 
 
@@ -49,10 +49,10 @@ LARGE = {"N 577": (2, 577, 64, 150), "N 1030": (1, 1030, 64, 21), "wide": (1, 39
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    if impl == "triton" and device == "cpu" and case in LARGE:
-        pytest.skip("slow in Triton's interpreter")
+    light = case == "N 97" or (dtype == torch.float32 and case not in LARGE)
+    runs(affinity_loss, impl, device, light)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
-    affinity.assert_as_good_as_eager(call, runs(affinity_loss, impl, device), tolerances[dtype])
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -152,10 +152,11 @@ def test_labels_may_be_any_numbers(impl, device):
 @pytest.mark.parametrize("logit", affinity.ENDS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_ends_of_the_sigmoid(impl, logit, dtype, device, tolerances):
+    runs(affinity_loss, impl, device, logit in (-30, 10**4) and dtype != torch.float16)
     call = affinity.ENDS[logit](make(2, 70, 16, 4, dtype=dtype, device=device))
     logits = (call.tensors["q"] @ call.tensors["k"].mT).abs() * call.options.get("scale", 1)
     assert (logits > abs(logit) / 2).float().mean() > 0.1
-    affinity.assert_as_good_as_eager(call, runs(affinity_loss, impl, device), tolerances[dtype], flat=True)
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype], flat=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,6 +164,7 @@ def test_the_ends_of_the_sigmoid(impl, logit, dtype, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_perfect_and_worst_predictions(impl, logit, dtype, device, tolerances):
     """Every pair at ±20, on its side: the loss is 2e-9 a pair, which Σ max(s, 0) − Σ L s would lose in 20 − 20."""
+    runs(affinity_loss, impl, device, logit == 20 and dtype != torch.float16)
     call = make(2, 97, 5, 4, dtype=dtype, device=device)
     ones = F.one_hot(call.options["labels"].clamp(max=3), 5).to(device, dtype)  # [B, N, 5], the last column 0
     q, k = ones.clone(), 2 * logit * ones
@@ -170,7 +172,7 @@ def test_perfect_and_worst_predictions(impl, logit, dtype, device, tolerances):
     call = call.having(q=q, k=k)
     (loss,) = call("composed")
     assert loss.item() == pytest.approx(math.log1p(math.exp(-logit)), rel=1e-2)
-    affinity.assert_as_good_as_eager(call, runs(affinity_loss, impl, device), tolerances[dtype], flat=True)
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype], flat=True)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under Triton's interpreter
@@ -178,12 +180,13 @@ def test_perfect_and_worst_predictions(impl, logit, dtype, device, tolerances):
 @pytest.mark.parametrize("name", ["q", "k"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nan_and_inf_propagate(impl, name, value, device):
+    runs(affinity_loss, impl, device, math.isnan(value) or name == "k")
     for pixels in (20, 70):
         call = make(2, pixels, 5, 4, ignored=0, device=device)
         call.tensors[name][1, 2, 3] = value
         # The literal form of the loss is NaN at any infinite logit, ours where a pair is on the wrong side.
         nan_stays = math.isnan(value)
-        checks.assert_not_finite_as_reference(call, runs(affinity_loss, impl, device), nan_stays)
+        checks.assert_not_finite_as_reference(call, impl, nan_stays)
         call.options["labels"][1, 2] = IGNORED
         assert call(impl)[0].isfinite()
 
@@ -194,12 +197,13 @@ def test_nan_and_inf_propagate(impl, name, value, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, device, tolerances):
+    runs(affinity_loss, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
     call = make(2, 66, 21, 5, device=device)
     call = call.having(**{name: LAYOUTS[layout](tensor) for name, tensor in call.tensors.items()})
-    affinity.assert_as_good_as_eager(call, runs(affinity_loss, impl, device), tolerances[torch.float32])
+    affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32])
 
 
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 40), ("triton", 6)])
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 25), ("triton", 4)])
 def test_any_shape_and_stride(impl, examples, device, tolerances):
     runs(affinity_loss, impl, device)
     pixels = st.integers(0, 110 if impl != "triton" else 40)
@@ -303,7 +307,7 @@ def test_compile_without_graph_breaks(impl, device):
 @pytest.mark.parametrize("mapped", [("q", "k"), ("q", "k", "labels"), ("k",), ("labels",)], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap(impl, mapped, device):
-    checks.assert_maps(make(2, 6, 3, 2, device=device), runs(affinity_loss, impl, device), mapped)
+    checks.assert_maps(make(2, 6, 3, 2, device=device), runs(affinity_loss, impl, device, len(mapped) > 1), mapped)
 
 
 @pytest.mark.parametrize("impl", COMPILED)

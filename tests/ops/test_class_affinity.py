@@ -41,7 +41,7 @@ CASES = {
     "centers last": (2, 150, 3, 33, 150),
     "centers last, one feature": (1, 97, 64, 1, 21),
 }
-# Across the edges of a tiled kernel's blocks, too large for Triton's interpreter.
+# Across the edges of a tiled kernel's blocks.
 LARGE = {"N 577": (2, 577, 64, 150, 21), "N 1030": (1, 1030, 64, 180, 150)}
 
 
@@ -49,12 +49,12 @@ LARGE = {"N 577": (2, 577, 64, 150, 21), "N 1030": (1, 1030, 64, 180, 150)}
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    if impl == "triton" and device == "cpu" and case in LARGE:
-        pytest.skip("slow in Triton's interpreter")
+    light = case == "C 21" or (dtype == torch.float32 and case not in LARGE)
+    runs(class_affinity, impl, device, light)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
     if max(call.tensors["feats"].shape) > 5:
         assert centers_first(call.tensors["feats"], call.tensors["centers"]) != case.startswith("centers last")
-    affinity.assert_as_good_as_eager(call, runs(class_affinity, impl, device), tolerances[dtype])
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
 @pytest.mark.parametrize("classes", [7, 150])
@@ -89,10 +89,11 @@ def test_the_reference_is_the_equation(device):
 @pytest.mark.parametrize("logit", affinity.ENDS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_ends_of_the_sigmoid(impl, logit, dtype, device, tolerances):
+    runs(class_affinity, impl, device, logit in (-30, 10**4) and dtype != torch.float16)
     call = affinity.ENDS[logit](make(2, 70, 16, 64, 21, dtype=dtype, device=device))
     logits = (call.tensors["q"] @ call.tensors["k"].mT).abs() * call.options.get("scale", 1)
     assert (logits > abs(logit) / 2).float().mean() > 0.1
-    affinity.assert_as_good_as_eager(call, runs(class_affinity, impl, device), tolerances[dtype], flat=True)
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype], flat=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,10 +119,11 @@ def test_one_class_far_above_the_others(impl, dtype, device):
 )
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nan_and_inf_propagate(impl, name, value, device):
-    for pixels, classes in ((3, 2), (70, 9), (70, 40)):  # the last: centers last
+    runs(class_affinity, impl, device, math.isnan(value) or name == "k")
+    for pixels, classes in ((3, 2), (70, 9)):
         call = make(2, pixels, 5, 15, classes, device=device)
         call.tensors[name][1, 1, 3] = value
-        checks.assert_not_finite_as_reference(call, runs(class_affinity, impl, device))
+        checks.assert_not_finite_as_reference(call, impl)
 
 
 # --- strides ---------------------------------------------------------------------------------------------------------
@@ -130,13 +132,13 @@ def test_nan_and_inf_propagate(impl, name, value, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, device, tolerances):
+    runs(class_affinity, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
     call = make(2, 66, 21, 18, 13, device=device).map(LAYOUTS[layout])
     dys = tuple(LAYOUTS[layout](dy) for dy in call.output_gradients())
-    runs(class_affinity, impl, device)
     affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
 
 
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 40), ("triton", 6)])
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 25), ("triton", 4)])
 def test_any_shape_and_stride(impl, examples, device, tolerances):
     runs(class_affinity, impl, device)
     pixels = st.integers(0, 110 if impl != "triton" else 40)
@@ -235,7 +237,9 @@ def test_compile_without_graph_breaks(impl, classes, device):
 @pytest.mark.parametrize("mapped", [("q", "k", "feats", "centers"), ("q",), ("feats",), ("centers",)], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap(impl, mapped, classes, device):
-    checks.assert_maps(make(2, 6, 3, 4, classes, device=device), runs(class_affinity, impl, device), mapped)
+    checks.assert_maps(
+        make(2, 6, 3, 4, classes, device=device), runs(class_affinity, impl, device, len(mapped) > 1), mapped
+    )
 
 
 @pytest.mark.parametrize("impl", COMPILED)

@@ -36,7 +36,7 @@ CASES = {
     "C 21": (2, 21, 97, 150),
     "C 150": (1, 150, 150, 33),
 }
-# Across the edges of a tiled kernel's blocks, too large for Triton's interpreter.
+# Across the edges of a tiled kernel's blocks.
 LARGE = {"N 577": (2, 150, 577, 530), "N 1030": (1, 21, 1030, 150), "N 5000": (1, 3, 5000, 64)}
 
 
@@ -45,10 +45,10 @@ LARGE = {"N 577": (2, 150, 577, 530), "N 1030": (1, 21, 1030, 150), "N 5000": (1
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, over, device, tolerances):
-    if impl == "triton" and device == "cpu" and case in LARGE:
-        pytest.skip("slow in Triton's interpreter")
+    light = case == "C 21" or (dtype == torch.float32 and case not in (*LARGE, "C 150"))
+    runs(class_centers, impl, device, light)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device, over=over)
-    affinity.assert_as_good_as_eager(call, runs(class_centers, impl, device), tolerances[dtype])
+    affinity.assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
 def test_the_reference_is_the_equation(device):
@@ -144,14 +144,14 @@ def test_infinity_is_nan(impl, over, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, over, device, tolerances):
+    runs(class_centers, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
     call = make(2, 21, 66, 18, device=device, over=over).map(LAYOUTS[layout])
     dys = tuple(LAYOUTS[layout](dy) for dy in call.output_gradients())
-    runs(class_centers, impl, device)
     affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
 
 
 @OVER
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 5)])
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 20), ("triton", 3)])
 def test_any_shape_and_stride(impl, examples, over, device, tolerances):
     runs(class_centers, impl, device)
     pixels = st.integers(1, 200 if impl != "triton" else 40)
@@ -250,7 +250,9 @@ def test_compile_without_graph_breaks(impl, over, device):
 @pytest.mark.parametrize("mapped", [("logits", "feats"), ("logits",), ("feats",)], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap(impl, mapped, over, device):
-    checks.assert_maps(make(2, 3, 6, 4, device=device, over=over), runs(class_centers, impl, device), mapped)
+    checks.assert_maps(
+        make(2, 3, 6, 4, device=device, over=over), runs(class_centers, impl, device, len(mapped) > 1), mapped
+    )
 
 
 @OVER
