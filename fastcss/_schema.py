@@ -101,8 +101,8 @@ def _class_affinity_fake(q, k, feats, centers, scale, mean, save_tp) -> tuple[Te
 _define("class_affinity", _CLASS_AFFINITY, _class_affinity_fake)
 
 _CLASS_AFFINITY_BACKWARD = (
-    "(Tensor dintra, Tensor dinter, Tensor q, Tensor k, Tensor feats, Tensor centers, Tensor tp, float scale, bool mean) "
-    "-> (Tensor dq, Tensor dk, Tensor dfeats, Tensor dcenters)"
+    "(Tensor dintra, Tensor dinter, Tensor q, Tensor k, Tensor feats, Tensor centers, Tensor tp, "
+    "float scale, bool mean) -> (Tensor dq, Tensor dk, Tensor dfeats, Tensor dcenters)"
 )
 
 

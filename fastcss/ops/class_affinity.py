@@ -26,7 +26,7 @@ def class_affinity(
     mean: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the class centres from ``M F`` and from ``(1 − M) F``: ``softmax(M F Cᵀ) C``, ``M = sigmoid(scale · Q Kᵀ)``.
+    """Attend to class centres from ``M F`` and ``(1 − M) F``: ``softmax(M F Cᵀ) C``, ``M = sigmoid(scale · Q Kᵀ)``.
 
     Args:
         q: ``[B, N, K]``, a query for each of N pixels; float32, bfloat16 or float16 (float64 runs composed).

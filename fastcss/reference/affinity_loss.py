@@ -1,4 +1,4 @@
-"""Binary cross-entropy between the affinity map [B, N, N] and the map of pairs of one class, ignored pixels left out."""
+"""Binary cross-entropy between the affinity map [B, N, N] and the pairs of one class, ignored pixels left out."""
 
 from __future__ import annotations
 

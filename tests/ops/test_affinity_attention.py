@@ -152,21 +152,6 @@ def test_an_image_does_not_depend_on_its_batch(impl, pixels, device):
     checks.assert_batch_invariant(call, runs(affinity_attention, impl, device))
 
 
-def test_cpu_peak_memory():
-    """q kᵀ of this call is 256 MiB, and so would 1 − M be."""
-    runs(affinity_attention, "cpu", "cpu")
-    backward = "y = call(*t); return *(x.detach() for x in y), *torch.autograd.grad(sum(x.sum() for x in y), t)"
-    extra = checks.extra_memory(
-        prepare="def make(n):\n"
-        "    return [torch.randn(1, n, d).requires_grad_() for d in (16, 16, 21)]\n"
-        "def call(*t):\n"
-        "    return ops.affinity_attention(*t, mean=True, impl='cpu')\n"
-        "small, large = make(512), make(8192)",
-        arguments="*t", run=backward, small="*small", large="*large",
-    )  # fmt: skip
-    assert extra <= 16 << 20
-
-
 # --- autograd, torch.library, torch.compile, torch.vmap --------------------------------------------------------------
 
 

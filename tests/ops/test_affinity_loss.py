@@ -13,7 +13,6 @@ from affinity import COMPILED, DTYPES, IMPLEMENTATIONS, LAYOUTS, Call, normal, r
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from benchmarks import measure
 from fastcss.ops import affinity_loss
 
 IGNORED = 255
@@ -242,27 +241,6 @@ def test_an_image_does_not_depend_on_ignored_ones(impl, pixels, device):
     for name in ("dq", "dk"):
         assert torch.equal(together[name][1:2], alone[name])
         assert not together[name][[0, 2]].count_nonzero()
-
-
-def test_cpu_peak_memory():
-    """A training step at N = 16,384, of which one N×N map in float32 is 1 GiB."""
-    runs(affinity_loss, "cpu", "cpu")
-    extra = checks.extra_memory(
-        prepare="def make(n):\n"
-        "    return *(torch.randn(1, n, 16).requires_grad_() for _ in range(2)), torch.randint(21, (1, n))\n"
-        "small, large = make(512), make(16384)",
-        arguments="q, k, labels",
-        run="y = ops.affinity_loss(q, k, labels, impl='cpu'); return y.detach(), *torch.autograd.grad(y, (q, k))",
-        small="*small", large="*large",
-    )  # fmt: skip
-    assert extra <= 32 << 20
-
-
-def test_composed_peak_memory(device):
-    """What it holds at a time: no map of N×N, here 36 MiB (what the C library keeps of it is not counted)."""
-    call = make(1, 3072, 16, 21, device=device).leaves()
-    dys = (torch.ones((), device=device),)
-    assert measure.peak_mib(lambda: call.results("composed", dys), device) <= 18
 
 
 # --- autograd, torch.library, torch.compile, torch.vmap --------------------------------------------------------------

@@ -170,22 +170,6 @@ def test_an_image_does_not_depend_on_its_batch(impl, pixels, device):
     checks.assert_batch_invariant(call, runs(class_affinity, impl, device))
 
 
-@pytest.mark.parametrize(("mode", "mib"), [("fwd", 8), ("bwd", 32)])
-def test_cpu_peak_memory(mode, mib):
-    """An N×N map of this call is 64 MiB, intra and inter with their gradients are 32."""
-    runs(class_affinity, "cpu", "cpu")
-    forward = "y = ops.class_affinity(*t, mean=True, impl='cpu')"
-    backward = "return *(x.detach() for x in y), *torch.autograd.grad(sum(x.sum() for x in y), t)"
-    extra = checks.extra_memory(
-        prepare="def make(n):\n"
-        "    sizes = ((n, 64), (n, 64), (n, 512), (150, 512))\n"
-        f"    return [torch.randn(1, *s).requires_grad_({mode == 'bwd'}) for s in sizes]\n"
-        "small, large = make(256), make(4096)",
-        arguments="*t", run=f"{forward}; {backward if mode == 'bwd' else 'return y'}", small="*small", large="*large",
-    )  # fmt: skip
-    assert extra <= mib << 20
-
-
 # --- autograd, torch.library, torch.compile, torch.vmap --------------------------------------------------------------
 
 ORDERS = pytest.mark.parametrize("classes", [2, 40], ids=["centers first", "centers last"])

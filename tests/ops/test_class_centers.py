@@ -186,21 +186,6 @@ def test_an_image_does_not_depend_on_its_batch(impl, pixels, over, device):
     checks.assert_batch_invariant(call, runs(class_centers, impl, device))
 
 
-@OVER
-def test_cpu_peak_memory(over):
-    """Forward: the softmaxed map of this call would be 38 MiB."""
-    runs(class_centers, "cpu", "cpu")
-    extra = checks.extra_memory(
-        prepare="def make(n):\n"
-        "    return torch.randn(1, 150, n), torch.randn(1, n, 32)\n"
-        "small, large = make(512), make(65536)",
-        arguments="*t",
-        run=f"return ops.class_centers(*t, over='{over}', impl='cpu'),",
-        small="*small", large="*large",
-    )  # fmt: skip
-    assert extra <= 8 << 20
-
-
 # --- autograd, torch.library, torch.compile, torch.vmap --------------------------------------------------------------
 
 
