@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -14,17 +15,18 @@ from .._autograd import needs_grad
 ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
-def row_chunks(compute: Callable[..., Tensor], rows: tuple[Tensor, ...], whole: tuple[Tensor, ...]) -> list[Tensor]:
+def row_chunks(compute: Callable[..., Tensor], rows: tuple[Tensor, ...], whole: tuple[Tensor, ...]) -> Iterator[Tensor]:
     """``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1); backward computes each chunk again."""
     batch, n = rows[0].shape[:2]
     size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * n))
-    again = needs_grad(*rows, *whole)
-    chunks = []
+    # torch.func knows no checkpoints: there the chunks are kept.
+    again = needs_grad(*rows, *whole) and (
+        torch.compiler.is_compiling()
+        or not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (*rows, *whole))
+    )
     for first in range(0, n, size):
         arguments = (*(tensor[:, first : first + size] for tensor in rows), *whole)
-        chunks.append(
-            checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else compute(*arguments)
-        )
-    return chunks
+        if again:
+            yield checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            yield compute(*arguments)

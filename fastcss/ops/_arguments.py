@@ -43,7 +43,7 @@ def check_alike(op: str, **tensors: Tensor) -> None:
         check_device(op, first_name, first, name, tensor)
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        if tensor.dtype != first.dtype and not _autocasts(first):
             raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
 
 
@@ -65,7 +65,10 @@ def readable(tensor: Tensor) -> bool:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(tensors[0]):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(tensor.to(torch.get_autocast_dtype(tensor.device.type)) for tensor in tensors)
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)

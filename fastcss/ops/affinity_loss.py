@@ -13,6 +13,7 @@ from ._arguments import autocast, check_alike, check_device, check_shapes, reada
 
 FORWARD = kernels("affinity_loss")
 BACKWARD = kernels("affinity_loss_backward")
+LARGEST_LABEL = 2**31 - 1
 
 
 def affinity_loss(
@@ -109,10 +110,10 @@ def _labels(q: Tensor, labels: Tensor, batch: int, pixels: int, ignore_index: in
     if readable(labels):
         counted = labels[labels != ignore_index]
         low, high = (counted.min().item(), counted.max().item()) if counted.numel() else (0, 0)
-        if low < 0 or (num_classes is not None and high >= num_classes):
-            below = "" if num_classes is None else f" and below {num_classes}"
+        most = LARGEST_LABEL + 1 if num_classes is None else num_classes
+        if low < 0 or high >= most:
             raise IndexError(
-                f"affinity_loss: labels must be at least 0{below}, or ignore_index = {ignore_index}; "
+                f"affinity_loss: labels must be at least 0 and below {most}, or ignore_index = {ignore_index}; "
                 f"got values from {low} to {high}"
             )
     return flat.to(torch.int32)

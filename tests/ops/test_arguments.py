@@ -154,14 +154,15 @@ def test_labels_are_of_all_pixels(shape):
 @pytest.mark.parametrize(
     ("wrong", "options", "message"),
     [
-        (-1, {}, "at least 0, or ignore_index = 255; got values from -1 to 3"),
+        (-1, {}, "at least 0 and below 2147483648, or ignore_index = 255; got values from -1 to 3"),
+        (2**32, {}, "at least 0 and below 2147483648, or ignore_index = 255; got values from 0 to 4294967296"),
         (7, {"num_classes": 7}, "at least 0 and below 7, or ignore_index = 255; got values from 0 to 7"),
         (
             255,
             {"num_classes": 7, "ignore_index": -1},
             "at least 0 and below 7, or ignore_index = -1; got values from 0",
         ),
-        (-2, {"ignore_index": -1}, "at least 0, or ignore_index = -1; got values from -2 to 3"),
+        (-2, {"ignore_index": -1}, "at least 0 and below 2147483648, or ignore_index = -1; got values from -2 to 3"),
     ],
 )
 @pytest.mark.parametrize("impl", ["reference", "composed", "auto"])
