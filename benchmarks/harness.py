@@ -119,6 +119,7 @@ def _stamp(sources: tuple[str, ...], device: str) -> dict:
     }
 
 
+@functools.cache  # before the first row: a results file of this repository makes the tree dirty
 def _commit() -> str | None:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
