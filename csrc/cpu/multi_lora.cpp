@@ -1,36 +1,15 @@
 // fastcss::multi_lora.cpu and its backward: checks, operand roles and the adapters' gradients around LoraGemm.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 #include <tuple>
 
 #include "lora_gemm.h"
+#include "tensors.h"
 
 namespace fastcss::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      STD_TORCH_CHECK(false, "multi_lora: ", name, " must be float32, bfloat16 or float16");
-  }
-}
-
-Matrix matrix(const Tensor& t, int64_t lane_dim, int64_t k_dim, const char* name) {
-  return {t.const_data_ptr(), dtype_of(t, name), t.stride(lane_dim), t.stride(k_dim)};
-}
+constexpr const char* kOp = "multi_lora";
 
 // The adapters as the kernels want them: which one each slot runs, and where it keeps its hidden activations.
 struct Route {
@@ -76,10 +55,10 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
   return r;
 }
 
-LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, const char* name, Matrix weight, int64_t N, Matrix a,
-                    Matrix b, bool stacked) {
+LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, Matrix weight, int64_t N, Matrix a, Matrix b,
+                    bool stacked) {
   const int64_t dims = rows.dim();
-  Matrix row_matrix = matrix(rows, dims - 2, dims - 1, name);
+  Matrix row_matrix = matrix(rows, dims - 2, dims - 1, kOp);
   if (dims == 3 && rows.size(1) == 1)
     row_matrix.lane_stride = rows.stride(0);  // the stride of a single row means nothing
   return {.fan = fan,
@@ -98,7 +77,7 @@ LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, const char* nam
           .scale = r.scale,
           .bias = std::vector<float>(ceil_div(N, kCols) * kCols),
           .out = nullptr,
-          .out_dtype = dtype_of(rows, name),
+          .out_dtype = dtype_of(rows, kOp),
           .hidden = nullptr,
           .hidden_slot = r.hidden_slot,
           .hidden_ld = r.hidden_ld};
@@ -109,8 +88,6 @@ Tensor even_rows(const Tensor& t) {
   const bool even = t.dim() == 2 || t.size(1) == 1 || t.size(1) >= kMaxRows || t.stride(0) == t.size(1) * t.stride(1);
   return even ? t : torch::stable::contiguous(t);
 }
-
-std::vector<int64_t> shape(std::initializer_list<int64_t> sizes) { return sizes; }
 
 Tensor hidden_like(const Tensor& x, const Route& r, bool indexed, int64_t rows, int64_t max_rank) {
   const int64_t slots = static_cast<int64_t>(r.adapter.size());
@@ -132,13 +109,13 @@ std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight,
                   "multi_lora: x, weight, bias, lora_a and lora_b do not fit together");
   STD_TORCH_CHECK(shared || x.size(0) == slots, "multi_lora: x must have one slot for each of ", slots, " adapters");
 
-  LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, "x", matrix(weight, 0, 1, "weight"), N,
-                          matrix(a, 0, 1, "lora_a"), matrix(b, 1, 0, "lora_b"), !index.has_value());
+  LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, matrix(weight, 0, 1, kOp), N, matrix(a, 0, 1, kOp),
+                          matrix(b, 1, 0, kOp), !index.has_value());
   Tensor y = torch::stable::new_empty(x, shape({slots, rows, N}));
   Tensor h = save_h ? hidden_like(x, r, index.has_value(), rows, max_rank)
                     : torch::stable::new_empty(x, shape({0}), ScalarType::Float);
   for (int64_t c = 0; bias && c < N; c += kCols)
-    pack(&g.bias[c], kCols, static_cast<int>(std::min<int64_t>(kCols, N - c)), 1, matrix(*bias, 0, 0, "bias").at(c, 0));
+    pack(&g.bias[c], kCols, static_cast<int>(std::min<int64_t>(kCols, N - c)), 1, matrix(*bias, 0, 0, kOp).at(c, 0));
   g.out = y.mutable_data_ptr();
   g.hidden = save_h ? static_cast<float*>(h.mutable_data_ptr()) : nullptr;
   LoraGemm(std::move(g)).run();
@@ -211,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
   // dx = dy W + g A with g = scale · dy Bᵀ: the same GEMM, W and the adapters turned round.
   Tensor dx = need_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, shape({0}));
   Tensor g = torch::stable::new_empty(x, shape({0}), ScalarType::Float);
-  LoraProblem input = problem(shared ? Fan::kIn : Fan::kEach, r, dy, "dy", matrix(weight, 1, 0, "weight"), K,
-                              matrix(b, 0, 1, "lora_b"), matrix(a, 1, 0, "lora_a"), !indexed);
+  LoraProblem input = problem(shared ? Fan::kIn : Fan::kEach, r, dy, matrix(weight, 1, 0, kOp), K, matrix(b, 0, 1, kOp),
+                              matrix(a, 1, 0, kOp), !indexed);
   if (need_dx && shared && slots == 0) torch::stable::zero_(dx);
   if (need_dx) input.out = dx.mutable_data_ptr();
   if (need_dlora) {
@@ -227,8 +204,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
   if (h.numel() == 0) {  // not kept by the forward pass: only the hidden activations are computed again
     const Tensor rows = even_rows(x);
     h = hidden_like(x, r, indexed, M, max_rank);
-    LoraProblem again = problem(shared ? Fan::kOut : Fan::kEach, r, rows, "x", matrix(weight, 0, 1, "weight"), N,
-                                matrix(a, 0, 1, "lora_a"), matrix(b, 1, 0, "lora_b"), !indexed);
+    LoraProblem again = problem(shared ? Fan::kOut : Fan::kEach, r, rows, matrix(weight, 0, 1, kOp), N,
+                                matrix(a, 0, 1, kOp), matrix(b, 1, 0, kOp), !indexed);
     again.hidden = static_cast<float*>(h.mutable_data_ptr());
     LoraGemm(std::move(again)).run();
   }
@@ -237,27 +214,27 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
   const auto hidden_part = [&](const Tensor& hidden, int64_t s) {
     return Matrix{static_cast<const float*>(hidden.const_data_ptr()) + r.hidden_slot[s], DType::f32, 1, r.hidden_ld};
   };
-  const auto slot_part = [&](const Tensor& t, int64_t s, const char* name) {
+  const auto slot_part = [&](const Tensor& t, int64_t s) {
     const int64_t dims = t.dim();
-    return matrix(t, dims - 1, dims - 2, name).offset(dims == 3 ? s * t.stride(0) : 0);
+    return matrix(t, dims - 1, dims - 2, kOp).offset(dims == 3 ? s * t.stride(0) : 0);
   };
   std::vector<Contraction> for_a, for_b;
   if (shared && !indexed) {
-    for_a.push_back({{0, r.ranks}, {{hidden_part(g, 0), slot_part(x, 0, "x")}}});
+    for_a.push_back({{0, r.ranks}, {{hidden_part(g, 0), slot_part(x, 0)}}});
   }
   for (size_t t = 0; t < r.all.size(); ++t) {
     Contraction ca{r.all[t], {}}, cb{r.all[t], {}};
     for (int64_t s = 0; s < slots; ++s) {
       if (r.slot_adapter[s] != static_cast<int64_t>(t)) continue;
-      ca.parts.push_back({hidden_part(g, s), slot_part(x, s, "x")});
-      cb.parts.push_back({hidden_part(h, s), slot_part(dy, s, "dy")});
+      ca.parts.push_back({hidden_part(g, s), slot_part(x, s)});
+      cb.parts.push_back({hidden_part(h, s), slot_part(dy, s)});
     }
     if (!shared || indexed) for_a.push_back(ca);
     for_b.push_back(cb);
   }
   Tensor da = torch::stable::new_empty(a, a.sizes()), db = torch::stable::new_empty(b, b.sizes());
-  contract(for_a, M, K, da.mutable_data_ptr(), dtype_of(a, "lora_a"));
-  contract(for_b, M, N, db.mutable_data_ptr(), dtype_of(b, "lora_b"));
+  contract(for_a, M, K, da.mutable_data_ptr(), dtype_of(a, kOp));
+  contract(for_b, M, N, db.mutable_data_ptr(), dtype_of(b, kOp));
   return {dx, da, db};
 }
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import kernels, needs_grad, once_differentiable, requires_grad
-from .._schema import COMPILED, LIBRARY
+from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap, requires_grad
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
@@ -118,10 +117,10 @@ class MultiLora(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return _vmap(info.batch_size, in_dims, lambda *folded: MultiLora.apply(*folded), arguments)
+        return _vmap(lambda *folded: MultiLora.apply(*folded), info.batch_size, in_dims, arguments)
 
 
-def _vmap(batch: int, in_dims: tuple, op, arguments: tuple):
+def _vmap(op, batch: int, in_dims: tuple, arguments: tuple):
     """Fold a mapped axis into the slots of one call of ``op``.
 
     Mapped over the input or the index, each sample brings its own slots; mapped over the adapters, the samples' packs
@@ -155,25 +154,8 @@ def _vmap(batch: int, in_dims: tuple, op, arguments: tuple):
     return (y.unflatten(0, (batch, slots)), x.new_empty(0, dtype=torch.float32)), (0, None)
 
 
-def _register_vmap() -> None:
-    for impl in COMPILED:
-
-        def fold(info, in_dims, *arguments, op=FORWARD[impl]):
-            return _vmap(info.batch_size, in_dims, op, arguments)
-
-        def loop(info, in_dims, *arguments, op=BACKWARD[impl]):
-            samples = (
-                tuple(v.select(d, i) if d is not None else v for v, d in zip(arguments, in_dims, strict=True))
-                for i in range(info.batch_size)
-            )
-            calls = [op(*sample) for sample in samples]
-            return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0, 0, 0)
-
-        torch.library.register_vmap(FORWARD[impl], fold, lib=LIBRARY)
-        torch.library.register_vmap(BACKWARD[impl], loop, lib=LIBRARY)
-
-
-_register_vmap()
+register_vmap("multi_lora", _vmap)
+register_vmap("multi_lora_backward", loop_vmap)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):
