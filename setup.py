@@ -81,6 +81,7 @@ class OptionalBuild(BuildExtension):
 setup(
     packages=[
         "fastcss",
+        "fastcss._schema",
         "fastcss.ops",
         "fastcss.reference",
         "fastcss.composed",

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _schema  # noqa: F401  defines the ops
 
-# Arguments arrive as their shapes, in the order of the schemas in _schema.py. A routed slot counts the largest rank:
+# Arguments arrive as their shapes, in the order of the schemas in _schema. A routed slot counts the largest rank:
 # which adapter it takes is not in the shapes.
 
 
@@ -81,3 +81,45 @@ def class_centers(logits, feats, over_classes, **_) -> int:
 @register_flop_formula(torch.ops.fastcss.class_centers_backward)
 def class_centers_backward(dcenters, logits, feats, centers, class_lse, pixel_lse, **_) -> int:
     return 4 * math.prod(logits) * feats[2]
+
+
+@register_flop_formula(torch.ops.fastcss.cost_filter)
+def cost_filter(image, text, scale, panels, k, **_) -> int:
+    """All classes' costs, and the kept ones' once more."""
+    return 2 * math.prod(image) * text[2] * (text[1] + k)
+
+
+@register_flop_formula(torch.ops.fastcss.cost_filter_backward)
+def cost_filter_backward(dcost, image, text, cost, index, **_) -> int:
+    return 4 * math.prod(cost) * image[3]
+
+
+@register_flop_formula(torch.ops.fastcss.phrase_pool)
+def phrase_pool(cls, phrases, **_) -> int:
+    return 4 * cls[0] * math.prod(phrases)
+
+
+@register_flop_formula(torch.ops.fastcss.phrase_pool_backward)
+def phrase_pool_backward(dpooled, cls, phrases, **_) -> int:
+    return 10 * cls[0] * math.prod(phrases)
+
+
+@register_flop_formula(torch.ops.fastcss.select_tokens)
+def select_tokens(tokens, classes, threshold, length, **_) -> int:
+    return 2 * math.prod(tokens) * classes[1]
+
+
+@register_flop_formula(torch.ops.fastcss.prompt_mlp)
+def prompt_mlp(z, w1, b1, w2, b2, index, **_) -> int:
+    return 2 * z[0] * (math.prod(w1[1:]) + math.prod(w2[1:]))
+
+
+@register_flop_formula(torch.ops.fastcss.prompt_mlp_backward)
+def prompt_mlp_backward(dy, z, w1, w2, index, hidden, need_dz, need_weights, **_) -> int:
+    first, second = math.prod(w1[1:]), math.prod(w2[1:])
+    return 2 * z[0] * (second + need_dz * first + need_weights * (first + second))
+
+
+@register_flop_formula(torch.ops.fastcss.topk_queries)
+def topk_queries(features, prototypes, bias, k, **_) -> int:
+    return 2 * math.prod(features) * prototypes[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,28 @@ def check_device(op: str, first_name: str, first: Tensor, name: str, tensor: Ten
         raise ValueError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
+def check_labels(op: str, first_name: str, first: Tensor, labels: Tensor, ignore_index: int, classes: int) -> None:
+    """``labels`` are integers on the device of ``first``, and where they can be read each is a class or ignored.
+
+    Raises:
+        TypeError: not a tensor of integers.
+        ValueError: another device.
+        IndexError: a label that is no class.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{op}: labels must be a tensor of integers, got {got}")
+    check_device(op, first_name, first, "labels", labels)
+    if readable(labels):
+        counted = labels[labels != ignore_index]
+        low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+        if low < 0 or high >= classes:
+            raise IndexError(
+                f"{op}: labels must be at least 0 and below {classes}, or ignore_index = {ignore_index}; "
+                f"got values from {low} to {high}"
+            )
+
+
 def readable(tensor: Tensor) -> bool:
     """Its values can be read without a stall: not on CUDA, not while tracing, not under vmap."""
     return (
@@ -72,3 +96,18 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _autocasts(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
+def check_count(op: str, name: str, value: int) -> int:
+    """A whole number of at least 1, or TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    return value
+
+
+def widest(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype where autocast lets them have several: a cosine is not worth rounding its inputs."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return tuple(tensor.to(dtype) for tensor in tensors)

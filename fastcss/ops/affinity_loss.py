@@ -9,7 +9,7 @@ from .. import _backends
 from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
 from ..composed import affinity_loss as composed
 from ..reference import affinity_loss as reference
-from ._arguments import autocast, check_alike, check_device, check_shapes, readable
+from ._arguments import autocast, check_alike, check_labels, check_shapes
 
 FORWARD = kernels("affinity_loss")
 BACKWARD = kernels("affinity_loss_backward")
@@ -97,23 +97,12 @@ register_vmap("affinity_loss_backward", loop_vmap)
 
 def _labels(q: Tensor, labels: Tensor, batch: int, pixels: int, ignore_index: int, num_classes: int | None) -> Tensor:
     """As int32 [B, N]."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"affinity_loss: labels must be a tensor of integers, got {got}")
+    most = LARGEST_LABEL + 1 if num_classes is None else num_classes
+    check_labels("affinity_loss", "q", q, labels, ignore_index, most)
     flat = labels.flatten(1) if labels.dim() == 3 else labels
     if flat.shape != (batch, pixels):
         raise ValueError(
             f"affinity_loss: labels must be [B, N] = [{batch}, {pixels}], or [B, h, w] with h·w = {pixels} pixels, "
             f"got {list(labels.shape)}"
         )
-    check_device("affinity_loss", "q", q, "labels", labels)
-    if readable(labels):
-        counted = labels[labels != ignore_index]
-        low, high = (counted.min().item(), counted.max().item()) if counted.numel() else (0, 0)
-        most = LARGEST_LABEL + 1 if num_classes is None else num_classes
-        if low < 0 or high >= most:
-            raise IndexError(
-                f"affinity_loss: labels must be at least 0 and below {most}, or ignore_index = {ignore_index}; "
-                f"got values from {low} to {high}"
-            )
     return flat.to(torch.int32)

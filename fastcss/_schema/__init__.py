@@ -1,0 +1,20 @@
+"""Every raw op's schema and fake kernel, one file an op. Imports torch only, so the package works where nothing is
+compiled."""
+
+from . import (  # noqa: F401  each defines the raw ops of its name
+    affinity_attention,
+    affinity_loss,
+    class_affinity,
+    class_centers,
+    cost_filter,
+    merge_masks,
+    multi_lora,
+    phrase_pool,
+    prompt_mlp,
+    select_tokens,
+    top_margin,
+    topk_queries,
+)
+from ._library import COMPILED, LIBRARY
+
+__all__ = ["COMPILED", "LIBRARY"]

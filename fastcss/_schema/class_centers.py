@@ -1,0 +1,33 @@
+import torch
+from torch import Tensor
+
+from ._library import define
+
+# logits [B, C, N], feats [B, N, D] → centers float32 [B, C, D] = Σ_n w_cn f_n, w = exp(logits − pixel_lse − class_lse):
+# pixel_lse [B, N] is Σ over the classes where over_classes (else empty, 0), class_lse [B, C] then over the pixels.
+_CLASS_CENTERS = (
+    "(Tensor logits, Tensor feats, bool over_classes) -> (Tensor centers, Tensor class_lse, Tensor pixel_lse)"
+)
+
+
+def _class_centers_fake(logits, feats, over_classes) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes, pixels = logits.shape
+    class_lse = logits.new_empty((batch, classes), dtype=torch.float32)
+    pixel_lse = logits.new_empty((batch, pixels) if over_classes else (0,), dtype=torch.float32)
+    centers = feats.new_empty((batch, classes, feats.shape[2]), dtype=torch.float32)
+    return centers, class_lse, pixel_lse
+
+
+define("class_centers", _CLASS_CENTERS, _class_centers_fake)
+
+_CLASS_CENTERS_BACKWARD = (
+    "(Tensor dcenters, Tensor logits, Tensor feats, Tensor centers, Tensor class_lse, Tensor pixel_lse) "
+    "-> (Tensor dlogits, Tensor dfeats)"
+)
+
+
+def _class_centers_backward_fake(dcenters, logits, feats, centers, class_lse, pixel_lse) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), feats.new_empty(feats.shape)
+
+
+define("class_centers_backward", _CLASS_CENTERS_BACKWARD, _class_centers_backward_fake)

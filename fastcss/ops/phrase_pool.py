@@ -1,0 +1,80 @@
+"""One embedding a class from its phrases, weighted by what the image shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from ..composed import phrase_pool as composed
+from ..reference import phrase_pool as reference
+from ._arguments import check_alike, check_shapes, widest
+
+FORWARD = kernels("phrase_pool")
+BACKWARD = kernels("phrase_pool_backward")
+
+
+def phrase_pool(cls: Tensor, phrases: Tensor, *, impl: str = "auto") -> Tensor:
+    """Pool each class's phrases for each image: ``Σ_m softmax_m(cos(cls, phrases)) · phrases``.
+
+    Args:
+        cls: ``[B, D]``, one embedding an image; float32, bfloat16 or float16 (float64 runs composed).
+        phrases: ``[C, M, D]``, M phrases (M + 1 in the paper's count) of each of C classes, dtype of ``cls``.
+        impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
+
+    Returns:
+        ``[B, C, D]``. The cosine with a row of zeros is 0. Differentiable once in ``cls`` and ``phrases``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+
+    Source: DecoupleCSS eq. 1 and 2.
+
+    Example:
+        >>> phrase_pool(torch.randn(2, 256), torch.randn(20, 31, 256)).shape
+        torch.Size([2, 20, 256])
+    """
+    op = "phrase_pool"
+    sizes = check_shapes(op, cls=(cls, "B D"), phrases=(phrases, "C M D"))
+    if sizes["C"] == 0 or sizes["M"] == 0:
+        raise ValueError(f"{op}: phrases must have at least one class and one phrase, got {list(phrases.shape)}")
+    check_alike(op, cls=cls, phrases=phrases)
+    cls, phrases = widest(cls, phrases)
+    impl = _backends.choose(op, impl, cls)
+    if impl == "reference":
+        return reference.phrase_pool(cls, phrases)
+    if impl == "composed":
+        return composed.phrase_pool(cls, phrases)
+    if needs_grad(cls, phrases):
+        return PhrasePool.apply(cls, phrases, impl)
+    return FORWARD[impl](cls, phrases)
+
+
+class PhrasePool(torch.autograd.Function):
+    """The compiled implementations with their gradients."""
+
+    @staticmethod
+    def forward(cls, phrases, impl):
+        return FORWARD[impl](cls, phrases)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cls, phrases, ctx.impl = inputs
+        ctx.save_for_backward(cls, phrases)
+
+    @staticmethod
+    def backward(ctx, dpooled):
+        tensors = (dpooled, *ctx.saved_tensors)
+        with torch.no_grad():
+            grads = BACKWARD[ctx.impl](*tensors)
+        return (*once_differentiable("phrase_pool", tensors, grads), None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return loop_vmap(PhrasePool.apply, info.batch_size, in_dims, arguments)
+
+
+register_vmap("phrase_pool", loop_vmap)
+register_vmap("phrase_pool_backward", loop_vmap)

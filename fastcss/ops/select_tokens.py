@@ -1,0 +1,110 @@
+"""The visual tokens of each class: those whose best class it is, above a threshold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from ..composed import select_tokens as composed
+from ..reference import select_tokens as reference
+from ._arguments import check_alike, check_count, check_shapes, widest
+
+FORWARD = kernels("select_tokens")
+BACKWARD = kernels("select_tokens_backward")
+
+
+class SelectedTokens(NamedTuple):
+    """What ``select_tokens`` finds for each class.
+
+    Attributes:
+        tokens: ``[B, C, length]``, the class's tokens in token order, flattened, then zeros.
+        counts: int64 ``[B, C]``, how many tokens survived for the class, also those that ``length`` cut off.
+        presence: ``[B, C]``, the mean cosine of all of them; 0 where there is none.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    presence: Tensor
+
+
+def select_tokens(
+    tokens: Tensor, classes: Tensor, *, threshold: float, length: int, impl: str = "auto"
+) -> SelectedTokens:
+    """Give each token to its class of largest cosine, where that is at least ``threshold``, and collect them by class.
+
+    Args:
+        tokens: ``[B, N, D]``, visual tokens; float32, bfloat16 or float16 (float64 runs composed).
+        classes: ``[B, C, D]``, a text embedding for each class and image, dtype of ``tokens``.
+        threshold: τ, a cosine in [-1, 1]; the paper's is 0.3 for VOC, 0.2 for ADE20K.
+        length: scalars to return for each class, at least 1: ``length / D`` tokens, the last one perhaps in part.
+        impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
+
+    Returns:
+        ``SelectedTokens(tokens [B, C, length], counts [B, C], presence [B, C])``. Equal cosines go to the lower class;
+        the cosine with a row of zeros is 0; one that is NaN survives for no class. Nothing is read back from a GPU.
+        Differentiable once in ``tokens`` and ``classes``, through ``tokens`` and ``presence``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or range, named in the message.
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+
+    Source: DecoupleCSS eq. 3 and 4, sections 3.3.1 and 3.3.2, eq. A.2.
+
+    Example:
+        >>> found = select_tokens(torch.randn(1, 900, 256), torch.randn(1, 20, 256), threshold=0.1, length=512)
+        >>> found.tokens.shape
+        torch.Size([1, 20, 512])
+    """
+    op = "select_tokens"
+    sizes = check_shapes(op, tokens=(tokens, "B N D"), classes=(classes, "B C D"))
+    if sizes["C"] == 0 or sizes["D"] == 0:
+        raise ValueError(f"{op}: classes must have at least one class and one channel, got {list(classes.shape)}")
+    check_alike(op, tokens=tokens, classes=classes)
+    if not isinstance(threshold, float | int):
+        raise TypeError(f"{op}: threshold must be a number, got {type(threshold).__name__}")
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"{op}: threshold must be a cosine in [-1, 1], got {threshold}")
+    check_count(op, "length", length)
+    tokens, classes = widest(tokens, classes)
+    impl = _backends.choose(op, impl, tokens)
+    if impl == "reference":
+        return SelectedTokens(*reference.select_tokens(tokens, classes, threshold, length))
+    if impl == "composed":
+        return SelectedTokens(*composed.select_tokens(tokens, classes, threshold, length))
+    if needs_grad(tokens, classes):
+        return SelectedTokens(*SelectTokens.apply(tokens, classes, float(threshold), length, impl)[:3])
+    return SelectedTokens(*FORWARD[impl](tokens, classes, float(threshold), length)[:3])
+
+
+class SelectTokens(torch.autograd.Function):
+    """The compiled implementations with their gradients."""
+
+    @staticmethod
+    def forward(tokens, classes, threshold, length, impl):
+        return FORWARD[impl](tokens, classes, threshold, length)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tokens, classes, *_, ctx.impl = inputs
+        _, counts, _, best, cosine = output
+        ctx.mark_non_differentiable(counts, best, cosine)
+        ctx.save_for_backward(tokens, classes, counts, best, cosine)
+
+    @staticmethod
+    def backward(ctx, dselected, _counts, dpresence, *_):
+        tensors = (dselected, dpresence, *ctx.saved_tensors)
+        with torch.no_grad():
+            grads = BACKWARD[ctx.impl](*tensors)
+        return (*once_differentiable("select_tokens", tensors[:4], grads), None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return fold_vmap(SelectTokens.apply, info.batch_size, in_dims, arguments)
+
+
+register_vmap("select_tokens", fold_vmap)
+register_vmap("select_tokens_backward", fold_vmap)
