@@ -4,8 +4,8 @@ from torch import Tensor
 from ._library import define
 
 # logits [B, C, N], C ≥ 2; labels int64 [B, N] or empty: then each pixel's own largest logit. rival int64: the largest
-# of the others. margin = z_true − z_rival, p_true and p_rival their softmax, curvature = (p_t + p_r) − (p_t − p_r)²: all
-# [B, N] in the dtype of logits. For the backward pass true int64 [B, N] and lse float32 [B, N] = log Σ_c exp z. An
+# of the others. margin = z_true − z_rival, p_true and p_rival their softmax, curvature = (p_t + p_r) − (p_t − p_r)²:
+# all [B, N] in the dtype of logits. For the backward pass true int64 [B, N] and lse float32 [B, N] = log Σ_c exp z. An
 # ignored pixel: rival and true -1, the rest 0. A label outside of the classes: rival and true -1, the rest NaN.
 _TOP_MARGIN = (
     "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor margin, Tensor rival, Tensor p_true, Tensor p_rival, "
