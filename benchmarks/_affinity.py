@@ -1,24 +1,16 @@
-"""What the cases of the affinity ops share: steps with and without gradients, and the affinity map by rows in torch."""
+"""What the cases of the affinity ops share: queries and keys, and the affinity map by rows in torch."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .registry import Step
+from ._steps import normal
 
-Forward = Callable[..., Sequence[Tensor]]
-
-#: Rows of the map at a time that the chunked forms try.
 ROWS = (64, 128, 256, 512)
-
-
-def normal(*size: int, scale: float = 1.0, dtype: torch.dtype, device: str) -> Tensor:
-    return (torch.randn(*size, device=device) * scale).to(dtype)
 
 
 def queries_and_keys(shape: dict, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -28,46 +20,14 @@ def queries_and_keys(shape: dict, dtype: torch.dtype, device: str) -> tuple[Tens
     return q, normal(*size, dtype=dtype, device=device)
 
 
-def step_of(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Step:
-    """A step of ``forward(*tensors)``; in mode "bwd" with the gradients of all tensors."""
-    if mode == "fwd":
-
-        def step():
-            with torch.no_grad():
-                return forward(*tensors)
-
-        return step
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-
-    def step():
-        outputs = forward(*leaves)
-        return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, gradients)
-
-    return step
-
-
-def expected(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
-    """What ``forward`` gives in float64."""
-    return step_of(forward, [t.double() for t in tensors], [dy.double() for dy in gradients], mode)()
-
-
 def exact(pixels: int) -> str:
     """What float64 is computed with: the equation, or in row chunks where its maps would take 10 GiB."""
     return "reference" if pixels <= 8192 else "composed"
 
 
-def fastest(prepare: Callable[[int], Step], pixels: int) -> Step:
-    """The step of that number of rows at a time which is fastest here, each timed after a first call."""
-
-    def seconds(step: Step) -> float:
-        step()
-        start = time.perf_counter()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return min((prepare(rows) for rows in (ROWS if pixels <= 8192 else ROWS[:2])), key=seconds)
+def chunk_rows(pixels: int) -> Sequence[int]:
+    """Rows of the map at a time that the chunked forms try."""
+    return ROWS if pixels <= 8192 else ROWS[:2]
 
 
 def complement(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

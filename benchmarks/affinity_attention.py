@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcss.ops import affinity_attention
 
-from . import _affinity
+from . import _affinity, _steps
 from .registry import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, and the means
@@ -34,17 +34,20 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: str) -> Problem:
     size = (1, shape["N"], shape["D"])
-    v, *gradients = (_affinity.normal(*size, dtype=dtype, device=device) for _ in range(3))
+    v, *gradients = (_steps.normal(*size, dtype=dtype, device=device) for _ in range(3))
     tensors = (*_affinity.queries_and_keys(shape, dtype, device), v)
 
     def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
-        return _affinity.step_of(forward, tensors, gradients, mode)
+        return _steps.step_of(forward, tensors, gradients, mode)
+
+    def chunked(rows: int) -> Step:
+        return step(functools.partial(_chunked, rows=rows))
 
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: step(_with("auto")),
         "literal": lambda: step(_with("reference")),
         "one-product": lambda: step(_one_product),
-        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(_chunked, rows=rows)), shape["N"]),
+        "chunked": lambda: _steps.fastest(chunked, _affinity.chunk_rows(shape["N"])),
     }
     if not quick:
         providers["compiled"] = lambda: step(torch.compile(_one_product))
@@ -54,7 +57,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["flex"] = lambda: step(_flex)
 
     def expected():
-        return _affinity.expected(_with(_affinity.exact(shape["N"])), tensors, gradients, mode)
+        return _steps.expected(_with(_affinity.exact(shape["N"])), tensors, gradients, mode)
 
     return Problem(providers, expected, TOLERANCE[dtype], *work(shape, dtype.itemsize, mode))
 

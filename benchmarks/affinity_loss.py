@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastcss.ops import affinity_loss
 
-from . import _affinity
+from . import _affinity, _steps
 from .registry import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of up to 16,384² terms. bfloat16: the logits, rounded to its 8
@@ -45,11 +45,14 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         def outputs(q: Tensor, k: Tensor) -> tuple[Tensor]:
             return (forward(q, k, labels),)
 
-        return _affinity.step_of(outputs, tensors, [torch.ones((), device=device)], mode)
+        return _steps.step_of(outputs, tensors, [torch.ones((), device=device)], mode)
+
+    def chunked(rows: int) -> Step:
+        return step(functools.partial(ChunkedLoss.apply, rows))
 
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: step(_with("auto")),
-        "chunked": lambda: _affinity.fastest(lambda rows: step(functools.partial(ChunkedLoss.apply, rows)), shape["N"]),
+        "chunked": lambda: _steps.fastest(chunked, _affinity.chunk_rows(shape["N"])),
     }
     # At N = 16,384 in float32 the map, its labels and the losses take 1 GiB each, and autograd keeps several.
     if shape["N"] <= 8192 or device == "cuda":

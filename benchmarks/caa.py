@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcss.nn import ClassAwareAffinity
 
-from . import _affinity
+from . import _steps
 from .registry import Case, Problem, Step
 
 # Relative to the largest expected value. float32: some twenty layers of sums of up to 4096 rounded products.
@@ -50,7 +50,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 def _problem(what: str, shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem:
     size = (shape["B"], shape["D"], shape["h"], shape["w"])
-    features = _affinity.normal(*size, dtype=dtype, device=device)
+    features = _steps.normal(*size, dtype=dtype, device=device)
     labels = torch.randint(shape["C"], (shape["B"], 8 * shape["h"], 8 * shape["w"]), device=device)
     head = ClassAwareAffinity(shape["D"], shape["C"]).train(mode == "bwd")
     for norm in (module for module in head.modules() if isinstance(module, nn.BatchNorm2d)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastcss.ops import class_affinity
 
-from . import _affinity
+from . import _affinity, _steps
 from .registry import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of 4096 and 16384 rounded products. bfloat16: the class logits,
@@ -59,14 +59,14 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     size = (1, pixels, width)
     tensors = (
         *_affinity.queries_and_keys(shape, dtype, device),
-        _affinity.normal(*size, dtype=dtype, device=device),
+        _steps.normal(*size, dtype=dtype, device=device),
         # The means of features over many pixels are small; with these centres the class logits are about 1.
-        _affinity.normal(1, classes, width, scale=2 * (pixels / width) ** 0.5, dtype=dtype, device=device),
+        _steps.normal(1, classes, width, scale=2 * (pixels / width) ** 0.5, dtype=dtype, device=device),
     )
-    gradients = tuple(_affinity.normal(*size, dtype=dtype, device=device) for _ in range(2))
+    gradients = tuple(_steps.normal(*size, dtype=dtype, device=device) for _ in range(2))
 
     def step(forward: Callable[..., tuple[Tensor, Tensor]]) -> Step:
-        return _affinity.step_of(forward, tensors, gradients, mode)
+        return _steps.step_of(forward, tensors, gradients, mode)
 
     def with_product(product: Callable[..., Tensor]) -> Step:
         return step(functools.partial(_reassociated, product=product))
@@ -76,7 +76,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: step(_with("auto")),
-        "chunked": lambda: _affinity.fastest(chunked, pixels),
+        "chunked": lambda: _steps.fastest(chunked, _affinity.chunk_rows(pixels)),
     }
     # At N = 16,384 in float32 a whole map takes 1 GiB; autograd keeps several, and inference a few at a time.
     small = pixels <= 8192 or device == "cuda"
@@ -93,7 +93,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["flex"] = lambda: with_product(_affinity.flex_product)
 
     def expected():
-        return _affinity.expected(_with(_affinity.exact(pixels)), tensors, gradients, mode)
+        return _steps.expected(_with(_affinity.exact(pixels)), tensors, gradients, mode)
 
     return Problem(providers, expected, TOLERANCE[dtype], *work(shape, dtype.itemsize, mode))
 

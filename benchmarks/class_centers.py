@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcss.ops import class_centers
 
-from . import _affinity
+from . import _steps
 from .registry import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, also of the
@@ -39,13 +39,13 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     n, d, c = (shape[name] for name in ("N", "D", "C"))
     # As they come out of a backbone: both are [B, channels, pixels].
     tensors = (
-        _affinity.normal(1, c, n, scale=2, dtype=dtype, device=device),
-        _affinity.normal(1, d, n, dtype=dtype, device=device).mT,
+        _steps.normal(1, c, n, scale=2, dtype=dtype, device=device),
+        _steps.normal(1, d, n, dtype=dtype, device=device).mT,
     )
-    gradients = (_affinity.normal(1, c, d, dtype=dtype, device=device),)
+    gradients = (_steps.normal(1, c, d, dtype=dtype, device=device),)
 
     def step(forward: Callable[[Tensor, Tensor], Tensor]) -> Step:
-        return _affinity.step_of(lambda *t: (forward(*t),), tensors, gradients, mode)
+        return _steps.step_of(lambda *t: (forward(*t),), tensors, gradients, mode)
 
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: step(_with("auto")),
@@ -57,7 +57,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["triton"] = lambda: step(_with("triton"))
 
     def expected():
-        return _affinity.expected(lambda *t: (_literal(*t),), tensors, gradients, mode)
+        return _steps.expected(lambda *t: (_literal(*t),), tensors, gradients, mode)
 
     return Problem(providers, expected, TOLERANCE[dtype], *work(shape, dtype.itemsize, mode))
 

@@ -36,16 +36,16 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
     torch.compiler.reset()
     problem = case.build(device, mode)
     expected = problem.expected()
-    steps, errors, remarks = verify(problem.providers, expected, problem.tolerance)
+    steps, errors, remarks = verify(problem.providers, expected, problem)
     right = {name: step for name, step in steps.items() if errors[name] <= problem.tolerance}
     if device == "cuda":  # beside what a caller waits, what the GPU does: each provider as a CUDA graph
         graphs = {f"{name}+graph": functools.partial(measure.captured, step) for name, step in right.items()}
-        graphs, graph_errors, graph_remarks = verify(graphs, expected, problem.tolerance)
+        graphs, graph_errors, graph_remarks = verify(graphs, expected, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
         errors, remarks = errors | graph_errors, remarks | graph_remarks
     times = measure.times_ms(right, device, seconds) if right else {}
     for name, step in list(right.items()):  # nor may a provider have gone wrong while the others ran beside it
-        errors[name] = max(errors[name], error(step(), expected))
+        errors[name] = max(errors[name], problem.error(step(), expected))
         if not errors[name] <= problem.tolerance:
             remarks[name] = f"refused: its error became {errors[name]:.2g} beside the others"
             del right[name], times[name]
@@ -62,7 +62,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
 
 
 def verify(
-    providers: dict[str, Callable[[], Step]], expected: Sequence[Tensor], tolerance: float
+    providers: dict[str, Callable[[], Step]], expected: Sequence[Tensor], problem: Problem
 ) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
     """Prepare and run every provider once: its step, its error, and a remark where it did not run or was wrong."""
     steps, errors, remarks = {}, {}, {}
@@ -74,22 +74,10 @@ def verify(
             lines = str(failure).strip().splitlines() or [""]
             remarks[name] = f"not run: {type(failure).__name__}: {lines[0]}"
             continue
-        steps[name], errors[name] = step, error(got, expected)
-        if not errors[name] <= tolerance:
-            remarks[name] = f"refused: its error is {errors[name]:.2g}, allowed are {tolerance:.2g}"
+        steps[name], errors[name] = step, problem.error(got, expected)
+        if not errors[name] <= problem.tolerance:
+            remarks[name] = f"refused: its error is {errors[name]:.2g}, allowed are {problem.tolerance:.2g}"
     return steps, errors, remarks
-
-
-def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference of any tensor, relative to its largest expected value; inf where shapes or NaNs differ."""
-    if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, expected, strict=True):
-        if b.numel():
-            difference = (a.detach().to(b.dtype) - b).abs().max() / b.abs().max().clamp(min=1e-30)
-            worst = max(worst, difference.nan_to_num(float("inf")).item())
-    return worst
 
 
 def _figures(samples: list[float] | None, peak: float | None, problem: Problem) -> dict:

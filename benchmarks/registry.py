@@ -15,6 +15,23 @@ MODES = ("fwd", "bwd")
 Step = Callable[[], Sequence[Tensor]]
 
 
+def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference of any tensor, relative to its largest expected value.
+
+    inf where shapes or NaNs differ, and where any whole number does: how far apart two class numbers are says nothing.
+    """
+    if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if not b.is_floating_point():
+            worst = max(worst, float("inf") if (a != b).any() else 0.0)
+        elif b.numel():
+            difference = (a.detach().to(b.dtype) - b).abs().max() / b.abs().max().clamp(min=1e-30)
+            worst = max(worst, difference.nan_to_num(float("inf")).item())
+    return worst
+
+
 @dataclasses.dataclass
 class Problem:
     """A case with its inputs made: the same work for every provider.
@@ -24,9 +41,10 @@ class Problem:
             returns its tensors: the output, and in mode "bwd" the gradients after it, in the order of ``expected``.
             Preparing may raise where a provider does not exist on this machine.
         expected: computes what every step must return.
-        tolerance: largest error, relative to the largest expected value of a tensor.
+        tolerance: largest error, of what ``error`` measures.
         flops: that the work needs at least.
         bytes: that must be moved between memory and chip at least.
+        error: how far a step's tensors are from ``expected``.
     """
 
     providers: dict[str, Callable[[], Step]]
@@ -34,6 +52,7 @@ class Problem:
     tolerance: float
     flops: float
     bytes: float
+    error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ def test_fastcss(benchmark, case, mode):
     torch.manual_seed(0)
     problem = case.build(DEVICE, mode)
     ours = {registry.OURS: problem.providers[registry.OURS]}
-    steps, _, remarks = harness.verify(ours, problem.expected(), problem.tolerance)
+    steps, _, remarks = harness.verify(ours, problem.expected(), problem)
     assert not remarks
 
     def step():

@@ -186,7 +186,7 @@ def test_every_provider_of_the_quick_cases_is_right():
             continue
         torch.manual_seed(0)
         problem = case.build("cpu", mode)
-        _, errors, remarks = harness.verify(problem.providers, problem.expected(), problem.tolerance)
+        _, errors, remarks = harness.verify(problem.providers, problem.expected(), problem)
         assert not remarks, (case.name, mode)
         assert errors["fastcss"] <= problem.tolerance
 

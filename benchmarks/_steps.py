@@ -1,0 +1,62 @@
+"""What the cases of several ops share: random inputs, steps with and without gradients, the best size of a chunk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .registry import Step
+
+Forward = Callable[..., Sequence[Tensor]]
+
+
+def normal(*size: int, scale: float = 1.0, dtype: torch.dtype, device: str) -> Tensor:
+    return (torch.randn(*size, device=device) * scale).to(dtype)
+
+
+def step_of(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Step:
+    """A step of ``forward(*tensors)``; in mode "bwd" with the gradients of all tensors.
+
+    Args:
+        forward: tensors → outputs.
+        tensors: the inputs, all differentiable.
+        gradients: one of each output that is differentiable, in their order.
+        mode: "fwd" or "bwd".
+    """
+    if mode == "fwd":
+
+        def step():
+            with torch.no_grad():
+                return forward(*tensors)
+
+        return step
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+    def step():
+        outputs = forward(*leaves)
+        differentiable = [y for y in outputs if y.requires_grad]
+        return *(y.detach() for y in outputs), *torch.autograd.grad(differentiable, leaves, gradients)
+
+    return step
+
+
+def expected(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
+    """What ``forward`` gives in float64."""
+    return step_of(forward, [t.double() for t in tensors], [dy.double() for dy in gradients], mode)()
+
+
+def fastest(prepare: Callable[[int], Step], sizes: Sequence[int]) -> Step:
+    """The step of that size of a chunk which is fastest here, each timed after a first call."""
+
+    def seconds(step: Step) -> float:
+        step()
+        start = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return min((prepare(size) for size in sizes), key=seconds)
