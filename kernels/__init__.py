@@ -13,4 +13,5 @@ def register() -> None:
         class_centers_backward,
         multi_lora,
         multi_lora_backward,
+        top_margin,
     )

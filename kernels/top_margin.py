@@ -1,0 +1,214 @@
+"""Triton implementation of fastcss::top_margin and its backward: the softmax and the two logits that matter, in one read.
+
+2 or 4 bytes a logit and some ten instructions, of which one is special: on a GPU of 4.3 TB/s reading bfloat16 takes
+no longer than the instructions, so both have to overlap. A thread holds the pixels of one 16-byte load and the state of
+their softmax for all classes; a block of classes is on its way while the block before is looked at, and the running
+maximum, which is the larger of the two logits kept, moves once a block: one exponential a logit.
+
+Comparisons in that loop pass NaN by. It shows in the sum, and only pixels that have one are gone through again, with
+NaN above all. Backward, p_j = exp(z_j − lse) from the saved lse, one more read and one write.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schema import LIBRARY
+from .affinity_device import exp2
+from .class_centers import exp, finite_or_zero
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+CLASSES = tl.constexpr(8)  # loads on their way
+
+
+@triton.jit
+def _load_classes(logits, c, C, stride_lc, there):
+    """The pixels' logits of the classes from c, −∞ beyond C."""
+    block = ()
+    for i in tl.static_range(CLASSES):
+        offset = tl.cast(c + i, tl.int64) * stride_lc
+        block = block + (tl.load(logits + offset, mask=there & (c + i < C), other=float("-inf")),)
+    return block
+
+
+@triton.jit
+def _above(z, best, NAN: tl.constexpr):
+    return (z > best) | ((z != z) & (best == best)) if NAN else z > best
+
+
+@triton.jit
+def _meet(z, c, true_logit, true, rival_logit, rival, LABELS: tl.constexpr, NAN: tl.constexpr):
+    """The two logits and their classes after class c. Of equal logits the one before stays."""
+    if LABELS:
+        better = _above(z, rival_logit, NAN) & (true != c)
+        true_logit = tl.where(true == c, z, true_logit)
+        rival_logit, rival = tl.where(better, z, rival_logit), tl.where(better, c, rival)
+    else:
+        first, second = _above(z, true_logit, NAN), _above(z, rival_logit, NAN)
+        rival_logit = tl.where(first, true_logit, tl.where(second, z, rival_logit))
+        rival = tl.where(first, true, tl.where(second, c, rival))
+        true_logit, true = tl.where(first, z, true_logit), tl.where(first, c, true)
+    return true_logit, true, rival_logit, rival
+
+
+@triton.jit
+def _start(label, LABELS: tl.constexpr):
+    """No logit yet; where all of them are −∞, the classes that this begins with are the result."""
+    nothing = tl.full(label.shape, float("-inf"), tl.float32)
+    return nothing, label, nothing, tl.where(label == 0, 1, 0)
+
+
+@triton.jit
+def top_margin_kernel(
+    logits, labels, margin, rival_out, p_true, p_rival, curvature, true_out, lse,
+    C, N, stride_lb, stride_lc, stride_ln, stride_yb, stride_yn, ignore_index,
+    LABELS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All outputs [B, N], for a block of pixels."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    pixels = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = pixels < N
+    label = tl.zeros([BLOCK_N], tl.int32)
+    if LABELS:
+        given = tl.load(labels + batch * stride_yb + pixels.to(tl.int64) * stride_yn, mask=there, other=0)
+        ignored, known = given == ignore_index, (given >= 0) & (given < C)
+        label = tl.where(known, given, -1).to(tl.int32)
+    logits += batch * stride_lb + pixels.to(tl.int64) * stride_ln
+    true_logit, true, rival_logit, rival = _start(label, LABELS)
+    base = tl.zeros([BLOCK_N], tl.float32)  # what the softmax subtracts, in base 2
+    mass = tl.zeros([BLOCK_N], tl.float32)
+    block = _load_classes(logits, 0, C, stride_lc, there)
+    for c in range(0, C, CLASSES):
+        following = _load_classes(logits, c + CLASSES, C, stride_lc, there)
+        for i in tl.static_range(CLASSES):
+            true_logit, true, rival_logit, rival = _meet(
+                block[i].to(tl.float32), c + i, true_logit, true, rival_logit, rival, LABELS, False
+            )
+        new_base = finite_or_zero(tl.maximum(true_logit, rival_logit)) * LOG2_E
+        # Before the first finite logit the base is 0 and so is the mass.
+        mass *= tl.where(mass == 0.0, 0.0, exp2(base - new_base))
+        base = new_base
+        for i in tl.static_range(CLASSES):
+            mass += exp2(block[i].to(tl.float32) * LOG2_E - base)
+        block = following
+    if tl.max((mass != mass).to(tl.int32), 0) > 0:
+        true_logit, true, rival_logit, rival = _start(label, LABELS)
+        for c in range(C):
+            z = tl.load(logits + tl.cast(c, tl.int64) * stride_lc, mask=there, other=0.0).to(tl.float32)
+            true_logit, true, rival_logit, rival = _meet(z, c, true_logit, true, rival_logit, rival, LABELS, True)
+    rival = tl.where(rival == true, 1, rival)  # class 0 came first and nothing else is above −∞
+    p_t = exp2(true_logit * LOG2_E - base) / mass
+    p_r = exp2(rival_logit * LOG2_E - base) / mass
+    floats = (
+        true_logit - rival_logit,
+        p_t,
+        p_r,
+        (p_t + p_r) - (p_t - p_r) * (p_t - p_r),
+        (base + tl.log2(mass)) * LN_2,
+    )
+    out = batch * N + pixels
+    if LABELS:
+        valid = known & ~ignored
+        true, rival = tl.where(valid, true, -1), tl.where(valid, rival, -1)
+    tl.store(true_out + out, true.to(tl.int64), mask=there)
+    tl.store(rival_out + out, rival.to(tl.int64), mask=there)
+    outputs = (margin, p_true, p_rival, curvature, lse)
+    for i in tl.static_range(5):
+        value = floats[i]
+        if LABELS:
+            value = tl.where(ignored, 0.0, tl.where(known, value, float("nan")))
+        tl.store(outputs[i] + out, value.to(outputs[i].dtype.element_ty), mask=there)
+
+
+@triton.jit
+def top_margin_gradient_kernel(
+    dmargin, dp_true, dp_rival, dcurvature, logits, true_class, rival_class, lse, dlogits,
+    C, N, stride_lb, stride_lc, stride_ln, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dlogits [B, C, N] = dm (δ_jy − δ_jr) + a (δ_jy − p_j) + b (δ_jr − p_j), where with Δ = p_y − p_r
+    a = p_y (dp_y + dκ (1 − 2Δ)) and b = p_r (dp_r + dκ (1 + 2Δ))."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    pixels = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = pixels < N
+    offset = batch * N + pixels
+    y = tl.load(true_class + offset, mask=there, other=-1)
+    r = tl.load(rival_class + offset, mask=there, other=-1)
+    counted = y >= 0
+    logits += batch * stride_lb + pixels.to(tl.int64) * stride_ln
+    dlogits += batch * C * N + pixels
+    log_mass = tl.load(lse + offset, mask=there, other=0.0)
+    p_y = exp(tl.load(logits + y * stride_lc, mask=counted, other=0.0).to(tl.float32) - log_mass)
+    p_r = exp(tl.load(logits + r * stride_lc, mask=counted, other=0.0).to(tl.float32) - log_mass)
+    dm = tl.load(dmargin + offset, mask=there, other=0.0).to(tl.float32)
+    dk = tl.load(dcurvature + offset, mask=there, other=0.0).to(tl.float32)
+    difference = p_y - p_r
+    a = p_y * (tl.load(dp_true + offset, mask=there, other=0.0).to(tl.float32) + dk * (1.0 - 2.0 * difference))
+    b = p_r * (tl.load(dp_rival + offset, mask=there, other=0.0).to(tl.float32) + dk * (1.0 + 2.0 * difference))
+    at_true, at_rival, both = dm + a, b - dm, a + b
+    true, rival = y.to(tl.int32), r.to(tl.int32)
+    block = _load_classes(logits, 0, C, stride_lc, there)
+    for c in range(0, C, CLASSES):
+        following = _load_classes(logits, c + CLASSES, C, stride_lc, there)
+        for i in tl.static_range(CLASSES):
+            dz = tl.where(true == c + i, at_true, tl.where(rival == c + i, at_rival, 0.0))
+            dz = tl.where(counted, dz - both * exp(block[i].to(tl.float32) - log_mass), 0.0)
+            place = dlogits + tl.cast(c + i, tl.int64) * N
+            tl.store(place, dz.to(dlogits.dtype.element_ty), mask=there & (c + i < C))
+        block = following
+
+
+def pixel_block(dtype: torch.dtype) -> dict[str, int]:
+    """16 bytes of pixels a thread."""
+    return {"BLOCK_N": 64 * (16 // dtype.itemsize), "num_warps": 2}
+
+
+def top_margin(
+    logits: Tensor, labels: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batches, classes, pixels = logits.shape
+    margin, p_true, p_rival, curvature = (logits.new_empty(batches, pixels) for _ in range(4))
+    rival, true = (logits.new_empty(batches, pixels, dtype=torch.int64) for _ in range(2))
+    lse = logits.new_empty(batches, pixels, dtype=torch.float32)
+    given = labels.dim() == 2
+    tile = pixel_block(logits.dtype)
+    if lse.numel():
+        with torch.cuda.device_of(logits):
+            top_margin_kernel[(batches * triton.cdiv(pixels, tile["BLOCK_N"]),)](
+                logits, labels, margin, rival, p_true, p_rival, curvature, true, lse,
+                classes, pixels, *logits.stride(), *(labels.stride() if given else (0, 0)), ignore_index,
+                LABELS=given, **tile,
+            )  # fmt: skip
+    return margin, rival, p_true, p_rival, curvature, true, lse
+
+
+def top_margin_backward(
+    dmargin: Tensor,
+    dp_true: Tensor,
+    dp_rival: Tensor,
+    dcurvature: Tensor,
+    logits: Tensor,
+    true: Tensor,
+    rival: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    batches, classes, pixels = logits.shape
+    dlogits = logits.new_empty(logits.shape)
+    tile = pixel_block(logits.dtype)
+    if dlogits.numel():
+        per_pixel = (x.contiguous() for x in (dmargin, dp_true, dp_rival, dcurvature))
+        saved = (x.contiguous() for x in (true, rival, lse))
+        with torch.cuda.device_of(logits):
+            top_margin_gradient_kernel[(batches * triton.cdiv(pixels, tile["BLOCK_N"]),)](
+                *per_pixel, logits, *saved, dlogits, classes, pixels, *logits.stride(), **tile
+            )
+    return dlogits
+
+
+LIBRARY.impl("top_margin.triton", top_margin, "CompositeExplicitAutograd")
+LIBRARY.impl("top_margin_backward.triton", top_margin_backward, "CompositeExplicitAutograd")
