@@ -73,7 +73,7 @@ def top_margin(
         check_labels(op, "logits", logits, labels, ignore_index, logits.shape[1])
         if tuple(labels.shape) != pixels:
             raise ValueError(f"{op}: labels must be [B, …] = {list(pixels)}, got {list(labels.shape)}")
-        labels = labels.reshape(len(logits), -1).to(torch.int64)
+        labels = (labels.flatten(1) if labels.dim() > 1 else labels[:, None]).to(torch.int64)
     flat = logits.flatten(2) if logits.dim() > 2 else logits[:, :, None]
     impl = _backends.choose(op, impl, logits)
     if impl in ("reference", "composed"):
