@@ -1,17 +1,19 @@
-"""What holds for each affinity op, whatever it computes: where it runs, how often, and under which transform."""
+"""What holds for each op, whatever it computes: where it runs, how often, and under which transform."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
-from affinity import Call, normal
+from calls import Call, normal
 from torch import Tensor
 
 
 def assert_bitwise(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """In all that is wanted."""
     for name in want:
         assert torch.equal(got[name], want[name]), name
 
@@ -34,17 +36,20 @@ def assert_same_on_any_number_of_threads(call: Call) -> None:
     assert_bitwise(found[2], found[0])
 
 
-def assert_batch_invariant(call: Call, impl: str) -> None:
-    """Bitwise: an image gives the same alone and among others, one of which is NaN."""
+def assert_batch_invariant(call: Call, impl: str, shared: tuple[str, ...] = ()) -> None:
+    """Bitwise: an image gives the same alone and among others, one of which is NaN. ``shared`` has no image's own."""
     dys = call.output_gradients()
-    tensors = {name: tensor.clone() for name, tensor in call.tensors.items()}
+    tensors = {name: tensor.clone() for name, tensor in call.tensors.items() if name not in shared}
     for tensor in tensors.values():
         tensor[1] = float("nan")
     together = call.having(**tensors).leaves().results(impl, dys)
+    together = {name: tensor for name, tensor in together.items() if name[1:] not in shared}
+    options = {name: value for name, value in call.options.items() if isinstance(value, Tensor)}
     for i in (0, 2):
-        one = {name: tensor[i : i + 1] for name, tensor in call.tensors.items()}
+        one = {name: call.tensors[name][i : i + 1] for name in tensors}
+        one |= {name: value[i : i + 1] for name, value in options.items()}
         alone = call.having(**one).leaves().results(impl, tuple(dy[i : i + 1] for dy in dys))
-        assert_bitwise({name: tensor[i : i + 1] for name, tensor in together.items()}, alone)
+        assert_bitwise(alone, {name: tensor[i : i + 1] for name, tensor in together.items()})
 
 
 def assert_not_finite_as_reference(call: Call, impl: str, nan_stays: bool = True) -> None:
@@ -71,10 +76,19 @@ def assert_compiles(call: Call, impl: str) -> None:
 
     torch.compiler.reset()
     outputs = run(*compiled.tensors.values())
-    halves = [dy.to(y.dtype) / 2 for y, dy in zip(outputs, dys, strict=True)]
-    found = torch.autograd.grad(outputs, list(compiled.tensors.values()), halves)
-    for got, expected in zip((*(y / 2 for y in outputs), *found), want, strict=True):
+    found = _gradients(outputs, [dy / 2 for dy in dys], list(compiled.tensors.values()))
+    for got, expected in zip((*(y.detach() / 2 for y in outputs), *found), want, strict=True):
+        expected = expected if expected.is_floating_point() else expected.to(got.dtype)
         torch.testing.assert_close(got, expected)
+
+
+def _gradients(outputs: Sequence[Tensor], dys: Sequence[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of the outputs that have any; nothing where none has."""
+    pairs = [(y, dy.to(y.dtype)) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
+    if not pairs:
+        return ()
+    differentiable, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(differentiable, leaves, given)
 
 
 def assert_autocasts(call: Call, impl: str, device: str) -> None:
@@ -84,10 +98,10 @@ def assert_autocasts(call: Call, impl: str, device: str) -> None:
     want = by_hand.results(impl, dys)
     with torch.autocast(device, dtype=torch.bfloat16):
         outputs = call(impl)
-    given = [dy.to(y.dtype) for y, dy in zip(outputs, dys, strict=True)]
-    found = torch.autograd.grad(outputs, list(call.tensors.values()), given)
+    found = _gradients(outputs, dys, list(call.tensors.values()))
     assert all(gradient.dtype == torch.float32 for gradient in found)
     for got, expected in zip((*outputs, *found), want.values(), strict=True):
+        assert got.is_floating_point() == expected.is_floating_point()
         assert torch.equal(got.float(), expected.float())
 
 
@@ -103,12 +117,16 @@ def assert_maps(call: Call, impl: str, mapped: tuple[str, ...], samples: int = 2
         return call.having(**dict(zip(arguments, values, strict=True)))(impl)
 
     def loss(*values):
-        return sum(y.square().sum() for y in run(*values))
+        return _squares(run(*values))
 
     one_by_one = [[v if d is None else v[i] for v, d in zip(whole, in_dims, strict=True)] for i in range(samples)]
     want = [torch.stack(parts) for parts in zip(*(run(*values) for values in one_by_one), strict=True)]
     got = torch.vmap(run, in_dims)(*whole)
-    slopes = [torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves) for outputs in (want, got)]
+    if not any(y.requires_grad for y in want):
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        return
+    slopes = [torch.autograd.grad(_squares(outputs), leaves) for outputs in (want, got)]
     per_sample = torch.vmap(torch.func.grad(loss, argnums=tuple(range(len(leaves)))), in_dims)(
         *map(Tensor.detach, whole)
     )
@@ -116,6 +134,10 @@ def assert_maps(call: Call, impl: str, mapped: tuple[str, ...], samples: int = 2
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     for one, other, dim in zip(per_sample, slopes[0], in_dims, strict=False):
         torch.testing.assert_close(one if dim == 0 else one.sum(0), other, rtol=1e-4, atol=1e-5)
+
+
+def _squares(outputs: Sequence[Tensor]) -> Tensor:
+    return sum(y.square().sum() for y in outputs if y.is_floating_point())
 
 
 def _stack(value: Tensor, samples: int) -> Tensor:
@@ -135,8 +157,7 @@ def assert_once_differentiable(call: Call, impl: str) -> None:
     def second(impl: str) -> list[Tensor]:
         leaves = call.leaves()
         tensors = list(leaves.tensors.values())
-        total = sum(y.square().sum() for y in leaves(impl))
-        first = torch.autograd.grad(total, tensors, create_graph=True)
+        first = torch.autograd.grad(_squares(leaves(impl)), tensors, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
 
     if impl == "composed":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import checks
 import pytest
 import torch
-from affinity import Call, normal, runs
+from calls import Call, normal, runs
 
 from benchmarks import measure
 from fastcss import ops
