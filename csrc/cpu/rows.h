@@ -1,0 +1,20 @@
+// Single rows of a matrix as float32, whatever their element type and stride, and sums over them in a fixed order.
+#pragma once
+
+#include "pack.h"
+
+namespace fastcss::cpu {
+
+// The first n terms of the first lane.
+void read_row(float* dst, Matrix m, int64_t n);
+void write_row(void* dst, DType dtype, const float* src, int64_t n);
+
+float dot(const float* x, const float* y, int64_t n);
+void add_scaled(float* sum, float factor, const float* term, int64_t n);  // sum += factor · term
+
+// 1 / max(‖·‖, 1e-12): what makes a row one of length 1, and leaves a row of zeros as it is.
+float inverse_length(const float* row, int64_t n);
+// The same of each lane of a packed panel.
+void inverse_lengths(const float* panel, int width, int lanes, int64_t words, bool pairs, float* inverse);
+
+}  // namespace fastcss::cpu
