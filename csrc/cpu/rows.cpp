@@ -65,7 +65,8 @@ FASTCSS_CLONES void add_scaled(float* sum, float factor, const float* term, int6
 
 float inverse_length(const float* row, int64_t n) { return inverse(dot(row, row, n)); }
 
-FASTCSS_CLONES void inverse_lengths(const float* panel, int width, int lanes, int64_t words, bool pairs, float* result) {
+FASTCSS_CLONES void inverse_lengths(const float* panel, int width, int lanes, int64_t words, bool pairs,
+                                    float* result) {
   constexpr int64_t kBlock = 32;  // words summed before they join the rest: bounds the rounding error
   for (int first = 0; first < lanes; first += kLanes) {
     Vec total = {};

@@ -67,7 +67,9 @@ __device__ inline int find_bin(Shared& s, int rank) {
   }
   if (lane == kWarp - 1) s.warps[warp] = sum;
   __syncthreads();
-  for (int w = 0; w < warp; ++w) sum += s.warps[w];
+  int lower_warps = lane < warp ? s.warps[lane] : 0;
+  for (int step = kWarp / 2; step > 0; step /= 2) lower_warps += __shfl_xor_sync(kAllLanes, lower_warps, step);
+  sum += lower_warps;
   int above = sum - own;
   if (above < rank && rank <= sum)
     for (int i = 0; i < kEach; ++i) {
@@ -89,8 +91,7 @@ __device__ uint64 bound_of(const Params& p, const T* row, int64 rank, Shared& s)
   int shift = 64;
   int remaining = static_cast<int>(rank);
   while (shift > 0) {
-    const int bits = shift == 43 || shift == 10 ? shift == 43 ? 11 : 10 : shift < 11 ? shift : 11;
-    const int above_digit = shift;
+    const int bits = shift == 42 || shift == 10 ? 10 : 11, above_digit = shift;
     shift -= bits;
     for (int i = threadIdx.x; i < kBins; i += kThreads) s.bins[i] = 0;
     __syncthreads();
@@ -134,14 +135,14 @@ __device__ void run(const Params& p, Shared& s) {
   const int64 first = static_cast<int64>(blockIdx.y) * kBlockRanks, left = p.k - first;
   const int ranks = left < kBlockRanks ? static_cast<int>(left) : kBlockRanks;
   const uint64 lowest = bound_of(p, row, first + ranks, s);
-  const uint64 ceiling = first ? bound_of(p, row, first, s) : ~0ull;  // no key has all bits set
+  const uint64 ceiling = first ? bound_of(p, row, first, s) : 0;
   int size = 1;
   while (size < ranks) size *= 2;
   if (threadIdx.x == 0) s.count = 0;
   for (int i = threadIdx.x; i < size; i += kThreads) s.kept[i] = 0;  // below every key
   __syncthreads();
   for_keys(p, row, [&](uint64 key) {
-    if (key >= lowest && key < ceiling) s.kept[atomicAdd(&s.count, 1)] = key;
+    if (key >= lowest && (first == 0 || key < ceiling)) s.kept[atomicAdd(&s.count, 1)] = key;
   });
   sort_kept(s, size);
   for (int i = threadIdx.x; i < ranks; i += kThreads) {

@@ -1,0 +1,162 @@
+// fastcss::cost_filter.cpu and pack_text.cpu. The largest cost of each class rides on the product of text and pixels,
+// whose tiles are never stored; the kept classes' products are made again, with the same sums in the same order.
+
+#include <tuple>
+#include <vector>
+
+#include "cost_inputs.h"
+#include "cost_map.h"
+#include "partial_select.h"
+#include "rows.h"
+
+namespace fastcss::cpu {
+namespace {
+
+// The larger of two, NaN if either is.
+FASTCSS_CLONES void keep_largest(const float* tile, int rows, int valid, float* most) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < valid; ++j) {
+      const float x = tile[i * kCols + j], y = most[i * kCols + j];
+      most[i * kCols + j] = x > y || x != x ? x : y;
+    }
+}
+FASTCSS_CLONES float largest(const float* values, int64_t n) {
+  float most[kCols];
+  std::copy_n(values, kCols, most);
+  for (int64_t i = kCols; i < n; i += kCols) keep_largest(values + i, 1, kCols, most);
+  float result = most[0];
+  for (int j = 1; j < kCols; ++j) result = most[j] > result || most[j] != most[j] ? most[j] : result;
+  return result;
+}
+
+FASTCSS_CLONES void scale_rows(float* tile, int rows, const float* factors) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < kCols; ++j) tile[i * kCols + j] *= factors[i];
+}
+
+// The text of one image: T · P rows, perhaps packed already, and 1 / their lengths.
+struct Text {
+  Matrix rows;
+  const float* panels;  // or null
+  float* scale;
+  bool scaled;
+
+  const float* read(const CostMap& map, int64_t p, int64_t share, float* memory) const {
+    const PixelColumns& columns = map.columns;
+    const int height = static_cast<int>(map.height), lanes = map.rows_of(p);
+    const float* panel = memory;
+    if (panels)
+      panel = panels + p * height * columns.width;
+    else
+      pack(memory, height, lanes, columns.width, rows.at(p * height, 0), columns.pairs);
+    if (!scaled && share == 0) inverse_lengths(panel, height, lanes, columns.words, columns.pairs, scale + p * height);
+    return panel;
+  }
+};
+
+// best [T]: the largest cost of each class. `most` has room for shares · T · P · kCols floats.
+void best_costs(const float* pixels, const CostMap& map, const Text& text, int64_t T, float* most, float* best) {
+  std::fill_n(most, map.shares * map.rows * kCols, -__builtin_inff());
+  map.run(
+      pixels, [&](int64_t p, int64_t share, float* memory) { return text.read(map, p, share, memory); },
+      [&](int64_t p, int64_t c, int64_t share, float* tile) {
+        keep_largest(tile, map.rows_of(p), map.columns.valid(c), most + (share * map.rows + p * map.height) * kCols);
+      });
+  const int64_t P = map.rows / T;
+  for (int64_t t = 0; t < T; ++t) {
+    float result = -__builtin_inff();
+    for (int64_t share = 0; share < map.shares; ++share)
+      for (int64_t row = t * P; row < (t + 1) * P; ++row) {
+        const float cost = largest(most + (share * map.rows + row) * kCols, kCols) * text.scale[row];
+        result = cost > result || cost != cost ? cost : result;
+      }
+    best[t] = result;
+  }
+}
+
+// cost [k, P, N] of the classes in `index`, each P rows of the text.
+void kept_costs(const float* pixels, const CostMap& map, const Text& text, int64_t P, const int64_t* index, DType dtype,
+                char* cost) {
+  const PixelColumns& columns = map.columns;
+  const auto row_of = [&](int64_t kept) { return index[kept / P] * P + kept % P; };
+  map.run(
+      pixels,
+      [&](int64_t p, int64_t, float* memory) {
+        const int lanes = map.rows_of(p);
+        std::vector<float> rows(lanes * columns.width + kLanes);
+        for (int i = 0; i < lanes; ++i)
+          read_row(rows.data() + i * columns.width, text.rows.at(row_of(p * map.height + i), 0), columns.width);
+        pack(memory, static_cast<int>(map.height), lanes, columns.width, {rows.data(), DType::f32, columns.width, 1},
+             columns.pairs);
+        return memory;
+      },
+      [&](int64_t p, int64_t c, int64_t, float* tile) {
+        const int rows = map.rows_of(p);
+        float scale[kMaxRows];
+        for (int i = 0; i < rows; ++i) scale[i] = text.scale[row_of(p * map.height + i)];
+        scale_rows(tile, rows, scale);
+        write(cost + (p * map.height * columns.count + c * kCols) * size_of(dtype), dtype, columns.count, rows,
+              columns.valid(c), tile);
+      });
+}
+
+std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Tensor& text_in, const Tensor& scale,
+                                               const Tensor& panels, int64_t k) {
+  const Tensor image = as_pixels(image_in), text = as_rows(text_in);
+  const int64_t B = image.size(0), H = image.size(1), W = image.size(2), D = image.size(3);
+  const int64_t T = text.size(1), P = text.size(2);
+  const DType dtype = dtype_of(image, kCostFilter);
+  Tensor cost = torch::stable::new_empty(image, shape({B, k, P, H, W}));
+  Tensor index = torch::stable::new_empty(image, shape({B, k}), ScalarType::Long);
+  Tensor score = torch::stable::new_empty(image, shape({B, k}));
+  const PixelColumns columns(H * W, D, dtype == DType::bf16 && pair_kernel());
+  const CostMap all(T * P, columns), kept(k * P, columns);
+  const int64_t text_rows = all.panels * all.height;
+  for (int64_t b = 0; b < B; ++b) {
+    float* pixels = shared_workspace.get(columns.size() + text_rows + T + k + all.shares * all.rows * kCols);
+    float *scales = pixels + columns.size(), *best = scales + text_rows, *most = best + T + k;
+    const int64_t own = text.size(0) > 1 ? b : 0;
+    Text rows{text_of(text, b), nullptr, scales, scale.numel() > 0};
+    if (rows.scaled) rows.scale = static_cast<float*>(scale.mutable_data_ptr()) + own * T * P;
+    if (panels.numel() > 0) rows.panels = static_cast<const float*>(panels.const_data_ptr()) + own * panels.stride(0);
+    columns.pack_all(pixels, pixels_of(image, b));
+    best_costs(pixels, all, rows, T, most, best);
+    int64_t* classes = static_cast<int64_t*>(index.mutable_data_ptr()) + b * k;
+    select_top(best, T, k, classes);
+    for (int64_t j = 0; j < k; ++j) best[T + j] = best[classes[j]];
+    write_row(cpu::image(score, b, dtype), dtype, best + T, k);
+    kept_costs(pixels, kept, rows, P, classes, dtype, cpu::image(cost, b, dtype));
+    shared_workspace.trim();
+  }
+  return {cost, index, score};
+}
+
+std::tuple<Tensor, Tensor> pack_text(const Tensor& text_in, bool want_panels) {
+  const Tensor text = as_rows(text_in);
+  const int64_t B = text.size(0), rows = text.size(1) * text.size(2), D = text.size(3);
+  const int64_t height = kernel().rows, padded = ceil_div(rows, kMaxRows) * kMaxRows;
+  const bool pairs = dtype_of(text, kCostFilter) == DType::bf16 && pair_kernel();
+  Tensor scale = torch::stable::new_empty(text, shape({B, text.size(1), text.size(2)}), ScalarType::Float);
+  Tensor panels = torch::stable::new_empty(text, want_panels ? shape({B, padded, D}) : shape({0}), ScalarType::Float);
+  const int64_t count = ceil_div(rows, height);
+  parallel(B * count, [&](int64_t item) {
+    const int64_t b = item / count, first = item % count * height;
+    const int lanes = static_cast<int>(std::min(height, rows - first));
+    float* panel = local_workspace.get(D * height + kLanes);
+    pack(panel, static_cast<int>(height), lanes, D, text_of(text, b).at(first, 0), pairs);
+    float inverse[kMaxRows];
+    inverse_lengths(panel, static_cast<int>(height), lanes, pairs ? (D + 1) / 2 : D, pairs, inverse);
+    std::copy_n(inverse, lanes, static_cast<float*>(scale.mutable_data_ptr()) + b * rows + first);
+    if (want_panels)
+      std::copy_n(panel, D * height, static_cast<float*>(panels.mutable_data_ptr()) + (b * padded + first) * D);
+  });
+  return {scale, panels};
+}
+
+}  // namespace
+}  // namespace fastcss::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
+  m.impl("cost_filter.cpu", TORCH_BOX(&fastcss::cpu::cost_filter));
+  m.impl("pack_text.cpu", TORCH_BOX(&fastcss::cpu::pack_text));
+}

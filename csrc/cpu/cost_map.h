@@ -1,0 +1,69 @@
+// Products of text and pixels, a tile at a time: what both passes of cost_filter run, over all classes and over the
+// kept ones.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace fastcss::cpu {
+
+// One image's pixels, packed as columns, and 1 / their lengths.
+class PixelColumns {
+ public:
+  PixelColumns(int64_t pixels, int64_t width, bool pairs)
+      : count(pixels),
+        panels(ceil_div(pixels, kCols)),
+        words(pairs ? (width + 1) / 2 : width),
+        width(width),
+        pairs(pairs) {}
+
+  int64_t size() const { return panels * (panel_size() + kCols); }
+  void pack_all(float* packed, Matrix pixels) const;  // lanes: pixels
+  const float* panel(const float* packed, int64_t p) const { return packed + p * panel_size(); }
+  const float* inverse(const float* packed, int64_t p) const { return packed + panels * panel_size() + p * kCols; }
+  int valid(int64_t p) const { return static_cast<int>(std::min<int64_t>(kCols, count - p * kCols)); }
+
+  const int64_t count, panels, words, width;
+  const bool pairs;
+
+ private:
+  int64_t panel_size() const { return words * kCols + kLanes; }
+};
+
+// rows · columns, `rows` packed panel by panel of text, in blocks that stay in cache. Items of work are blocks of
+// panels times shares of the columns, so many that every thread gets some.
+class CostMap {
+ public:
+  CostMap(int64_t rows, const PixelColumns& columns);
+
+  int rows_of(int64_t panel) const { return static_cast<int>(std::min(height, rows - panel * height)); }
+  int64_t panel_size() const { return columns.words * height + kLanes; }
+
+  // read(panel, share, memory) returns a packed panel of text, made in `memory` if need be; once for each share of the
+  // columns. use(panel, column panel, share, tile) takes what they make, [rows_of(panel)][kCols] times 1 / the lengths
+  // of the pixels.
+  template <class Read, class Use>
+  void run(const float* packed, const Read& read, const Use& use) const {
+    parallel(blocks * shares, [&](int64_t item) {
+      const int64_t share = item % shares, first = item / shares * block, last = std::min(panels, first + block);
+      float* memory = local_workspace.get(block * panel_size());
+      const float* text[kBlock];
+      for (int64_t p = first; p < last; ++p) text[p - first] = read(p, share, memory + (p - first) * panel_size());
+      for (int64_t c = share * columns.panels / shares; c < (share + 1) * columns.panels / shares; ++c)
+        for (int64_t p = first; p < last; ++p) {
+          alignas(64) float tile[kMaxRows * kCols];
+          multiply(text[p - first], rows_of(p), columns.panel(packed, c), columns.inverse(packed, c), tile);
+          use(p, c, share, tile);
+        }
+    });
+  }
+
+  const int64_t rows, height, panels, block, blocks, shares;
+  const PixelColumns& columns;
+
+ private:
+  static constexpr int64_t kBlock = 8;  // panels of 24 KiB at a width of 512: with a column panel in the second cache
+  void multiply(const float* text, int text_rows, const float* pixels, const float* inverse, float* tile) const;
+};
+
+}  // namespace fastcss::cpu
