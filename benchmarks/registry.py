@@ -70,9 +70,26 @@ class Case:
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
     """Every case of a device. ``quick`` gives small stand-ins under their own names, which end in ``-quick``."""
-    from . import affinity_attention, affinity_loss, caa, class_affinity, class_centers, multi_lora, one_pass
+    from . import (
+        affinity_attention,
+        affinity_loss,
+        caa,
+        class_affinity,
+        class_centers,
+        cost_filter,
+        merge_masks,
+        multi_lora,
+        one_pass,
+        phrase_pool,
+        prompt_mlp,
+        select_tokens,
+        top_margin,
+        topk_queries,
+    )
 
-    modules = (multi_lora, one_pass, affinity_attention, class_affinity, affinity_loss, class_centers, caa)
+    affinity = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
+    selection = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
+    modules = (multi_lora, one_pass, *affinity, *selection)
     return [case for module in modules for case in module.cases(device, quick)]
 
 
