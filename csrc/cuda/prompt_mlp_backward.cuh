@@ -1,5 +1,5 @@
-// The half of prompt_mlp's backward that writes gradients of weights: whole tensors, zeros for the classes of no row.
-// dweight[k] = Σ x[r] ⊗ dy[r] over the rows r of class k, in their order.
+// The half of prompt_mlp's backward that writes the gradients of the weights: whole tensors, zeros for the classes of no
+// row. dweight[k] = Σ x[r] ⊗ dy[r] and dbias[k] = Σ dy[r] over the rows r of class k, in their order.
 #pragma once
 
 #include "numeric.cuh"
@@ -7,12 +7,10 @@
 namespace fastcss::cuda::prompt_mlp_backward {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 128;  // of dweight, in a block
-constexpr int kRows = 32;
-constexpr int kColumnsEach = 4;
-constexpr int kColumnThreads = kColumns / kColumnsEach;
-constexpr int kRowsEach = kRows / (kThreads / kColumnThreads);
-constexpr int kFound = 256;  // rows of the class looked up at a time
+constexpr int kColumnsEach = 4;  // elements of dweight that a thread has, kWarp apart so that a warp's lie side by side
+constexpr int kRowsEach = 4;
+constexpr int kColumns = kWarp * kColumnsEach;  // of a block
+constexpr int kRows = kThreads / kWarp * kRowsEach;
 
 struct Params {
   const void* x;  // [R, inputs]
@@ -20,43 +18,62 @@ struct Params {
   const void* dy;  // [R, outputs]
   int64 dy_row_stride, dy_stride;
   const int64* index;  // [R]
-  int64 index_stride, rows, inputs, outputs;
+  int64 index_stride, count, inputs, outputs;
   void* dweight;  // [K, inputs, outputs]
   void* dbias;    // [K, outputs]
 };
 
-struct Shared {
-  int64 found[kFound];
-  int count;
-};
-
-// The rows of class c from `first` on, as many as fit; returns where to go on. Warp 0 looks, the others wait.
-__device__ inline int64 find_rows(const Params& p, int64 c, int64 first, Shared& s) {
-  __syncthreads();
-  int count = 0;
-  for (; first < p.rows && count + kWarp <= kFound; first += kWarp) {
-    if (threadIdx.x >= kWarp) continue;
-    const int64 row = first + threadIdx.x;
-    const bool mine = row < p.rows && p.index[row * p.index_stride] == c;
-    const unsigned all = __ballot_sync(kAllLanes, mine);
-    if (mine) s.found[count + __popc(all & ((1u << threadIdx.x) - 1))] = row;
-    count += __popc(all);
-  }
-  return first;
-}
-
-// Grid (blocks of columns, blocks of rows, K); one block of rows also has the bias.
+// Grid (blocks of columns, blocks of rows, K); the first block of rows has the bias, too.
 template <class X, class Y, class T>
-__device__ void run(const Params& p, Shared& s) {
-  const int64 c = blockIdx.z;
-  const int64 column = static_cast<int64>(blockIdx.x) * kColumns + threadIdx.x % kColumnThreads * kColumnsEach;
-  const int64 row = static_cast<int64>(blockIdx.y) * kRows + threadIdx.x / kColumnThreads * kRowsEach;
+__device__ void run(const Params& p) {
+  const int lane = threadIdx.x % kWarp;
+  const int64 c = blockIdx.z, first_column = static_cast<int64>(blockIdx.x) * kColumns + lane;
+  const int64 first_row = static_cast<int64>(blockIdx.y) * kRows + threadIdx.x / kWarp * kRowsEach;
   float sum[kRowsEach][kColumnsEach] = {}, bias[kColumnsEach] = {};
-  for (int64 first = 0; first < p.rows;) {
-    // find_rows
-    for (int i = 0; i < s.count; ++i) {
+  for (int64 first = 0; first < p.count; first += kWarp) {
+    const bool mine = first + lane < p.count && p.index[(first + lane) * p.index_stride] == c;
+    for (unsigned left = __ballot_sync(kAllLanes, mine); left; left &= left - 1) {
+      const int64 r = first + __ffs(static_cast<int>(left)) - 1;
+      const X* x = static_cast<const X*>(p.x) + r * p.x_row_stride;
+      const Y* dy = static_cast<const Y*>(p.dy) + r * p.dy_row_stride;
+      float factor[kRowsEach];
+#pragma unroll
+      for (int i = 0; i < kRowsEach; ++i)
+        factor[i] = first_row + i < p.inputs ? to_float(x[(first_row + i) * p.x_stride]) : 0.f;
+#pragma unroll
+      for (int j = 0; j < kColumnsEach; ++j) {
+        const int64 column = first_column + j * kWarp;
+        const float d = column < p.outputs ? to_float(dy[column * p.dy_stride]) : 0.f;
+        bias[j] += d;
+#pragma unroll
+        for (int i = 0; i < kRowsEach; ++i) sum[i][j] += factor[i] * d;
+      }
     }
+  }
+#pragma unroll
+  for (int j = 0; j < kColumnsEach; ++j) {
+    const int64 column = first_column + j * kWarp;
+    if (column >= p.outputs) continue;
+#pragma unroll
+    for (int i = 0; i < kRowsEach; ++i)
+      if (first_row + i < p.inputs)
+        store(static_cast<T*>(p.dweight) + (c * p.inputs + first_row + i) * p.outputs + column, sum[i][j]);
+    if (first_row == 0) store(static_cast<T*>(p.dbias) + c * p.outputs + column, bias[j]);
   }
 }
 
 }  // namespace fastcss::cuda::prompt_mlp_backward
+
+#define FASTCSS_PROMPT_MLP_BACKWARD(type, T)                                                  \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp_backward::kThreads)  \
+      prompt_mlp_dw1_##type(fastcss::cuda::prompt_mlp_backward::Params p) {                   \
+    fastcss::cuda::prompt_mlp_backward::run<T, float, T>(p);                                  \
+  }                                                                                           \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp_backward::kThreads)  \
+      prompt_mlp_dw2_##type(fastcss::cuda::prompt_mlp_backward::Params p) {                   \
+    fastcss::cuda::prompt_mlp_backward::run<float, T, T>(p);                                  \
+  }
+FASTCSS_PROMPT_MLP_BACKWARD(f32, float)
+FASTCSS_PROMPT_MLP_BACKWARD(bf16, fastcss::cuda::bf16)
+FASTCSS_PROMPT_MLP_BACKWARD(f16, fastcss::cuda::f16)
+#undef FASTCSS_PROMPT_MLP_BACKWARD

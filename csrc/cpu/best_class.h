@@ -1,0 +1,47 @@
+// The best class of every token: the largest of (class · token) · factor + offset over the classes, without the
+// products.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace fastcss::cpu {
+
+class BestClass {
+ public:
+  enum class Nan { wins, never_wins };
+
+  BestClass(int64_t classes, int64_t width, bool pairs, Nan nan)
+      : classes_(classes),
+        width_(width),
+        words_(pairs ? (width + 1) / 2 : width),
+        pairs_(pairs),
+        nan_(nan),
+        kernel_(pairs ? *pair_kernel() : kernel()),
+        panels_(ceil_div(classes, kernel_.rows)) {}
+
+  // Floats of the packed classes with a factor and an offset for each.
+  int64_t size() const { return panels_ * (panel_size() + 2 * kernel_.rows); }
+  // With factor 1 and offset 0; lanes are classes.
+  void pack_classes(float* packed, Matrix classes) const;
+  float* factors(float* packed) const { return packed + panels_ * panel_size(); }
+  float* offsets(float* packed) const { return factors(packed) + panels_ * kernel_.rows; }
+  // Factors 1 / the lengths of the classes.
+  void normalise(float* packed) const;
+
+  // value [N] and, where it is not null, index [N]; lanes are tokens. With `normalised` value is divided by the length
+  // of the token.
+  void run(float* packed, Matrix tokens, int64_t N, bool normalised, float* value, int32_t* index) const;
+
+ private:
+  int64_t panel_size() const { return words_ * kernel_.rows + kLanes; }
+  int lanes(int64_t p) const { return static_cast<int>(std::min<int64_t>(kernel_.rows, classes_ - p * kernel_.rows)); }
+
+  const int64_t classes_, width_, words_;
+  const bool pairs_;
+  const Nan nan_;
+  const Kernel& kernel_;
+  const int64_t panels_;
+};
+
+}  // namespace fastcss::cpu

@@ -1,0 +1,191 @@
+// select_tokens: the class of each token, then the tokens of each class.
+//
+// The cosines of N tokens with C classes are 2·N·C·D operations for N·D elements read: with 20 classes 40 operations an
+// element, or 10 a byte of float32, where a GPU of 67 TFLOP/s and 4.8 TB/s has 14. So the products run on the ordinary
+// units, exact in float32, and are no slower than the reading for up to some 28 classes.
+#pragma once
+
+#include "numeric.cuh"
+#include "select_tokens_scan.cuh"
+
+namespace fastcss::cuda::select_tokens {
+
+constexpr int kThreads = 256;
+constexpr int kTokens = 64;   // of a block
+constexpr int kClasses = 32;  // at a time
+constexpr int kDepth = 32;    // channels at a time
+constexpr int kGroup = 8;     // threads that share tokens, each with every kGroup-th class
+constexpr int kTokensEach = kTokens / (kThreads / kGroup);
+constexpr int kClassesEach = kClasses / kGroup;
+constexpr int kStride = kDepth + 4;  // of shared rows: eight of them read at once touch every bank once
+constexpr float kSmallest = 1e-12f;
+
+struct AssignParams {
+  const void* tokens;  // [B, N, D]
+  int64 token_image_stride, token_stride, token_channel_stride;
+  const void* classes;  // [B, C, D]
+  int64 class_image_stride, class_stride, class_channel_stride;
+  int64 count, class_count, channels, tiles;  // tiles of kTokens tokens in an image
+  double threshold;
+  int* best;      // [B, N]
+  float* cosine;  // [B, N]
+};
+
+struct alignas(16) AssignShared {
+  float tokens[kTokens][kStride];
+  float classes[kClasses][kStride];
+  float token_length[kTokens];
+  float class_length[kClasses];
+};
+
+// Channels [first, first + kDepth) of `rows` rows as float32, zeros past the ends; kThreads / rows threads have a row,
+// and each returns the squares of its own elements.
+template <class T>
+__device__ float load_rows(const T* from, int64 row_stride, int64 stride, int64 rows, int64 channels, int64 first,
+                           bool packed, int tile, float (*to)[kStride]) {
+  const int threads = kThreads / tile, each = kDepth / threads;
+  const int row = threadIdx.x / threads, begin = threadIdx.x % threads * each;
+  float squares = 0.f;
+  for (int i = 0; i < each; i += 4) {
+    const int64 channel = first + begin + i;
+    float value[4];
+    if (packed && row < rows && channel + 4 <= channels) {
+      struct alignas(4 * sizeof(T)) Four {
+        T at[4];
+      };
+      const Four four = *reinterpret_cast<const Four*>(from + row * row_stride + channel);
+      for (int j = 0; j < 4; ++j) value[j] = to_float(four.at[j]);
+    } else {
+      for (int j = 0; j < 4; ++j)
+        value[j] = row < rows && channel + j < channels ? to_float(from[row * row_stride + (channel + j) * stride]) : 0.f;
+    }
+    for (int j = 0; j < 4; ++j) {
+      to[row][begin + i + j] = value[j];
+      squares += value[j] * value[j];
+    }
+  }
+  return squares;
+}
+
+// max(√ Σ squares, 1e-12) of the row that `threads` neighbouring threads have.
+__device__ inline float length_of(float squares, int threads) {
+  for (int step = threads / 2; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+  const float length = sqrtf(squares);
+  return length < kSmallest ? kSmallest : length;
+}
+
+// Grid (B · tiles).
+template <class T>
+__device__ void assign(const AssignParams& p, AssignShared& s) {
+  const int64 b = blockIdx.x / p.tiles, first = blockIdx.x % p.tiles * kTokens;
+  const int64 tokens_left = p.count - first;
+  const T* tokens = static_cast<const T*>(p.tokens) + b * p.token_image_stride + first * p.token_stride;
+  const T* classes = static_cast<const T*>(p.classes) + b * p.class_image_stride;
+  const bool packed_tokens = packed_rows<T>(p.tokens, p.token_image_stride, p.token_stride, p.token_channel_stride);
+  const bool packed_classes = packed_rows<T>(p.classes, p.class_image_stride, p.class_stride, p.class_channel_stride);
+  const int group = threadIdx.x % kGroup, own = threadIdx.x / kGroup * kTokensEach;
+  float best[kTokensEach];
+  int best_class[kTokensEach];
+  for (int t = 0; t < kTokensEach; ++t) best[t] = -__int_as_float(0x7f800000), best_class[t] = 0;
+  for (int64 first_class = 0; first_class < p.class_count; first_class += kClasses) {
+    float sum[kTokensEach][kClassesEach] = {}, token_squares = 0.f, class_squares = 0.f;
+    for (int64 depth = 0; depth < p.channels; depth += kDepth) {
+      __syncthreads();
+      token_squares += load_rows(tokens, p.token_stride, p.token_channel_stride, tokens_left, p.channels, depth,
+                                 packed_tokens, kTokens, s.tokens);
+      class_squares += load_rows(classes + first_class * p.class_stride, p.class_stride, p.class_channel_stride,
+                                 p.class_count - first_class, p.channels, depth, packed_classes, kClasses, s.classes);
+      __syncthreads();
+#pragma unroll
+      for (int d = 0; d < kDepth; d += 4) {
+        Pack<float> token[kTokensEach], text[kClassesEach];
+#pragma unroll
+        for (int t = 0; t < kTokensEach; ++t) token[t] = *reinterpret_cast<const Pack<float>*>(&s.tokens[own + t][d]);
+#pragma unroll
+        for (int c = 0; c < kClassesEach; ++c)
+          text[c] = *reinterpret_cast<const Pack<float>*>(&s.classes[group + c * kGroup][d]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int t = 0; t < kTokensEach; ++t)
+#pragma unroll
+            for (int c = 0; c < kClassesEach; ++c) sum[t][c] += token[t].at[i] * text[c].at[i];
+      }
+    }
+    const float token_length = length_of(token_squares, kThreads / kTokens);
+    const float class_length = length_of(class_squares, kThreads / kClasses);
+    s.token_length[threadIdx.x / (kThreads / kTokens)] = token_length;
+    s.class_length[threadIdx.x / (kThreads / kClasses)] = class_length;
+    __syncthreads();
+    for (int t = 0; t < kTokensEach; ++t)
+      for (int c = 0; c < kClassesEach; ++c) {
+        const int number = static_cast<int>(first_class) + group + c * kGroup;
+        const float cosine = sum[t][c] / s.token_length[own + t] / s.class_length[group + c * kGroup];
+        // NaN is never above; equal cosines keep the lower class, which comes first.
+        if (number < p.class_count && cosine > best[t]) best[t] = cosine, best_class[t] = number;
+      }
+  }
+  for (int t = 0; t < kTokensEach; ++t) {
+    for (int step = kGroup / 2; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, best[t], step);
+      const int other_class = __shfl_xor_sync(kAllLanes, best_class[t], step);
+      if (other > best[t] || (other == best[t] && other_class < best_class[t]))
+        best[t] = other, best_class[t] = other_class;
+    }
+    const int64 to = b * p.count + first + own + t;
+    if (group != 0 || own + t >= tokens_left) continue;
+    p.best[to] = best[t] >= static_cast<float>(p.threshold) ? best_class[t] : -1;
+    p.cosine[to] = best[t];
+  }
+}
+
+struct CollectParams {
+  const void* tokens;  // [B, N, D]
+  int64 image_stride, stride, channel_stride;
+  int64 count, class_count, channels, length;
+  const int* best;      // [B, N]
+  const float* cosine;  // [B, N]
+  void* selected;       // [B, C, length]
+  int64* counts;        // [B, C]
+  void* presence;       // [B, C]
+};
+
+// Grid (B · C): a block has one class of one image.
+template <class T>
+__device__ void collect(const CollectParams& p, scan::Shared& s) {
+  const int64 b = blockIdx.x / p.class_count;
+  const int lane = threadIdx.x % kWarp, c = static_cast<int>(blockIdx.x % p.class_count);
+  const int* best = p.best + b * p.count;
+  const scan::Found found = scan::count(best, p.cosine + b * p.count, p.count, c, s);
+  const T* tokens = static_cast<const T*>(p.tokens) + b * p.image_stride;
+  T* selected = static_cast<T*>(p.selected) + blockIdx.x * p.length;
+  const int64 places = (p.length + p.channels - 1) / p.channels;
+  scan::for_ranks(best, p.count, c, found.before, places, [&](int64 token, int64 rank) {
+    const int64 to = rank * p.channels;
+    for (int64 d = lane; d < p.channels && to + d < p.length; d += kWarp)
+      selected[to + d] = tokens[token * p.stride + d * p.channel_stride];
+  });
+  const int64 filled = found.total < places ? found.total * p.channels : p.length;
+  for (int64 i = filled + threadIdx.x; i < p.length; i += scan::kThreads) store(selected + i, 0.f);
+  if (threadIdx.x != 0) return;
+  p.counts[blockIdx.x] = found.total;
+  store(static_cast<T*>(p.presence) + blockIdx.x, found.total ? found.cosines / found.total : 0.f);
+}
+
+}  // namespace fastcss::cuda::select_tokens
+
+#define FASTCSS_SELECT_TOKENS(type, T)                                                       \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens::kThreads)       \
+      select_tokens_assign_##type(fastcss::cuda::select_tokens::AssignParams p) {            \
+    __shared__ fastcss::cuda::select_tokens::AssignShared s;                                 \
+    fastcss::cuda::select_tokens::assign<T>(p, s);                                           \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens::scan::kThreads) \
+      select_tokens_collect_##type(fastcss::cuda::select_tokens::CollectParams p) {          \
+    __shared__ fastcss::cuda::select_tokens::scan::Shared s;                                 \
+    fastcss::cuda::select_tokens::collect<T>(p, s);                                          \
+  }
+FASTCSS_SELECT_TOKENS(f32, float)
+FASTCSS_SELECT_TOKENS(bf16, fastcss::cuda::bf16)
+FASTCSS_SELECT_TOKENS(f16, fastcss::cuda::f16)
+#undef FASTCSS_SELECT_TOKENS
