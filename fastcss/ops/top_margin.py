@@ -79,7 +79,8 @@ def top_margin(
     if impl in ("reference", "composed"):
         found = (reference if impl == "reference" else composed).top_margin(flat, labels, ignore_index)
     else:
-        arguments = (flat, flat.new_empty(0, dtype=torch.int64) if labels is None else labels, ignore_index)
+        nothing = torch.empty(0, dtype=torch.int64, device=flat.device)  # new_empty would be mapped by torch.vmap
+        arguments = (flat, nothing if labels is None else labels, ignore_index)
         found = TopMarginFunction.apply(*arguments, impl) if needs_grad(flat) else FORWARD[impl](*arguments)
     return TopMargin(*(x.view(pixels) for x in found[:5]))
 

@@ -17,6 +17,9 @@ from fastcss import _backends
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPILED = ("cpu", "triton")
 IMPLEMENTATIONS = ("composed", *COMPILED)
+#: Of the ops that have a kernel in CUDA C++, too.
+COMPILED_CUDA = (*COMPILED, "cuda")
+IMPLEMENTATIONS_CUDA = (*IMPLEMENTATIONS, "cuda")
 
 
 def runs(op: Callable, impl: str, device: str, light: bool = True) -> str:
