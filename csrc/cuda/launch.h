@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <vector>
 
@@ -19,9 +20,13 @@ using torch::stable::Tensor;
 
 inline std::vector<int64_t> shape(std::initializer_list<int64_t> sizes) { return sizes; }
 
-// int64_t is another type than the kernels' int64, of the same layout.
 template <class T = void>
-T* data(const Tensor& t) {
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T = void>
+T* write(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 

@@ -32,8 +32,9 @@ struct Params {
 };
 
 struct Shared {
+  TwoTaps down[kTile];         // of each row of the tile
   float lines[kRows][kTile];  // rows of the mask, resized along themselves
-  bool may[kWarps];  // be above the threshold here: the masks in turn
+  bool may[kWarps];           // be above the threshold here: the masks in turn
 };
 
 // The elements that some pixels of a tile are made of, along one dimension.
@@ -85,13 +86,12 @@ __device__ void run(const Params& p, Shared& s) {
   const bool fits = rows.last - rows.first < kRows;
   // Threads past the picture's edge work on its last column and row, and write nothing.
   const TwoTaps across = two_taps(column < p.width ? column : p.width - 1, p.width, p.crop_width, p.columns);
-  TwoTaps down[kRowsEach];
-  int64 winner[kRowsEach];
-  for (int i = 0; i < kRowsEach; ++i) {
-    const int row = top + warp + i * kWarps;
-    down[i] = two_taps(row < p.height ? row : p.height - 1, p.height, p.crop_height, p.rows);
-    winner[i] = -1;
+  if (warp == 0) {
+    const int row = top + lane;
+    s.down[lane] = two_taps(row < p.height ? row : p.height - 1, p.height, p.crop_height, p.rows);
   }
+  int winner[kRowsEach];
+  for (int i = 0; i < kRowsEach; ++i) winner[i] = -1;
   bool decided = false;
   for (int64 place = 0; place < p.count && !decided; place += kWarps) {
     const int64 own = place + warp;
@@ -115,8 +115,7 @@ __device__ void run(const Params& p, Shared& s) {
       bool all = true;
       for (int j = 0; j < kRowsEach; ++j) {
         if (winner[j] >= 0) continue;
-        const float value =
-            fits ? down[j]([&](int row) { return s.lines[row - rows.first][lane]; }) : down[j](resized);
+        const float value = fits ? down[j]([&](int row) { return s.lines[row - rows.first][lane]; }) : down[j](resized);
         if (value > threshold)
           winner[j] = k;
         else

@@ -26,7 +26,8 @@ struct LayerParams {
   void* out;
 };
 
-// weight [K, outputs, inputs], out [R, outputs]; positive [R, outputs]: where it is not above 0 the result is 0; or null
+// weight [K, outputs, inputs], out [R, outputs]; positive [R, outputs]: where it is not above 0 the result is 0; or
+// null
 struct TransposedParams {
   const void* x;  // [R, inputs]
   int64 x_row_stride, x_stride;
@@ -124,24 +125,24 @@ __device__ void transposed(const TransposedParams& p) {
 
 }  // namespace fastcss::cuda::prompt_mlp
 
-#define FASTCSS_PROMPT_MLP(type, T)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads)                                  \
-      prompt_mlp_hidden_##type(fastcss::cuda::prompt_mlp::LayerParams p) {                                           \
-    __shared__ fastcss::cuda::prompt_mlp::Shared<T> s;                                                               \
-    fastcss::cuda::prompt_mlp::layer<T, T, float, true>(p, s);                                                       \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads)                                  \
-      prompt_mlp_output_##type(fastcss::cuda::prompt_mlp::LayerParams p) {                                           \
-    __shared__ fastcss::cuda::prompt_mlp::Shared<T> s;                                                               \
-    fastcss::cuda::prompt_mlp::layer<float, T, T, false>(p, s);                                                      \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads)                                  \
-      prompt_mlp_dhidden_##type(fastcss::cuda::prompt_mlp::TransposedParams p) {                                     \
-    fastcss::cuda::prompt_mlp::transposed<T, T, float>(p);                                                           \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads)                                  \
-      prompt_mlp_dz_##type(fastcss::cuda::prompt_mlp::TransposedParams p) {                                          \
-    fastcss::cuda::prompt_mlp::transposed<float, T, T>(p);                                                           \
+#define FASTCSS_PROMPT_MLP(type, T)                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads) \
+      prompt_mlp_hidden_##type(fastcss::cuda::prompt_mlp::LayerParams p) {          \
+    __shared__ fastcss::cuda::prompt_mlp::Shared<T> s;                              \
+    fastcss::cuda::prompt_mlp::layer<T, T, float, true>(p, s);                      \
+  }                                                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads) \
+      prompt_mlp_output_##type(fastcss::cuda::prompt_mlp::LayerParams p) {          \
+    __shared__ fastcss::cuda::prompt_mlp::Shared<T> s;                              \
+    fastcss::cuda::prompt_mlp::layer<float, T, T, false>(p, s);                     \
+  }                                                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads) \
+      prompt_mlp_dhidden_##type(fastcss::cuda::prompt_mlp::TransposedParams p) {    \
+    fastcss::cuda::prompt_mlp::transposed<T, T, float>(p);                          \
+  }                                                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp::kThreads) \
+      prompt_mlp_dz_##type(fastcss::cuda::prompt_mlp::TransposedParams p) {         \
+    fastcss::cuda::prompt_mlp::transposed<float, T, T>(p);                          \
   }
 FASTCSS_PROMPT_MLP(f32, float)
 FASTCSS_PROMPT_MLP(bf16, fastcss::cuda::bf16)

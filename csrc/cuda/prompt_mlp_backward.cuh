@@ -1,5 +1,5 @@
-// The half of prompt_mlp's backward that writes the gradients of the weights: whole tensors, zeros for the classes of no
-// row. dweight[k] = Σ x[r] ⊗ dy[r] and dbias[k] = Σ dy[r] over the rows r of class k, in their order.
+// The half of prompt_mlp's backward that writes the gradients of the weights: whole tensors, zeros for the classes of
+// no row. dweight[k] = Σ x[r] ⊗ dy[r] and dbias[k] = Σ dy[r] over the rows r of class k, in their order.
 #pragma once
 
 #include "numeric.cuh"
@@ -64,14 +64,14 @@ __device__ void run(const Params& p) {
 
 }  // namespace fastcss::cuda::prompt_mlp_backward
 
-#define FASTCSS_PROMPT_MLP_BACKWARD(type, T)                                                  \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp_backward::kThreads)  \
-      prompt_mlp_dw1_##type(fastcss::cuda::prompt_mlp_backward::Params p) {                   \
-    fastcss::cuda::prompt_mlp_backward::run<T, float, T>(p);                                  \
-  }                                                                                           \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp_backward::kThreads)  \
-      prompt_mlp_dw2_##type(fastcss::cuda::prompt_mlp_backward::Params p) {                   \
-    fastcss::cuda::prompt_mlp_backward::run<float, T, T>(p);                                  \
+#define FASTCSS_PROMPT_MLP_BACKWARD(type, T)                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp_backward::kThreads) \
+      prompt_mlp_dw1_##type(fastcss::cuda::prompt_mlp_backward::Params p) {                  \
+    fastcss::cuda::prompt_mlp_backward::run<T, float, T>(p);                                 \
+  }                                                                                          \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::prompt_mlp_backward::kThreads) \
+      prompt_mlp_dw2_##type(fastcss::cuda::prompt_mlp_backward::Params p) {                  \
+    fastcss::cuda::prompt_mlp_backward::run<float, T, T>(p);                                 \
   }
 FASTCSS_PROMPT_MLP_BACKWARD(f32, float)
 FASTCSS_PROMPT_MLP_BACKWARD(bf16, fastcss::cuda::bf16)

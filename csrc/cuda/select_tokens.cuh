@@ -57,7 +57,8 @@ __device__ float load_rows(const T* from, int64 row_stride, int64 stride, int64 
       for (int j = 0; j < 4; ++j) value[j] = to_float(four.at[j]);
     } else {
       for (int j = 0; j < 4; ++j)
-        value[j] = row < rows && channel + j < channels ? to_float(from[row * row_stride + (channel + j) * stride]) : 0.f;
+        value[j] =
+            row < rows && channel + j < channels ? to_float(from[row * row_stride + (channel + j) * stride]) : 0.f;
     }
     for (int j = 0; j < 4; ++j) {
       to[row][begin + i + j] = value[j];
@@ -96,7 +97,7 @@ __device__ void assign(const AssignParams& p, AssignShared& s) {
       class_squares += load_rows(classes + first_class * p.class_stride, p.class_stride, p.class_channel_stride,
                                  p.class_count - first_class, p.channels, depth, packed_classes, kClasses, s.classes);
       __syncthreads();
-#pragma unroll
+#pragma unroll 2
       for (int d = 0; d < kDepth; d += 4) {
         Pack<float> token[kTokensEach], text[kClassesEach];
 #pragma unroll

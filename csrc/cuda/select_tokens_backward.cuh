@@ -28,12 +28,12 @@ struct Params {
   const int* best;      // [B, N]
   const float* cosine;  // [B, N]
   int64 batch, count, class_count, channels, length, slices;
-  int* rank;        // [B, N], of a token among those of its class
-  float* inverse;   // [B, N], 1 / |t|
-  float* units;     // [B, C, slices, D], Σ t̂ of a slice's tokens of the class
-  float* cosines;   // [B, C, slices], Σ cos of them
-  void* dtokens;    // [B, N, D]
-  void* dclasses;   // [B, C, D]
+  int* rank;       // [B, N], of a token among those of its class
+  float* inverse;  // [B, N], 1 / |t|
+  float* units;    // [B, C, slices, D], Σ t̂ of a slice's tokens of the class
+  float* cosines;  // [B, C, slices], Σ cos of them
+  void* dtokens;   // [B, N, D]
+  void* dclasses;  // [B, C, D]
 };
 
 // Grid (B · C), with scan::kThreads.
@@ -78,8 +78,7 @@ __device__ void dtokens(const Params& p) {
   }
   const T* token = static_cast<const T*>(p.tokens) + b * p.token_image_stride + at % p.count * p.token_stride;
   const T* text = static_cast<const T*>(p.classes) + b * p.class_image_stride + c * p.class_stride;
-  const T* dselected =
-      static_cast<const T*>(p.dselected) + b * p.dselected_image_stride + c * p.dselected_class_stride;
+  const T* dselected = static_cast<const T*>(p.dselected) + b * p.dselected_image_stride + c * p.dselected_class_stride;
   const float length = sqrtf(squares(token, p.token_channel_stride, p.channels));
   const float text_length = sqrtf(squares(text, p.class_channel_stride, p.channels));
   const float inverse = 1.f / (length < kSmallest ? kSmallest : length);
@@ -88,8 +87,8 @@ __device__ void dtokens(const Params& p) {
   const float along = length < kSmallest ? 0.f : p.cosine[at] * inverse;
   const int64 first = static_cast<int64>(p.rank[at]) * p.channels;
   for (int64 d = lane; d < p.channels; d += kWarp) {
-    const float direction = to_float(text[d * p.class_channel_stride]) * text_inverse -
-                            to_float(token[d * p.token_channel_stride]) * along;
+    const float direction =
+        to_float(text[d * p.class_channel_stride]) * text_inverse - to_float(token[d * p.token_channel_stride]) * along;
     const float copied = first + d < p.length ? to_float(dselected[(first + d) * p.dselected_stride]) : 0.f;
     store(out + d, copied + slope * direction);
   }
@@ -122,8 +121,7 @@ __device__ void add_units(const Params& p, Shared& s) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
         if (channel + i * kWarp < p.channels)
-          sum[i] +=
-              inverse * to_float(tokens[token * p.token_stride + (channel + i * kWarp) * p.token_channel_stride]);
+          sum[i] += inverse * to_float(tokens[token * p.token_stride + (channel + i * kWarp) * p.token_channel_stride]);
     }
   }
 #pragma unroll

@@ -154,11 +154,11 @@ __device__ void run(const Params& p, Shared& s) {
 
 }  // namespace fastcss::cuda::top_classes
 
-#define FASTCSS_TOP_CLASSES(name, T)                                                            \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::top_classes::kThreads)            \
-      name(fastcss::cuda::top_classes::Params p) {                                              \
-    __shared__ fastcss::cuda::top_classes::Shared s;                                            \
-    fastcss::cuda::top_classes::run<T>(p, s);                                                   \
+#define FASTCSS_TOP_CLASSES(name, T)                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::top_classes::kThreads) \
+      name(fastcss::cuda::top_classes::Params p) {                                   \
+    __shared__ fastcss::cuda::top_classes::Shared s;                                 \
+    fastcss::cuda::top_classes::run<T>(p, s);                                        \
   }
 FASTCSS_TOP_CLASSES(top_classes_f32, float)
 FASTCSS_TOP_CLASSES(top_classes_bf16, fastcss::cuda::bf16)

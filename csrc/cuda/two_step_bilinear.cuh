@@ -29,7 +29,7 @@ FASTCSS_BOTH Tap tap(int output, float scale, int inputs) {
 FASTCSS_BOTH float mix(float near, float far, float weight) { return (1.f - weight) * near + weight * far; }
 
 // line of `inputs` elements → line of kUpscale · inputs, of which the first `crop` → line of `outputs`
-struct TwoTaps {
+struct alignas(16) TwoTaps {
   Tap first, second;
   float weight;
 
