@@ -32,7 +32,7 @@ struct Params {
 };
 
 struct Shared {
-  TwoTaps down[kTile];         // of each row of the tile
+  TwoTaps down[kTile];        // of each row of the tile
   float lines[kRows][kTile];  // rows of the mask, resized along themselves
   bool may[kWarps];           // be above the threshold here: the masks in turn
 };
@@ -115,9 +115,10 @@ __device__ void run(const Params& p, Shared& s) {
       bool all = true;
       for (int j = 0; j < kRowsEach; ++j) {
         if (winner[j] >= 0) continue;
-        const float value = fits ? down[j]([&](int row) { return s.lines[row - rows.first][lane]; }) : down[j](resized);
+        const TwoTaps down = s.down[warp + j * kWarps];
+        const float value = fits ? down([&](int row) { return s.lines[row - rows.first][lane]; }) : down(resized);
         if (value > threshold)
-          winner[j] = k;
+          winner[j] = static_cast<int>(k);
         else
           all = false;
       }
