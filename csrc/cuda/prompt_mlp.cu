@@ -54,10 +54,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
   Tensor dz = torch::stable::new_empty(z, need_dz ? shape({R, L}) : shape({0}));
   Tensor dw1 = weight({K, L, H}), db1 = weight({K, H}), dw2 = weight({K, H, O}), db2 = weight({K, O});
   Tensor dhidden = torch::stable::new_empty(z, shape({R, H}), ScalarType::Float);
+  const Tensor positive = torch::stable::contiguous(hidden);
   const Launcher launch(kOp, z);
   launch(by_dtype(z, kOp, prompt_mlp_dhidden_f32, prompt_mlp_dhidden_bf16, prompt_mlp_dhidden_f16),
          dim3(blocks(H, prompt_mlp::kWarps), R), prompt_mlp::kThreads,
-         transposed(dy, w2, read<float>(hidden), index, dhidden));
+         transposed(dy, w2, read<float>(positive), index, dhidden));
   if (need_dz)
     launch(by_dtype(z, kOp, prompt_mlp_dz_f32, prompt_mlp_dz_bf16, prompt_mlp_dz_f16),
            dim3(blocks(L, prompt_mlp::kWarps), R), prompt_mlp::kThreads, transposed(dhidden, w1, nullptr, index, dz));

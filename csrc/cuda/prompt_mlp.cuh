@@ -9,9 +9,9 @@ namespace fastcss::cuda::prompt_mlp {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLanes = 8;  // of 16 bytes: the columns of a block in `layer`, 128 bytes of each weight row
+constexpr int kColumnBytes = 128;  // of each weight row, that a block reads in `layer`
+constexpr int kLanes = kColumnBytes / 16;
 constexpr int kSlices = kThreads / kLanes;
-constexpr int kColumnBytes = 16 * kLanes;
 
 // weight [K, inputs, outputs], out [R, outputs]
 struct LayerParams {

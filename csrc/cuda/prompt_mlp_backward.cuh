@@ -7,10 +7,10 @@
 namespace fastcss::cuda::prompt_mlp_backward {
 
 constexpr int kThreads = 256;
-constexpr int kColumnsEach = 4;  // elements of dweight that a thread has, kWarp apart so that a warp's lie side by side
-constexpr int kRowsEach = 4;
-constexpr int kColumns = kWarp * kColumnsEach;  // of a block
-constexpr int kRows = kThreads / kWarp * kRowsEach;
+constexpr int kColumns = 128;  // of dweight, in a block
+constexpr int kRows = 32;
+constexpr int kColumnsEach = kColumns / kWarp;  // of a thread, kWarp apart so that a warp's lie side by side
+constexpr int kRowsEach = kRows / (kThreads / kWarp);
 
 struct Params {
   const void* x;  // [R, inputs]
