@@ -1,0 +1,204 @@
+// fastcss::top_margin.cpu. The two largest logits of each pixel and Σ exp come out of one read of the
+// logits: a few hundred pixels at a time, whose running values stay in the first cache while the classes go by.
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "parallel.h"
+#include "rows.h"
+#include "tensors.h"
+#include "vector_math.h"
+
+namespace fastcss::cpu {
+namespace {
+
+constexpr const char* kOp = "top_margin";
+constexpr int64_t kPixels = 512;  // 2 KiB of each class at a time: whole pages stream, and the state is 10 KiB
+constexpr float kLeast = -std::numeric_limits<float>::max();
+
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+FASTCSS_INLINE Ints load_ints(const int32_t* p) {
+  Ints v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FASTCSS_INLINE void store_ints(int32_t* p, Ints v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Of each pixel so far: the largest logit and the next, their classes, and Σ exp(z − largest).
+struct Running {
+  float first[kPixels], second[kPixels], sum[kPixels];
+  int32_t first_class[kPixels], second_class[kPixels];
+};
+
+// Two classes join the running values of 16 pixels. Equal logits leave the lower class in front; NaN and ∞ are seen in
+// the sum.
+template <int CLASSES, class Read>
+FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const Read& read) {
+  Vec first = load(r.first + i), second = load(r.second + i), sum = load(r.sum + i);
+  Ints first_class = load_ints(r.first_class + i), second_class = load_ints(r.second_class + i);
+#pragma GCC unroll 4
+  for (int n = 0; n < CLASSES; ++n, ++c) {
+    const Vec x = read(n);
+    const Ints leads = x > first;
+    const Vec lower = leads ? first : x, upper = leads ? x : first;
+    const Vec e = Portable::exp2((lower - upper) * kLog2e);
+    sum = leads ? sum * e + 1.f : sum + e;
+    const Ints follows = lower > second;
+    const Ints lower_class = leads ? first_class : c - Ints{};
+    second_class = leads | follows ? lower_class : second_class;
+    second = leads | follows ? lower : second;
+    first_class = leads ? c - Ints{} : first_class;
+    first = upper;
+  }
+  store(r.first + i, first), store(r.second + i, second), store(r.sum + i, sum);
+  store_ints(r.first_class + i, first_class), store_ints(r.second_class + i, second_class);
+}
+
+template <class T>
+FASTCSS_INLINE void run_classes(Running& r, const T* logits, int64_t C, int64_t class_stride, int64_t pixels) {
+  constexpr int kAtOnce = 4;
+  std::fill_n(r.first, kPixels, kLeast), std::fill_n(r.second, kPixels, kLeast), std::fill_n(r.sum, kPixels, 0.f);
+  std::fill_n(r.first_class, kPixels, 0), std::fill_n(r.second_class, kPixels, 0);
+  const int64_t whole = pixels / kLanes * kLanes;
+  int32_t c = 0;
+  for (; c + kAtOnce <= C; c += kAtOnce)
+    for (int64_t i = 0; i < whole; i += kLanes)
+      join<kAtOnce>(r, i, c, [&](int n) { return load(logits + (c + n) * class_stride + i); });
+  for (; c < C; ++c)
+    for (int64_t i = 0; i < whole; i += kLanes)
+      join<1>(r, i, c, [&](int) { return load(logits + c * class_stride + i); });
+  if (whole == pixels) return;
+  for (c = 0; c < C; ++c)
+    join<1>(r, whole, c, [&](int) { return load(logits + c * class_stride + whole, pixels - whole); });
+}
+
+FASTCSS_CLONES void run_all(Running& r, Matrix logits, int64_t C, int64_t pixels) {
+  if (logits.dtype == DType::f32)
+    run_classes(r, static_cast<const float*>(logits.data), C, logits.k_stride, pixels);
+  else if (logits.dtype == DType::bf16)
+    run_classes(r, static_cast<const BFloat16*>(logits.data), C, logits.k_stride, pixels);
+  else
+    run_classes(r, static_cast<const _Float16*>(logits.data), C, logits.k_stride, pixels);
+}
+
+float widen(_Float16 x) { return static_cast<float>(x); }
+float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+float value(Matrix logits, int64_t pixel, int64_t c) {
+  const void* at = logits.at(pixel, c).data;
+  if (logits.dtype == DType::f32) return *static_cast<const float*>(at);
+  if (logits.dtype == DType::bf16) return widen(*static_cast<const BFloat16*>(at));
+  return widen(*static_cast<const _Float16*>(at));
+}
+
+// What the results of each pixel are made of.
+struct Found {
+  float true_logit[kPixels], rival_logit[kPixels], lse[kPixels];
+  int64_t true_class[kPixels], rival_class[kPixels];
+};
+
+// One pixel whose two largest logits are not both finite: NaN above all, then by size, then by class. Where the largest
+// is not finite the softmax is NaN.
+void careful(Matrix logits, int64_t pixel, int64_t C, Running& r) {
+  const auto above = [](float x, float y) { return x > y || (std::isnan(x) && !std::isnan(y)); };
+  int32_t first = 0, second = -1;
+  float largest = value(logits, pixel, 0), next = 0, sum = 0;
+  for (int32_t c = 1; c < C; ++c) {
+    const float x = value(logits, pixel, c);
+    if (above(x, largest))
+      next = largest, second = first, largest = x, first = c;
+    else if (second < 0 || above(x, next))
+      next = x, second = c;
+  }
+  for (int64_t c = 0; c < C; ++c) sum += std::exp(value(logits, pixel, c) - largest);
+  r.first[pixel] = largest, r.second[pixel] = next, r.sum[pixel] = sum;
+  r.first_class[pixel] = first, r.second_class[pixel] = second;
+}
+
+FASTCSS_CLONES void log_sum_exp(const Running& r, int64_t pixels, float* lse) {
+  for (int64_t i = 0; i < pixels; i += kLanes)  // the sum is at least 1, or NaN
+    store(lse + i, load(r.first + i) + log1p(load(r.sum + i) - 1.f));
+}
+
+// true_class -1: the pixel is ignored; -2: its label is no class.
+constexpr int64_t kIgnored = -1, kUnknown = -2;
+
+void compare(Running& r, Matrix logits, int64_t C, const int64_t* labels, int64_t ignore_index, int64_t pixels,
+             Found& found) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < pixels; ++i)
+    if (!(r.sum[i] < kInfinity && r.first[i] < kInfinity && r.second[i] > kLeast)) careful(logits, i, C, r);
+  log_sum_exp(r, pixels, found.lse);
+  for (int64_t i = 0; i < pixels; ++i) {
+    const int64_t label = labels ? labels[i] : r.first_class[i];
+    const bool leads = label == r.first_class[i], known = label >= 0 && label < C;
+    found.rival_class[i] = leads ? r.second_class[i] : r.first_class[i];
+    found.rival_logit[i] = leads ? r.second[i] : r.first[i];
+    found.true_class[i] = labels && label == ignore_index ? kIgnored : known ? label : kUnknown;
+    found.true_logit[i] = leads ? r.first[i] : known ? value(logits, i, label) : 0.f;
+  }
+}
+
+// margin, p_true, p_rival and curvature, each [kPixels]
+FASTCSS_CLONES void conclude(const Found& found, int64_t pixels, float (&result)[4][kPixels]) {
+  for (int64_t i = 0; i < pixels; i += kLanes) {
+    const Vec own = load(found.true_logit + i), rival = load(found.rival_logit + i), lse = load(found.lse + i);
+    const Vec p = exp_negative(own - lse), q = exp_negative(rival - lse);
+    const Vec values[4] = {own - rival, p, q, (p + q) - (p - q) * (p - q)};
+    for (int n = 0; n < 4; ++n) store(result[n] + i, values[n]);
+  }
+  for (int64_t i = 0; i < pixels; ++i) {
+    if (found.true_class[i] >= 0) continue;
+    for (auto& values : result) values[i] = found.true_class[i] == kIgnored ? 0.f : __builtin_nanf("");
+  }
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore_index) {
+  const int64_t B = logits.size(0), C = logits.size(1), N = logits.size(2);
+  const Tensor labels = torch::stable::contiguous(labels_in);
+  const DType dtype = dtype_of(logits, kOp);
+  const auto made = [&](ScalarType type) { return torch::stable::new_empty(logits, shape({B, N}), type); };
+  Tensor floats[4] = {made(logits.scalar_type()), made(logits.scalar_type()), made(logits.scalar_type()),
+                      made(logits.scalar_type())};
+  Tensor rival = made(ScalarType::Long), own = made(ScalarType::Long), lse = made(ScalarType::Float);
+  const bool planes = logits.stride(2) == 1 || N == 1;  // else pixels are brought next to each other, kCols at a time
+  const int64_t size = planes ? kPixels : kCols, tiles = ceil_div(N, size);
+  parallel(B * tiles, [&](int64_t item) {
+    const int64_t b = item / tiles, first = item % tiles * size, pixels = std::min(size, N - first), at = b * N + first;
+    Matrix z = matrix(logits, 2, 1, kOp).offset(b * logits.stride(0)).at(first, 0);
+    if (!planes) {
+      float* panel = local_workspace.get(C * kCols);
+      pack(panel, kCols, static_cast<int>(pixels), C, z);
+      z = {panel, DType::f32, 1, kCols};
+    }
+    Running running;
+    Found found;
+    float result[4][kPixels];
+    run_all(running, z, C, pixels);
+    const auto* label = labels.numel() > 0 ? static_cast<const int64_t*>(labels.const_data_ptr()) + at : nullptr;
+    compare(running, z, C, label, ignore_index, pixels, found);
+    conclude(found, pixels, result);
+    for (int n = 0; n < 4; ++n)
+      write_row(static_cast<char*>(floats[n].mutable_data_ptr()) + at * size_of(dtype), dtype, result[n], pixels);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const bool valid = found.true_class[i] >= 0;
+      static_cast<int64_t*>(rival.mutable_data_ptr())[at + i] = valid ? found.rival_class[i] : -1;
+      static_cast<int64_t*>(own.mutable_data_ptr())[at + i] = valid ? found.true_class[i] : -1;
+    }
+    std::copy_n(found.lse, pixels, static_cast<float*>(lse.mutable_data_ptr()) + at);
+  });
+  return {floats[0], rival, floats[1], floats[2], floats[3], own, lse};
+}
+
+}  // namespace
+}  // namespace fastcss::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("top_margin.cpu", TORCH_BOX(&fastcss::cpu::top_margin)); }
