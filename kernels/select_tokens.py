@@ -1,0 +1,165 @@
+"""Triton implementation of fastcss::select_tokens: cosines, their best class, and the tokens of each class in order.
+
+2 N D bytes of tokens and 2 N C D FLOP: at C = 20 reading the tokens is the limit, some microseconds, so what counts is
+the number of launches. Two: the first multiplies a block of tokens with all classes, the squares of the same tiles
+giving the lengths, and leaves the best class of each token and, for each class, how many tokens of the block it has
+and the sum of their cosines. A program of the second owns one place of one class: from the running count over blocks
+it finds the block, in it the token, and copies its row, or zeros where the class has no such token. No token is ever
+sent anywhere, so there is nothing to be ordered by atomics, and nothing is read on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schema import LIBRARY
+from .multi_lora import precision, rank_block
+from .multi_lora_device import dot, load_tile
+
+SMALLEST = tl.constexpr(1e-12)  # shorter rows count as this long
+BLOCK_N = 64  # tokens of one count
+BLOCKS = tl.constexpr(512)  # of tokens, whose counts are summed at a time
+
+
+@triton.jit
+def clamped_root(squares):
+    return tl.maximum(tl.sqrt(squares), SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def best_class_kernel(
+    tokens, classes, best, cosine, block_counts, block_sums,
+    N, C, D, threshold, stride_tb, stride_tn, stride_td, stride_cb, stride_cc, stride_cd,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """best, cosine [B, N]; block_counts and block_sums [B, C, blocks] of the tokens that survive and their cosines."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    n = block * BLOCK_N
+    tokens += batch * stride_tb
+    classes += batch * stride_cb
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    highest_class = tl.zeros([BLOCK_N], tl.int32)
+    for c in range(0, C, BLOCK_C):
+        acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        token_squares = tl.zeros([BLOCK_N], tl.float32)
+        class_squares = tl.zeros([BLOCK_C], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            t_tile = load_tile(tokens, n, d, N, D, stride_tn, stride_td, BLOCK_N, BLOCK_D)
+            c_tile = load_tile(classes, d, c, D, C, stride_cd, stride_cc, BLOCK_D, BLOCK_C)
+            acc = dot(t_tile, c_tile, acc, PRECISION)
+            t_wide, c_wide = t_tile.to(tl.float32), c_tile.to(tl.float32)
+            token_squares += tl.sum(t_wide * t_wide, 1)
+            class_squares += tl.sum(c_wide * c_wide, 0)
+        value = acc / clamped_root(token_squares)[:, None] / clamped_root(class_squares)[None, :]
+        there = (c + tl.arange(0, BLOCK_C) < C)[None, :] & (value == value)
+        value, column = tl.max(tl.where(there, value, float("-inf")), 1, return_indices=True)
+        better = value > highest
+        highest, highest_class = tl.where(better, value, highest), tl.where(better, c + column, highest_class)
+    rows = n + tl.arange(0, BLOCK_N)
+    survives = (highest >= threshold) & (rows < N)
+    tl.store(cosine + batch * N + rows, highest, mask=rows < N)
+    chosen = tl.where(survives, highest_class, -1)
+    tl.store(best + batch * N + rows, chosen, mask=rows < N)
+    for c in range(0, C, BLOCK_C):
+        columns = c + tl.arange(0, BLOCK_C)
+        is_class = chosen[:, None] == columns[None, :]
+        place = (batch * C + columns) * blocks + block
+        tl.store(block_counts + place, tl.sum(is_class.to(tl.int32), 0), mask=columns < C)
+        tl.store(block_sums + place, tl.sum(tl.where(is_class, highest[:, None], 0.0), 0), mask=columns < C)
+
+
+@triton.jit
+def find_token(best, block_counts, c, place, N, blocks, BLOCK_N: tl.constexpr):
+    """The token at ``place`` of those that survive for class c, N where there is none; all pointers are the image's."""
+    offsets = tl.arange(0, BLOCKS)
+    before = 0  # tokens in blocks that were looked at
+    found = -1
+    rank = 0  # in the block that was found
+    for first in range(0, blocks, BLOCKS):
+        counts = tl.load(block_counts + first + offsets, mask=first + offsets < blocks, other=0)
+        upto = before + tl.cumsum(counts, 0)
+        holds = (place < upto) & (place >= upto - counts)
+        here = tl.max(tl.where(holds, first + offsets, -1), 0)
+        rank = tl.where(here >= 0, place - tl.sum(tl.where(holds, upto - counts, 0), 0), rank)
+        found = tl.maximum(found, here)
+        before += tl.sum(counts, 0)
+    rows = found * BLOCK_N + tl.arange(0, BLOCK_N)
+    of_class = tl.load(best + rows, mask=(found >= 0) & (rows < N), other=-1) == c
+    index = tl.cumsum(of_class.to(tl.int32), 0) - 1
+    return tl.min(tl.where(of_class & (index == rank), rows, N), 0)
+
+
+@triton.jit
+def copy_selected_kernel(
+    tokens, best, block_counts, block_sums, selected, counts, presence,
+    N, C, D, length, blocks, places, stride_tb, stride_tn, stride_td, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One place of one class in ``selected`` [B, C, length]; the first also writes the class's count and presence."""
+    place = tl.program_id(0) % places
+    per_class = tl.cast(tl.program_id(0) // places, tl.int64)
+    batch, c = per_class // C, per_class % C
+    block_counts += per_class * blocks
+    token = find_token(best + batch * N, block_counts, c, place, N, blocks, BLOCK_N)
+    row = tokens + batch * stride_tb + tl.cast(token, tl.int64) * stride_tn
+    selected += per_class * length + tl.cast(place, tl.int64) * D
+    for d in range(0, D, BLOCK_D):
+        columns = d + tl.arange(0, BLOCK_D)
+        value = tl.load(row + columns.to(tl.int64) * stride_td, mask=(columns < D) & (token < N), other=0.0)
+        fits = (columns < D) & (columns < length - tl.cast(place, tl.int64) * D)
+        tl.store(selected + columns, value, mask=fits)
+    if place == 0:
+        offsets = tl.arange(0, BLOCKS)
+        count = tl.zeros([BLOCKS], tl.int32)
+        total = tl.zeros([BLOCKS], tl.float32)
+        for first in range(0, blocks, BLOCKS):
+            there = first + offsets < blocks
+            count += tl.load(block_counts + first + offsets, mask=there, other=0)
+            total += tl.load(block_sums + per_class * blocks + first + offsets, mask=there, other=0.0)
+        survivors = tl.sum(count, 0)
+        tl.store(counts + per_class, survivors.to(tl.int64))
+        mean = tl.sum(total, 0) / tl.maximum(survivors, 1).to(tl.float32)
+        tl.store(presence + per_class, mean.to(presence.dtype.element_ty))
+
+
+def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
+    d, stages = (32, 2) if dtype == torch.float32 else (64, 3)
+    largest = 64 if dtype == torch.float32 else 128
+    return {
+        "BLOCK_N": BLOCK_N, "BLOCK_C": rank_block(classes, largest), "BLOCK_D": d, "num_warps": 4, "num_stages": stages
+    }  # fmt: skip
+
+
+def select_tokens(
+    tokens: Tensor, classes: Tensor, threshold: float, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batches, count, depth), class_count = tokens.shape, classes.shape[1]
+    selected = tokens.new_empty(batches, class_count, length)
+    counts = tokens.new_empty((batches, class_count), dtype=torch.int64)
+    presence = tokens.new_empty(batches, class_count)
+    best = tokens.new_empty((batches, count), dtype=torch.int32)
+    cosine = tokens.new_empty((batches, count), dtype=torch.float32)
+    blocks, places = triton.cdiv(count, BLOCK_N), triton.cdiv(length, depth)
+    block_counts = tokens.new_empty((batches, class_count, blocks), dtype=torch.int32)
+    block_sums = tokens.new_empty((batches, class_count, blocks), dtype=torch.float32)
+    with torch.cuda.device_of(tokens):
+        if batches * blocks:
+            best_class_kernel[(batches * blocks,)](
+                tokens, classes, best, cosine, block_counts, block_sums,
+                count, class_count, depth, threshold, *tokens.stride(), *classes.stride(),
+                PRECISION=precision(tokens.dtype), **score_tile(class_count, tokens.dtype),
+            )  # fmt: skip
+        if batches:
+            copy_selected_kernel[(batches * class_count * places,)](
+                tokens, best, block_counts, block_sums, selected, counts, presence,
+                count, class_count, depth, length, blocks, places, *tokens.stride(),
+                BLOCK_N=BLOCK_N, BLOCK_D=256, num_warps=4,
+            )  # fmt: skip
+    return selected, counts, presence, best, cosine
+
+
+LIBRARY.impl("select_tokens.triton", select_tokens, "CompositeExplicitAutograd")
