@@ -11,7 +11,12 @@ def register() -> None:
         class_affinity_backward,
         class_centers,
         class_centers_backward,
+        cost_filter,
+        merge_masks,
         multi_lora,
         multi_lora_backward,
+        select_tokens,
+        select_tokens_backward,
+        top_classes,
         top_margin,
     )
