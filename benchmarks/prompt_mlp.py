@@ -82,8 +82,8 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 def _part(z: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> None:
     """Move ``b1`` so that no hidden value is near 0, where rounding would decide whether a ReLU passes its gradient."""
-    hidden = torch.bmm(z[:, None], w1[index])[:, 0] + b1[index]
-    b1[index] += 0.25 * hidden.sign()
+    hidden = torch.bmm(z[:, None].float(), w1[index].float())[:, 0] + b1[index]
+    b1[index] += torch.where(hidden < 0, -0.25, 0.25).to(b1.dtype)
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:

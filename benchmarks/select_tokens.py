@@ -60,15 +60,20 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def _tokens_and_classes(shape: dict, device: str) -> tuple[Tensor, Tensor]:
-    """Half of the tokens above the threshold and half below, none of them near it nor between two classes."""
+    """Half of the tokens above the threshold and half below, none of them near it nor between two classes.
+
+    What a class's tokens have beside it they have in common in part; else nothing but rounding were left of its
+    gradient in bfloat16.
+    """
     n, c, d = (shape[name] for name in "NCD")
-    classes, tokens = torch.randn(c, d, device=device), torch.randn(n, d, device=device)
+    classes, which = torch.randn(c, d, device=device), torch.randint(c, (n,), device=device)
     span = torch.linalg.qr(classes.T).Q  # [D, C]
-    rest = F.normalize(tokens - tokens @ span @ span.T, dim=1)
+    own, common = (torch.randn(rows, d, device=device) for rows in (n, c))
+    own, common = (F.normalize(x - x @ span @ span.T, dim=1) for x in (own, common))
+    rest = F.normalize(own + common[which], dim=1)
     cosine = torch.rand(n, 1, device=device)
     cosine = torch.where(torch.rand(n, 1, device=device) < 0.5, 0.05 + 0.2 * cosine, 0.4 + 0.5 * cosine)
-    shown = F.normalize(classes, dim=1)[torch.randint(c, (n,), device=device)]
-    tokens = (cosine * shown + (1 - cosine**2).sqrt() * rest) * d**0.5
+    tokens = (cosine * F.normalize(classes, dim=1)[which] + (1 - cosine**2).sqrt() * rest) * d**0.5
     return tokens[None], classes[None]
 
 
