@@ -32,24 +32,25 @@ struct Running {
   int32_t first_class[kPixels], second_class[kPixels];
 };
 
-// Two classes join the running values of 16 pixels. Equal logits leave the lower class in front; NaN and ∞ are seen in
-// the sum.
-template <int CLASSES, class Read>
-FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const Read& read) {
+// Some classes join the running values of up to 16 pixels. Equal logits leave the lower class in front; NaN and ∞ are
+// seen in the sum.
+template <int CLASSES, class T>
+FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const T* logits, int64_t class_stride, int64_t lanes) {
   Vec first = load(r.first + i), second = load(r.second + i), sum = load(r.sum + i);
   Ints first_class = load_ints(r.first_class + i), second_class = load_ints(r.second_class + i);
 #pragma GCC unroll 4
   for (int n = 0; n < CLASSES; ++n, ++c) {
-    const Vec x = read(n);
-    const Ints leads = x > first;
-    const Vec lower = leads ? first : x, upper = leads ? x : first;
+    const T* at = logits + c * class_stride + i;
+    const Vec x = lanes == kLanes ? load(at) : load(at, lanes);
+    // A comparison stands where it is used: gcc has no masks of its own for a variable of comparisons.
+    const Vec lower = x > first ? first : x, upper = x > first ? x : first;
     const Vec e = Portable::exp2((lower - upper) * kLog2e);
-    sum = leads ? sum * e + 1.f : sum + e;
-    const Ints follows = lower > second;
-    const Ints lower_class = leads ? first_class : c - Ints{};
-    second_class = leads | follows ? lower_class : second_class;
-    second = leads | follows ? lower : second;
-    first_class = leads ? c - Ints{} : first_class;
+    const Vec rest = x > second ? x : second;
+    const Ints here = c - Ints{}, rest_class = x > second ? here : second_class;
+    sum = x > first ? sum * e + 1.f : sum + e;
+    second_class = x > first ? first_class : rest_class;
+    second = x > first ? first : rest;
+    first_class = x > first ? here : first_class;
     first = upper;
   }
   store(r.first + i, first), store(r.second + i, second), store(r.sum + i, sum);
@@ -64,14 +65,10 @@ FASTCSS_INLINE void run_classes(Running& r, const T* logits, int64_t C, int64_t 
   const int64_t whole = pixels / kLanes * kLanes;
   int32_t c = 0;
   for (; c + kAtOnce <= C; c += kAtOnce)
-    for (int64_t i = 0; i < whole; i += kLanes)
-      join<kAtOnce>(r, i, c, [&](int n) { return load(logits + (c + n) * class_stride + i); });
+    for (int64_t i = 0; i < whole; i += kLanes) join<kAtOnce>(r, i, c, logits, class_stride, kLanes);
   for (; c < C; ++c)
-    for (int64_t i = 0; i < whole; i += kLanes)
-      join<1>(r, i, c, [&](int) { return load(logits + c * class_stride + i); });
-  if (whole == pixels) return;
-  for (c = 0; c < C; ++c)
-    join<1>(r, whole, c, [&](int) { return load(logits + c * class_stride + whole, pixels - whole); });
+    for (int64_t i = 0; i < whole; i += kLanes) join<1>(r, i, c, logits, class_stride, kLanes);
+  for (c = 0; whole < pixels && c < C; ++c) join<1>(r, whole, c, logits, class_stride, pixels - whole);
 }
 
 FASTCSS_CLONES void run_all(Running& r, Matrix logits, int64_t C, int64_t pixels) {

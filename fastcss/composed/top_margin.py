@@ -31,8 +31,8 @@ def _pixels(logits: Tensor, labels: Tensor | None, ignore_index: int) -> tuple[T
     rival = others.argmax(dim=1, keepdim=True)
     rival = torch.where(rival == true, (true == 0).long(), rival)  # all others are −∞: the first of them
     pair = torch.cat([true, rival], dim=1)
-    z = logits.gather(1, pair).to(torch.promote_types(logits.dtype, torch.float32))
-    p = (z - torch.logsumexp(logits.to(z.dtype), dim=1, keepdim=True)).exp()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    z, p = logits.gather(1, pair).to(wide), logits.softmax(dim=1, dtype=wide).gather(1, pair)
     margin, total, difference = z[:, 0] - z[:, 1], p.sum(1), p[:, 0] - p[:, 1]
     floats = torch.stack([margin, p[:, 0], p[:, 1], total - difference.square()]).to(logits.dtype)
     floats = torch.where(known, floats, float("nan"))
