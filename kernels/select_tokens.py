@@ -127,11 +127,9 @@ def copy_selected_kernel(
 
 
 def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
-    d, stages = (32, 2) if dtype == torch.float32 else (64, 3)
-    largest = 64 if dtype == torch.float32 else 128
-    return {
-        "BLOCK_N": BLOCK_N, "BLOCK_C": rank_block(classes, largest), "BLOCK_D": d, "num_warps": 4, "num_stages": stages
-    }  # fmt: skip
+    c, d, stages = (32, 16, 3) if dtype == torch.float32 else (128, 64, 3)
+    block_c = rank_block(classes, c)
+    return {"BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "BLOCK_D": d, "num_warps": 4, "num_stages": stages}
 
 
 def select_tokens(

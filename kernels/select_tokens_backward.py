@@ -160,8 +160,8 @@ def classes_gradient_kernel(
 
 
 def sums_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
-    n, largest = (32, 32) if dtype == torch.float32 else (64, 64)
-    return {"BLOCK_N": n, "BLOCK_C": rank_block(classes, largest), "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+    largest = 32 if dtype == torch.float32 else 64
+    return {"BLOCK_N": 32, "BLOCK_C": rank_block(classes, largest), "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 
 
 def select_tokens_backward(
