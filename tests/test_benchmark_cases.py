@@ -1,0 +1,131 @@
+"""The benchmark cases: what work they count, and that every provider of the small ones is right."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import (
+    affinity_attention,
+    affinity_loss,
+    caa,
+    class_affinity,
+    class_centers,
+    cost_filter,
+    harness,
+    merge_masks,
+    multi_lora,
+    phrase_pool,
+    prompt_mlp,
+    registry,
+    select_tokens,
+    top_margin,
+)
+
+SELECTION = ("cost_filter", "phrase_pool", "select_tokens", "prompt_mlp", "merge_masks", "topk_queries", "top_margin")
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "flops", "moved"),
+    [
+        ("shared", "fwd", 2 * 5 * 3 * 7 + 2 * 5 * 4 * 10, 4 * (15 + 28 + 40 + 70)),
+        ("diverged", "fwd", 2 * 2 * 5 * 3 * 7 + 2 * 5 * 4 * 10, 4 * (30 + 28 + 40 + 70)),
+        ("shared", "bwd", 2 * 210 + 3 * 400, 4 * (30 + 28 + 80 + 140)),
+    ],
+)
+def test_work_of_multi_lora(form, mode, flops, moved):
+    shape = {"form": form, "M": 5, "K": 3, "N": 7, "T": 2, "r": 2}
+    assert multi_lora.work(shape, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "flops", "moved"),
+    [
+        (affinity_attention, "fwd", 2 * 25 * (3 + 7), 4 * (30 + 3 * 35)),
+        (affinity_attention, "bwd", 2 * 25 * (3 + 7) + 2 * 25 * (9 + 14), 4 * (60 + 8 * 35)),
+        (class_affinity, "fwd", 2 * 25 * (3 + 2) + 6 * 70, 4 * (30 + 3 * 35 + 14)),
+        (class_affinity, "bwd", 2 * 25 * (3 + 2) + 6 * 70 + 2 * 25 * (9 + 4) + 12 * 70, 4 * (60 + 8 * 35 + 28)),
+        (affinity_loss, "fwd", 2 * 25 * 3, 4 * 30),
+        (affinity_loss, "bwd", 2 * 25 * 3 + 2 * 25 * 9, 4 * 90),
+        (class_centers, "fwd", 2 * 70, 4 * (10 + 35 + 14)),
+        (class_centers, "bwd", 6 * 70, 8 * (10 + 35 + 14)),
+    ],
+)
+def test_work_of_the_affinity_ops(op, mode, flops, moved):
+    assert op.work({"N": 5, "K": 3, "D": 7, "C": 2}, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "flops", "moved"),
+    [
+        (cost_filter, "fwd", 2 * 5 * 2 * 12 * 7 * (6 + 3), 4 * (5 * 12 * 7 + 6 * 2 * 7 + 5 * 3 * 2 * 12)),
+        (cost_filter, "bwd", 2 * 5 * 2 * 12 * 7 * (6 + 9), 8 * (5 * 12 * 7 + 6 * 2 * 7 + 5 * 3 * 2 * 12)),
+        (phrase_pool, "fwd", 4 * 5 * 6 * 2 * 7, 4 * (5 * 7 + 6 * 2 * 7 + 5 * 6 * 7)),
+        (select_tokens, "fwd", 2 * 9 * 6 * 7, 4 * (9 * 7 + 6 * 7 + 6 * 8)),
+        (prompt_mlp, "fwd", 2 * 5 * (3 * 4 + 4 * 2), 4 * 5 * (3 * 4 + 4 * 2 + 4 + 2 + 3 + 2)),
+        (top_margin, "fwd", 0, 5 * 12 * (4 * (6 + 4) + 16)),
+        (top_margin, "bwd", 0, 5 * 12 * (4 * (6 + 4) + 16) + 5 * 12 * 4 * (2 * 6 + 4)),
+    ],
+)
+def test_work_of_the_selection_ops(op, mode, flops, moved):
+    shape = {"B": 5, "C": 6, "D": 7, "H": 4, "W": 3, "T": 6, "P": 2, "k": 3, "M": 2, "N": 9, "length": 8}
+    shape |= {"R": 5, "L": 3, "O": 2}
+    assert op.work(shape, 4, mode) == (flops, moved)
+
+
+def test_work_of_caa():
+    """The composed head has no product too many; the base is one 1×1 convolution."""
+    head, base = (case.build("cpu", "fwd") for case in caa.cases("cpu", quick=True))
+    counter = FlopCounterMode(display=False)
+    step = head.providers["composed"]()
+    with counter:
+        step()
+    assert head.flops == counter.get_total_flops()
+    assert base.flops == 2 * 144 * 64 * 20
+
+
+def test_labels_count_by_their_pixels():
+    labels = torch.zeros(100, 200, dtype=torch.int64)
+    other = labels.clone()
+    other[7, :3] = 5
+    assert merge_masks.differing((other,), (labels,)) == pytest.approx(3 / 20000)
+    assert merge_masks.differing((labels[1:],), (labels,)) == float("inf")
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")
+def test_every_provider_of_the_quick_cases_is_right():
+    pytest.importorskip("peft")
+    cases = registry.all_cases("cpu", quick=True)
+    for case, mode in itertools.product(cases, registry.MODES):
+        if mode not in case.modes:
+            continue
+        torch.manual_seed(0)
+        problem = case.build("cpu", mode)
+        _, errors, remarks = harness.verify(problem.providers, problem.expected(), problem)
+        assert not remarks, (case.name, mode)
+        assert errors["fastcss"] <= problem.tolerance
+
+
+def test_the_selection_ops_tell_bfloat16_inputs_apart():
+    """What a GPU will be given: indices and labels must not hang on rounding, in no provider."""
+    cases = [case for case in registry.all_cases("cuda", quick=True) if case.op in SELECTION]
+    for case, mode in itertools.product(cases, registry.MODES):
+        if mode not in case.modes:
+            continue
+        torch.manual_seed(0)
+        problem = case.build("cpu", mode)
+        _, _, remarks = harness.verify(problem.providers, problem.expected(), problem)
+        assert not remarks, (case.name, mode)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_case_names_are_unique_and_selected_by_prefix(device):
+    cases = registry.all_cases(device)
+    assert len({case.name for case in cases}) == len(cases)
+    shared = registry.select(cases, ["multi_lora"], ["shared-"])
+    assert {case.name.split("-")[0] for case in shared} == {"multi_lora/shared"}
+
+
+def test_the_grid_is_whole():
+    assert len(registry.select(registry.all_cases("cpu"), names=["grid"])) == 4 * 3 * 2 * 2
