@@ -231,7 +231,7 @@ def filtered_argmax(filtered: FilteredCost) -> Tensor:
     cost, index = _filtered("filtered_argmax", filtered)
     by_class, order = index.sort(dim=1)
     place = cost.take_along_dim(order.reshape(*order.shape, *(1,) * (cost.dim() - 2)), dim=1).argmax(dim=1)
-    return by_class.gather(1, place.flatten(1)).view_as(place)
+    return by_class.gather(1, place[:, None].flatten(1)).view_as(place)
 
 
 def _text(op: str, text: Tensor) -> Tensor:

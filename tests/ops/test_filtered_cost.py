@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import DTYPES, IMPLEMENTATIONS, normal, runs
+from calls import COMPILED, DTYPES, IMPLEMENTATIONS, normal, runs
 from torch import Tensor
 
 from fastcss.ops.cost_filter import FilteredCost, cost_filter, filtered_argmax, pack_text, scatter_cost
@@ -25,7 +25,7 @@ def test_packed_text_gives_the_same_bits(impl, dtype, shared, device):
     runs(cost_filter, impl, device, dtype == torch.bfloat16)
     image, text = embeddings(dtype, device, shared)
     image, text = image.requires_grad_(), text.requires_grad_()
-    strided = text.transpose(-1, -2).contiguous().transpose(-1, -2)
+    strided = text.transpose(-1, -2).contiguous().transpose(-1, -2) if impl in COMPILED else text
     want = cost_filter(image, text.detach(), 6, impl=impl)
     (slope,) = torch.autograd.grad(want.cost.sum(), image)
     for packed in (pack_text(text, impl=impl), pack_text(strided, impl=impl)):
