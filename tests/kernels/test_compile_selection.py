@@ -1,0 +1,109 @@
+"""The kernels of the selection ops compile for three GPU generations at the sizes they are for, without spilling."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import pytest
+from compile_only import ARCHITECTURES, check, compile_all, compiled_by
+
+
+class Selection(NamedTuple):
+    """A call of one op, and of its backward where it has one."""
+
+    op: str
+    size: int  # pixels of the logits, rows and columns of the label map, tokens, or scalars of a prompt's input
+    classes: int
+    dtype: str = "bfloat16"
+    labels: bool = True
+
+    def call(self) -> None:
+        import torch
+
+        from fastcss import kernels
+
+        def empty(*shape, dtype=self.dtype):
+            return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+        kernels.register()
+        size, classes = self.size, self.classes
+        if self.op == "top_margin":
+            logits = empty(1, classes, size)
+            labels = empty(*((1, size) if self.labels else (0,)), dtype="int64")
+            margin, rival, p_true, p_rival, curvature, true, lse = kernels.top_margin.top_margin(logits, labels, 255)
+            kernels.top_margin.top_margin_backward(margin, p_true, p_rival, curvature, logits, true, rival, lse)
+        elif self.op == "merge_masks":
+            masks, scores, order = empty(classes, 256, 256), empty(classes), empty(classes, dtype="int64")
+            kernels.merge_masks.merge_masks(masks, scores, order, size, size, 1024, 1024, 0.0, True)
+        elif self.op == "select_tokens":
+            tokens, texts = empty(1, size, 256), empty(1, classes, 256)
+            selected, counts, presence, *saved = kernels.select_tokens.select_tokens(tokens, texts, 0.3, 512)
+            kernels.select_tokens_backward.select_tokens_backward(selected, presence, tokens, texts, counts, *saved)
+        else:
+            z, index = empty(20, size), empty(20, dtype="int64")
+            w1, b1 = empty(classes, size, 1024), empty(classes, 1024)
+            w2, b2 = empty(classes, 1024, 1536), empty(classes, 1536)
+            y, hidden = kernels.prompt_mlp.prompt_mlp(z, w1, b1, w2, b2, index)
+            kernels.prompt_mlp_backward.prompt_mlp_backward(y, z, w1, w2, index, hidden, True, True)
+
+
+# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+CASES = (
+    Selection("top_margin", 512 * 512, 150),
+    Selection("top_margin", 512 * 512, 150, dtype="float32", labels=False),
+    Selection("merge_masks", 1024, 20),  # the second resizing is a copy
+    Selection("merge_masks", 2048, 20, dtype="float32"),
+    Selection("select_tokens", 17821, 20),
+    Selection("select_tokens", 17821, 20, dtype="float32"),
+    Selection("prompt_mlp", 512, 150),
+    Selection("prompt_mlp", 1024, 150, dtype="float32"),
+)
+HOPPER = (
+    Selection("top_margin", 97 * 97, 150),  # rows that begin anywhere
+    Selection("top_margin", 512 * 512, 150, labels=False),
+    Selection("top_margin", 512 * 512, 150, dtype="float32"),
+    Selection("merge_masks", 400, 150),
+    Selection("select_tokens", 17821, 100),
+    Selection("select_tokens", 22223, 100, dtype="float32"),
+    Selection("prompt_mlp", 1024, 150, dtype="float16"),
+)
+KERNELS = {
+    "top_margin_kernel", "top_margin_gradient_kernel", "merge_masks_kernel",
+    "best_class_kernel", "copy_selected_kernel",
+    "token_places_kernel", "tokens_gradient_kernel", "class_sums_kernel", "classes_gradient_kernel",
+    "layer_kernel", "weights_gradient_kernel",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    return compiled_by(__file__)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills(compiled, architecture, record_table):
+    rows = [row for row in compiled if row["sm"] == architecture]
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        record_table("compiled selection kernels", row)
+    check(rows, architecture)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "programs"),
+    [
+        ("top_margin_kernel", 512),  # 512² pixels, 512 of bfloat16 a program
+        ("layer_kernel", 640),  # 20 rows of 1024 columns
+    ],
+)
+def test_hopper_holds_all_programs_at_once(compiled, kernel, programs):
+    """Kernels that memory limits have no second wave: a multiprocessor has 65,536 registers for 1/132 of them."""
+    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == kernel and row["dtype"] == "bfloat16"]
+    assert rows
+    for row in rows:
+        assert -(-programs // 132) * 32 * row["warps"] * row["registers"] <= 65536, row
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))
