@@ -5,10 +5,13 @@ installs; ``python -m fastcss info`` then says which implementations are missing
 """
 
 import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 CXX_FLAGS = [
@@ -28,6 +31,17 @@ CUDA_TARGETS = [
 ]
 
 
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi",
+    "-Werror=all-warnings",
+    "-DUSE_CUDA",
+    *STABLE_ABI,
+    *CUDA_TARGETS,
+]
+
+
 def sources(folder: str, *suffixes: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc", folder).glob("*") if path.suffix in suffixes)
 
@@ -35,24 +49,30 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 def extensions() -> list:
     found = [CppExtension("fastcss._cpu", sources("cpu", ".cpp"), py_limited_api=True, extra_compile_args=CXX_FLAGS)]
     if os.environ.get("FASTCSS_CUDA") == "1":
-        if not sources("cuda", ".cu"):
-            raise SystemExit(
-                "FASTCSS_CUDA=1 asks for the CUDA module, but csrc/cuda holds no kernel yet: see impl='triton'"
-            )
-        if CUDA_HOME is None:
-            raise SystemExit("FASTCSS_CUDA=1 asks for the CUDA module, but no nvcc was found (set CUDA_HOME)")
-        found.append(
-            CUDAExtension(
-                "fastcss._cuda",
-                sources("cuda", ".cu", ".cpp"),
-                py_limited_api=True,
-                extra_compile_args={
-                    "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
-                    "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, *CUDA_TARGETS],
-                },
-            )
-        )
+        found.append(Extension("fastcss._cuda", [], depends=sources("cuda", ".cu", ".cuh", ".h"), py_limited_api=True))
     return found
+
+
+def build_cuda(module: Path, temporary: Path) -> None:
+    """nvcc by itself: torch's CUDAExtension wants a CUDA build of torch, which the stable ABI does not need."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=home and str(Path(home, "bin"))) or shutil.which("nvcc")
+    if nvcc is None:
+        raise SystemExit("FASTCSS_CUDA=1 asks for the CUDA module, but no nvcc was found (set CUDA_HOME)")
+    temporary.mkdir(parents=True, exist_ok=True)
+    module.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in include_paths()]
+
+    def compile_one(source: str) -> str:
+        target = str(temporary / f"{Path(source).stem}.cuda.o")
+        subprocess.run([nvcc, *NVCC_FLAGS, *includes, "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources("cuda", ".cu")))
+    # What only a CUDA build of torch has is found through libtorch when the module is loaded.
+    libraries = [*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    subprocess.run([nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(module)], check=True)
 
 
 class OptionalBuild(BuildExtension):
@@ -66,6 +86,12 @@ class OptionalBuild(BuildExtension):
                 raise
             print(f"fastcss: the compiled kernels were not built, the package will run without them: {error}")
             self.extensions = []
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "fastcss._cuda":
+            build_cuda(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp))
+        else:
+            super().build_extension(ext)
 
     def copy_extensions_to_source(self) -> None:
         # An editable install copies what was built; what failed above is not there to copy.
@@ -89,8 +115,12 @@ setup(
         "fastcss.models",
         "fastcss.data",
         "fastcss.kernels",
+        "fastcss.cuda",
     ],
-    package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels"},
+    package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels", "fastcss.cuda": "csrc/cuda"},
+    # Device code travels as text: where the compiled module is missing it is compiled at first use.
+    package_data={"fastcss.cuda": ["*.cuh"]},
+    include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

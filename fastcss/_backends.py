@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import _nvrtc
+
 IMPLEMENTATIONS = ("reference", "composed", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,6 +33,17 @@ def _load(module: str) -> str | None:
     return None
 
 
+def _probe_cuda() -> str | None:
+    """The compiled module serves where it is there, else the same kernels compiled at first use."""
+    if _NO_CUDA_MODULE is None:
+        return None
+    reason = _nvrtc.why_not()
+    if reason:
+        return f"{_NO_CUDA_MODULE}, and its kernels cannot be compiled at first use: {reason}"
+    _nvrtc.register()
+    return None
+
+
 def _probe_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -47,20 +60,45 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_NO_CUDA_MODULE = _load("_cuda")
 #: implementation → None, or why it is not available on this machine.
-UNAVAILABLE: dict[str, str | None] = {"reference": None, "composed": None, "cpu": _load("_cpu"), "cuda": _load("_cuda")}
+UNAVAILABLE: dict[str, str | None] = {"reference": None, "composed": None, "cpu": _load("_cpu"), "cuda": _probe_cuda()}
 UNAVAILABLE["triton"] = _probe_triton()
+
+
+def _kernels(impl: str, key: str) -> frozenset[str]:
+    start, end = "fastcss::", f".{impl}"
+    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    return frozenset(n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end))
+
+
+#: implementation → the raw ops that it has a kernel of.
+KERNELS = {
+    impl: _kernels(impl, key)
+    for impl, key in (("cpu", "CPU"), ("cuda", "CUDA"), ("triton", "CompositeExplicitAutograd"))
+}
+
+
+def describe(impl: str) -> str:
+    """``impl`` on this machine in words: why it is not available, or which ops it has and by which way."""
+    if UNAVAILABLE[impl] or impl not in KERNELS:
+        return UNAVAILABLE[impl] or "available"
+    way = " by CuPy at first use" if impl == "cuda" and _NO_CUDA_MODULE else ""
+    ops = sorted(op for op in KERNELS[impl] if not op.endswith("_backward"))
+    return f"available, compiled{way}: {', '.join(ops)}"
 
 
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreting() else ("cuda",)}
 
 
-def why_not(impl: str, x: Tensor) -> str | None:
-    """None where ``impl`` can run on tensors like ``x``, else the reason."""
+def why_not(impl: str, x: Tensor, op: str | None = None) -> str | None:
+    """None where ``impl`` can run ``op``, or any op that it has, on tensors like ``x``; else the reason."""
     if impl in ("reference", "composed"):
         return None
     if UNAVAILABLE[impl]:
         return UNAVAILABLE[impl]
+    if op and op not in KERNELS[impl]:
+        return "it has no kernel for this op"
     if x.device.type not in _DEVICES[impl]:
         return f"it runs on {' or '.join(_DEVICES[impl])}, and the tensors are on {x.device}"
     if x.dtype not in KERNEL_DTYPES:
@@ -77,12 +115,12 @@ def choose(op: str, impl: str, x: Tensor) -> str:
     """
     if impl == "auto":
         for name in ("cpu",) if x.device.type == "cpu" else MEASURED_ON_GPU.get(op, ()):
-            if why_not(name, x) is None:
+            if why_not(name, x, op) is None:
                 return name
         return "composed"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl must be 'auto' or one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    reason = why_not(impl, x)
+    reason = why_not(impl, x, op)
     if reason:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
     return impl

@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from ._backends import IMPLEMENTATIONS, UNAVAILABLE
+from ._backends import IMPLEMENTATIONS, describe
 
 PACKAGES = ("fastcss", "torch", "triton", "peft", "transformers", "safetensors", "numpy")
 
@@ -27,5 +27,5 @@ def info() -> dict:
     return {
         "versions": versions,
         "devices": devices,
-        "implementations": {name: UNAVAILABLE[name] or "available" for name in IMPLEMENTATIONS},
+        "implementations": {name: describe(name) for name in IMPLEMENTATIONS},
     }
