@@ -3,7 +3,8 @@
 2 or 4 bytes a logit and some ten instructions, of which one is special: on a GPU of 4.3 TB/s reading bfloat16 takes
 no longer than the instructions, so both have to overlap. A thread holds the pixels of one 16-byte load and the state of
 their softmax for all classes; a block of classes is on its way while the block before is looked at, and the running
-maximum, which is the larger of the two logits kept, moves once a block: one exponential a logit.
+maximum, which is the larger of the two logits kept, moves once a block: one exponential a logit. A label's own logit is
+fetched beforehand: one load a pixel, mostly of a line that is read anyway, in place of two instructions a logit.
 
 Comparisons in that loop pass NaN by. It shows in the sum, and only pixels that have one are gone through again, with
 NaN above all. Backward, p_j = exp(z_j − lse) from the saved lse, one more read and one write.
@@ -52,7 +53,6 @@ def _meet(z, c, true_logit, true, rival_logit, rival, LABELS: tl.constexpr, NAN:
         other = tl.where(true == c, float("-inf"), z)
         rival = tl.where(_above(other, rival_logit, NAN), c, rival)
         rival_logit = _larger(rival_logit, other, NAN)
-        true_logit = tl.where(true == c, z, true_logit)
     else:
         first = _above(z, true_logit, NAN)
         rival = tl.where(first, true, tl.where(_above(z, rival_logit, NAN), c, rival))
@@ -63,13 +63,6 @@ def _meet(z, c, true_logit, true, rival_logit, rival, LABELS: tl.constexpr, NAN:
             rival_logit = tl.maximum(rival_logit, tl.minimum(true_logit, z))
         true_logit = _larger(true_logit, z, NAN)
     return true_logit, true, rival_logit, rival
-
-
-@triton.jit
-def _start(label, LABELS: tl.constexpr):
-    """No logit yet; where all of them are −∞, the classes that this begins with are the result."""
-    nothing = tl.full(label.shape, float("-inf"), tl.float32)
-    return nothing, label, nothing, tl.where(label == 0, 1, 0)
 
 
 @triton.jit
@@ -89,7 +82,13 @@ def top_margin_kernel(
         ignored, known = given == ignore_index, (given >= 0) & (given < C)
         label = tl.where(known, given, -1).to(tl.int32)
     logits += batch * stride_lb + pixels.to(tl.int64) * stride_ln
-    true_logit, true, rival_logit, rival = _start(label, LABELS)
+    # Where all logits are −∞, these classes are the result.
+    true, rival = label, tl.where(label == 0, 1, 0)
+    true_logit = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    rival_logit = true_logit
+    if LABELS:
+        own = logits + label.to(tl.int64) * stride_lc
+        true_logit = tl.load(own, mask=there & known, other=float("-inf")).to(tl.float32)
     base = tl.zeros([BLOCK_N], tl.float32)  # what the softmax subtracts, in base 2
     mass = tl.zeros([BLOCK_N], tl.float32)
     block = _load_classes(logits, 0, C, stride_lc, there)
@@ -100,14 +99,15 @@ def top_margin_kernel(
                 block[i].to(tl.float32), c + i, true_logit, true, rival_logit, rival, LABELS, False
             )
         new_base = finite_or_zero(tl.maximum(true_logit, rival_logit)) * LOG2_E
-        # Before the first finite logit the base is 0 and so is the mass.
-        mass *= tl.where(mass == 0.0, 0.0, exp2(base - new_base))
+        mass *= exp2(tl.minimum(base - new_base, 0.0))  # above 0 only where there is no mass yet
         base = new_base
         for i in tl.static_range(CLASSES):
             mass += exp2(block[i].to(tl.float32) * LOG2_E - base)
         block = following
     if tl.max((mass != mass).to(tl.int32), 0) > 0:
-        true_logit, true, rival_logit, rival = _start(label, LABELS)
+        true, rival = label, tl.where(label == 0, 1, 0)
+        rival_logit = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        true_logit = true_logit if LABELS else rival_logit
         for c in range(C):
             z = tl.load(logits + tl.cast(c, tl.int64) * stride_lc, mask=there, other=0.0).to(tl.float32)
             true_logit, true, rival_logit, rival = _meet(z, c, true_logit, true, rival_logit, rival, LABELS, True)
