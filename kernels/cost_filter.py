@@ -32,17 +32,17 @@ SMALLEST = tl.constexpr(1e-12)
 
 
 @triton.jit
-def _nan_or_larger(a, b):
+def nan_or_larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def largest(x, AXIS: tl.constexpr):
     """The maximum along an axis; NaN above all, which tl.max leaves out."""
-    if INTERPRETING:  # it would call _nan_or_larger once an element
+    if INTERPRETING:  # it would call nan_or_larger once an element
         is_nan = tl.max((x != x).to(tl.int32), AXIS)
         return tl.where(is_nan != 0, float("nan"), tl.max(tl.where(x != x, float("-inf"), x), AXIS))
-    return tl.reduce(x, AXIS, _nan_or_larger)
+    return tl.reduce(x, AXIS, nan_or_larger)
 
 
 @triton.jit
@@ -130,9 +130,9 @@ def class_score_kernel(
                 mask=(chunk < chunks)[:, None] & there[None, :],
                 other=float("-inf"),
             )
-            of_row = _nan_or_larger(of_row, largest(tile, 0))
+            of_row = nan_or_larger(of_row, largest(tile, 0))
         scaled = of_row * tl.load(text_scale + batch * stride_sb + rows, mask=there, other=1.0)
-        of_class = _nan_or_larger(of_class, largest(tl.reshape(scaled, [BLOCK_T, BLOCK_P]), 1))
+        of_class = nan_or_larger(of_class, largest(tl.reshape(scaled, [BLOCK_T, BLOCK_P]), 1))
     out = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     tl.store(score + batch * T + out, of_class, mask=out < T)
 

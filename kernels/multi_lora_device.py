@@ -53,8 +53,10 @@ def store_tile(base, tile, row, column, num_rows, num_columns, stride_row):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRETING:  # the interpreter would multiply the bit patterns of bfloat16; in float32 the products are exact
-        a, b = a.to(tl.float32), b.to(tl.float32)
+    # The interpreter would multiply the bit patterns of bfloat16, and its BLAS adds up float32 in an order that depends
+    # on the place in the tile, which no GPU does.
+    if INTERPRETING:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

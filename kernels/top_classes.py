@@ -104,16 +104,17 @@ def best_of_rows(score: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Ten
         best, index = score.sort(dim=1, descending=True, stable=True)
         return best[:, :k].to(dtype, memory_format=torch.contiguous_format), index[:, :k].contiguous()
     best, index = score.new_empty((rows, k), dtype=dtype), score.new_empty((rows, k), dtype=torch.int64)
+    if not best.numel():
+        return best, index
     padded_k = triton.next_power_of_2(k)
     row, block = max(ROW, 4 * padded_k), max(BLOCK, 2 * padded_k)
     candidates = None
-    while rows and width > row:
+    while width > row:
         blocks = triton.cdiv(width, block)
         keys = score.new_empty((rows, blocks * padded_k), dtype=torch.int64)
         _launch(score, candidates, keys, best, index, width, block, padded_k)
         candidates, width = keys, blocks * padded_k
-    if rows:
-        _launch(score, candidates, None, best, index, width, max(triton.next_power_of_2(width), padded_k, 16), padded_k)
+    _launch(score, candidates, None, best, index, width, max(triton.next_power_of_2(width), padded_k, 16), padded_k)
     return best, index
 
 

@@ -32,7 +32,8 @@ class CostFilter(NamedTuple):
         if self.layout == "first":
             image = empty(5, self.depth, 24, 24).permute(0, 2, 3, 1)
         text, nothing = empty(1, self.classes, self.prompts, self.depth), empty(0, dtype="float32")
-        kernels.cost_filter.cost_filter(image, text, nothing, nothing, self.kept)
+        cost, index, _ = kernels.cost_filter.cost_filter(image, text, nothing, nothing, self.kept)
+        kernels.cost_filter_backward.cost_filter_backward(empty(*cost.shape), image, text, cost, index)
 
 
 # What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
@@ -44,6 +45,7 @@ HOPPER = (
 )
 KERNELS = {
     "row_scale_kernel", "largest_cost_kernel", "class_score_kernel", "top_classes_kernel", "kept_cost_kernel",
+    "unit_rows_kernel", "cosine_gradient_kernel", "text_gradient_kernel",
 }  # fmt: skip
 
 
