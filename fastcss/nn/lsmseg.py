@@ -167,13 +167,13 @@ class LSMSegHead(nn.Module):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"{op}: labels must be a tensor of integers, got {labels.dtype}")
         check_device(op, "filtered.cost", logits, "labels", labels)
-        if readable(labels) and bool(((labels < 0) & (labels != ignore_index)).any()):
-            raise IndexError(f"{op}: labels must be at least 0, or ignore_index = {ignore_index}, got {labels.min()}")
+        counted = labels != ignore_index
+        if readable(labels) and (low := int(labels.masked_fill(~counted, 0).min())) < 0:
+            raise IndexError(f"{op}: labels must be at least 0, or ignore_index = {ignore_index}, got {low}")
         logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[1:])
-        labels = labels.unsqueeze(1)
-        target = (labels == index[:, :, None, None]).to(logits.dtype)
-        counted = labels != ignore_index  # [B, 1, H, W]
-        losses = F.binary_cross_entropy_with_logits(logits, target, counted.to(logits.dtype), reduction="sum")
+        target = (labels.unsqueeze(1) == index[:, :, None, None]).to(logits.dtype)
+        weight = counted.unsqueeze(1).to(logits.dtype)
+        losses = F.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum")
         return losses / (counted.sum() * logits.shape[1]).clamp(min=1)
 
     def _refine(

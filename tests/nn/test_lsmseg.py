@@ -221,8 +221,9 @@ def test_every_parameter_and_the_text_learn(device):
     assert history[-1] < history[0]
 
 
-def test_the_same_bits_from_run_to_run(device):
-    module, arguments = head(device), inputs(device)
+def test_the_same_bits_from_run_to_run():
+    """On CPU; torch's convolutions and attention on CUDA sum their gradients in any order unless told otherwise."""
+    module, arguments = head(), inputs()
     runs = []
     for _ in range(2):
         module.zero_grad()
@@ -232,25 +233,26 @@ def test_the_same_bits_from_run_to_run(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_forward_and_training_step(backend, device):
-    eager, arguments = plain(device, layers=1, upsample_channels=(4,))  # compiling C++ takes its time
-    if backend == "aot_eager":
-        eager, arguments = head(device), inputs(device)
+def test_compiled_training_step(device):
+    eager, arguments = head(device), inputs(device)
     module = copy.deepcopy(eager)
     labels = torch.randint(7, (2, 30, 50), generator=torch.Generator().manual_seed(2)).to(device)
 
     def loss(module, *arguments):
         return module.loss(module.filtered(*arguments), labels)
 
-    got, want = torch.compile(loss, fullgraph=True, backend=backend)(module, *arguments), loss(eager, *arguments)
+    got, want = torch.compile(loss, fullgraph=True, backend="aot_eager")(module, *arguments), loss(eager, *arguments)
     torch.testing.assert_close(got, want)
     for result in (got, want):
         result.backward()
     for a, b in zip(module.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-    forward = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(forward(*arguments), eager(*arguments))
+
+
+def test_compiled_forward(device):
+    module, (image, text) = plain(device, layers=1, upsample_channels=())  # little C++ to compile
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(module, fullgraph=True)(image, text), module(image, text))
 
 
 def test_autocast(device):
