@@ -18,7 +18,7 @@ def select_tokens(tokens: Tensor, classes: Tensor, threshold: float, length: int
     best = cosine.detach().nan_to_num(nan=float("-inf")).argmax(dim=2, keepdim=True)
     cosine = cosine.gather(2, best)[..., 0]  # [B, N]
     survives = cosine >= threshold
-    chosen = F.one_hot(best[..., 0], class_count) * survives[..., None]  # [B, N, C]
+    chosen = (best == torch.arange(class_count, device=best.device)) & survives[..., None]  # [B, N, C]
     place = chosen.cumsum(dim=1).gather(2, best)[..., 0] - 1
     counts = chosen.sum(dim=1)
     total = torch.bmm(chosen.to(wide).mT, torch.where(survives, cosine, 0).to(wide)[..., None])[..., 0]
@@ -27,7 +27,7 @@ def select_tokens(tokens: Tensor, classes: Tensor, threshold: float, length: int
     spare = class_count * places
     slot = torch.where(survives & (place < places), best[..., 0] * places + place, spare)
     source = tokens.new_full((batch, spare + 1), count, dtype=torch.int64)
-    source.scatter_(1, slot, torch.arange(count, device=tokens.device).expand(batch, -1))
+    source = source.scatter(1, slot, torch.arange(count, device=tokens.device).expand(batch, -1))
     padded = F.pad(tokens, (0, 0, 0, 1))  # token N: zeros
     selected = padded.take_along_dim(source[:, :-1, None], dim=1).view(batch, class_count, places * width)
     return selected[..., :length], counts, presence

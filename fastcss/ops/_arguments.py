@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -92,6 +93,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not _autocasts(tensors[0]):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(tensor.device.type)) for tensor in tensors)
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Where the composed form's products keep the dtype of ``tensor``."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
 
 
 def _autocasts(tensor: Tensor) -> bool:

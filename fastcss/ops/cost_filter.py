@@ -89,9 +89,11 @@ def cost_filter(image: Tensor, text: Tensor | PackedText, k: int, *, impl: str =
         return FilteredCost(*reference.cost_filter(image, text, k))
     if impl == "composed":
         return FilteredCost(*composed.cost_filter(image, text, k))
-    nothing = image.new_empty(0, dtype=torch.float32)
-    scale, panels = packed[1:] if packed and text.dtype == given else (nothing, nothing)
-    arguments = (image, text, scale, panels if impl == "cpu" else nothing, k)
+    # Two empty tensors: torch.compile refuses one given twice to an autograd.Function.
+    scale, panels = (image.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if packed and text.dtype == given:
+        scale, panels = packed.scale, packed.panels if impl == "cpu" else panels
+    arguments = (image, text, scale, panels, k)
     if needs_grad(image, text):
         return FilteredCost(*CostFilter.apply(*arguments, impl))
     return FilteredCost(*FORWARD[impl](*arguments))

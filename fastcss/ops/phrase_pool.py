@@ -9,7 +9,7 @@ from .. import _backends
 from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
 from ..composed import phrase_pool as composed
 from ..reference import phrase_pool as reference
-from ._arguments import check_alike, check_shapes, widest
+from ._arguments import check_alike, check_shapes, no_autocast, widest
 
 FORWARD = kernels("phrase_pool")
 BACKWARD = kernels("phrase_pool_backward")
@@ -43,10 +43,10 @@ def phrase_pool(cls: Tensor, phrases: Tensor, *, impl: str = "auto") -> Tensor:
     check_alike(op, cls=cls, phrases=phrases)
     cls, phrases = widest(cls, phrases)
     impl = _backends.choose(op, impl, cls)
-    if impl == "reference":
-        return reference.phrase_pool(cls, phrases)
-    if impl == "composed":
-        return composed.phrase_pool(cls, phrases)
+    if impl in ("reference", "composed"):
+        form = reference if impl == "reference" else composed
+        with no_autocast(cls):
+            return form.phrase_pool(cls, phrases)
     if needs_grad(cls, phrases):
         return PhrasePool.apply(cls, phrases, impl)
     return FORWARD[impl](cls, phrases)

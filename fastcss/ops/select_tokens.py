@@ -11,7 +11,7 @@ from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
 from ..composed import select_tokens as composed
 from ..reference import select_tokens as reference
-from ._arguments import check_alike, check_count, check_shapes, widest
+from ._arguments import check_alike, check_count, check_shapes, no_autocast, widest
 
 FORWARD = kernels("select_tokens")
 BACKWARD = kernels("select_tokens_backward")
@@ -71,10 +71,10 @@ def select_tokens(
     check_count(op, "length", length)
     tokens, classes = widest(tokens, classes)
     impl = _backends.choose(op, impl, tokens)
-    if impl == "reference":
-        return SelectedTokens(*reference.select_tokens(tokens, classes, threshold, length))
-    if impl == "composed":
-        return SelectedTokens(*composed.select_tokens(tokens, classes, threshold, length))
+    if impl in ("reference", "composed"):
+        form = reference if impl == "reference" else composed
+        with no_autocast(tokens):
+            return SelectedTokens(*form.select_tokens(tokens, classes, threshold, length))
     if needs_grad(tokens, classes):
         return SelectedTokens(*SelectTokens.apply(tokens, classes, float(threshold), length, impl)[:3])
     return SelectedTokens(*FORWARD[impl](tokens, classes, float(threshold), length)[:3])

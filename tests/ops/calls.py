@@ -108,7 +108,7 @@ def assert_as_good_as_eager(
     exact = call.leaves(torch.float64).results("reference", dys)
     eager = call.leaves().results("reference", dys)
     ours = call.leaves().results(impl, dys)
-    assert list(ours) == list(exact)
+    assert set(exact) <= set(ours)  # a loop over no images has no gradient
     if impl == "composed" and dys[0].dtype.itemsize == 2:
         tolerance *= 2  # torch's products round each half of a result before the halves are added, and round again
     for name, want in exact.items():
