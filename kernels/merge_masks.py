@@ -3,9 +3,9 @@
 K·h·w logits are read, mostly from the caches, and H·W labels written; a mask of full size never exists. What is left is
 arithmetic: a pixel of a mask is the bilinear mean of four pixels of the 4h × 4w picture, each of them of four logits.
 Both steps and their roundings are torch's; the taps of a row and a column are found once for a block of pixels, before
-the loop over the masks, which ends where all of the block is decided. A mask of which no logit near the block is above
-the threshold is passed by after one small tile, and where the picture has its size already the second step is a copy:
-four taps a pixel in place of sixteen.
+the loop over the masks, which ends where all of the block is decided. Masks of which no logit near the block is above
+the threshold are left out: one tile of the logits there tells it of eight masks or more. And where the picture
+has its size already the second step is a copy: four taps a pixel in place of sixteen.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schema import LIBRARY
-from .multi_lora_device import load_tile
 
 UPSCALE = 4
 BLOCK_H, BLOCK_W = 16, 32
-MAX_REGION = 1024  # logits near a block, of which one tile finds the largest
+MAX_LOGITS = 1024  # near a block, of several masks, looked at in one tile
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def merge_masks_kernel(
     masks, scores, order, labels, score,
     K, h, w, height, width, crop_height, crop_width, scale_h, scale_w, quarter, threshold, never_above,
     stride_mk, stride_mh, stride_mw, stride_s,
-    SAME_SIZE: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
+    SAME_SIZE: tl.constexpr, LOOK: tl.constexpr, GROUP: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """labels and score [height, width] of one block. Logits up to ``never_above`` mean no pixel above the threshold."""
@@ -77,23 +76,25 @@ def merge_masks_kernel(
         next_row, next_column = row, column
     row_taps, column_taps = _taps(row, quarter, h), _taps(column, quarter, w)
     next_row_taps, next_column_taps = _taps(next_row, quarter, h), _taps(next_column, quarter, w)
-    first_row, first_column = tl.min(row_taps[0], 0), tl.min(column_taps[0], 0)
+    near_rows = tl.min(row_taps[0], 0) + tl.arange(0, REGION_H * REGION_W) // REGION_W
+    near_columns = tl.min(column_taps[0], 0) + tl.arange(0, REGION_H * REGION_W) % REGION_W
+    near_offset = near_rows.to(tl.int64) * stride_mh + near_columns.to(tl.int64) * stride_mw
+    inside = (near_rows < h) & (near_columns < w)
     winner = tl.full([BLOCK_H, BLOCK_W], -1, tl.int32)
     undecided = 1
-    k = 0
-    while (k < K) & (undecided > 0):
-        index = tl.load(order + k)
-        mask = masks + index * stride_mk
-        near = 1
-        if REGION_H > 0:
-            near_tile = load_tile(
-                mask, first_row, first_column, h, w, stride_mh, stride_mw, REGION_H, REGION_W
-            )  # fmt: skip
-            inside = (first_row + tl.arange(0, REGION_H) < h)[:, None] & (
-                first_column + tl.arange(0, REGION_W) < w
-            )[None, :]  # fmt: skip
-            near = tl.max((inside & (near_tile > never_above)).to(tl.int32))
-        if near > 0:
+    first = 0
+    while (first < K) & (undecided > 0):
+        members = first + tl.arange(0, GROUP)
+        wanted = members < K
+        if LOOK:
+            bases = masks + tl.load(order + members, mask=wanted, other=0) * stride_mk
+            here = wanted[:, None] & inside[None, :]
+            logits = tl.load(bases[:, None] + near_offset[None, :], mask=here, other=float("-inf"))
+            wanted = tl.max((here & (logits > never_above)).to(tl.int32), 1) > 0
+        k = tl.min(tl.where(wanted, members, K))
+        while (k < K) & (undecided > 0):
+            index = tl.load(order + k)
+            mask = masks + index * stride_mk
             logit = _upscaled(mask, row_taps, column_taps, stride_mh, stride_mw, there)
             if not SAME_SIZE:
                 above = _mean(
@@ -107,7 +108,8 @@ def merge_masks_kernel(
                 logit = _mean(above, below, down[:, None])
             winner = tl.where((winner < 0) & (logit > threshold), index.to(tl.int32), winner)
             undecided = tl.max((there & (winner < 0)).to(tl.int32))
-        k += 1
+            k = tl.min(tl.where(wanted & (members > k), members, K))
+        first += GROUP
     place = rows.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(labels + place, winner.to(tl.int64) + 1, mask=there)
     if score is not None:
@@ -136,8 +138,7 @@ def merge_masks(
     score = scores.new_empty((height, width) if want_score else (0,))
     scale_h, scale_w = crop_height / height, crop_width / width
     region_h, region_w = _region(BLOCK_H, scale_h), _region(BLOCK_W, scale_w)
-    if region_h * region_w > MAX_REGION:
-        region_h = region_w = 0
+    look = region_h * region_w <= MAX_LOGITS
     if labels.numel():
         with torch.cuda.device_of(masks):
             merge_masks_kernel[(triton.cdiv(height, BLOCK_H) * triton.cdiv(width, BLOCK_W),)](
@@ -145,7 +146,8 @@ def merge_masks(
                 count, h, w, height, width, crop_height, crop_width, scale_h, scale_w, 1 / UPSCALE,
                 # A mean of equal signs is off by some roundings of 2⁻²⁴.
                 threshold, threshold - 2e-6 * abs(threshold), *masks.stride(), *scores.stride(),
-                SAME_SIZE=(height, width) == (crop_height, crop_width), REGION_H=region_h, REGION_W=region_w,
+                SAME_SIZE=(height, width) == (crop_height, crop_width), LOOK=look,
+                GROUP=MAX_LOGITS // (region_h * region_w) if look else 16, REGION_H=region_h, REGION_W=region_w,
                 BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, num_warps=4,
             )  # fmt: skip
     return labels, score
