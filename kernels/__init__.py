@@ -16,6 +16,8 @@ def register() -> None:
         merge_masks,
         multi_lora,
         multi_lora_backward,
+        phrase_pool,
+        phrase_pool_backward,
         prompt_mlp,
         prompt_mlp_backward,
         select_tokens,

@@ -1,4 +1,5 @@
-"""The kernels of cost_filter compile for three GPU generations at the sizes they are for, and without spilling."""
+"""The kernels of cost_filter, topk_queries and phrase_pool compile for three GPU generations at the sizes they are for,
+and without spilling."""
 
 from __future__ import annotations
 
@@ -9,43 +10,81 @@ import pytest
 from compile_only import ARCHITECTURES, check, compile_all, compiled_by
 
 
+def empty(*shape, dtype: str):
+    import torch
+
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
 class CostFilter(NamedTuple):
-    """cost_filter and its backward on a batch of 24 × 24 pixels."""
+    """cost_filter and its backward on five images of 24 × 24 pixels."""
 
     classes: int
     prompts: int
     kept: int
     depth: int = 512
+    channels: str = "last"
     dtype: str = "bfloat16"
-    layout: str = "last"  # where the channels are
 
     def call(self) -> None:
-        import torch
-
         from fastcss import kernels
 
-        def empty(*shape, dtype=self.dtype):
-            return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        kernels.register()
+        if self.channels == "last":
+            image = empty(5, 24, 24, self.depth, dtype=self.dtype)
+        else:
+            image = empty(5, self.depth, 24, 24, dtype=self.dtype).permute(0, 2, 3, 1)
+        text = empty(1, self.classes, self.prompts, self.depth, dtype=self.dtype)
+        nothing = empty(0, dtype="float32")
+        cost, index, _ = kernels.cost_filter.cost_filter(image, text, nothing, nothing, self.kept)
+        dcost = empty(*cost.shape, dtype=self.dtype)
+        kernels.cost_filter_backward.cost_filter_backward(dcost, image, text, cost, index)
+
+
+class TopkQueries(NamedTuple):
+    """100 queries of one image of 800 × 1333 pixels."""
+
+    classes: int = 150
+    dtype: str = "bfloat16"
+
+    def call(self) -> None:
+        from fastcss import kernels
 
         kernels.register()
-        image = empty(5, 24, 24, self.depth)
-        if self.layout == "first":
-            image = empty(5, self.depth, 24, 24).permute(0, 2, 3, 1)
-        text, nothing = empty(1, self.classes, self.prompts, self.depth), empty(0, dtype="float32")
-        cost, index, _ = kernels.cost_filter.cost_filter(image, text, nothing, nothing, self.kept)
-        kernels.cost_filter_backward.cost_filter_backward(empty(*cost.shape), image, text, cost, index)
+        features, prototypes = empty(1, 22223, 256, dtype=self.dtype), empty(self.classes, 256, dtype=self.dtype)
+        kernels.topk_queries.topk_queries(features, prototypes, empty(self.classes, dtype=self.dtype), 100)
+
+
+class PhrasePool(NamedTuple):
+    """phrase_pool and its backward: 31 phrases of each class, and four images."""
+
+    classes: int = 150
+    depth: int = 512
+    dtype: str = "bfloat16"
+
+    def call(self) -> None:
+        from fastcss import kernels
+
+        kernels.register()
+        cls, phrases = empty(4, self.depth, dtype=self.dtype), empty(self.classes, 31, self.depth, dtype=self.dtype)
+        pooled = kernels.phrase_pool.phrase_pool(cls, phrases)
+        kernels.phrase_pool_backward.phrase_pool_backward(empty(*pooled.shape, dtype=self.dtype), cls, phrases)
 
 
 # What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
-CASES = (CostFilter(150, 80, 32), CostFilter(847, 1, 32))
+CASES = (CostFilter(150, 80, 32), CostFilter(847, 1, 32), TopkQueries(), PhrasePool())
 HOPPER = (
-    CostFilter(847, 1, 256, depth=768, layout="first"),
+    CostFilter(847, 1, 256, depth=768, channels="first"),
     CostFilter(20000, 1, 512),
     CostFilter(847, 1, 32, dtype="float32"),
+    TopkQueries(dtype="float32"),
+    PhrasePool(dtype="float32"),
 )
 KERNELS = {
     "row_scale_kernel", "largest_cost_kernel", "class_score_kernel", "top_classes_kernel", "kept_cost_kernel",
     "unit_rows_kernel", "cosine_gradient_kernel", "text_gradient_kernel",
+    "token_score_kernel", "gather_rows_kernel",
+    "phrase_cosine_kernel", "pool_kernel", "phrases_gradient_kernel", "cls_gradient_kernel", "combine_kernel",
 }  # fmt: skip
 
 
@@ -59,8 +98,19 @@ def test_kernels_compile_without_spills(compiled, architecture, record_table):
     rows = [row for row in compiled if row["sm"] == architecture]
     assert {row["kernel"] for row in rows} == KERNELS
     for row in rows:
-        record_table("compiled cost filter kernels", row)
+        record_table(f"compiled cost filter kernels, sm_{architecture}", {k: row[k] for k in list(rows[0])[:7]})
     check(rows, architecture)
+
+
+def test_hopper_holds_two_programs_that_look_for_maxima(compiled):
+    """One multiplies while the other is in its epilogue: 65,536 registers and 227 KiB for both."""
+    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == "largest_cost_kernel"]
+    rows = [row for row in rows if row["dtype"] != "float32"]
+    assert rows
+    for row in rows:
+        assert "wgmma.mma_async" in row["instructions"], row
+        assert 2 * 32 * row["warps"] * row["registers"] <= 65536, row
+        assert 2 * row["shared"] <= 227 * 1024, row
 
 
 if __name__ == "__main__":
