@@ -4,104 +4,12 @@ import copy
 
 import pytest
 import torch
+from literal_lsmseg import SIZES, head, inputs, literal, plain
 from torch import nn
 from torch.nn import functional as F
 
 from fastcss.nn import LSMSegHead
-from fastcss.ops import FilteredCost, filtered_argmax, pack_text
-
-SIZES = {"sam_channels": 5, "guidance_channels": (6, 3), "prompts": 2, "k": 4, "hidden": 8, "heads": 2, "window": 4}
-
-
-def head(device="cpu", **arguments):
-    torch.manual_seed(0)
-    module = LSMSegHead(12, **SIZES | {"upsample_channels": (8, 4)} | arguments).to(device)
-    for layer in module.modules():  # no weight at the value where leaving it out changes nothing
-        if isinstance(layer, nn.LayerNorm | nn.GroupNorm):
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.uniform_(layer.bias, -0.5, 0.5)
-    if module.sam_channels is not None:
-        nn.init.constant_(module.fusion_weight, 0.3)
-    return module
-
-
-def inputs(device="cpu", batch=2, classes=7, prompts=2, h=6, w=9):
-    """Image, text, sam and guidance."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(batch, 12, h, w), (classes, prompts, 12), (batch, 5, 11, 7), (batch, 6, h, w), (batch, 3, 21, 40)]
-    image, text, sam, *guidance = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    return image, text, sam, guidance
-
-
-def plain(device="cpu", **arguments):
-    """A head without SAM and guidance, and what it takes."""
-    module = head(device, **{"sam_channels": None, "guidance_channels": ()} | arguments)
-    return module, inputs(device)[:2]
-
-
-def literal(head, image, text, sam=None, guidance=()):
-    """The same network, from the equations, a class at a time: logits [B, T, H′, W′]."""
-    if sam is not None:  # (5.1)
-        sam = F.interpolate(head.sam_projection(sam), image.shape[2:], mode="bilinear")
-        image = head.fusion_weight * image + (1 - head.fusion_weight) * sam
-    results = []
-    for b in range(len(image)):
-        visual, words = F.normalize(image[b], dim=0), F.normalize(text, dim=-1)
-        cost = torch.einsum("dhw,tpd->tphw", visual, words)  # (5.2)
-        kept = cost.amax((1, 2, 3)).argsort(descending=True)[: head.category_filter.k]  # (5.3), (5.4)
-        words = F.normalize(words[kept].mean(1), dim=-1)  # (5.5)
-        maps = head.cost_embedding(cost[kept])  # (5.6), [k, C, h, w]
-        visual = head.visual_projection(image[b : b + 1])
-        for spatial, classes in zip(head.spatial, head.classes, strict=True):
-            for block in spatial.blocks:
-                maps = literal_window(block, maps, spatial.guidance_norm(visual[0].permute(1, 2, 0)))
-            maps = literal_classes(classes, maps, head.text_projection(words))
-        for i, stage in enumerate(head.upsampling):  # (5.9)
-            maps = stage.up(maps)
-            if guidance:
-                guide = stage.projection(guidance[i][b : b + 1])
-                guide = F.interpolate(guide, maps.shape[2:], mode="bilinear")
-                maps = torch.cat([maps, guide.expand(len(maps), -1, -1, -1)], dim=1)
-            maps = stage.rest(F.conv2d(maps, stage.join.weight, padding=1))
-        logits = head.segmentation(maps)[:, 0]
-        results.append(torch.full((len(text), *logits.shape[1:]), -100.0).to(logits).index_copy(0, kept, logits))
-    return torch.stack(results)
-
-
-def literal_window(block, maps, guide):
-    """(5.7) on ``maps`` [k, C, h, w]: attention of every pixel to every pixel of the window that it is in."""
-    k, c, h, w = maps.shape
-    window = [torch.zeros(h, w, dtype=torch.long, device=maps.device) for _ in range(2)]
-    for axis, size in enumerate((h, w)):
-        side = min(block.window, size)
-        shift = side // 2 if block.shifted and side < size else 0
-        number = torch.tensor([(i - shift) // side for i in range(size)], device=maps.device)
-        window[axis] += number[:, None] if axis == 0 else number
-    same = torch.stack([(n.flatten()[:, None] == n.flatten()) for n in window]).all(0)
-    x = maps.permute(0, 2, 3, 1)
-    normed = block.norm(x)
-    joined = torch.cat([normed, guide.expand(k, -1, -1, -1)], dim=-1)
-    query, key = F.linear(joined, block.query_key.weight, block.query_key.bias).reshape(k, h * w, 2, c).unbind(2)
-    query, key, value = (
-        y.reshape(k, h * w, block.heads, -1).transpose(1, 2) for y in (query, key, block.value(normed))
-    )
-    weights = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~same, -torch.inf).softmax(-1)
-    x = x + block.out((weights @ value).transpose(1, 2).reshape(k, h, w, c))
-    return (x + block.mlp(x)).permute(0, 3, 1, 2)
-
-
-def literal_classes(block, maps, words):
-    """(5.8) on ``maps`` [k, C, h, w]: linear attention as a weighted mean over the classes of a pixel."""
-    k, _, h, w = maps.shape
-    x = maps.permute(2, 3, 0, 1)  # [h, w, k, C]
-    normed = block.norm(x)
-    joined = torch.cat([normed, words.expand(h, w, -1, -1)], dim=-1)
-    query, key = F.linear(joined, block.query_key.weight, block.query_key.bias).chunk(2, -1)
-    query, key, value = (y.unflatten(-1, (block.heads, -1)) for y in (query, key, block.value(normed)))
-    affinity = torch.einsum("hwqnd,hwknd->hwnqk", F.elu(query) + 1, F.elu(key) + 1) / k
-    attended = torch.einsum("hwnqk,hwknd->hwqnd", affinity, value) / (affinity.sum(-1) + 1e-6).movedim(2, 3)[..., None]
-    x = x + attended.flatten(-2)
-    return (x + block.mlp(x)).permute(2, 3, 0, 1)
+from fastcss.ops import filtered_argmax, pack_text
 
 
 @pytest.mark.parametrize(("h", "w"), [(8, 4), (6, 9), (3, 5), (1, 1)])  # whole windows, filled ones, one, one pixel
@@ -308,75 +216,18 @@ def test_the_default_is_cat_segs_size():
     assert LSMSegHead(4, sam_channels=3).fusion_weight == 0.5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"channels": 0}, "channels must be at least 1, got 0"),
-        ({"sam_channels": 0}, "sam_channels must be at least 1, got 0"),
-        ({"guidance_channels": (3, 0)}, r"guidance_channels\[1\] must be at least 1, got 0"),
-        (
-            {"guidance_channels": (3,)},
-            r"guidance_channels must be 2, one for each upsampling stage, or none, got \(3,\)",
-        ),
-        ({"upsample_channels": (64, 3)}, r"upsample_channels must each be at least 4, got \(64, 3\)"),
-        ({"hidden": 10}, "hidden must be a multiple of heads = 4 and at least 4, got 10"),
-        ({"window": 0}, "window must be at least 1, got 0"),
-        ({"layers": 0}, "layers must be at least 1, got 0"),
-        ({"heads": -1}, "heads must be at least 1, got -1"),
-        ({"prompts": 0}, "prompts must be at least 1, got 0"),
-        ({"k": 0}, "k must be at least 1, got 0"),
-        ({"impl": "fast"}, "impl must be 'auto' or one of reference, .*, got 'fast'"),
-    ],
-)
-def test_bad_sizes_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LSMSegHead(**{"channels": 16} | arguments)
+def test_a_prediction_makes_no_logits_of_all_classes():
+    """At 96×96 those of 1000 classes are 35 MiB."""
+    module, _ = plain()
+    image, text = torch.randn(1, 12, 24, 24), torch.randn(1000, 2, 12)
 
+    def largest_allocation(function):
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+            function(image, text)
+        return max(event.self_cpu_memory_usage for event in profile.events())
 
-def test_bad_inputs_are_named():
-    module, (image, text, sam, guidance) = head(), inputs()
-
-    def refuses(error, match, **changed):
-        arguments = {"image": image, "text": text, "sam": sam, "guidance": guidance} | changed
-        with pytest.raises(error, match=match):
-            module(**arguments)
-
-    refuses(ValueError, r"image must be \[B, D, H, W\], got \[12, 6, 9\]", image=image[0])
-    refuses(
-        ValueError, r"image must be \[B, 12, H, W\] with at least one pixel, got \[2, 11, 6, 9\]", image=image[:, 1:]
-    )
-    refuses(ValueError, r"image must be .* at least one pixel, got \[2, 12, 0, 9\]", image=image[:, :, :0])
-    refuses(TypeError, "image must be a floating-point tensor, got torch.int64", image=image.long())
-    refuses(TypeError, "text must be a tensor or from pack_text, got list", text=text.tolist())
-    for wrong in (text[:, :1], text[:, :, :11], text[:0], text[0], text.expand(3, -1, -1, -1)):
-        refuses(ValueError, r"text must be \[T, 2, 12\] or \[2, T, 2, 12\] with at least one class, got", text=wrong)
-    refuses(TypeError, "text must have the dtype of image, torch.float32, got torch.float64", text=text.double())
-    refuses(ValueError, "sam must be given: sam_channels", sam=None)
-    refuses(ValueError, r"sam must be \[B, 5, h, w\] with at least one pixel, got \[2, 4, 11, 7\]", sam=sam[:, 1:])
-    refuses(ValueError, r"sam must be \[B, C, h, w\] with B = 2, got \[1, 5, 11, 7\]", sam=sam[:1])
-    refuses(ValueError, "guidance must be given: guidance_channels", guidance=())
-    refuses(ValueError, "guidance must be 2 tensors, got 1", guidance=guidance[:1])
-    refuses(ValueError, r"guidance\[0\] must be \[B, 6, h, w\]", guidance=guidance[::-1])
-    with pytest.raises(ValueError, match="sam must not be given"):
-        plain()[0](image, text, sam)
-    with pytest.raises(RuntimeError, match="impl='cpu' cannot run"):
-        plain(impl="cpu")[0].double()(image.double(), text.double())
-
-
-def test_bad_labels_are_named():
-    module, arguments = plain()
-    filtered = module.filtered(*arguments)
-    labels = torch.zeros(2, 24, 36, dtype=torch.long)
-    for wrong in (labels[:1], labels[0]):
-        with pytest.raises(ValueError, match=r"labels must be \[B, H, W\] with B = 2"):
-            module.loss(filtered, wrong)
-    for wrong in (labels.float(), labels.bool()):
-        with pytest.raises(TypeError, match=r"labels must be a tensor of integers, got torch\.(float32|bool)"):
-            module.loss(filtered, wrong)
-    with pytest.raises(IndexError, match="labels must be at least 0, or ignore_index = 255, got -1"):
-        module.loss(filtered, labels - 1)
-    with pytest.raises(ValueError, match=r"filtered.cost must be \[B, k, h, w\]"):
-        module.loss(FilteredCost(filtered.cost[:, :, None], *filtered[1:]), labels)
+    assert largest_allocation(module) >= 35 << 20
+    assert largest_allocation(module.predict) < 8 << 20
 
 
 def test_it_learns_digit_scenes(device):
