@@ -1,8 +1,6 @@
 // The backward pass of fastcss::top_margin.cpu. With p the softmax, t the true class and r its rival, every result is a
 // function of z_t − z_r, p_t and p_r: dz_j = a (δ_jt − p_j) + b (δ_jr − p_j) + dmargin (δ_jt − δ_jr).
 
-#include <vector>
-
 #include "parallel.h"
 #include "rows.h"
 #include "tensors.h"
@@ -14,19 +12,34 @@ namespace {
 constexpr const char* kOp = "top_margin";
 constexpr int64_t kPixels = 512;
 
-// row = −factor · exp(row − lse)
-FASTCSS_CLONES void spread(float* row, const float* lse, const float* factor, int64_t pixels) {
-  for (int64_t i = 0; i < pixels; i += kLanes)
-    store(row + i, -load(factor + i) * exp_negative(load(row + i) - load(lse + i)));
+// What the gradients of some pixels' logits are made of.
+struct Slopes {
+  float lse[kPixels], own[kPixels], rival[kPixels];  // own, rival: the coefficients of δ_jt and δ_jr
+  float spread[kPixels];                             // and of −p_j: a + b
+  int32_t own_class[kPixels], rival_class[kPixels];  // −1 for a pixel without
+};
+
+FASTCSS_CLONES void softmax_at(float* logits, const float* lse) {
+  for (int64_t i = 0; i < kPixels; i += kLanes) store(logits + i, exp_negative(load(logits + i) - load(lse + i)));
 }
 
-// a and b from the probabilities and the gradients of p_true, p_rival and the curvature
-FASTCSS_CLONES void slopes(const float* p, const float* q, const float* dp, const float* dq, const float* dcurvature,
-                           int64_t pixels, float* a, float* b) {
-  for (int64_t i = 0; i < pixels; ++i) {
+// From p_t and p_r, and the gradients of margin, p_true, p_rival and curvature.
+FASTCSS_CLONES void set_slopes(const float* p, const float* q, const float (&given)[4][kPixels], Slopes& s) {
+  for (int64_t i = 0; i < kPixels; ++i) {
     const float twice = 2 * (p[i] - q[i]);
-    a[i] = p[i] * (dp[i] + dcurvature[i] * (1 - twice));
-    b[i] = q[i] * (dq[i] + dcurvature[i] * (1 + twice));
+    const float a = p[i] * (given[1][i] + given[3][i] * (1 - twice));
+    const float b = q[i] * (given[2][i] + given[3][i] * (1 + twice));
+    s.own[i] = a + given[0][i], s.rival[i] = b - given[0][i], s.spread[i] = a + b;
+  }
+}
+
+// row of one class: its logits → their gradients
+FASTCSS_CLONES void gradient(const Slopes& s, int32_t c, float* row) {
+  for (int64_t i = 0; i < kPixels; i += kLanes)
+    store(row + i, load(s.spread + i) * exp_negative(load(row + i) - load(s.lse + i)));
+  for (int64_t i = 0; i < kPixels; ++i) {
+    const float own = s.own_class[i] == c ? s.own[i] : 0.f, rival = s.rival_class[i] == c ? s.rival[i] : 0.f;
+    row[i] = s.own_class[i] < 0 ? 0.f : own + rival - row[i];
   }
 }
 
@@ -39,32 +52,27 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
   parallel(B * tiles, [&](int64_t item) {
     const int64_t b = item / tiles, first = item % tiles * kPixels, pixels = std::min(kPixels, N - first);
     const int64_t at = b * N + first;
-    const int64_t* classes[2] = {static_cast<const int64_t*>(own.const_data_ptr()) + at,
-                                 static_cast<const int64_t*>(rival.const_data_ptr()) + at};
+    const int64_t* own_class = static_cast<const int64_t*>(own.const_data_ptr()) + at;
+    const int64_t* rival_class = static_cast<const int64_t*>(rival.const_data_ptr()) + at;
     const Matrix z = matrix(logits, 1, 2, kOp).offset(b * logits.stride(0)).at(0, first);
-    float given[4][kPixels] = {}, p[2][kPixels] = {}, slope[2][kPixels], sum[kPixels], shift[kPixels] = {};
+    float given[4][kPixels] = {}, p[kPixels] = {}, q[kPixels] = {}, row[kPixels] = {};
     const Tensor* gradients[4] = {&dmargin, &dp_true, &dp_rival, &dcurvature};
     for (int n = 0; n < 4; ++n) read_row(given[n], matrix(*gradients[n], 0, 1, kOp).at(b, first), pixels);
-    std::copy_n(static_cast<const float*>(lse.const_data_ptr()) + at, pixels, shift);
-    for (int n = 0; n < 2; ++n)
-      for (int64_t i = 0; i < pixels; ++i)
-        if (classes[0][i] >= 0) read_row(p[n] + i, z.at(classes[n][i], 0).offset(i * z.k_stride), 1);
-    const float minus_one[2] = {1.f, -1.f};
-    std::vector<float> ones(kPixels, -1.f);
-    for (auto& logit : p) spread(logit, shift, ones.data(), pixels);
-    slopes(p[0], p[1], given[1], given[2], given[3], kPixels, slope[0], slope[1]);
-    for (int64_t i = 0; i < kPixels; ++i) {
-      if (i >= pixels || classes[0][i] < 0) slope[0][i] = slope[1][i] = given[0][i] = 0;
-      sum[i] = slope[0][i] + slope[1][i];
+    Slopes slopes{};
+    std::copy_n(static_cast<const float*>(lse.const_data_ptr()) + at, pixels, slopes.lse);
+    std::copy_n(own_class, pixels, slopes.own_class);
+    std::copy_n(rival_class, pixels, slopes.rival_class);
+    for (int64_t i = 0; i < pixels; ++i) {
+      if (own_class[i] < 0) continue;
+      read_row(p + i, z.at(own_class[i], i), 1);
+      read_row(q + i, z.at(rival_class[i], i), 1);
     }
-    float row[kPixels];
+    softmax_at(p, slopes.lse), softmax_at(q, slopes.lse);
+    set_slopes(p, q, given, slopes);
     char* to = image(dlogits, b, dtype) + first * size_of(dtype);
     for (int64_t c = 0; c < C; ++c) {
       read_row(row, z.at(c, 0), pixels);
-      spread(row, shift, sum, pixels);
-      for (int n = 0; n < 2; ++n)
-        for (int64_t i = 0; i < pixels; ++i)
-          row[i] += classes[n][i] == c ? slope[n][i] + minus_one[n] * given[0][i] : 0.f;
+      gradient(slopes, static_cast<int32_t>(c), row);
       write_row(to + c * N * size_of(dtype), dtype, row, pixels);
     }
   });

@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z, const Tensor& w1, const Tens
   const int64_t columns = prompt_mlp::kColumnBytes / static_cast<int64_t>(w1.element_size());
   const Launcher launch(kOp, z);
   launch(by_dtype(z, kOp, prompt_mlp_hidden_f32, prompt_mlp_hidden_bf16, prompt_mlp_hidden_f16),
-         dim3(blocks(H, columns), R), prompt_mlp::kThreads, layer(z, w1, b1, index, hidden));
+         dim3(R, blocks(H, columns)), prompt_mlp::kThreads, layer(z, w1, b1, index, hidden));
   launch(by_dtype(z, kOp, prompt_mlp_output_f32, prompt_mlp_output_bf16, prompt_mlp_output_f16),
-         dim3(blocks(O, columns), R), prompt_mlp::kThreads, layer(hidden, w2, b2, index, y));
+         dim3(R, blocks(O, columns)), prompt_mlp::kThreads, layer(hidden, w2, b2, index, y));
   return {y, hidden};
 }
 
@@ -57,11 +57,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
   const Tensor positive = torch::stable::contiguous(hidden);
   const Launcher launch(kOp, z);
   launch(by_dtype(z, kOp, prompt_mlp_dhidden_f32, prompt_mlp_dhidden_bf16, prompt_mlp_dhidden_f16),
-         dim3(blocks(H, prompt_mlp::kWarps), R), prompt_mlp::kThreads,
+         dim3(R, blocks(H, prompt_mlp::kWarps)), prompt_mlp::kThreads,
          transposed(dy, w2, read<float>(positive), index, dhidden));
   if (need_dz)
     launch(by_dtype(z, kOp, prompt_mlp_dz_f32, prompt_mlp_dz_bf16, prompt_mlp_dz_f16),
-           dim3(blocks(L, prompt_mlp::kWarps), R), prompt_mlp::kThreads, transposed(dhidden, w1, nullptr, index, dz));
+           dim3(R, blocks(L, prompt_mlp::kWarps)), prompt_mlp::kThreads, transposed(dhidden, w1, nullptr, index, dz));
   if (need_weights) {
     using prompt_mlp_backward::kColumns, prompt_mlp_backward::kRows, prompt_mlp_backward::kThreads;
     launch(by_dtype(z, kOp, prompt_mlp_dw1_f32, prompt_mlp_dw1_bf16, prompt_mlp_dw1_f16),

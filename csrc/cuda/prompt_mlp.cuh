@@ -47,12 +47,12 @@ struct Shared {
 };
 
 // out = x · weight + bias, or its positive part. A thread has the columns of 16 bytes and every kSlices-th row of the
-// matrix; the slices are added in order. Grid (blocks of columns, R).
+// matrix; the slices are added in order. Grid (R, blocks of columns).
 template <class X, class T, class Y, bool kRelu>
 __device__ void layer(const LayerParams& p, Shared<T>& s) {
   constexpr int kEach = Pack<T>::size, kColumns = kLanes * kEach;
   const int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes;
-  const int64 row = blockIdx.y, first = static_cast<int64>(blockIdx.x) * kColumns, column = first + lane * kEach;
+  const int64 row = blockIdx.x, first = static_cast<int64>(blockIdx.y) * kColumns, column = first + lane * kEach;
   const int64 c = p.index[row * p.index_stride];
   Y* out = static_cast<Y*>(p.out) + row * p.outputs + first;
   const int64 columns = p.outputs - first < kColumns ? p.outputs - first : kColumns;
@@ -89,12 +89,12 @@ __device__ void layer(const LayerParams& p, Shared<T>& s) {
   store(out + threadIdx.x, kRelu && total <= 0.f ? 0.f : total);
 }
 
-// out = weight · x: a warp has one row of the matrix. Grid (blocks of kWarps matrix rows, R).
+// out = weight · x: a warp has one row of the matrix. Grid (R, blocks of kWarps matrix rows).
 template <class X, class T, class Y>
 __device__ void transposed(const TransposedParams& p) {
   constexpr int kEach = Pack<T>::size;
   const int lane = threadIdx.x % kWarp;
-  const int64 row = blockIdx.y, o = static_cast<int64>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int64 row = blockIdx.x, o = static_cast<int64>(blockIdx.y) * kWarps + threadIdx.x / kWarp;
   if (o >= p.outputs) return;
   const int64 c = p.index[row * p.index_stride];
   Y* out = static_cast<Y*>(p.out) + row * p.outputs + o;

@@ -23,12 +23,20 @@ struct Params {
   void* dbias;    // [K, outputs]
 };
 
+__device__ inline int64 clamped(int64 at, int64 size) { return at < size ? at : size - 1; }
+
 // Grid (blocks of columns, blocks of rows, K); the first block of rows has the bias, too.
 template <class X, class Y, class T>
 __device__ void run(const Params& p) {
   const int lane = threadIdx.x % kWarp;
   const int64 c = blockIdx.z, first_column = static_cast<int64>(blockIdx.x) * kColumns + lane;
   const int64 first_row = static_cast<int64>(blockIdx.y) * kRows + threadIdx.x / kWarp * kRowsEach;
+  // What lies past the end is read as the last one, and not written.
+  int64 x_at[kRowsEach], dy_at[kColumnsEach];
+#pragma unroll
+  for (int i = 0; i < kRowsEach; ++i) x_at[i] = clamped(first_row + i, p.inputs) * p.x_stride;
+#pragma unroll
+  for (int j = 0; j < kColumnsEach; ++j) dy_at[j] = clamped(first_column + j * kWarp, p.outputs) * p.dy_stride;
   float sum[kRowsEach][kColumnsEach] = {}, bias[kColumnsEach] = {};
   for (int64 first = 0; first < p.count; first += kWarp) {
     const bool mine = first + lane < p.count && p.index[(first + lane) * p.index_stride] == c;
@@ -38,12 +46,10 @@ __device__ void run(const Params& p) {
       const Y* dy = static_cast<const Y*>(p.dy) + r * p.dy_row_stride;
       float factor[kRowsEach];
 #pragma unroll
-      for (int i = 0; i < kRowsEach; ++i)
-        factor[i] = first_row + i < p.inputs ? to_float(x[(first_row + i) * p.x_stride]) : 0.f;
+      for (int i = 0; i < kRowsEach; ++i) factor[i] = p.inputs ? to_float(x[x_at[i]]) : 0.f;
 #pragma unroll
       for (int j = 0; j < kColumnsEach; ++j) {
-        const int64 column = first_column + j * kWarp;
-        const float d = column < p.outputs ? to_float(dy[column * p.dy_stride]) : 0.f;
+        const float d = to_float(dy[dy_at[j]]);
         bias[j] += d;
 #pragma unroll
         for (int i = 0; i < kRowsEach; ++i) sum[i][j] += factor[i] * d;
