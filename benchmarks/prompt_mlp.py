@@ -74,7 +74,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         if mode == "bwd":
             return _steps.expected(exact, tensors, gradients, mode)
         asked = [weight[index] for weight in weights]  # float64 of 150 classes would take 2.4 GiB
-        exact = functools.partial(exact, index=torch.arange(rows))
+        exact = functools.partial(exact, index=torch.arange(rows, device=device))
         return _steps.expected(exact, (z, *asked), gradients, mode)
 
     return Problem(providers, expected, TOLERANCE[dtype], *work(shape, dtype.itemsize, mode))
