@@ -4,7 +4,7 @@ from . import nn, ops
 from ._info import info
 from ._malloc import tune_malloc
 from .one_pass import one_pass
-from .ops import affinity_loss, class_affinity, multi_lora
+from .ops import affinity_loss, class_affinity, cost_filter, merge_masks, multi_lora, select_tokens
 from .packed_lora import PackedLora
 
 __version__ = "0.1.0"
@@ -12,10 +12,13 @@ __all__ = [
     "PackedLora",
     "affinity_loss",
     "class_affinity",
+    "cost_filter",
     "info",
+    "merge_masks",
     "multi_lora",
     "nn",
     "one_pass",
     "ops",
+    "select_tokens",
     "tune_malloc",
 ]
