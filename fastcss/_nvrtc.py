@@ -135,7 +135,7 @@ def prompt_mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index:
     hidden, y = z.new_empty((rows, w1.shape[2]), dtype=torch.float32), z.new_empty(rows, w2.shape[2])
     for name, x, weight, bias, out in (("hidden", z, w1, b1, hidden), ("output", hidden, w2, b2, y)):
         _launch(
-            file, f"prompt_mlp_{name}", z.dtype, (_blocks(weight.shape[2], columns), rows),
+            file, f"prompt_mlp_{name}", z.dtype, (rows, _blocks(weight.shape[2], columns)),
             *(x, *x.stride(), weight, *weight.stride(), bias, *bias.stride()),
             *(index, *index.stride(), *weight.shape, out),
         )  # fmt: skip
@@ -153,7 +153,7 @@ def prompt_mlp_backward(
     layers = (("dhidden", dy, w2, hidden, dhidden), ("dz", dhidden, w1, None, dz))
     for name, x, weight, positive, out in layers if need_dz else layers[:1]:
         _launch(
-            file, f"prompt_mlp_{name}", z.dtype, (_blocks(weight.shape[1], warps), rows),
+            file, f"prompt_mlp_{name}", z.dtype, (rows, _blocks(weight.shape[1], warps)),
             *(x, *x.stride(), weight, *weight.stride(), positive, index, *index.stride()),
             *(classes, weight.shape[2], weight.shape[1], out),
         )  # fmt: skip

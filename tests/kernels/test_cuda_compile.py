@@ -1,0 +1,118 @@
+"""csrc/cuda compiles for three GPU generations without a GPU, as the module and as NVRTC is given it, and does not
+spill."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+from fastcss import _nvrtc
+
+SOURCES = sorted(Path(__file__).parents[2].joinpath("csrc", "cuda").glob("*.cu"))
+DEVICE_CODE = [path.with_suffix(".cuh").name for path in SOURCES]
+DEVICE_CODE += ["prompt_mlp_backward.cuh", "select_tokens_backward.cuh"]
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = (
+    "-O3", "-std=c++20", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi,-Werror",
+    "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas=-v",
+    *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES),
+)  # fmt: skip
+SHARED_MEMORY = 48 * 1024  # bytes that a block can have without asking for more
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """One row for each kernel and architecture."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    folder, includes = tmp_path_factory.mktemp("cuda"), [f"-I{path}" for path in include_paths()]
+
+    def compile_one(source: Path) -> str:
+        command = ["nvcc", *FLAGS, *includes, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return [row for log in pool.map(compile_one, SOURCES) for row in _resources(log)]
+
+
+def _resources(log: str) -> list[dict]:
+    entry = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'(.*?)Used (\d+) registers(.*?)\n", re.DOTALL)
+    rows = []
+    for kernel, sm, spills, registers, rest in entry.findall(log):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        rows.append(
+            {
+                "sm": sm,
+                "kernel": kernel,
+                "registers": int(registers),
+                "spills": sum(map(int, re.findall(r"(\d+) bytes spill", spills))),  # bytes a thread
+                "stack": int(re.search(r"(\d+) bytes stack frame", spills)[1]),
+                "shared": int(shared[1]) if shared else 0,  # bytes a block
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills(compiled, architecture, record_table):
+    rows = [row for row in compiled if row["sm"] == architecture]
+    entries = {name for file in DEVICE_CODE for name in _entries(_nvrtc.source(file))}
+    assert {row["kernel"] for row in rows} == entries
+    for _, alike in groupby(
+        sorted(rows, key=lambda row: row["kernel"]), lambda row: re.sub(r"_b?f\d+$", "", row["kernel"])
+    ):
+        record_table("compiled CUDA kernels", max(alike, key=lambda row: row["registers"]))
+    for row in rows:
+        assert row["spills"] == row["stack"] == 0, row
+        assert row["shared"] <= SHARED_MEMORY, row
+
+
+def _entries(source: str) -> set[str]:
+    """The kernels that a file has, by the macro that makes one for each dtype, or by themselves."""
+    found = set(re.findall(r"__global__ void __launch_bounds__\([\w:]+\)\s+(\w+)\(", source)) - {"name"}
+    found |= {f"{stem}{dtype}" for stem in re.findall(r"(\w+_)##type\(", source) for dtype in ("f32", "bf16", "f16")}
+    return found | set(re.findall(r"^FASTCSS_\w+\((\w+_b?f\d+),", source, re.MULTILINE))
+
+
+@pytest.mark.parametrize("file", DEVICE_CODE)
+def test_device_code_asks_nvrtc_for_no_header(file):
+    assert "#include" not in _nvrtc.source(file)
+    assert "stdint" not in _nvrtc.source(file)
+
+
+@pytest.mark.parametrize("file", DEVICE_CODE)
+def test_nvrtc_compiles(file):
+    nvrtc = _load_nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    source = _nvrtc.source(file).encode()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"fastcss.cu", 0, None, None) == 0
+    options = (ctypes.c_char_p * 2)(b"--std=c++17", b"--gpu-architecture=sm_90")
+    status = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    assert status == 0, log.value.decode()
+
+
+def _load_nvrtc() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(path) for path in (spec.submodule_search_locations if spec else ())]
+    packaged = sorted(str(path) for folder in folders for path in folder.glob("*/lib/libnvrtc.so.1?"))
+    for name in ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", *packaged):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    pytest.skip("libnvrtc is not here: it comes with a CUDA build of torch")
