@@ -4,8 +4,8 @@ K·h·w logits are read, mostly from the caches, and H·W labels written; a mask
 arithmetic: a pixel of a mask is the bilinear mean of four pixels of the 4h × 4w picture, each of them of four logits.
 Both steps and their roundings are torch's; the taps of a row and a column are found once for a block of pixels, before
 the loop over the masks, which ends where all of the block is decided. Masks of which no logit near the block is above
-the threshold are left out: one tile of the logits there tells it of eight masks or more. And where the picture
-has its size already the second step is a copy: four taps a pixel in place of sixteen.
+the threshold are left out: one tile of the logits there tells it of eight masks or more. And where the picture has its
+size already the second step is a copy: four taps a pixel in place of sixteen.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def merge_masks(
     scale_h, scale_w = crop_height / height, crop_width / width
     region_h, region_w = _region(BLOCK_H, scale_h), _region(BLOCK_W, scale_w)
     look = region_h * region_w <= MAX_LOGITS
+    region_h, region_w = (region_h, region_w) if look else (1, 1)
     if labels.numel():
         with torch.cuda.device_of(masks):
             merge_masks_kernel[(triton.cdiv(height, BLOCK_H) * triton.cdiv(width, BLOCK_W),)](
@@ -147,7 +148,7 @@ def merge_masks(
                 # A mean of equal signs is off by some roundings of 2⁻²⁴.
                 threshold, threshold - 2e-6 * abs(threshold), *masks.stride(), *scores.stride(),
                 SAME_SIZE=(height, width) == (crop_height, crop_width), LOOK=look,
-                GROUP=MAX_LOGITS // (region_h * region_w) if look else 16, REGION_H=region_h, REGION_W=region_w,
+                GROUP=min(MAX_LOGITS // (region_h * region_w), 32), REGION_H=region_h, REGION_W=region_w,
                 BLOCK_H=BLOCK_H, BLOCK_W=BLOCK_W, num_warps=4,
             )  # fmt: skip
     return labels, score

@@ -174,8 +174,8 @@ def top_margin_gradient_kernel(
 
 
 def pixel_block(dtype: torch.dtype) -> dict[str, int]:
-    """16 bytes of pixels a thread."""
-    return {"BLOCK_N": 64 * (16 // dtype.itemsize), "num_warps": 2}
+    """16 bytes of pixels a thread, and registers for 512² pixels on 132 multiprocessors at once."""
+    return {"BLOCK_N": 64 * (16 // dtype.itemsize), "num_warps": 2, "maxnreg": 255 if dtype.itemsize == 2 else 128}
 
 
 def top_margin(
