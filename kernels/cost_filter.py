@@ -1,17 +1,19 @@
 """Triton implementation of fastcss::cost_filter and pack_text.
 
 2·B·T·P·HW·D FLOP, and T·P·D + B·HW·D elements to read: with 80 prompts a class the products are the limit, with one it
-is the launches. Four of them, five where the text is not packed:
+is the launches. Five of them, six where the text is not packed:
 
-1. 1 / ‖row‖ of the pixels (and of the text), so that no normalised copy is made;
+1. 1 / ‖row‖ of the pixels (and of the text), so that no normalised copy is made; an NCHW view is read as it lies, and
+   only what cannot be read 16 bytes at a time is copied;
 2. text · pixels in tiles of float32 accumulators, of which only the largest of each text row over CHUNK pixels leaves
    the registers: 1/64 of the map, in float32. All images are one row of columns, each rounded up to whole chunks, so
    that a tile may end one image and begin the next: 5 images of 576 pixels fill 23 tiles, not 25;
-3. the largest of those over the chunks and over a class's prompts: score [B, T];
+3. the largest of those over the chunks and over a class's prompts: score [B, T], in float32;
 4. the k best, as in top_classes;
 5. the same products for the kept rows, gathered by index, written as the maps.
 
-A scale is positive, so max(a · scale) = max(a) · scale even as rounded: the score is the largest of what 5 writes.
+A scale is positive, so max(a · scale) = max(a) · scale even as rounded, and an element's sum over D has the same order
+in a tile of any size: the score is the largest of what 5 writes.
 """
 
 from __future__ import annotations

@@ -107,9 +107,8 @@ def best_of_rows(score: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     if not best.numel():
         return best, index
     padded_k = triton.next_power_of_2(k)
-    row, block = max(ROW, 4 * padded_k), max(BLOCK, 2 * padded_k)
-    candidates = None
-    while width > row:
+    block, candidates = max(BLOCK, 4 * padded_k), None
+    while width > ROW:
         blocks = triton.cdiv(width, block)
         keys = score.new_empty((rows, blocks * padded_k), dtype=torch.int64)
         _launch(score, candidates, keys, best, index, width, block, padded_k)
