@@ -10,6 +10,7 @@ from torch import Tensor
 def prompt_mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tensor) -> Tensor:
     """``z`` [R, L], ``w1`` [K, L, H], ``b1`` [K, H], ``w2`` [K, H, O], ``b2`` [K, O], ``index`` [R] → [R, O]."""
     known = index.clamp(min=0)
+    z = torch.where((index >= 0)[:, None], z, 0)  # what is in a row of no class has no part in class 0's gradients
     if z.device.type == "cpu" and not torch.compiler.is_compiling() and not _mapped(index):
         y = z.new_zeros(len(z), w2.shape[2])
         for c in known.unique().tolist():
