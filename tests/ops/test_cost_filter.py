@@ -69,11 +69,11 @@ CASES = {
     "k 1": (2, 5, 7, 33, 20, 1, 1),
     "k = T": (3, 4, 5, 21, 12, 2, 12),
     "k > T": (1, 4, 5, 21, 12, 1, 100),
-    "P 3": (3, 5, 9, 65, 40, 3, 7),
+    "P 3": (2, 5, 9, 65, 21, 3, 7),
     "T 59": (1, 7, 11, 150, 59, 1, 16),
 }
 # Across the edges of a tiled kernel's blocks.
-LARGE = {"HW 576": (5, 24, 24, 130, 150, 1, 16), "P 80": (1, 12, 13, 65, 20, 80, 5), "T 847": (1, 9, 9, 64, 847, 1, 9)}
+LARGE = {"HW 576": (2, 24, 24, 130, 59, 1, 9), "P 80": (1, 12, 13, 65, 20, 80, 5), "T 847": (1, 9, 9, 40, 847, 1, 9)}
 
 
 @SHARED
@@ -81,7 +81,8 @@ LARGE = {"HW 576": (5, 24, 24, 130, 150, 1, 16), "P 80": (1, 12, 13, 65, 20, 80,
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, shared, device, tolerances):
-    runs(cost_filter, impl, device, case == "P 3" or (dtype == torch.float32 and case not in LARGE))
+    light = dtype == torch.float32 or (case == "P 3" and shared)
+    runs(cost_filter, impl, device, light and case not in (*LARGE, "T 59"))
     call = make(*(CASES | LARGE)[case], shared=shared, dtype=dtype, device=device)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 

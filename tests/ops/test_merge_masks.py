@@ -1,0 +1,263 @@
+"""merge_masks: every implementation × dtype × size against the float64 reference and against SAM's own code."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import checks
+import numpy as np
+import pytest
+import torch
+from calls import COMPILED_CUDA, DTYPES, IMPLEMENTATIONS_CUDA, LAYOUTS, Call, normal, runs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcss import ops
+
+#: What two interpolations in this dtype are off, as a fraction of the largest logit.
+CLEAR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Merged(NamedTuple):
+    labels: Tensor
+    score: Tensor
+
+
+def merge_masks(masks, scores, size, **options) -> Merged:
+    return Merged(*ops.merge_masks(masks, scores, size, return_score=True, **options))
+
+
+def make(count, height, width, size, *, crop=None, threshold=0.0, dtype=torch.float32, device="cpu", seed=0) -> Call:
+    """Blobs: smoothed noise, of which a third is mask. One score is there twice."""
+    masks = 4 * normal(count, 1, (height + 3) // 4 + 1, (width + 3) // 4 + 1, seed=seed) - 1.5
+    masks = F.interpolate(masks, (height, width), mode="bicubic")[:, 0] + 0.3 * normal(count, height, width, seed=seed)
+    scores = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    scores[-1:] = scores[:1]
+    options = {"size": size, "crop": crop, "threshold": threshold}
+    return Call(merge_masks, {"masks": masks.to(device, dtype), "scores": scores.to(device)}, options)
+
+
+def full_size(call: Call) -> Tensor:
+    """SAM's logits [K, H, W] in float64."""
+    masks, size, crop = call.tensors["masks"].double(), call.options["size"], call.options["crop"]
+    whole = F.interpolate(masks[:, None], scale_factor=4, mode="bilinear", align_corners=False)
+    whole = whole if crop is None else whole[..., : crop[0], : crop[1]]
+    return F.interpolate(whole, size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def assert_merged(call: Call, impl: str) -> None:
+    """As in float64, wherever no mask is within rounding of the threshold: most places."""
+    logits, scores = full_size(call), call.tensors["scores"]
+    largest = max([1, *call.tensors["masks"].abs().double().flatten().tolist()])
+    near = (logits - call.options["threshold"]).abs() <= CLEAR[call.tensors["masks"].dtype] * largest
+    clear = ~near.any(0)
+    assert clear.double().mean() > (0.3 if call.tensors["masks"].dtype == torch.bfloat16 else 0.9)
+    rank = scores.argsort(descending=True, stable=True).argsort()
+    above = logits > call.options["threshold"]
+    labels = torch.where(above, len(scores) - rank[:, None, None], 0)
+    labels = torch.where(above.any(0), labels.argmax(0) + 1, 0) if len(scores) else torch.zeros_like(clear).long()
+    found = call.outputs(impl)
+    assert found["labels"].dtype == torch.int64
+    assert torch.equal(found["labels"][clear], labels[clear])
+    padded = torch.cat([scores.new_zeros(1), scores])
+    assert torch.equal(found["score"], padded[found["labels"]])
+    assert torch.equal(ops.merge_masks(**call.tensors, **call.options, impl=impl), found["labels"])
+
+
+CASES = {  # K, h, w, size, crop
+    "one pixel": (1, 1, 1, (1, 1), None),
+    "no masks": (0, 5, 7, (9, 11), None),
+    "a pixel made large": (3, 1, 1, (13, 9), (3, 2)),
+    "to one pixel": (3, 9, 7, (1, 1), None),
+    "as it is": (5, 9, 7, (36, 28), None),
+    "larger": (5, 16, 16, (97, 150), (43, 64)),
+    "smaller": (20, 33, 31, (37, 21), (100, 124)),
+    "larger and smaller": (7, 20, 12, (33, 150), None),
+    "a row": (3, 24, 24, (1, 77), (96, 5)),
+}
+LARGE = {"K 20": (20, 64, 64, (187, 250), (192, 256)), "K 150": (150, 40, 33, (150, 97), None)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_labels_and_scores(impl, case, dtype, device):
+    runs(ops.merge_masks, impl, device, dtype == torch.float32 and case not in LARGE)
+    *sizes, crop = (CASES | LARGE)[case]
+    assert_merged(make(*sizes, crop=crop, dtype=dtype, device=device), impl)
+
+
+# --- SAM -------------------------------------------------------------------------------------------------------------
+
+
+def sam(call: Call) -> Tensor:
+    """The post-processing of transformers' SAM, then the masks over each other."""
+    image_processing = pytest.importorskip("transformers.models.sam.image_processing_pil_sam")
+    masks, options = call.tensors["masks"], call.options
+    pad = {"height": 4 * masks.shape[1], "width": 4 * masks.shape[2]}
+    crop = options["crop"] or tuple(pad.values())
+    whole = image_processing.SamImageProcessorPil().post_process_masks(
+        [masks.cpu()[:, None]], [options["size"]], [crop], mask_threshold=options["threshold"], pad_size=pad
+    )
+    labels = np.zeros(options["size"], np.int64)
+    for k in call.tensors["scores"].argsort(descending=True, stable=True).flip(0).tolist():
+        labels[whole[0][k, 0].numpy()] = k + 1
+    return torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize(
+    "size", [(375, 500), (640, 480), (1024, 683), (1200, 1600)], ids=lambda size: f"{size[0]}x{size[1]}"
+)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+def test_is_what_sam_gives(impl, size, count, threshold, device):
+    """On 99.99% of the pixels at least, of a picture whose longer side was made 1024."""
+    runs(ops.merge_masks, impl, device, False)
+    scale = 1024 / max(size)
+    crop = tuple(int(side * scale + 0.5) for side in size)
+    call = make(count, 256, 256, size, crop=crop, threshold=threshold, device=device, seed=count)
+    (labels, _), want = call(impl), sam(call).to(device)
+    assert (labels == want).double().mean() >= 0.9999
+    assert want.unique().numel() > count / 2
+
+
+# --- thresholds, ties, NaN -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [-2.0, 1, math.inf, -math.inf])
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_thresholds(impl, threshold, device):
+    """Above infinity there is nothing, above its opposite everything."""
+    runs(ops.merge_masks, impl, device)
+    call = make(5, 12, 9, (33, 40), threshold=threshold, device=device)
+    if math.isfinite(threshold):
+        return assert_merged(call, impl)
+    best = call.tensors["scores"].argmax() + 1 if threshold < 0 else 0
+    assert (call.outputs(impl)["labels"] == best).all()
+    return None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_at_the_threshold_is_no_mask(impl, dtype, device):
+    """Whole numbers and weights in eighths: exact in any dtype. Equal scores go to the lower mask."""
+    runs(ops.merge_masks, impl, device, dtype == torch.float32)
+    masks = torch.zeros(4, 2, 3)
+    masks[0, 0, 0], masks[1, 0], masks[2] = 1, 1, 2
+    masks[2, 0, 0] = masks[3, 1, 2] = -1
+    scores = torch.tensor([0.5, 0.5, 0.25, 0.75])
+    call = Call(
+        merge_masks, {"masks": masks.to(device, dtype), "scores": scores.to(device)}, {"size": (8, 12), "crop": None}
+    )
+    for threshold in (0.0, 1.0, 2.0, -1.0):
+        logits = full_size(call)
+        want = torch.zeros(8, 12, dtype=torch.int64, device=device)
+        for k in (2, 1, 0, 3):
+            want[logits[k] > threshold] = k + 1
+        assert torch.equal(call.having(threshold=threshold).outputs(impl)["labels"], want)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_nan_logits_are_no_mask(impl, device):
+    """Not where they reach, and nothing else changes."""
+    runs(ops.merge_masks, impl, device)
+    call = make(5, 12, 9, (33, 40), device=device)
+    call.tensors["masks"][2, 4:7, 3] = math.nan
+    call.tensors["masks"][4] = math.nan
+    logits = full_size(call)
+    order = call.tensors["scores"].argsort(descending=True, stable=True).flip(0).tolist()
+    want = torch.zeros(33, 40, dtype=torch.int64, device=device)
+    for k in order:
+        want[logits[k] > 0] = k + 1
+    got = call.outputs(impl)["labels"]
+    assert logits[2].isnan().any()
+    assert torch.equal(got, want)
+    assert (got != 5).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_scores_of_any_kind(impl, device):
+    """NaN first, then by size, negative and infinite ones too; of any dtype; equal ones by mask."""
+    runs(ops.merge_masks, impl, device)
+    masks = torch.ones(6, 2, 2, device=device)
+    for scores, best in (
+        ([-3.0, math.inf, math.nan, 5.0, math.nan, 9.0], 3),
+        ([-3.0, -math.inf, -1.0, -1.0, -2.0, -9.0], 3),
+        ([0.0, -0.0, 0.0, 0.0, 0.0, 0.0], 1),
+    ):
+        for dtype in (*DTYPES, torch.float64):
+            given = torch.tensor(scores, dtype=dtype, device=device)
+            labels, score = ops.merge_masks(masks, given, (3, 5), return_score=True, impl=impl)
+            assert (labels == best).all()
+            torch.testing.assert_close(score, given[best - 1].expand(3, 5), rtol=0, atol=0, equal_nan=True)
+
+
+# --- strides ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+def test_any_strides(impl, layout, device):
+    runs(ops.merge_masks, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
+    call = make(5, 12, 9, (33, 40), crop=(40, 36), device=device)
+    scores = torch.stack([call.tensors["scores"]] * 2, 1)[:, 0]
+    assert_merged(call.having(masks=LAYOUTS[layout](call.tensors["masks"]), scores=scores), impl)
+
+
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 60), ("triton", 4), ("cuda", 10)])
+def test_any_size(impl, examples, device):
+    runs(ops.merge_masks, impl, device)
+    low, most = st.integers(1, 40), st.integers(1, 150 if impl != "triton" else 40)
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 20), low, low, most, most, st.integers(0, 2**31), st.data())
+    def check(count, height, width, rows, columns, seed, data):
+        crop = tuple(data.draw(st.integers(1, 4 * side)) for side in (height, width))
+        assert_merged(make(count, height, width, (rows, columns), crop=crop, device=device, seed=seed), impl)
+
+    check()
+
+
+# --- the same again, torch.library, torch.compile, torch.vmap --------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", COMPILED_CUDA)
+def test_results_are_bitwise_reproducible(impl, device):
+    call = make(5, 12, 9, (33, 40), crop=(40, 36), device=device)
+    checks.assert_reproducible(call, runs(ops.merge_masks, impl, device))
+
+
+@pytest.mark.parametrize("case", ["larger", *LARGE])
+def test_threads_do_not_change_results(case):
+    runs(ops.merge_masks, "cpu", "cpu")
+    *sizes, crop = (CASES | LARGE)[case]
+    checks.assert_same_on_any_number_of_threads(make(*sizes, crop=crop))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+def test_carries_no_gradient_and_compiles(impl, device):
+    call = make(3, 8, 9, (16, 20), crop=(30, 36), device=device)
+    runs(ops.merge_masks, impl, device)
+    assert not any(y.requires_grad for y in call.leaves()(impl))
+    checks.assert_compiles(call, impl)
+
+
+@pytest.mark.parametrize("mapped", [("masks", "scores"), ("masks",), ("scores",)], ids=" ".join)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+def test_vmap(impl, mapped, device):
+    call = make(3, 4, 5, (8, 9), device=device)
+    checks.assert_maps(call, runs(ops.merge_masks, impl, device, len(mapped) > 1), mapped)
+
+
+@pytest.mark.parametrize("impl", COMPILED_CUDA)
+def test_opcheck(impl, device):
+    runs(ops.merge_masks, impl, device)
+    for count in (3, 0):
+        masks, scores = make(count, 8, 9, (16, 20), device=device).tensors.values()
+        order = scores.argsort(descending=True, stable=True)
+        for want_score in (True, False):
+            checks.opcheck("merge_masks", impl, masks, scores, order, 16, 20, 30, 36, 0.0, want_score)
