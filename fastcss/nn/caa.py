@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .._backends import IMPLEMENTATIONS
 from ..ops import affinity_attention, affinity_loss, class_centers
 from ..ops._arguments import autocast, check_device, check_shapes, readable
+from ._resize import resize
 
 Norm = Callable[[int], nn.Module]
 
@@ -172,7 +173,7 @@ class ClassAwareAffinity(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over the pixels that count; of none 0, where ``reduction="mean"`` is NaN."""
-        logits = _upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[1:])
+        logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[1:])
         total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
         return total / (labels != self.ignore_index).sum().clamp(min=1)
 
@@ -263,21 +264,3 @@ def _to_pixels(x: Tensor) -> Tensor:
 def _to_map(x: Tensor, size: torch.Size) -> Tensor:
     """[B, N, D] → [B, D, h, w], a view."""
     return x.mT.unflatten(2, size)
-
-
-def _upsample(x: Tensor, size: torch.Size) -> Tensor:
-    """``F.interpolate(x, size, mode="bilinear", align_corners=False)`` as two products.
-
-    Its gradient is deterministic on GPUs, and right under Inductor: that of ``F.interpolate`` into a cross-entropy is
-    compiled to 0 on CPU where a batch norm is in the graph (torch 2.13).
-    """
-    rows, columns = (_interpolation(small, large, x) for small, large in zip(x.shape[2:], size, strict=True))
-    with torch.autocast(x.device.type, enabled=False):
-        return rows @ (x @ columns.mT)
-
-
-def _interpolation(small: int, large: int, like: Tensor) -> Tensor:
-    """[large, small], the share of each of the small positions in each of the large ones."""
-    to, at = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (large, small))
-    source = ((to + 0.5) * (small / large) - 0.5).clamp(0, small - 1)
-    return (1 - (source[:, None] - at).abs()).clamp(min=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .caa import _upsample
+from ._resize import resize
 
 
 class GuidedLinear(nn.Linear):
@@ -199,13 +199,6 @@ def _same_region(axis: Axis, device: torch.device) -> Tensor:
     wrapped, filling = place >= axis.padded, place % axis.padded >= axis.size
     region = (wrapped + 2 * filling).view(-1, axis.window)
     return region[:, :, None] == region[:, None, :]
-
-
-def resize(x: Tensor, size: torch.Size) -> Tensor:
-    """``[B, C, h, w]`` to another size, bilinear, in float32 at least; the dtype of x."""
-    if x.shape[2:] == size:
-        return x
-    return _upsample(x.to(torch.promote_types(x.dtype, torch.float32)), size).to(x.dtype)
 
 
 def mlp(channels: int, activation: nn.Module) -> nn.Sequential:

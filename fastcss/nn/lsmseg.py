@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from ..ops import FilteredCost, PackedText, filtered_argmax, scatter_cost
 from ..ops._arguments import check_alike, check_device, check_shapes, readable
+from ._resize import resize
 from .cost_filter import CategoryFilter
-from .cost_refinement import ClassRefinement, GuidedUpsampling, SpatialRefinement, conv_relu, resize
+from .cost_refinement import ClassRefinement, GuidedUpsampling, SpatialRefinement, conv_relu
 
 
 class LSMSegHead(nn.Module):

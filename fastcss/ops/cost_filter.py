@@ -150,9 +150,8 @@ def pack_text(text: Tensor, *, impl: str = "auto") -> PackedText:
     text = _text("pack_text", text).detach()
     check_alike("pack_text", text=text)
     impl = _backends.choose("cost_filter", impl, text)
-    nothing = text.new_empty(0, dtype=torch.float32)
     if impl in ("reference", "composed"):
-        return PackedText(text, nothing, nothing)
+        return PackedText(text, *(text.new_empty(0, dtype=torch.float32) for _ in range(2)))
     return PackedText(text, *PACK[impl](text, impl == "cpu"))
 
 
