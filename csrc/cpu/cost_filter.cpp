@@ -109,6 +109,10 @@ std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Ten
   Tensor cost = torch::stable::new_empty(image, shape({B, k, P, H, W}));
   Tensor index = torch::stable::new_empty(image, shape({B, k}), ScalarType::Long);
   Tensor score = torch::stable::new_empty(image, shape({B, k}));
+  const int64_t padded = ceil_div(T * P, kMaxRows) * kMaxRows;
+  STD_TORCH_CHECK(scale.numel() == 0 || scale.numel() == text.size(0) * T * P, kCostFilter, ": scale is not of text");
+  STD_TORCH_CHECK(panels.numel() == 0 || panels.numel() == text.size(0) * padded * D, kCostFilter,
+                  ": panels are not of text");
   const PixelColumns columns(H * W, D, dtype == DType::bf16 && pair_kernel());
   const CostMap all(T * P, columns), kept(k * P, columns);
   const int64_t text_rows = all.panels * all.height;
@@ -118,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Ten
     const int64_t own = text.size(0) > 1 ? b : 0;
     Text rows{text_of(text, b), nullptr, scales, scale.numel() > 0};
     if (rows.scaled) rows.scale = static_cast<float*>(scale.mutable_data_ptr()) + own * T * P;
-    if (panels.numel() > 0) rows.panels = static_cast<const float*>(panels.const_data_ptr()) + own * panels.stride(0);
+    if (panels.numel() > 0) rows.panels = static_cast<const float*>(panels.const_data_ptr()) + own * padded * D;
     columns.pack_all(pixels, pixels_of(image, b));
     best_costs(pixels, all, rows, T, most, best);
     int64_t* classes = static_cast<int64_t*>(index.mutable_data_ptr()) + b * k;

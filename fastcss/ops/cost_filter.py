@@ -75,6 +75,10 @@ def cost_filter(image: Tensor, text: Tensor | PackedText, k: int, *, impl: str =
     op = "cost_filter"
     packed = text if isinstance(text, PackedText) else None
     text = _text(op, packed.text if packed else text)
+    if packed and packed.scale.numel() and packed.scale.shape != text.shape[:3]:
+        raise ValueError(
+            f"{op}: text.scale must be of text.text, {list(text.shape[:3])}, got {list(packed.scale.shape)}"
+        )
     sizes = check_shapes(op, image=(image, "B H W D"))
     wanted = "T P D" if len(text) == 1 else "B T P D"
     sizes |= check_shapes(op, image=(image, "B H W D"), text=(text[0] if len(text) == 1 else text, wanted))
