@@ -26,7 +26,7 @@ def weights_gradient_kernel(
     R, depth, width, stride_xr, stride_xd, BLOCK_DEPTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dweights [K, depth, width] = Σ x_r ⊗ dy_r and dbias [K, width] = Σ dy_r over the rows of a class."""
-    blocks_d, blocks_w = tl.cdiv(depth, BLOCK_DEPTH), tl.cdiv(width, BLOCK_WIDTH)
+    blocks_d, blocks_w = max(tl.cdiv(depth, BLOCK_DEPTH), 1), tl.cdiv(width, BLOCK_WIDTH)  # a bias without depth, too
     column = tl.program_id(0) % blocks_w * BLOCK_WIDTH
     d = tl.program_id(0) // blocks_w % blocks_d * BLOCK_DEPTH
     k = tl.program_id(0) // blocks_w // blocks_d
@@ -54,7 +54,7 @@ def weights_gradient(x: Tensor, dy: Tensor, index: Tensor, weights: Tensor) -> t
     """(dweights, dbias) of a layer with these ``weights`` [K, depth, width]; dy contiguous."""
     classes, depth, width = weights.shape
     dweights, dbias = weights.new_empty(weights.shape), weights.new_empty(classes, width)
-    blocks = max(triton.cdiv(depth, 32), 1) * triton.cdiv(width, 128)  # without depth there still is a bias
+    blocks = max(triton.cdiv(depth, 32), 1) * triton.cdiv(width, 128)
     if classes * blocks:
         weights_gradient_kernel[(classes * blocks,)](
             x, dy, index, dweights, dbias, len(x), depth, width, *x.stride(),
@@ -67,7 +67,7 @@ def prompt_mlp_backward(
     dy: Tensor, z: Tensor, w1: Tensor, w2: Tensor, index: Tensor, hidden: Tensor, need_dz: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dz = z.new_empty(z.shape if need_dz else (0,))
-    grads = (w1.new_empty(0),) * 4
+    grads = tuple(w1.new_empty(0) for _ in range(4))
     dy, index, hidden = dy.contiguous(), index.contiguous(), hidden.contiguous()
     dh = torch.empty_like(hidden)
     with torch.cuda.device_of(z):
