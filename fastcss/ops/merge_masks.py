@@ -80,7 +80,11 @@ def merge_masks(
         form = reference if impl == "reference" else composed
         labels, score = form.merge_masks(masks, scores, order, size, crop, threshold)
     else:
-        labels, score = FORWARD[impl](masks, scores, order, *size, *crop, float(threshold), return_score)
+        wide = scores.dtype not in _backends.KERNEL_DTYPES
+        given = (masks, scores.float() if wide else scores, order)
+        labels, score = FORWARD[impl](*given, *size, *crop, float(threshold), return_score and not wide)
+        if return_score and wide:
+            score = torch.cat([scores.new_zeros(1), scores])[labels]
     return (labels, score) if return_score else labels
 
 
