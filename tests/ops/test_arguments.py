@@ -1,4 +1,4 @@
-"""Bad input of the affinity ops: an error before anything is computed, with the argument's name and what it got."""
+"""Bad input of the ops: an error before anything is computed, with the argument's name and what it got."""
 
 from __future__ import annotations
 
@@ -6,29 +6,9 @@ import re
 
 import pytest
 import torch
+from arguments import ARGUMENTS, refused
 
 from fastcss import _backends, ops
-
-ARGUMENTS = {
-    "affinity_attention": {"q": torch.ones(2, 4, 3), "k": torch.ones(2, 4, 3), "v": torch.ones(2, 4, 5)},
-    "class_affinity": {
-        "q": torch.ones(2, 4, 3),
-        "k": torch.ones(2, 4, 3),
-        "feats": torch.ones(2, 4, 5),
-        "centers": torch.ones(2, 6, 5),
-    },
-    "affinity_loss": {
-        "q": torch.ones(2, 4, 3),
-        "k": torch.ones(2, 4, 3),
-        "labels": torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]),
-    },
-    "class_centers": {"logits": torch.ones(2, 3, 4), "feats": torch.ones(2, 4, 5)},
-}
-
-
-def refused(op: str, kind: type[Exception], message: str, **changes) -> None:
-    with pytest.raises(kind, match=f"^{op}: {re.escape(message)}"):
-        getattr(ops, op)(**ARGUMENTS[op] | changes)
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
@@ -36,41 +16,51 @@ def test_unchanged_they_are_right(op):
     getattr(ops, op)(**ARGUMENTS[op], impl="reference")
 
 
-EVERY = [(op, name) for op, arguments in ARGUMENTS.items() for name in arguments]
-FLOATS = [(op, name) for op, name in EVERY if name != "labels"]
-FIRST = {"affinity_attention": "q", "class_affinity": "q", "affinity_loss": "q", "class_centers": "logits"}
+EVERY = [(op, n) for op, arguments in ARGUMENTS.items() for n, v in arguments.items() if isinstance(v, torch.Tensor)]
+FLOATS = [(op, name) for op, name in EVERY if name not in ("labels", "index")]
+FIRST = {op: next(iter(arguments)) for op, arguments in ARGUMENTS.items()}
 OTHERS = [(op, name) for op, name in FLOATS if name != FIRST[op]]
+#: Of any number of dimensions, or of one of two.
+OF_ANY_RANK = [("cost_filter", "text"), ("top_margin", "logits")]
+
+
+def doubled(op: str) -> dict:
+    """In a dtype that no kernel takes."""
+    floats = {name for other, name in FLOATS if other == op}
+    return {name: value.double() if name in floats else value for name, value in ARGUMENTS[op].items()}
 
 
 @pytest.mark.parametrize(("op", "name"), FLOATS)
 def test_no_tensor(op, name):
-    refused(op, TypeError, f"{name} must be a tensor [B, ", **{name: [[[1.0]]]})
+    with pytest.raises(TypeError, match=rf"^{op}: {name} must be .*\[.*\], got list"):
+        getattr(ops, op)(**ARGUMENTS[op] | {name: [[[1.0]]]})
 
 
-@pytest.mark.parametrize(("op", "name"), FLOATS)
+@pytest.mark.parametrize(("op", "name"), [one for one in EVERY if one not in OF_ANY_RANK and one[1] != "labels"])
 def test_number_of_dimensions(op, name):
     for wrong in (ARGUMENTS[op][name][0], ARGUMENTS[op][name][None]):
-        with pytest.raises(ValueError, match=rf"^{op}: {name} must be \[B, .*, got {re.escape(str([*wrong.shape]))}"):
+        with pytest.raises(ValueError, match=rf"^{op}: {name} must be \[.*, got {re.escape(str([*wrong.shape]))}"):
             getattr(ops, op)(**ARGUMENTS[op] | {name: wrong})
 
 
 #: The sizes of an argument that are those of an argument before it.
-SIZES = {"k": "BNK", "v": "BN", "feats": "BN", "centers": "B D"}
+SIZES = {"k": "BNK", "v": "BN", "feats": "BN", "centers": "B D", "text": "  D", "phrases": "  D", "classes": "B D"}
+SIZES |= {"w1": " L", "b1": "KH", "w2": "KH", "b2": "KO", "index": "R", "scores": "K", "prototypes": " D", "bias": "C"}
 
 
-@pytest.mark.parametrize(("op", "name"), OTHERS)
+@pytest.mark.parametrize(("op", "name"), [*OTHERS, ("prompt_mlp", "index")])
 def test_sizes_that_do_not_match(op, name):
     """Nor is a size of one broadcast."""
     right = ARGUMENTS[op][name]
     for dim, letter in enumerate(SIZES[name]):
         for wrong in (right.narrow(dim, 0, 1), torch.cat([right, right], dim)):
             if letter != " ":
-                message = rf"^{op}: {name} must be \[B, .*\] with .*{letter} = {right.shape[dim]}.*, got "
+                message = rf"^{op}: {name} must be \[.*\] with .*{letter} = {right.shape[dim]}.*, got "
                 with pytest.raises(ValueError, match=message + re.escape(str([*wrong.shape]))):
                     getattr(ops, op)(**ARGUMENTS[op] | {name: wrong})
 
 
-@pytest.mark.parametrize(("op", "name"), OTHERS)
+@pytest.mark.parametrize(("op", "name"), [one for one in OTHERS if one != ("merge_masks", "scores")])
 def test_another_dtype(op, name):
     for dtype in (torch.float16, torch.float64):
         wrong = ARGUMENTS[op][name].to(dtype)
@@ -85,7 +75,7 @@ def test_integers(op, name):
         refused(op, TypeError, f"{name} must be a floating-point tensor, got {dtype}", **{name: wrong})
 
 
-@pytest.mark.parametrize(("op", "name"), [*OTHERS, ("affinity_loss", "labels")])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in EVERY if name != FIRST[op]])
 def test_another_device(op, name):
     wrong = ARGUMENTS[op][name].to("meta")
     refused(op, ValueError, f"{name} must be on the device of {FIRST[op]}, cpu, got meta", **{name: wrong})
@@ -100,8 +90,7 @@ def test_unknown_implementation(op):
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_an_explicit_implementation_never_falls_back(op, impl):
     """There is no kernel for float64: an error that says so, where "auto" takes the composed form."""
-    arguments = {n: t.double() if t.is_floating_point() else t for n, t in ARGUMENTS[op].items()}
-    call = getattr(ops, op)
+    arguments, call = doubled(op), getattr(ops, op)
     with pytest.raises(RuntimeError, match=f"^{op}: impl='{impl}' cannot run: .+"):
         call(**arguments, impl=impl)
     found, want = (call(**arguments, impl=impl) for impl in ("auto", "composed"))
@@ -113,7 +102,7 @@ def test_an_explicit_implementation_never_falls_back(op, impl):
 def test_the_cpu_kernels_say_which_dtypes_they_have(op):
     if _backends.UNAVAILABLE["cpu"]:
         pytest.skip(_backends.UNAVAILABLE["cpu"])
-    arguments = {n: t.double() if t.is_floating_point() else t for n, t in ARGUMENTS[op].items()}
+    arguments = doubled(op)
     message = "impl='cpu' cannot run: it takes float32, bfloat16 and float16, and the tensors are torch.float64"
     refused(op, RuntimeError, message, **arguments, impl="cpu")
 
@@ -126,6 +115,20 @@ def test_no_classes():
     refused("class_affinity", ValueError, message, centers=torch.ones(2, 0, 5))
     message = "logits must have at least one class and one pixel, got [2, 0, 4]"
     refused("class_centers", ValueError, message, logits=torch.ones(2, 0, 4))
+    message = "text must have at least one class and one prompt, got [1, 0, 2, 5]"
+    refused("cost_filter", ValueError, message, text=torch.ones(0, 2, 5))
+    message = "text must have at least one class and one prompt, got [2, 6, 0, 5]"
+    refused("cost_filter", ValueError, message, text=torch.ones(2, 6, 0, 5))
+    message = "phrases must have at least one class and one phrase, got [3, 0, 5]"
+    refused("phrase_pool", ValueError, message, phrases=torch.ones(3, 0, 5))
+    message = "classes must have at least one class and one channel, got [2, 0, 5]"
+    refused("select_tokens", ValueError, message, classes=torch.ones(2, 0, 5))
+    empty = {name: ARGUMENTS["prompt_mlp"][name][:0] for name in ("w1", "b1", "w2", "b2")}
+    refused("prompt_mlp", ValueError, "w1 must have at least one class, got [0, 5, 4]", **empty)
+    message = "prototypes must have at least one class, got [0, 5]"
+    refused("topk_queries", ValueError, message, prototypes=torch.ones(0, 5), bias=None)
+    message = "logits must be [B, C, …] with at least two classes, got [2, 1, 4]"
+    refused("top_margin", ValueError, message, logits=torch.ones(2, 1, 4))
 
 
 def test_centers_of_no_pixels():

@@ -1,0 +1,55 @@
+"""Arguments that every op takes, and what is said when one of them is changed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fastcss import ops
+
+ARGUMENTS = {
+    "affinity_attention": {"q": torch.ones(2, 4, 3), "k": torch.ones(2, 4, 3), "v": torch.ones(2, 4, 5)},
+    "class_affinity": {
+        "q": torch.ones(2, 4, 3),
+        "k": torch.ones(2, 4, 3),
+        "feats": torch.ones(2, 4, 5),
+        "centers": torch.ones(2, 6, 5),
+    },
+    "affinity_loss": {
+        "q": torch.ones(2, 4, 3),
+        "k": torch.ones(2, 4, 3),
+        "labels": torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]),
+    },
+    "class_centers": {"logits": torch.ones(2, 3, 4), "feats": torch.ones(2, 4, 5)},
+    "cost_filter": {"image": torch.ones(2, 3, 4, 5), "text": torch.ones(6, 2, 5), "k": 3},
+    "phrase_pool": {"cls": torch.ones(2, 5), "phrases": torch.ones(3, 4, 5)},
+    "select_tokens": {
+        "tokens": torch.ones(2, 4, 5),
+        "classes": torch.ones(2, 3, 5),
+        "threshold": 0.3,
+        "length": 7,
+    },
+    "prompt_mlp": {
+        "z": torch.ones(2, 5),
+        "w1": torch.ones(3, 5, 4),
+        "b1": torch.ones(3, 4),
+        "w2": torch.ones(3, 4, 6),
+        "b2": torch.ones(3, 6),
+        "index": torch.tensor([2, -1]),
+    },
+    "merge_masks": {"masks": torch.ones(3, 4, 5), "scores": torch.ones(3), "size": (7, 9)},
+    "topk_queries": {
+        "features": torch.ones(2, 4, 5),
+        "prototypes": torch.ones(3, 5),
+        "k": 2,
+        "bias": torch.ones(3),
+    },
+    "top_margin": {"logits": torch.ones(2, 3, 4), "labels": torch.tensor([[0, 1, 2, 0], [1, 2, 0, 255]])},
+}
+
+
+def refused(op: str, kind: type[Exception], message: str, **changes) -> None:
+    with pytest.raises(kind, match=f"^{op}: {re.escape(message)}"):
+        getattr(ops, op)(**ARGUMENTS[op] | changes)
