@@ -101,9 +101,14 @@ def compiled_by(program: str) -> list[dict]:
     return json.loads(done.stdout)
 
 
-def check(rows: list[dict], architecture: int) -> None:
-    """Nothing spills, shared memory is enough, and 16-bit products are done on tensor cores where there are any."""
+def check(compiled: list[dict], architecture: int, kernels: set[str], record_table) -> None:
+    """These kernels and no other; nothing spills, shared memory is enough, and 16-bit products are done on tensor cores
+    where there are any."""
+    rows = [row for row in compiled if row["sm"] == architecture]
+    assert {row["kernel"] for row in rows} == kernels
+    columns = ("sm", "kernel", "dtype", "warps", "registers", "spills", "shared")
     for row in rows:
+        record_table("compiled Triton kernels", {name: row[name] for name in columns})
         assert row["spills"] == 0, row
         assert row["shared"] <= SHARED_MEMORY[architecture], row
         if row["dtype"] != "float32" and row["dots"]:  # float32 products are exact, which no tensor core does

@@ -74,11 +74,7 @@ def compiled() -> list[dict]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    rows = [row for row in compiled if row["sm"] == architecture]
-    assert {row["kernel"] for row in rows} == {"shrink_kernel", "expand_kernel", "fused_kernel", "gradient_kernel"}
-    for row in rows:
-        record_table("compiled kernels", row)
-    check(rows, architecture)
+    check(compiled, architecture, {"shrink_kernel", "expand_kernel", "fused_kernel", "gradient_kernel"}, record_table)
 
 
 if __name__ == "__main__":

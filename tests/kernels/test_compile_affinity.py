@@ -82,11 +82,7 @@ def compiled() -> list[dict]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    rows = [row for row in compiled if row["sm"] == architecture]
-    assert {row["kernel"] for row in rows} == KERNELS
-    for row in rows:
-        record_table("compiled affinity kernels", row)
-    check(rows, architecture)
+    check(compiled, architecture, KERNELS, record_table)
 
 
 def test_hopper_holds_two_programs_where_the_splits_count_on_it(compiled):

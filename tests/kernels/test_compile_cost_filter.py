@@ -95,11 +95,7 @@ def compiled() -> list[dict]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    rows = [row for row in compiled if row["sm"] == architecture]
-    assert {row["kernel"] for row in rows} == KERNELS
-    for row in rows:
-        record_table(f"compiled cost filter kernels, sm_{architecture}", {k: row[k] for k in list(rows[0])[:7]})
-    check(rows, architecture)
+    check(compiled, architecture, KERNELS, record_table)
 
 
 def test_hopper_holds_two_programs_that_look_for_maxima(compiled):

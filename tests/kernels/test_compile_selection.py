@@ -83,11 +83,7 @@ def compiled() -> list[dict]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    rows = [row for row in compiled if row["sm"] == architecture]
-    assert {row["kernel"] for row in rows} == KERNELS
-    for row in rows:
-        record_table("compiled selection kernels", row)
-    check(rows, architecture)
+    check(compiled, architecture, KERNELS, record_table)
 
 
 @pytest.mark.parametrize(
