@@ -5,8 +5,7 @@
 namespace fastcss::cpu {
 namespace {
 
-// ---- 2^t and 1/x with AVX-512; t ≤ 126 or NaN
-// ----------------------------------------------------------------------------------------
+// ---- 2^t and 1/x with AVX-512; t ≤ 126 or NaN ----------------------------------------------------------------------
 
 #if defined(__x86_64__)
 #define FASTCSS_V4 FASTCSS_TARGET("arch=x86-64-v4")
@@ -51,8 +50,7 @@ struct Avx512Rough : Avx512 {
 };
 #endif
 
-// ---- what becomes of an element
-// --------------------------------------------------------------------------------------
+// ---- what becomes of an element ------------------------------------------------------------------------------------
 
 // tanh(s/2) of t = −s · log₂e: (1 − e) / (1 + e) with e = 2^t, exact at 0 and ±∞.
 template <class Isa>
