@@ -59,7 +59,7 @@ class CudaOnCpu:
         self.library.launch.restype = ctypes.c_char_p
 
     def set_order(self, order: int) -> None:
-        """A block's threads take turns up (0), down (1) or shuffled (a larger seed)."""
+        """A block's warps take turns up (0), down (1) or shuffled (a larger seed)."""
         self.library.set_order(order)
 
     def launch(self, file: str, name: str, grid: tuple[int, int, int], threads: int, params: bytes) -> None:

@@ -1,5 +1,5 @@
 // What csrc/cuda takes of CUDA, for g++: its sources compiled with this file run on the CPU, block after block, so that
-// their values can be tested where there is no GPU. A block's threads are fibers of one thread; each runs until it
+// their values can be tested where there is no GPU. A block's threads are fibers of one thread; a warp runs until it
 // waits for others, and they take turns in an order that the test sets. Stricter than a GPU: threads that wait at
 // different places, or for one that has ended, are an error, and shared memory is NaN before a block begins.
 #pragma once

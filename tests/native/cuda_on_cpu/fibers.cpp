@@ -87,11 +87,25 @@ void enter() {
   swapcontext(&fibers[own].context, &scheduler);
 }
 
+// Each lane until it waits, in the order of the warps; returns how many have ended.
+unsigned resume_warp(unsigned warp) {
+  unsigned ended = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    const unsigned i = warp * kWarp + (order == 1 ? kWarp - 1 - lane : lane);
+    current.thread = dim3(i, 0, 0);
+    if (!fibers[i].ended) swapcontext(&scheduler, &fibers[i].context);
+    ended += fibers[i].ended;
+  }
+  return ended;
+}
+
+// A warp goes on until all of it waits for others, which lie behind by all that it did: what it overwrites before they
+// have read it, or reads before they have written it, shows.
 void run_block(unsigned threads) {
   std::memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);  // NaN
   whole.arrived = whole.ended = 0, whole.size = threads;
   for (auto& warp : warps) warp.arrived = warp.ended = 0, warp.size = kWarp;
-  std::vector<unsigned> turns(threads);
+  std::vector<unsigned> turns(threads / kWarp);
   std::iota(turns.begin(), turns.end(), 0u);
   if (order == 1) std::reverse(turns.begin(), turns.end());
   if (order > 1) std::shuffle(turns.begin(), turns.end(), std::minstd_rand(order + current.block.x));
@@ -104,14 +118,16 @@ void run_block(unsigned threads) {
     makecontext(&fiber.context, enter, 0);
   }
   for (bool left = true; left;) {
-    left = progress = false;
-    for (const unsigned i : turns) {
-      if (fibers[i].ended) continue;
-      current.thread = dim3(i, 0, 0);
-      swapcontext(&scheduler, &fibers[i].context);
-      left |= !fibers[i].ended;
+    bool moved = left = false;
+    for (const unsigned warp : turns) {
+      do {
+        progress = false;
+        const unsigned ended = resume_warp(warp);
+        left |= ended < kWarp;
+        moved |= progress;
+      } while (progress);
     }
-    if (left && !progress && failure.empty()) failure = "every thread waits for another";
+    if (left && !moved && failure.empty()) failure = "every thread waits for another";
   }
 }
 
