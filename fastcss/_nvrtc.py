@@ -38,10 +38,14 @@ def register() -> None:
         LIBRARY.impl(f"{launcher.__name__}.cuda", launcher, "CUDA")
 
 
+def folder() -> Path:
+    """Of the kernels' sources: beside this file where they are installed, csrc/cuda in a checkout."""
+    installed = Path(__file__).with_name("cuda")
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "csrc" / "cuda"
+
+
 def _text(file: str) -> str:
-    folder = Path(__file__).parent / "cuda"  # installed there; in a checkout they lie in csrc/cuda
-    folder = folder if folder.is_dir() else Path(__file__).parents[1] / "csrc" / "cuda"
-    return (folder / file).read_text()
+    return (folder() / file).read_text()
 
 
 def source(file: str) -> str:
