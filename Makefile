@@ -49,9 +49,10 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 # No network there and no environment of our own: PYTHON has torch, pytest and, for all benchmark providers, peft.
-CUDA_SOURCES := $(wildcard csrc/cuda/*.cu)
+# Without nvcc the CUDA kernels are compiled at first use, where CuPy is there.
+NVCC := $(shell command -v nvcc)
 gpu:
-	$(if $(CUDA_SOURCES),FASTCSS_CUDA=1) $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(if $(NVCC),FASTCSS_CUDA=1) $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m fastcss info
 	$(PYTHON) -m pytest tests --device cuda
 	@if command -v compute-sanitizer > /dev/null; then \

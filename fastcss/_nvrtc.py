@@ -68,11 +68,11 @@ def constant(file: str, name: str) -> int:
 
 
 @cache
-def _kernel(file: str, name: str, device: int):
+def _module(file: str, device: int):
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source(file), options=("--std=c++17",)).get_function(name)
+        return cupy.RawModule(code=source(file), options=("--std=c++17",))
 
 
 def launch_with_cupy(file: str, name: str, grid: tuple[int, int, int], threads: int, params: bytes) -> None:
@@ -81,9 +81,10 @@ def launch_with_cupy(file: str, name: str, grid: tuple[int, int, int], threads: 
     import numpy
 
     device = torch.cuda.current_device()
-    kernel = _kernel(file, name, device)
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-        kernel(grid, (threads, 1, 1), (numpy.frombuffer(params, dtype=f"V{len(params)}"),))
+        # CuPy passes an array of one element by value.
+        struct_of_params = numpy.frombuffer(params, dtype=f"V{len(params)}")
+        _module(file, device).get_function(name)(grid, (threads, 1, 1), (struct_of_params,))
 
 
 #: Replaced where the kernels run on something else.

@@ -8,7 +8,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -29,21 +28,15 @@ FLAGS = (
 SHARED_MEMORY = 48 * 1024  # bytes that a block can have without asking for more
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
+def compile_one(source: Path, folder: Path) -> list[dict]:
     """One row for each kernel and architecture."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
-    folder, includes = tmp_path_factory.mktemp("cuda"), [f"-I{path}" for path in include_paths()]
-
-    def compile_one(source: Path) -> str:
-        command = ["nvcc", *FLAGS, *includes, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        return [row for log in pool.map(compile_one, SOURCES) for row in _resources(log)]
+    includes = [f"-I{path}" for path in include_paths()]
+    command = ["nvcc", *FLAGS, *includes, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return _resources(done.stderr)
 
 
 def _resources(log: str) -> list[dict]:
@@ -64,14 +57,17 @@ def _resources(log: str) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    rows = [row for row in compiled if row["sm"] == architecture]
-    entries = {name for file in DEVICE_CODE for name in _entries(_nvrtc.source(file))}
-    assert {row["kernel"] for row in rows} == entries
-    for _, alike in groupby(
-        sorted(rows, key=lambda row: row["kernel"]), lambda row: re.sub(r"_b?f\d+$", "", row["kernel"])
-    ):
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_without_spills(source, tmp_path, record_table):
+    rows = compile_one(source, tmp_path)
+    files = [file for file in DEVICE_CODE if file.startswith(source.stem)]
+    entries = {name for file in files for name in _entries(_nvrtc.source(file))}
+    assert {(row["kernel"], row["sm"]) for row in rows} == {(name, sm) for name in entries for sm in ARCHITECTURES}
+
+    def family(row: dict) -> tuple[str, str]:
+        return re.sub(r"_b?f\d+$", "", row["kernel"]), row["sm"]
+
+    for _, alike in groupby(sorted(rows, key=family), family):
         record_table("compiled CUDA kernels", max(alike, key=lambda row: row["registers"]))
     for row in rows:
         assert row["spills"] == row["stack"] == 0, row
