@@ -3,6 +3,10 @@ float64 reference. What a GPU adds to this is speed."""
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
+import numpy
 import pytest
 import torch
 from cuda_build import CudaOnCpu, build
@@ -247,3 +251,41 @@ def test_prompt_mlp_reads_no_class_that_is_not_there(run):
     dz, *dweights = run("prompt_mlp_backward", torch.ones(3, 20), z, w1, w2, index, hidden, True, True)
     assert dz[:2].isnan().all()
     assert all(grad.isfinite().all() for grad in dweights)
+
+
+def test_launch_by_cupy(on_cpu, monkeypatch):
+    """What CuPy is handed: one text for NVRTC, torch's device and stream, and the parameters as one value."""
+
+    class Entered:
+        def __init__(self, what):
+            self.what = what
+
+        def __enter__(self):
+            active.append(self.what)
+
+        def __exit__(self, *_):
+            active.pop()
+
+    class RawModule:
+        def __init__(self, code, options):
+            assert "top_classes_f32" in code
+            assert "#include" not in code
+
+        def get_function(self, name):
+            return lambda grid, block, arguments: self.launch(name, grid, block, *arguments)
+
+        def launch(self, name, grid, block, params):
+            assert isinstance(params, numpy.ndarray)
+            assert params.size == 1
+            assert active == [0, 77]
+            on_cpu.launch("", name, grid, block[0], params.tobytes())
+
+    active = []
+    stand_in = SimpleNamespace(RawModule=RawModule, cuda=SimpleNamespace(Device=Entered, ExternalStream=Entered))
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    _nvrtc._module.cache_clear()
+    on_cpu.set_order(0)
+    assert _nvrtc.top_classes(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2)[1].tolist() == [[1, 3]]
+    _nvrtc._module.cache_clear()
