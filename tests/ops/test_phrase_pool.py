@@ -59,7 +59,8 @@ LARGE = {"D 530": (2, 33, 9, 530), "M 150": (1, 5, 150, 64), "C 150": (33, 150, 
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    runs(phrase_pool, impl, device, case == "C 21" or (dtype == torch.float32 and case not in LARGE))
+    light = case not in (*LARGE, "C 21", "B 5") if dtype == torch.float32 else case == "C 21"
+    runs(phrase_pool, impl, device, light and dtype != torch.float16)
     assert_as_good_as_eager(make(*(CASES | LARGE)[case], dtype=dtype, device=device), impl, tolerances[dtype])
 
 
@@ -127,8 +128,8 @@ def test_lengths_whose_squares_no_dtype_holds(impl, dtype, device, tolerances):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, device, tolerances):
-    runs(phrase_pool, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
-    call = make(3, 21, 7, 18, device=device).map(LAYOUTS[layout])
+    runs(phrase_pool, impl, device, layout in ("NCHW", "expanded batch"))
+    call = make(3, 5, 7, 18, device=device).map(LAYOUTS[layout])
     dys = tuple(LAYOUTS[layout](dy) for dy in call.output_gradients())
     assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
 
@@ -147,7 +148,7 @@ def test_any_shape_and_stride(impl, examples, device, tolerances):
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_reproducible_and_of_its_image_alone(impl, device):
-    call = make(3, 21, 7, 18, dtype=torch.bfloat16, device=device)
+    call = make(3, 5, 7, 18, dtype=torch.bfloat16, device=device)
     checks.assert_reproducible(call, runs(phrase_pool, impl, device))
     checks.assert_batch_invariant(call, impl, shared=("phrases",))
 
@@ -166,13 +167,13 @@ def test_gradcheck(impl, device):
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_finite_differences(impl, device):
-    checks.assert_slope(make(2, 21, 7, 18, device=device), runs(phrase_pool, impl, device))
+    checks.assert_slope(make(2, 5, 7, 18, device=device), runs(phrase_pool, impl, device))
 
 
 @pytest.mark.parametrize("needs", ["cls", "phrases"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_one_gradient(impl, needs, device):
-    call = make(2, 21, 7, 18, device=device)
+    call = make(2, 5, 7, 18, device=device)
     leaf = call.tensors[needs].clone().requires_grad_()
     (pooled,) = call.having(**{needs: leaf})(runs(phrase_pool, impl, device))
     (dy,) = call.output_gradients()
@@ -188,7 +189,7 @@ def test_second_derivatives(impl, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_autocast_rounds_no_cosine(impl, device):
     """Tensors of two dtypes are taken in the wider one."""
-    call = make(2, 21, 7, 18, device=device)
+    call = make(2, 5, 7, 18, device=device)
     want = call.outputs(runs(phrase_pool, impl, device))
     half = call.tensors["phrases"].bfloat16()
     wide = call.having(phrases=half.float()).outputs(impl)

@@ -67,7 +67,8 @@ LARGE = {"L 530": (9, 4, 530, 130, 150), "O 1030": (20, 3, 70, 257, 1030), "R 30
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    runs(prompt_mlp, impl, device, case == "R 20" or (dtype == torch.float32 and case not in LARGE))
+    light = case not in (*LARGE, "R 20", "R 70") if dtype == torch.float32 else case == "R 20"
+    runs(prompt_mlp, impl, device, light and dtype != torch.float16)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
     calls.assert_as_good_as_eager(call, impl, tolerances[dtype])
 

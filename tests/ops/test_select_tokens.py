@@ -63,7 +63,8 @@ LARGE = {"N 1500": (2, 1500, 20, 64, 128), "C 150": (1, 577, 150, 130, 260), "D 
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    runs(select_tokens, impl, device, case == "C 21" or (dtype == torch.float32 and case not in LARGE))
+    light = case not in (*LARGE, "C 21", "all and zeros") if dtype == torch.float32 else case == "C 21"
+    runs(select_tokens, impl, device, light and dtype != torch.float16)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 
@@ -131,7 +132,7 @@ def test_no_survivor(impl, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_thresholds(impl, threshold, device, tolerances):
     call = make(2, 70, 5, 9, 50, threshold=threshold, device=device)
-    assert_as_good_as_eager(call, runs(select_tokens, impl, device), tolerances[torch.float32])
+    assert_as_good_as_eager(call, runs(select_tokens, impl, device, threshold == -1), tolerances[torch.float32])
     if threshold == -1:
         assert call.outputs(impl)["counts"].sum(1).tolist() == [70, 70]
 
@@ -162,7 +163,7 @@ def test_rows_of_zeros_have_cosine_0(impl, dtype, device):
 def test_nan_survives_for_no_class(impl, value, device):
     """A token that is NaN is as if it were not there, a class that is takes none; where all are nothing survives."""
     call = make(2, 70, 5, 9, 50, threshold=-1, device=device)
-    runs(select_tokens, impl, device)
+    runs(select_tokens, impl, device, math.isnan(value))
     tokens, classes = call.tensors.values()
     kept = torch.arange(70, device=device) != 31
     want = call.having(tokens=tokens[:, kept]).outputs(impl)
@@ -202,7 +203,7 @@ def test_any_strides(impl, layout, device, tolerances):
     assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
 
 
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 3), ("cuda", 10)])
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 2), ("cuda", 10)])
 def test_any_shape_and_stride(impl, examples, device, tolerances):
     runs(select_tokens, impl, device)
     count = st.integers(0, 300 if impl != "triton" else 40)
@@ -216,7 +217,7 @@ def test_any_shape_and_stride(impl, examples, device, tolerances):
 
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_reproducible_and_of_its_image_alone(impl, device):
-    call = make(3, 70, 21, 18, 50, dtype=torch.bfloat16, device=device)
+    call = make(3, 40, 5, 18, 50, dtype=torch.bfloat16, device=device)
     checks.assert_reproducible(call, runs(select_tokens, impl, device))
     checks.assert_batch_invariant(call, impl)
 

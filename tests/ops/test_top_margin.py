@@ -88,7 +88,7 @@ def rivals(logits: Tensor, labels: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_of_equal_logits_the_lower_class_wins(impl, dtype, labelled, device):
-    runs(top_margin, impl, device)
+    runs(top_margin, impl, device, dtype == torch.bfloat16)
     for shape in ((2, 2, 66), (2, 33, 70), (1, 150, 40)):
         call = make(*shape, labelled=labelled, dtype=dtype, device=device, whole=True)
         logits, labels = call.tensors["logits"], call.options.get("labels")
