@@ -52,6 +52,15 @@ def assert_batch_invariant(call: Call, impl: str, shared: tuple[str, ...] = ()) 
         assert_bitwise(alone, {name: tensor[i : i + 1] for name, tensor in together.items()})
 
 
+def assert_gradients_as_reference(call: Call, impl: str) -> None:
+    """Those of the literal code in float32, whatever their size: at a row of zeros 1e12 times those elsewhere."""
+    dys = call.output_gradients()
+    want, got = (call.leaves().results(name, dys) for name in ("reference", impl))
+    for name in (f"d{name}" for name in call.tensors):
+        error = torch.linalg.vector_norm(got[name].double() - want[name].double())
+        assert error <= 1e-5 * torch.linalg.vector_norm(want[name].double()), name
+
+
 def assert_not_finite_as_reference(call: Call, impl: str, nan_stays: bool = True) -> None:
     """What is not finite in the literal code of this dtype is not here, and nothing else; NaN there is NaN here."""
     dys = call.output_gradients()

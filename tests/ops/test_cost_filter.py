@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastcss._cosine import unit
-from fastcss.ops.cost_filter import cost_filter
+from fastcss.ops import cost_filter
 
 SHARED = pytest.mark.parametrize("shared", [True, False], ids=["text", "text of each image"])
 
@@ -100,19 +100,6 @@ def test_the_reference_is_the_equations(device):
     torch.testing.assert_close(found["cost"][0].flatten(2), cosine[order].double().to(device), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", COMPILED)
-def test_the_score_is_the_largest_cost(impl, dtype, device):
-    """Bitwise, of random rows too; and text of the batch gives what the same text of each image gives."""
-    runs(cost_filter, impl, device, dtype != torch.float16)
-    image, text = (normal(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(((3, 5, 7, 40), (50, 2, 40))))
-    found = cost_filter(image, text, 9, impl=impl)
-    assert torch.equal(found.score, found.cost.amax(dim=(2, 3, 4)))
-    assert (found.score.diff(dim=1) <= 0).all()
-    for one, other in zip(cost_filter(image, text.expand(3, -1, -1, -1), 9, impl=impl), found, strict=True):
-        assert torch.equal(one, other)
-
-
 # --- ties, rows of zeros, NaN ----------------------------------------------------------------------------------------
 
 
@@ -155,6 +142,8 @@ def test_rows_of_zeros_have_cosine_0(impl, dtype, shared, device):
     assert not found["cost"][1, ..., 2, 3].count_nonzero()
     assert not found["cost"][found["index"] == 7].count_nonzero()
     assert found["cost"].isfinite().all()
+    if dtype == torch.float32:
+        checks.assert_gradients_as_reference(call, impl)
     call.tensors["text"][:] = 0
     assert call.outputs(impl)["index"].tolist() == [list(range(12))] * 2
 
@@ -171,9 +160,8 @@ def test_nan_makes_its_class_the_best(impl, value, shared, device):
     others = [[c for c in row if c not in (3, 9)][:2] for row in best.tolist()]
     assert found["index"].tolist() == [[3, 9, *row] for row in others]
     assert found["score"].isnan().tolist() == [[True, True, False, False]] * 2
-    assert torch.equal(
-        found["cost"].isnan().all(4).all(3), found["score"].isnan()[..., None] & torch.tensor([0, 1]) > 0
-    )
+    second = torch.arange(2, device=device) == 1
+    assert torch.equal(found["cost"].isnan().all(4).all(3), found["score"].isnan()[..., None] & second)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

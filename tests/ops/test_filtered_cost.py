@@ -1,4 +1,5 @@
-"""What goes into cost_filter, pack_text, and what takes its result: scatter_cost, filtered_argmax."""
+"""cost_filter's results among each other; what goes into it, pack_text; what takes them, scatter_cost and
+filtered_argmax."""
 
 from __future__ import annotations
 
@@ -7,7 +8,21 @@ import torch
 from calls import COMPILED, DTYPES, IMPLEMENTATIONS, normal, runs
 from torch import Tensor
 
-from fastcss.ops.cost_filter import FilteredCost, cost_filter, filtered_argmax, pack_text, scatter_cost
+from fastcss.ops import FilteredCost, cost_filter, filtered_argmax, pack_text, scatter_cost
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", COMPILED)
+def test_the_score_is_the_largest_cost(impl, dtype, device):
+    """Bitwise, of random rows too; and text of the batch gives what the same text of each image gives."""
+    runs(cost_filter, impl, device, dtype != torch.float16)
+    image, text = (normal(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(((3, 5, 7, 40), (50, 2, 40))))
+    found = cost_filter(image, text, 9, impl=impl)
+    assert torch.equal(found.score, found.cost.amax(dim=(2, 3, 4)))
+    assert (found.score.diff(dim=1) <= 0).all()
+    for one, other in zip(cost_filter(image, text.expand(3, -1, -1, -1), 9, impl=impl), found, strict=True):
+        assert torch.equal(one, other)
+
 
 # --- pack_text -------------------------------------------------------------------------------------------------------
 
