@@ -8,7 +8,7 @@
 #include "parallel.h"
 #include "rows.h"
 #include "tensors.h"
-#include "vector_math.h"
+#include "vector_math_v4.h"
 
 namespace fastcss::cpu {
 namespace {
@@ -34,17 +34,18 @@ struct Running {
 
 // Some classes join the running values of up to 16 pixels. Equal logits leave the lower class in front; NaN and ∞ are
 // seen in the sum.
-template <int CLASSES, class T>
+template <class Math, int CLASSES, class T>
 FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const T* logits, int64_t class_stride, int64_t lanes) {
   Vec first = load(r.first + i), second = load(r.second + i), sum = load(r.sum + i);
   Ints first_class = load_ints(r.first_class + i), second_class = load_ints(r.second_class + i);
 #pragma GCC unroll 4
   for (int n = 0; n < CLASSES; ++n, ++c) {
     const T* at = logits + c * class_stride + i;
+    __builtin_prefetch(at + CLASSES * class_stride);
     const Vec x = lanes == kLanes ? load(at) : load(at, lanes);
     // A comparison stands where it is used: gcc has no masks of its own for a variable of comparisons.
     const Vec lower = x > first ? first : x, upper = x > first ? x : first;
-    const Vec e = Portable::exp2((lower - upper) * kLog2e);
+    const Vec e = Math::exp2((lower - upper) * kLog2e);
     const Vec rest = x > second ? x : second;
     const Ints here = c - Ints{}, rest_class = x > second ? here : second_class;
     sum = x > first ? sum * e + 1.f : sum + e;
@@ -57,7 +58,7 @@ FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const T* logits, int6
   store_ints(r.first_class + i, first_class), store_ints(r.second_class + i, second_class);
 }
 
-template <class T>
+template <class Math, class T>
 FASTCSS_INLINE void run_classes(Running& r, const T* logits, int64_t C, int64_t class_stride, int64_t pixels) {
   constexpr int kAtOnce = 4;
   std::fill_n(r.first, kPixels, kLeast), std::fill_n(r.second, kPixels, kLeast), std::fill_n(r.sum, kPixels, 0.f);
@@ -65,33 +66,34 @@ FASTCSS_INLINE void run_classes(Running& r, const T* logits, int64_t C, int64_t 
   const int64_t whole = pixels / kLanes * kLanes;
   int32_t c = 0;
   for (; c + kAtOnce <= C; c += kAtOnce)
-    for (int64_t i = 0; i < whole; i += kLanes) join<kAtOnce>(r, i, c, logits, class_stride, kLanes);
+    for (int64_t i = 0; i < whole; i += kLanes) join<Math, kAtOnce>(r, i, c, logits, class_stride, kLanes);
   for (; c < C; ++c)
-    for (int64_t i = 0; i < whole; i += kLanes) join<1>(r, i, c, logits, class_stride, kLanes);
-  for (c = 0; whole < pixels && c < C; ++c) join<1>(r, whole, c, logits, class_stride, pixels - whole);
+    for (int64_t i = 0; i < whole; i += kLanes) join<Math, 1>(r, i, c, logits, class_stride, kLanes);
+  for (c = 0; whole < pixels && c < C; ++c) join<Math, 1>(r, whole, c, logits, class_stride, pixels - whole);
 }
 
-FASTCSS_CLONES void run_all(Running& r, Matrix logits, int64_t C, int64_t pixels) {
+template <class Math>
+FASTCSS_INLINE void run_any(Running& r, Matrix logits, int64_t C, int64_t pixels) {
   if (logits.dtype == DType::f32)
-    run_classes(r, static_cast<const float*>(logits.data), C, logits.k_stride, pixels);
+    run_classes<Math>(r, static_cast<const float*>(logits.data), C, logits.k_stride, pixels);
   else if (logits.dtype == DType::bf16)
-    run_classes(r, static_cast<const BFloat16*>(logits.data), C, logits.k_stride, pixels);
+    run_classes<Math>(r, static_cast<const BFloat16*>(logits.data), C, logits.k_stride, pixels);
   else
-    run_classes(r, static_cast<const _Float16*>(logits.data), C, logits.k_stride, pixels);
+    run_classes<Math>(r, static_cast<const _Float16*>(logits.data), C, logits.k_stride, pixels);
+}
+#if defined(__x86_64__)
+FASTCSS_V4 void run_v4(Running& r, Matrix logits, int64_t C, int64_t pixels) { run_any<Avx512>(r, logits, C, pixels); }
+__attribute__((target_clones("arch=x86-64-v3", "default")))
+#endif
+void run_portable(Running& r, Matrix logits, int64_t C, int64_t pixels) {
+  run_any<Portable>(r, logits, C, pixels);
 }
 
-float widen(_Float16 x) { return static_cast<float>(x); }
-float widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-float value(Matrix logits, int64_t pixel, int64_t c) {
-  const void* at = logits.at(pixel, c).data;
-  if (logits.dtype == DType::f32) return *static_cast<const float*>(at);
-  if (logits.dtype == DType::bf16) return widen(*static_cast<const BFloat16*>(at));
-  return widen(*static_cast<const _Float16*>(at));
+void run_all(Running& r, Matrix logits, int64_t C, int64_t pixels) {
+#if defined(__x86_64__)
+  if (level() == 4) return run_v4(r, logits, C, pixels);
+#endif
+  run_portable(r, logits, C, pixels);
 }
 
 // What the results of each pixel are made of.
@@ -105,15 +107,15 @@ struct Found {
 void careful(Matrix logits, int64_t pixel, int64_t C, Running& r) {
   const auto above = [](float x, float y) { return x > y || (std::isnan(x) && !std::isnan(y)); };
   int32_t first = 0, second = -1;
-  float largest = value(logits, pixel, 0), next = 0, sum = 0;
+  float largest = value_at(logits.at(pixel, 0)), next = 0, sum = 0;
   for (int32_t c = 1; c < C; ++c) {
-    const float x = value(logits, pixel, c);
+    const float x = value_at(logits.at(pixel, c));
     if (above(x, largest))
       next = largest, second = first, largest = x, first = c;
     else if (second < 0 || above(x, next))
       next = x, second = c;
   }
-  for (int64_t c = 0; c < C; ++c) sum += std::exp(value(logits, pixel, c) - largest);
+  for (int64_t c = 0; c < C; ++c) sum += std::exp(value_at(logits.at(pixel, c)) - largest);
   r.first[pixel] = largest, r.second[pixel] = next, r.sum[pixel] = sum;
   r.first_class[pixel] = first, r.second_class[pixel] = second;
 }
@@ -138,7 +140,7 @@ void compare(Running& r, Matrix logits, int64_t C, const int64_t* labels, int64_
     found.rival_class[i] = leads ? r.second_class[i] : r.first_class[i];
     found.rival_logit[i] = leads ? r.second[i] : r.first[i];
     found.true_class[i] = labels && label == ignore_index ? kIgnored : known ? label : kUnknown;
-    found.true_logit[i] = leads ? r.first[i] : known ? value(logits, i, label) : 0.f;
+    found.true_logit[i] = leads ? r.first[i] : known ? value_at(logits.at(i, label)) : 0.f;
   }
 }
 

@@ -33,19 +33,38 @@ FASTCSS_CLONES void set_slopes(const float* p, const float* q, const float (&giv
   }
 }
 
-// row of one class: its logits → their gradients
-FASTCSS_CLONES void gradient(const Slopes& s, int32_t c, float* row) {
-  for (int64_t i = 0; i < kPixels; i += kLanes)
-    store(row + i, load(s.spread + i) * exp_negative(load(row + i) - load(s.lse + i)));
-  for (int64_t i = 0; i < kPixels; ++i) {
-    const float own = s.own_class[i] == c ? s.own[i] : 0.f, rival = s.rival_class[i] == c ? s.rival[i] : 0.f;
-    row[i] = s.own_class[i] < 0 ? 0.f : own + rival - row[i];
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+// One class's logits → their gradients.
+template <class T>
+FASTCSS_INLINE void gradients(const Slopes& s, int32_t c, const T* logits, T* result, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; i += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, pixels - i);
+    const Vec z = lanes == kLanes ? load(logits + i) : load(logits + i, lanes);
+    Ints own, rival;
+    std::memcpy(&own, s.own_class + i, sizeof(own)), std::memcpy(&rival, s.rival_class + i, sizeof(rival));
+    Vec dz = -load(s.spread + i) * exp_negative(z - load(s.lse + i));
+    dz += own == c ? load(s.own + i) : Vec{};
+    dz += rival == c ? load(s.rival + i) : Vec{};
+    dz = own < 0 ? Vec{} : dz;
+    lanes == kLanes ? store(result + i, dz) : store(result + i, dz, lanes);
   }
 }
 
+FASTCSS_CLONES void gradients_of_class(const Slopes& s, int32_t c, DType dtype, const void* logits, void* result,
+                                       int64_t pixels) {
+  if (dtype == DType::f32)
+    gradients(s, c, static_cast<const float*>(logits), static_cast<float*>(result), pixels);
+  else if (dtype == DType::bf16)
+    gradients(s, c, static_cast<const BFloat16*>(logits), static_cast<BFloat16*>(result), pixels);
+  else
+    gradients(s, c, static_cast<const _Float16*>(logits), static_cast<_Float16*>(result), pixels);
+}
+
 Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const Tensor& dp_rival,
-                           const Tensor& dcurvature, const Tensor& logits, const Tensor& own, const Tensor& rival,
+                           const Tensor& dcurvature, const Tensor& logits_in, const Tensor& own, const Tensor& rival,
                            const Tensor& lse) {
+  const Tensor logits = torch::stable::contiguous(logits_in);
   const int64_t B = logits.size(0), C = logits.size(1), N = logits.size(2), tiles = ceil_div(N, kPixels);
   const DType dtype = dtype_of(logits, kOp);
   Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
@@ -55,26 +74,26 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
     const int64_t* own_class = static_cast<const int64_t*>(own.const_data_ptr()) + at;
     const int64_t* rival_class = static_cast<const int64_t*>(rival.const_data_ptr()) + at;
     const Matrix z = matrix(logits, 1, 2, kOp).offset(b * logits.stride(0)).at(0, first);
-    float given[4][kPixels] = {}, p[kPixels] = {}, q[kPixels] = {}, row[kPixels] = {};
+    float given[4][kPixels] = {}, p[kPixels] = {}, q[kPixels] = {};
     const Tensor* gradients[4] = {&dmargin, &dp_true, &dp_rival, &dcurvature};
     for (int n = 0; n < 4; ++n) read_row(given[n], matrix(*gradients[n], 0, 1, kOp).at(b, first), pixels);
     Slopes slopes{};
     std::copy_n(static_cast<const float*>(lse.const_data_ptr()) + at, pixels, slopes.lse);
     std::copy_n(own_class, pixels, slopes.own_class);
     std::copy_n(rival_class, pixels, slopes.rival_class);
+    for (int64_t i = 0; i < pixels; ++i) {  // all at once: each is a line of its own, far from the others
+      if (own_class[i] < 0) continue;
+      __builtin_prefetch(z.at(own_class[i], i).data), __builtin_prefetch(z.at(rival_class[i], i).data);
+    }
     for (int64_t i = 0; i < pixels; ++i) {
       if (own_class[i] < 0) continue;
-      read_row(p + i, z.at(own_class[i], i), 1);
-      read_row(q + i, z.at(rival_class[i], i), 1);
+      p[i] = value_at(z.at(own_class[i], i)), q[i] = value_at(z.at(rival_class[i], i));
     }
     softmax_at(p, slopes.lse), softmax_at(q, slopes.lse);
     set_slopes(p, q, given, slopes);
     char* to = image(dlogits, b, dtype) + first * size_of(dtype);
-    for (int64_t c = 0; c < C; ++c) {
-      read_row(row, z.at(c, 0), pixels);
-      gradient(slopes, static_cast<int32_t>(c), row);
-      write_row(to + c * N * size_of(dtype), dtype, row, pixels);
-    }
+    for (int64_t c = 0; c < C; ++c)
+      gradients_of_class(slopes, static_cast<int32_t>(c), dtype, z.at(c, 0).data, to + c * N * size_of(dtype), pixels);
   });
   return dlogits;
 }

@@ -68,14 +68,18 @@ def check_labels(op: str, first_name: str, first: Tensor, labels: Tensor, ignore
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{op}: labels must be a tensor of integers, got {got}")
     check_device(op, first_name, first, "labels", labels)
-    if readable(labels):
+    if readable(labels) and not _within(labels, classes):
         counted = labels[labels != ignore_index]
-        low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
-        if low < 0 or high >= classes:
+        if counted.numel() and not _within(counted, classes):
             raise IndexError(
                 f"{op}: labels must be at least 0 and below {classes}, or ignore_index = {ignore_index}; "
-                f"got values from {low} to {high}"
+                f"got values from {int(counted.min())} to {int(counted.max())}"
             )
+
+
+def _within(labels: Tensor, classes: int) -> bool:
+    low, high = labels.aminmax()
+    return int(low) >= 0 and int(high) < classes
 
 
 def readable(tensor: Tensor) -> bool:
