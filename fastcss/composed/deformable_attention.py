@@ -1,0 +1,32 @@
+"""The levels in turn, added up: no sampled values of all of them, and none are stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def deformable_attention(
+    value: Tensor, shapes: Sequence[tuple[int, int]], reference_points: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """``value`` [B, S, heads, D], ``offsets`` [B, Q, heads, levels, points, 2] → [B, Q, heads · D]."""
+    batch, _, heads, width = value.shape
+    weights = logits.flatten(3).softmax(dim=3, dtype=torch.promote_types(logits.dtype, torch.float32)).to(value.dtype)
+    weights = weights.view(logits.shape)
+    total = value.new_zeros(batch * heads, width, offsets.shape[1])
+    for level, part in enumerate(value.split([h * w for h, w in shapes], dim=1)):
+        height, columns = shapes[level]
+        centers, step = reference_points[:, :, None, level, None, :2], offsets[:, :, :, level]
+        if reference_points.shape[3] == 2:
+            at = centers + step / offsets.new_tensor((columns, height))
+        else:
+            at = centers + step * (reference_points[:, :, None, level, None, 2:] * (0.5 / offsets.shape[4]))
+        grid = (2 * at - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points, 2]
+        image = part.permute(0, 2, 3, 1).reshape(batch * heads, width, height, columns)
+        sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        share = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points]
+        total = total + torch.einsum("bdqp,bqp->bdq", sampled, share)
+    return total.view(batch, heads, width, -1).permute(0, 3, 1, 2).flatten(2)
