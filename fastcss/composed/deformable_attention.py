@@ -29,4 +29,4 @@ def deformable_attention(
         sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         share = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points]
         total = total + torch.einsum("bdqp,bqp->bdq", sampled, share)
-    return total.view(batch, heads, width, -1).permute(0, 3, 1, 2).flatten(2)
+    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
