@@ -1,4 +1,8 @@
-"""The levels in turn, added up: no sampled values of all of them, and none are stacked."""
+"""The levels in turn, added up: no sampled values of all of them, and none are stacked.
+
+In float32 at least: grid_sample rounds locations to the 16 bits of an image, and on a CPU it reads from elsewhere, also
+from outside, where 16 bits cannot count an image's strides.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +18,20 @@ def deformable_attention(
 ) -> Tensor:
     """``value`` [B, S, heads, D], ``offsets`` [B, Q, heads, levels, points, 2] → [B, Q, heads · D]."""
     batch, _, heads, width = value.shape
-    weights = logits.flatten(3).softmax(dim=3, dtype=torch.promote_types(logits.dtype, torch.float32)).to(value.dtype)
-    weights = weights.view(logits.shape)
-    total = value.new_zeros(batch * heads, width, offsets.shape[1])
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    weights = logits.flatten(3).softmax(dim=3, dtype=dtype).view(logits.shape)
+    reference_points = reference_points.to(dtype)
+    total = value.new_zeros(batch * heads, width, offsets.shape[1], dtype=dtype)
     for level, part in enumerate(value.split([h * w for h, w in shapes], dim=1)):
         height, columns = shapes[level]
-        centers, step = reference_points[:, :, None, level, None, :2], offsets[:, :, :, level]
+        centers, step = reference_points[:, :, None, level, None, :2], offsets[:, :, :, level].to(dtype)
         if reference_points.shape[3] == 2:
-            at = centers + step / offsets.new_tensor((columns, height))
+            at = centers + torch.stack([step[..., 0] / columns, step[..., 1] / height], dim=-1)
         else:
             at = centers + step * (reference_points[:, :, None, level, None, 2:] * (0.5 / offsets.shape[4]))
-        grid = (2 * at - 1).to(value.dtype).transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points, 2]
-        image = part.permute(0, 2, 3, 1).reshape(batch * heads, width, height, columns)
+        grid = (2 * at - 1).transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points, 2]
+        image = part.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, width, height, columns)
         sampled = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         share = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points]
         total = total + torch.einsum("bdqp,bqp->bdq", sampled, share)
-    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2)
+    return total.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).flatten(2).to(value.dtype)

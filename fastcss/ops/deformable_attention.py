@@ -11,7 +11,7 @@ from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
 from ..composed import deformable_attention as composed
 from ..reference import deformable_attention as reference
-from ._arguments import autocast, check_alike, check_device, check_shapes
+from ._arguments import autocast, check_alike, check_device, check_shapes, no_autocast
 
 FORWARD = kernels("deformable_attention")
 BACKWARD = kernels("deformable_attention_backward")
@@ -75,9 +75,10 @@ def deformable_attention(
     value, offsets, logits = autocast(value, offsets, logits)
     impl = _backends.choose(op, impl, value)
     if impl in ("reference", "composed"):
-        form = reference if impl == "reference" else composed
-        reference_points = reference_points.to(value.dtype)
-        return form.deformable_attention(value, shapes, reference_points, offsets, logits)
+        with no_autocast(value):
+            if impl == "composed":
+                return composed.deformable_attention(value, shapes, reference_points, offsets, logits)
+            return reference.deformable_attention(value, shapes, reference_points.to(value.dtype), offsets, logits)
     flat = [size for shape in shapes for size in shape]
     arguments = (value, flat, reference_points.to(torch.float32), offsets, logits)
     if needs_grad(value, reference_points, offsets, logits):

@@ -1,4 +1,5 @@
-"""Every level sampled by grid_sample at its points, then the weighted sum, as transformers' module computes it."""
+"""Every level sampled by grid_sample at its points, then the weighted sum, as transformers' module computes it: also
+from an image of its own for each head, whose strides 16 bits can count (see composed)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def deformable_attention(
     grids = 2 * locations(shapes, reference_points, offsets) - 1
     sampled = []
     for level, part in enumerate(value.split([h * w for h, w in shapes], dim=1)):
-        image = part.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, shapes[level])  # [B · heads, D, h, w]
+        image = part.permute(0, 2, 3, 1).contiguous().flatten(0, 1).unflatten(2, shapes[level])  # [B · heads, D, h, w]
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B · heads, Q, points, 2]
         sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     sampled = torch.cat(sampled, dim=3).unflatten(0, (-1, heads))  # [B, heads, D, Q, levels · points]

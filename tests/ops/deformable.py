@@ -9,9 +9,9 @@ from torch import Tensor
 from fastcss.ops import deformable_attention
 from fastcss.reference.deformable_attention import locations
 
-# How near a point may come to the border of its cell, in cells of at most 27: in 16 bits the literal code rounds
-# locations, and then reads another cell.
-CLEAR = {torch.float64: 1e-3, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 0.1}
+# How near a point may come to its cell's border, in cells: further than rounding moves a location, and finite
+# differences do.
+CLEAR = 1e-2
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -42,7 +42,7 @@ def make(
     reference_points = _references(shapes, batch, queries, box, seed).to(xy or dtype)
     offsets = 2 * normal(*logits.shape, 2, seed=seed + 2)
     for again in range(3, 300):
-        near = ~clear(shapes, reference_points, offsets.to(dtype), CLEAR[dtype])
+        near = ~clear(shapes, reference_points, offsets.to(dtype), CLEAR)
         if not near.any():
             break
         offsets = torch.where(near[..., None], 2 * normal(*offsets.shape, seed=seed + again), offsets)
