@@ -132,8 +132,8 @@ def _shapes(op: str, spatial_shapes: Sequence[tuple[int, int]], sizes: dict[str,
             f"{op}: spatial_shapes must be a list of (height, width), got {type(spatial_shapes).__name__}; a tensor on "
             "a GPU would have to be waited for"
         )
-    shapes = [tuple(shape) for shape in spatial_shapes]
-    if len(shapes) != sizes["levels"] or any(len(shape) != 2 for shape in shapes):
+    shapes = [tuple(shape) if isinstance(shape, Sequence) else shape for shape in spatial_shapes]
+    if len(shapes) != sizes["levels"] or any(not isinstance(shape, tuple) or len(shape) != 2 for shape in shapes):
         raise ValueError(f"{op}: spatial_shapes must be {sizes['levels']} pairs (height, width), got {shapes}")
     if any(not isinstance(size, int) or size < 1 for shape in shapes for size in shape):
         raise ValueError(f"{op}: spatial_shapes must be whole numbers of at least 1, got {shapes}")
