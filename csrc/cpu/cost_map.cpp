@@ -35,11 +35,19 @@ CostMap::CostMap(int64_t rows, const PixelColumns& columns)
       shares(std::clamp<int64_t>(ceil_div(4 * torch::stable::get_num_threads(), blocks), 1, columns.panels)),
       columns(columns) {}
 
-void CostMap::multiply(const float* text, int text_rows, const float* pixels, const float* inverse, float* tile) const {
+void CostMap::multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
+                       float (*tiles)[kMaxRows * kCols]) const {
+  // So many words at a time that those of the pixels, 32 KiB, stay in the first cache while all the text passes by.
+  constexpr int64_t kWords = 256;
   alignas(64) static const float zeros[kCols] = {};
   const Kernel& run = columns.pairs ? *pair_kernel() : kernel();
-  run(text_rows, kCols, columns.words, text, pixels, kCols, zeros, 0, tile, kCols);
-  scale_columns(tile, text_rows, inverse);
+  for (int64_t word = 0; word == 0 || word < columns.words; word += kWords)
+    for (int64_t p = first; p < last; ++p) {
+      float* tile = tiles[p - first];
+      run(rows_of(p), kCols, std::min(kWords, columns.words - word), text[p - first] + word * height,
+          pixels + word * kCols, kCols, word ? tile : zeros, word ? kCols : 0, tile, kCols);
+    }
+  for (int64_t p = first; p < last; ++p) scale_columns(tiles[p - first], rows_of(p), inverse);
 }
 
 }  // namespace fastcss::cpu

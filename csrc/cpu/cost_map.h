@@ -49,12 +49,11 @@ class CostMap {
       float* memory = local_workspace.get(block * panel_size());
       const float* text[kBlock];
       for (int64_t p = first; p < last; ++p) text[p - first] = read(p, share, memory + (p - first) * panel_size());
-      for (int64_t c = share * columns.panels / shares; c < (share + 1) * columns.panels / shares; ++c)
-        for (int64_t p = first; p < last; ++p) {
-          alignas(64) float tile[kMaxRows * kCols];
-          multiply(text[p - first], rows_of(p), columns.panel(packed, c), columns.inverse(packed, c), tile);
-          use(p, c, share, tile);
-        }
+      float tiles[kBlock][kMaxRows * kCols];
+      for (int64_t c = share * columns.panels / shares; c < (share + 1) * columns.panels / shares; ++c) {
+        multiply(text, first, last, columns.panel(packed, c), columns.inverse(packed, c), tiles);
+        for (int64_t p = first; p < last; ++p) use(p, c, share, tiles[p - first]);
+      }
     });
   }
 
@@ -63,7 +62,9 @@ class CostMap {
 
  private:
   static constexpr int64_t kBlock = 8;  // panels of 24 KiB at a width of 512: with a column panel in the second cache
-  void multiply(const float* text, int text_rows, const float* pixels, const float* inverse, float* tile) const;
+  // The tiles of panels first … last of text and one of pixels.
+  void multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
+                float (*tiles)[kMaxRows * kCols]) const;
 };
 
 }  // namespace fastcss::cpu
