@@ -10,29 +10,32 @@ FASTCSS_CLONES void scale_columns(float* tile, int rows, const float* factors) {
     for (int j = 0; j < kCols; ++j) tile[i * kCols + j] *= factors[j];
 }
 
-int64_t block_of(int64_t panels, int64_t most) {
-  return std::clamp<int64_t>(panels / (4 * torch::stable::get_num_threads()), 1, most);
+// Four items of work a thread, where the panels of the images give them.
+int64_t block_of(int64_t panels, int64_t images, int64_t most) {
+  return std::clamp<int64_t>(panels * images / (4 * torch::stable::get_num_threads()), 1, most);
+}
+int64_t shares_of(int64_t items, int64_t panels) {
+  return std::clamp<int64_t>(ceil_div(4 * torch::stable::get_num_threads(), std::max<int64_t>(items, 1)), 1, panels);
 }
 
 }  // namespace
 
-void PixelColumns::pack_all(float* packed, Matrix pixels) const {
-  parallel(panels, [&](int64_t p) {
-    float* to = packed + p * panel_size();
-    float* inverse = packed + panels * panel_size() + p * kCols;
-    pack(to, kCols, valid(p), width, pixels.at(p * kCols, 0), pairs);
-    std::fill_n(inverse, kCols, 0.f);
-    inverse_lengths(to, kCols, valid(p), words, pairs, inverse);
-  });
+void PixelColumns::pack_panel(float* packed, Matrix pixels, int64_t p) const {
+  float* to = packed + p * panel_size();
+  float* inverse = packed + panels * panel_size() + p * kCols;
+  pack(to, kCols, valid(p), width, pixels.at(p * kCols, 0), pairs);
+  std::fill_n(inverse, kCols, 0.f);
+  inverse_lengths(to, kCols, valid(p), words, pairs, inverse);
 }
 
-CostMap::CostMap(int64_t rows, const PixelColumns& columns)
-    : rows(rows),
+CostMap::CostMap(int64_t images, int64_t rows, const PixelColumns& columns)
+    : images(images),
+      rows(rows),
       height(kernel().rows),
       panels(ceil_div(rows, height)),
-      block(block_of(panels, kBlock)),
+      block(block_of(panels, images, kBlock)),
       blocks(ceil_div(panels, block)),
-      shares(std::clamp<int64_t>(ceil_div(4 * torch::stable::get_num_threads(), blocks), 1, columns.panels)),
+      shares(shares_of(images * blocks, columns.panels)),
       columns(columns) {}
 
 void CostMap::multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
