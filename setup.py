@@ -19,6 +19,7 @@ CXX_FLAGS = [
     "-g0",
     "-std=gnu++20",
     "-ffp-contract=fast",
+    "-fno-wrapv",  # Python's own flags have it, and loops that count in 32 bits do not vectorise with it
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-psabi",

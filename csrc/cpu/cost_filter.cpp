@@ -34,70 +34,77 @@ FASTCSS_CLONES void scale_rows(float* tile, int rows, const float* factors) {
     for (int j = 0; j < kCols; ++j) tile[i * kCols + j] *= factors[i];
 }
 
-// The text of one image: T · P rows, perhaps packed already, and 1 / their lengths.
+// The text of some images, T · P rows of each or shared by all, perhaps packed already, and 1 / their lengths.
 struct Text {
   Matrix rows;
-  const float* panels;  // or null
+  int64_t image_stride;  // of the rows; 0 where the images share them
+  const float* panels;   // or null
+  int64_t panels_stride;
   float* scale;
+  int64_t scale_stride;
   bool scaled;
 
-  const float* read(const CostMap& map, int64_t p, int64_t share, float* memory) const {
+  Matrix row(int64_t image, int64_t r) const { return rows.offset(image * image_stride).at(r, 0); }
+  float* scales(int64_t image) const { return scale + image * scale_stride; }
+
+  const float* read(const CostMap& map, int64_t image, int64_t p, int64_t share, float* memory) const {
     const PixelColumns& columns = map.columns;
     const int height = static_cast<int>(map.height), lanes = map.rows_of(p);
     const float* panel = memory;
     if (panels)
-      panel = panels + p * height * columns.width;
+      panel = panels + image * panels_stride + p * height * columns.width;
     else
-      pack(memory, height, lanes, columns.width, rows.at(p * height, 0), columns.pairs);
-    if (!scaled && share == 0) inverse_lengths(panel, height, lanes, columns.words, columns.pairs, scale + p * height);
+      pack(memory, height, lanes, columns.width, row(image, p * height), columns.pairs);
+    if (!scaled && share == 0 && (image == 0 || scale_stride))
+      inverse_lengths(panel, height, lanes, columns.words, columns.pairs, scales(image) + p * height);
     return panel;
   }
 };
 
-// best [T]: the largest cost of each class. `most` has room for shares · T · P · kCols floats.
-void best_costs(const float* pixels, const CostMap& map, const Text& text, int64_t T, float* most, float* best) {
-  std::fill_n(most, map.shares * map.rows * kCols, -__builtin_inff());
-  map.run(
-      pixels, [&](int64_t p, int64_t share, float* memory) { return text.read(map, p, share, memory); },
-      [&](int64_t p, int64_t c, int64_t share, float* tile) {
-        keep_largest(tile, map.rows_of(p), map.columns.valid(c), most + (share * map.rows + p * map.height) * kCols);
-      });
+// best [T]: the largest cost of each class, from the largest of each row and share in `most`.
+void best_costs(const CostMap& map, const float* scale, int64_t T, const float* most, float* best) {
   const int64_t P = map.rows / T;
   for (int64_t t = 0; t < T; ++t) {
     float result = -__builtin_inff();
     for (int64_t share = 0; share < map.shares; ++share)
       for (int64_t row = t * P; row < (t + 1) * P; ++row) {
-        const float cost = largest(most + (share * map.rows + row) * kCols, kCols) * text.scale[row];
+        const float cost = largest(most + (share * map.rows + row) * kCols, kCols) * scale[row];
         result = cost > result || cost != cost ? cost : result;
       }
     best[t] = result;
   }
 }
 
-// cost [k, P, N] of the classes in `index`, each P rows of the text.
+// cost [images, k, P, N] of the classes in index [images, k], each P rows of the text.
 void kept_costs(const float* pixels, const CostMap& map, const Text& text, int64_t P, const int64_t* index, DType dtype,
                 char* cost) {
   const PixelColumns& columns = map.columns;
-  const auto row_of = [&](int64_t kept) { return index[kept / P] * P + kept % P; };
+  const int64_t k = map.rows / P;
+  const auto row_of = [&](int64_t image, int64_t kept) { return index[image * k + kept / P] * P + kept % P; };
   map.run(
       pixels,
-      [&](int64_t p, int64_t, float* memory) {
+      [&](int64_t image, int64_t p, int64_t, float* memory) {
         const int lanes = map.rows_of(p);
         std::vector<float> rows(lanes * columns.width + kLanes);
         for (int i = 0; i < lanes; ++i)
-          read_row(rows.data() + i * columns.width, text.rows.at(row_of(p * map.height + i), 0), columns.width);
+          read_row(rows.data() + i * columns.width, text.row(image, row_of(image, p * map.height + i)), columns.width);
         pack(memory, static_cast<int>(map.height), lanes, columns.width, {rows.data(), DType::f32, columns.width, 1},
              columns.pairs);
         return memory;
       },
-      [&](int64_t p, int64_t c, int64_t, float* tile) {
+      [&](int64_t image, int64_t p, int64_t c, int64_t, float* tile) {
         const int rows = map.rows_of(p);
         float scale[kMaxRows];
-        for (int i = 0; i < rows; ++i) scale[i] = text.scale[row_of(p * map.height + i)];
+        for (int i = 0; i < rows; ++i) scale[i] = text.scales(image)[row_of(image, p * map.height + i)];
         scale_rows(tile, rows, scale);
-        write(cost + (p * map.height * columns.count + c * kCols) * size_of(dtype), dtype, columns.count, rows,
-              columns.valid(c), tile);
+        const int64_t at = (image * map.rows + p * map.height) * columns.count + c * kCols;
+        write(cost + at * size_of(dtype), dtype, columns.count, rows, columns.valid(c), tile);
       });
+}
+
+// How many images are worked on at a time: their packed pixels, and the largest costs, stay within 32 MiB.
+int64_t images_at_a_time(int64_t images, int64_t floats_each) {
+  return std::clamp<int64_t>((int64_t{8} << 20) / std::max<int64_t>(floats_each, 1), 1, std::max<int64_t>(images, 1));
 }
 
 std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Tensor& text_in, const Tensor& scale,
@@ -114,24 +121,47 @@ std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Ten
   STD_TORCH_CHECK(panels.numel() == 0 || panels.numel() == text.size(0) * padded * D, kCostFilter,
                   ": panels are not of text");
   const PixelColumns columns(H * W, D, dtype == DType::bf16 && pair_kernel());
-  const CostMap all(T * P, columns), kept(k * P, columns);
-  const int64_t text_rows = all.panels * all.height;
-  for (int64_t b = 0; b < B; ++b) {
-    float* pixels = shared_workspace.get(columns.size() + text_rows + T + k + all.shares * all.rows * kCols);
-    float *scales = pixels + columns.size(), *best = scales + text_rows, *most = best + T + k;
-    const int64_t own = text.size(0) > 1 ? b : 0;
-    Text rows{text_of(text, b), nullptr, scales, scale.numel() > 0};
-    if (rows.scaled) rows.scale = static_cast<float*>(scale.mutable_data_ptr()) + own * T * P;
-    if (panels.numel() > 0) rows.panels = static_cast<const float*>(panels.const_data_ptr()) + own * padded * D;
-    columns.pack_all(pixels, pixels_of(image, b));
-    best_costs(pixels, all, rows, T, most, best);
-    int64_t* classes = static_cast<int64_t*>(index.mutable_data_ptr()) + b * k;
-    select_top(best, T, k, classes);
-    for (int64_t j = 0; j < k; ++j) best[T + j] = best[classes[j]];
-    write_row(cpu::image(score, b, dtype), dtype, best + T, k);
-    kept_costs(pixels, kept, rows, P, classes, dtype, cpu::image(cost, b, dtype));
-    shared_workspace.trim();
+  const bool own_text = text.size(0) > 1, scaled = scale.numel() > 0;
+  const int64_t group = images_at_a_time(B, columns.size() + T * P * kCols);
+  for (int64_t first = 0; first < B; first += group) {
+    const int64_t images = std::min(group, B - first), from = own_text ? first : 0;
+    const CostMap all(images, T * P, columns), kept(images, k * P, columns);
+    const int64_t most_size = all.shares * all.rows * kCols;
+    float* pixels = shared_workspace.get(images * (columns.size() + padded + T + k + most_size));
+    float *scales = pixels + images * columns.size(), *best = scales + images * padded, *most = best + images * (T + k);
+    Text rows{text_of(text, first),
+              own_text ? text.stride(0) : 0,
+              nullptr,
+              own_text ? padded * D : 0,
+              scales,
+              own_text ? padded : 0,
+              scaled};
+    if (scaled)
+      rows.scale = static_cast<float*>(scale.mutable_data_ptr()) + from * T * P,
+      rows.scale_stride = own_text ? T * P : 0;
+    if (panels.numel() > 0) rows.panels = static_cast<const float*>(panels.const_data_ptr()) + from * padded * D;
+    parallel(images * columns.panels, [&](int64_t item) {
+      const int64_t b = item / columns.panels;
+      columns.pack_panel(pixels + b * columns.size(), pixels_of(image, first + b), item % columns.panels);
+    });
+    std::fill_n(most, images * most_size, -__builtin_inff());
+    all.run(
+        pixels, [&](int64_t b, int64_t p, int64_t share, float* memory) { return rows.read(all, b, p, share, memory); },
+        [&](int64_t b, int64_t p, int64_t c, int64_t share, float* tile) {
+          float* to = most + b * most_size + (share * all.rows + p * all.height) * kCols;
+          keep_largest(tile, all.rows_of(p), columns.valid(c), to);
+        });
+    int64_t* classes = static_cast<int64_t*>(index.mutable_data_ptr()) + first * k;
+    parallel(images, [&](int64_t b) {
+      float* of = best + b * (T + k);
+      best_costs(all, rows.scales(b), T, most + b * most_size, of);
+      select_top(of, T, k, classes + b * k);
+      for (int64_t j = 0; j < k; ++j) of[T + j] = of[classes[b * k + j]];
+      write_row(cpu::image(score, first + b, dtype), dtype, of + T, k);
+    });
+    kept_costs(pixels, kept, rows, P, classes, dtype, cpu::image(cost, first, dtype));
   }
+  shared_workspace.trim();
   return {cost, index, score};
 }
 

@@ -10,36 +10,47 @@ FASTCSS_CLONES void scale_columns(float* tile, int rows, const float* factors) {
     for (int j = 0; j < kCols; ++j) tile[i * kCols + j] *= factors[j];
 }
 
-int64_t block_of(int64_t panels, int64_t most) {
-  return std::clamp<int64_t>(panels / (4 * torch::stable::get_num_threads()), 1, most);
+// Four items of work a thread, where the panels of the images give them.
+int64_t block_of(int64_t panels, int64_t images, int64_t most) {
+  return std::clamp<int64_t>(panels * images / (4 * torch::stable::get_num_threads()), 1, most);
+}
+int64_t shares_of(int64_t items, int64_t panels) {
+  return std::clamp<int64_t>(ceil_div(4 * torch::stable::get_num_threads(), std::max<int64_t>(items, 1)), 1, panels);
 }
 
 }  // namespace
 
-void PixelColumns::pack_all(float* packed, Matrix pixels) const {
-  parallel(panels, [&](int64_t p) {
-    float* to = packed + p * panel_size();
-    float* inverse = packed + panels * panel_size() + p * kCols;
-    pack(to, kCols, valid(p), width, pixels.at(p * kCols, 0), pairs);
-    std::fill_n(inverse, kCols, 0.f);
-    inverse_lengths(to, kCols, valid(p), words, pairs, inverse);
-  });
+void PixelColumns::pack_panel(float* packed, Matrix pixels, int64_t p) const {
+  float* to = packed + p * panel_size();
+  float* inverse = packed + panels * panel_size() + p * kCols;
+  pack(to, kCols, valid(p), width, pixels.at(p * kCols, 0), pairs);
+  std::fill_n(inverse, kCols, 0.f);
+  inverse_lengths(to, kCols, valid(p), words, pairs, inverse);
 }
 
-CostMap::CostMap(int64_t rows, const PixelColumns& columns)
-    : rows(rows),
+CostMap::CostMap(int64_t images, int64_t rows, const PixelColumns& columns)
+    : images(images),
+      rows(rows),
       height(kernel().rows),
       panels(ceil_div(rows, height)),
-      block(block_of(panels, kBlock)),
+      block(block_of(panels, images, kBlock)),
       blocks(ceil_div(panels, block)),
-      shares(std::clamp<int64_t>(ceil_div(4 * torch::stable::get_num_threads(), blocks), 1, columns.panels)),
+      shares(shares_of(images * blocks, columns.panels)),
       columns(columns) {}
 
-void CostMap::multiply(const float* text, int text_rows, const float* pixels, const float* inverse, float* tile) const {
+void CostMap::multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
+                       float (*tiles)[kMaxRows * kCols]) const {
+  // So many words at a time that those of the pixels, 32 KiB, stay in the first cache while all the text passes by.
+  constexpr int64_t kWords = 256;
   alignas(64) static const float zeros[kCols] = {};
   const Kernel& run = columns.pairs ? *pair_kernel() : kernel();
-  run(text_rows, kCols, columns.words, text, pixels, kCols, zeros, 0, tile, kCols);
-  scale_columns(tile, text_rows, inverse);
+  for (int64_t word = 0; word == 0 || word < columns.words; word += kWords)
+    for (int64_t p = first; p < last; ++p) {
+      float* tile = tiles[p - first];
+      run(rows_of(p), kCols, std::min(kWords, columns.words - word), text[p - first] + word * height,
+          pixels + word * kCols, kCols, word ? tile : zeros, word ? kCols : 0, tile, kCols);
+    }
+  for (int64_t p = first; p < last; ++p) scale_columns(tiles[p - first], rows_of(p), inverse);
 }
 
 }  // namespace fastcss::cpu

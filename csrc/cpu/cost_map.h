@@ -7,7 +7,7 @@
 
 namespace fastcss::cpu {
 
-// One image's pixels, packed as columns, and 1 / their lengths.
+// The pixels of an image, packed as columns, and 1 / their lengths.
 class PixelColumns {
  public:
   PixelColumns(int64_t pixels, int64_t width, bool pairs)
@@ -18,7 +18,7 @@ class PixelColumns {
         pairs(pairs) {}
 
   int64_t size() const { return panels * (panel_size() + kCols); }
-  void pack_all(float* packed, Matrix pixels) const;  // lanes: pixels
+  void pack_panel(float* packed, Matrix pixels, int64_t p) const;  // lanes: pixels
   const float* panel(const float* packed, int64_t p) const { return packed + p * panel_size(); }
   const float* inverse(const float* packed, int64_t p) const { return packed + panels * panel_size() + p * kCols; }
   int valid(int64_t p) const { return static_cast<int>(std::min<int64_t>(kCols, count - p * kCols)); }
@@ -30,40 +30,44 @@ class PixelColumns {
   int64_t panel_size() const { return words * kCols + kLanes; }
 };
 
-// rows · columns, `rows` packed panel by panel of text, in blocks that stay in cache. Items of work are blocks of
-// panels times shares of the columns, so many that every thread gets some.
+// rows · columns of some images, `rows` packed panel by panel of text, in blocks that stay in cache. Items of work are
+// images times blocks of panels times shares of the columns, so many that every thread gets some.
 class CostMap {
  public:
-  CostMap(int64_t rows, const PixelColumns& columns);
+  CostMap(int64_t images, int64_t rows, const PixelColumns& columns);
 
   int rows_of(int64_t panel) const { return static_cast<int>(std::min(height, rows - panel * height)); }
   int64_t panel_size() const { return columns.words * height + kLanes; }
 
-  // read(panel, share, memory) returns a packed panel of text, made in `memory` if need be; once for each share of the
-  // columns. use(panel, column panel, share, tile) takes what they make, [rows_of(panel)][kCols] times 1 / the lengths
-  // of the pixels.
+  // read(image, panel, share, memory) returns a packed panel of text, made in `memory` if need be; once for each share
+  // of the columns. use(image, panel, column panel, share, tile) takes what they make, [rows_of(panel)][kCols] times 1
+  // / the lengths of the pixels.
   template <class Read, class Use>
   void run(const float* packed, const Read& read, const Use& use) const {
-    parallel(blocks * shares, [&](int64_t item) {
-      const int64_t share = item % shares, first = item / shares * block, last = std::min(panels, first + block);
+    parallel(images * blocks * shares, [&](int64_t item) {
+      const int64_t image = item / (blocks * shares), share = item % shares;
+      const int64_t first = item / shares % blocks * block, last = std::min(panels, first + block);
+      const float* pixels = packed + image * columns.size();
       float* memory = local_workspace.get(block * panel_size());
       const float* text[kBlock];
-      for (int64_t p = first; p < last; ++p) text[p - first] = read(p, share, memory + (p - first) * panel_size());
-      for (int64_t c = share * columns.panels / shares; c < (share + 1) * columns.panels / shares; ++c)
-        for (int64_t p = first; p < last; ++p) {
-          alignas(64) float tile[kMaxRows * kCols];
-          multiply(text[p - first], rows_of(p), columns.panel(packed, c), columns.inverse(packed, c), tile);
-          use(p, c, share, tile);
-        }
+      for (int64_t p = first; p < last; ++p)
+        text[p - first] = read(image, p, share, memory + (p - first) * panel_size());
+      float tiles[kBlock][kMaxRows * kCols];
+      for (int64_t c = share * columns.panels / shares; c < (share + 1) * columns.panels / shares; ++c) {
+        multiply(text, first, last, columns.panel(pixels, c), columns.inverse(pixels, c), tiles);
+        for (int64_t p = first; p < last; ++p) use(image, p, c, share, tiles[p - first]);
+      }
     });
   }
 
-  const int64_t rows, height, panels, block, blocks, shares;
+  const int64_t images, rows, height, panels, block, blocks, shares;
   const PixelColumns& columns;
 
  private:
   static constexpr int64_t kBlock = 8;  // panels of 24 KiB at a width of 512: with a column panel in the second cache
-  void multiply(const float* text, int text_rows, const float* pixels, const float* inverse, float* tile) const;
+  // The tiles of panels first … last of text and one of pixels.
+  void multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
+                float (*tiles)[kMaxRows * kCols]) const;
 };
 
 }  // namespace fastcss::cpu
