@@ -86,34 +86,32 @@ def cell_of(coordinate, size):
 @triton.jit
 def corner_of(column, row, height, width):
     """Its token in the level, −1 outside of it: one number to be exchanged between threads."""
+    height, width = tl.cast(height, tl.int32), tl.cast(width, tl.int32)
     there = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    return tl.where(there, row * tl.cast(width, tl.int32) + column, -1)
+    return tl.where(there, row * width + column, -1)
 
 
 @triton.jit
-def load_corner(
-    value, column, row, height, width, stride_vs, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def load_corner(value, column, row, height, width, stride_vs, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """value [queries, points, BLOCK_D] of a corner in float32, 0 outside of the level."""
     token, channels = corner_of(column, row, height, width)[:, :, None], tl.arange(0, BLOCK_D)
     mask = token >= 0
     if WIDTH != BLOCK_D:
         mask = mask & (channels < WIDTH)[None, None, :]
-    return tl.load(value + token.to(tl.int64) * stride_vs + channels[None, None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
+    place = token.to(tl.int64) * stride_vs + channels[None, None, :]
+    return tl.load(value + place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def place_of(heads, Q, BLOCK_Q: tl.constexpr):
-    """(image, head, queries, which of them are there) of this program; an image's heads follow each other."""
+    """(image, head, queries, which of them are there) of this program; a head's queries follow each other."""
     blocks = tl.cdiv(Q, BLOCK_Q)
     per_head = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     return tl.cast(per_head // heads, tl.int64), per_head % heads, queries, queries < Q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q"])
 def deformable_attention_kernel(
     value, reference, offsets, logits, out, sizes, heads, Q,
     stride_vb, stride_vs, stride_vh, stride_rb, stride_rq, stride_rl, stride_rx, stride_ob, stride_oq, stride_lb,
@@ -122,7 +120,7 @@ def deformable_attention_kernel(
     BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch, head, queries, there = place_of(heads, Q, BLOCK_Q)
-    value += batch * stride_vb + head * stride_vh
+    value += batch * stride_vb + tl.cast(head, tl.int64) * stride_vh
     logits += batch * stride_lb + queries.to(tl.int64) * stride_lq + head * (LEVELS * POINTS)
     offsets += batch * stride_ob + queries.to(tl.int64) * stride_oq + head * (LEVELS * POINTS * 2)
     reference += batch * stride_rb + queries.to(tl.int64) * stride_rq
@@ -131,7 +129,7 @@ def deformable_attention_kernel(
     for level in range(LEVELS):
         height, width = size_of(sizes, level, LEVELS)
         weight = load_weights(logits, level, highest, total, there, POINTS, BLOCK_P)
-        at = reference + level * stride_rl
+        at = reference + tl.cast(level, tl.int64) * stride_rl
         x, _, _ = load_axis(at, offsets, level, width, there, stride_rx, 0, POINTS, BLOCK_P, BOX)
         y, _, _ = load_axis(at, offsets, level, height, there, stride_rx, 1, POINTS, BLOCK_P, BOX)
         left, right_share = cell_of(x, width)

@@ -25,6 +25,7 @@ from .deformable_attention import (
     Operands,
     cell_of,
     corner_of,
+    exp,
     level_sizes,
     load_axis,
     load_corner,
@@ -58,7 +59,7 @@ def store_reference(
         tl.store(dreference + 3, tl.sum(dy * y_offset, 1) * (0.5 / POINTS), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q"])
 def points_gradient_kernel(
     value, reference, offsets, logits, dout, doffsets, dlogits, dreference, largest, sizes, heads, Q,
     stride_vb, stride_vs, stride_vh, stride_rb, stride_rq, stride_rl, stride_rx, stride_ob, stride_oq, stride_lb,
@@ -70,7 +71,7 @@ def points_gradient_kernel(
     """doffsets, dlogits; dreference [B, heads, Q, levels, xy]; largest [B, heads, 2]: of the finite |dout|, as its
     bits, and whether anything is not finite."""
     batch, head, queries, there = place_of(heads, Q, BLOCK_Q)
-    value += batch * stride_vb + head * stride_vh
+    value += batch * stride_vb + tl.cast(head, tl.int64) * stride_vh
     logits += batch * stride_lb + queries.to(tl.int64) * stride_lq + head * (LEVELS * POINTS)
     offsets += batch * stride_ob + queries.to(tl.int64) * stride_oq + head * (LEVELS * POINTS * 2)
     reference += batch * stride_rb + queries.to(tl.int64) * stride_rq
@@ -91,8 +92,7 @@ def points_gradient_kernel(
     mean = tl.zeros([BLOCK_Q], tl.float32)
     for level in range(LEVELS):
         height, width = size_of(sizes, level, LEVELS)
-        weight = load_weights(logits, level, highest, total, there, POINTS, BLOCK_P)
-        at = reference + level * stride_rl
+        at = reference + tl.cast(level, tl.int64) * stride_rl
         x, x_offset, x_step = load_axis(at, offsets, level, width, there, stride_rx, 0, POINTS, BLOCK_P, BOX)
         y, y_offset, y_step = load_axis(at, offsets, level, height, there, stride_rx, 1, POINTS, BLOCK_P, BOX)
         left, right_share = cell_of(x, width)
@@ -109,6 +109,7 @@ def points_gradient_kernel(
             dweight += share * between
             dx += share * (b - a)
             dy += between if low else -between
+        weight = load_weights(logits, level, highest, total, there, POINTS, BLOCK_P)
         dweight = tl.where(valid, dweight, 0.0)
         mean += tl.sum(weight * dweight, 1)
         dweights = tl.where(levels == level, dweight[:, :, None], dweights)
@@ -124,7 +125,7 @@ def points_gradient_kernel(
     column = levels * POINTS + points[None, :, None]
     mask = valid[:, :, None] & (levels < LEVELS)
     logit = tl.load(logits[:, None, None] + column, mask=mask, other=0.0).to(tl.float32)
-    weights = tl.exp2((logit - highest[:, None, None]) * 1.4426950408889634) / total[:, None, None]
+    weights = exp(logit - highest[:, None, None]) / total[:, None, None]
     result = weights * (dweights - mean[:, None, None])
     place = (number * (LEVELS * POINTS))[:, None, None] + column
     tl.store(dlogits + place, result.to(dlogits.dtype.element_ty), mask=mask)
@@ -148,7 +149,7 @@ def times_power_of_two(x, exponent):
 
 # Knowing of 16-byte alignment, Triton would give a thread two neighbouring channels, and a warp's atomics would reach
 # every other one.
-@triton.jit(do_not_specialize_on_alignment=["sums"])
+@triton.jit(do_not_specialize=["S", "Q"], do_not_specialize_on_alignment=["sums"])
 def value_sums_kernel(
     reference, offsets, logits, dout, largest, sums, sizes, heads, S, Q,
     stride_rb, stride_rq, stride_rl, stride_rx, stride_ob, stride_oq, stride_lb, stride_lq,
@@ -172,7 +173,7 @@ def value_sums_kernel(
     for level in range(LEVELS):
         height, width = size_of(sizes, level, LEVELS)
         weight = load_weights(logits, level, highest, total, there, POINTS, BLOCK_P)
-        at = reference + level * stride_rl
+        at = reference + tl.cast(level, tl.int64) * stride_rl
         x, _, _ = load_axis(at, offsets, level, width, there, stride_rx, 0, POINTS, BLOCK_P, BOX)
         y, _, _ = load_axis(at, offsets, level, height, there, stride_rx, 1, POINTS, BLOCK_P, BOX)
         left, right_share = cell_of(x, width)
@@ -192,7 +193,7 @@ def value_sums_kernel(
         sums += tl.cast(height, tl.int64) * tl.cast(width, tl.int64) * (heads * WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def dvalue_kernel(sums, largest, dvalue, heads, S, QUERY_BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     per_image = tl.cast(S, tl.int64) * heads * WIDTH
     blocks = tl.cdiv(per_image, BLOCK)

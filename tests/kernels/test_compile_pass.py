@@ -78,8 +78,7 @@ def test_hopper_holds_enough_warps_to_wait_for_memory(compiled):
 
 def test_other_sizes_of_levels_compile_nothing_anew(compiled):
     """128, 64, 32 and 16 rows, for which Triton would: what it knows of an argument are multiples of 16."""
-    anew = {row["kernel"] for row in compiled if row["height"] != 100}
-    assert not anew & {"deformable_attention_kernel", "points_gradient_kernel"}
+    assert not [row for row in compiled if row["height"] != 100]
 
 
 if __name__ == "__main__":
