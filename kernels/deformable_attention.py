@@ -17,13 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schema import LIBRARY
+from .class_centers import exp
 
 TILE = 1024  # elements, 32 of each thread of one warp: what its threads exchange needs no barrier
-
-
-@triton.jit
-def exp(x):
-    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit

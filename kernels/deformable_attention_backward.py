@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schema import LIBRARY
+from .class_centers import exp
 from .deformable_attention import (
     TILE,
     Operands,
     cell_of,
     corner_of,
-    exp,
     level_sizes,
     load_axis,
     load_corner,
