@@ -24,7 +24,8 @@ small, large = make([(8, 9), (4, 5), (2, 3), (1, 2)]), make({levels})
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
 def test_deformable_attention(mode):
-    """The sampled values of this call would be 63 MiB; its values are 4, as is their gradient, which is a result."""
+    """The sampled values of this call would be 63 MiB. In the backward pass the gradient of the output, 4 MiB, is made
+    dense, a head's sums are in float32, and each head's share of the reference points' gradient is kept."""
     runs(ops.deformable_attention, "cpu", "cpu")
     forward = "y = ops.deformable_attention(value, levels, *rest, impl='cpu')"
     backward = "return y.detach(), *torch.autograd.grad(y.sum(), (value, *rest))"
@@ -35,7 +36,7 @@ def test_deformable_attention(mode):
         small="*small",
         large="*large",
     )
-    assert extra <= (2 if mode == "fwd" else 12) * MIB
+    assert extra <= (2 if mode == "fwd" else 8) * MIB
 
 
 def test_composed_deformable_attention():
