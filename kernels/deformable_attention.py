@@ -1,10 +1,10 @@
 """Triton implementation of fastcss::deformable_attention: softmax, locations, bilinear reads and weighted sum at once.
 
-The bytes that must move (value, offsets, logits, output) are few. But 16 points have 64 corners: where
-each token is a query, the value is read 64 times, 64 bytes (32 channels of bfloat16) at a time, from L1 and L2. So a program takes consecutive queries of one head, whose
-corners are close to each other, level by level in a tile [queries, points, channels]: the channels of a corner are the
-16-byte reads of a few neighbouring threads, the points are summed within a thread, and what depends on the point alone
-is computed once a point.
+The bytes that must move (value, offsets, logits, output) are few. But 16 points have 64 corners: where each token is a
+query, the value is read 64 times, 64 bytes (32 channels of bfloat16) at a time, from L1 and L2. So a program takes
+consecutive queries of one head, whose corners are close to each other, level by level in a tile [queries, points,
+channels]: the channels of a corner are the 16-byte reads of a few neighbouring threads, the points are summed within a
+thread, and what depends on the point alone is computed once a point.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from torch import Tensor
 from .._schema import LIBRARY
 from .class_centers import exp
 
-TILE = (
-    1024  # elements, 32 of each thread of one warp, which waits for no other to exchange what is computed once a point
-)
+TILE = 1024  # elements, 32 of each thread of one warp, which waits for no other when its threads exchange
 
 
 @triton.jit
