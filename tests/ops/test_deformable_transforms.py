@@ -15,6 +15,15 @@ TENSORS = ("value", "reference_points", "offsets", "logits")
 SMALL = (2, ((3, 4), (2, 1)), 5, 2, 3, 2)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """grid_sample starts all threads for the smallest of images, and those of several processes wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @BOXES
 @pytest.mark.parametrize("impl", COMPILED)
 def test_reproducible_and_of_its_image_alone(impl, box, device):
@@ -61,7 +70,7 @@ def test_finite_differences(impl, box, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_one_gradient(impl, needs, box, device):
     call = make(*SMALL, box=box, device=device)
-    runs(deformable_attention, impl, device, not box)
+    runs(deformable_attention, impl, device, box and needs in ("value", "reference_points"))
     slopes = []
     for name in ("reference", impl):
         leaf = call.tensors[needs].clone().requires_grad_()
