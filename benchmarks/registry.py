@@ -77,6 +77,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
         class_affinity,
         class_centers,
         cost_filter,
+        deformable_attention,
         merge_masks,
         multi_lora,
         one_pass,
@@ -89,7 +90,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
 
     affinity = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
     selection = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
-    modules = (multi_lora, one_pass, *affinity, *selection)
+    modules = (multi_lora, one_pass, *affinity, *selection, deformable_attention)
     return [case for module in modules for case in module.cases(device, quick)]
 
 

@@ -123,3 +123,14 @@ def prompt_mlp_backward(dy, z, w1, w2, index, hidden, need_dz, need_weights, **_
 @register_flop_formula(torch.ops.fastcss.topk_queries)
 def topk_queries(features, prototypes, bias, k, **_) -> int:
     return 2 * math.prod(features) * prototypes[0]
+
+
+@register_flop_formula(torch.ops.fastcss.deformable_attention)
+def deformable_attention(value, shapes, reference_points, offsets, logits, **_) -> int:
+    """Four corners of each point."""
+    return 8 * math.prod(logits) * value[3]
+
+
+@register_flop_formula(torch.ops.fastcss.deformable_attention_backward)
+def deformable_attention_backward(dout, value, shapes, reference_points, offsets, logits, need_reference, **_) -> int:
+    return 2 * deformable_attention(value, shapes, reference_points, offsets, logits)

@@ -13,6 +13,8 @@ def register() -> None:
         class_centers_backward,
         cost_filter,
         cost_filter_backward,
+        deformable_attention,
+        deformable_attention_backward,
         merge_masks,
         multi_lora,
         multi_lora_backward,

@@ -13,6 +13,7 @@ from benchmarks import (
     class_affinity,
     class_centers,
     cost_filter,
+    deformable_attention,
     harness,
     merge_masks,
     multi_lora,
@@ -72,6 +73,34 @@ def test_work_of_the_selection_ops(op, mode, flops, moved):
     shape = {"B": 5, "C": 6, "D": 7, "H": 4, "W": 3, "T": 6, "P": 2, "k": 3, "M": 2, "N": 9, "length": 8}
     shape |= {"R": 5, "L": 3, "O": 2}
     assert op.work(shape, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("mode", "flops", "moved"),
+    [
+        ("fwd", 8 * 5 * 8 * 9 * (3 * 2 * 4) * 7, 4 * 5 * 8 * 9 * (21 + 3 * 24 + 21 + 4)),
+        ("bwd", 24 * 5 * 8 * 9 * (3 * 2 * 4) * 7, 4 * 5 * 8 * 9 * (3 * (21 + 3 * 24) + 2 * (21 + 4))),
+    ],
+)
+def test_work_of_deformable_attention(mode, flops, moved):
+    shape = {"B": 5, "levels": [(4, 9), (6, 6)], "heads": 3, "D": 7, "points": 4}
+    assert deformable_attention.work(shape, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_locations_of_deformable_attention_are_exact(quick):
+    """In every dtype, and none of them on the border of a cell."""
+    (case,) = deformable_attention.cases("cuda", quick)
+    points, offsets = deformable_attention.points_and_offsets(case.shape, "cpu")
+    pixels = torch.tensor([(w, h) for h, w in case.shape["levels"]])[:, None]
+    half = points.bfloat16()[:, :, None, :, None] + offsets.bfloat16() / pixels
+    exact = points.double()[:, :, None, :, None] + offsets.double() / pixels
+    inside = (exact > 0) & (exact < 1)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half[inside].double(), exact[inside])
+    cells = (exact * pixels - 0.5)[inside]
+    assert (cells - cells.round()).abs().min() >= 1 / 256
+    assert inside.float().mean() > 0.5
 
 
 def test_work_of_caa():

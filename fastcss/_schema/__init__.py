@@ -7,6 +7,7 @@ from . import (  # noqa: F401  each defines the raw ops of its name
     class_affinity,
     class_centers,
     cost_filter,
+    deformable_attention,
     merge_masks,
     multi_lora,
     phrase_pool,

@@ -6,6 +6,7 @@ from .affinity_loss import affinity_loss
 from .class_affinity import class_affinity
 from .class_centers import class_centers
 from .cost_filter import FilteredCost, PackedText, cost_filter, filtered_argmax, pack_text, scatter_cost, top_classes
+from .deformable_attention import deformable_attention
 from .merge_masks import merge_masks
 from .multi_lora import multi_lora
 from .phrase_pool import phrase_pool
@@ -25,6 +26,7 @@ __all__ = [
     "class_affinity",
     "class_centers",
     "cost_filter",
+    "deformable_attention",
     "filtered_argmax",
     "merge_masks",
     "multi_lora",

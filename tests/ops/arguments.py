@@ -47,6 +47,13 @@ ARGUMENTS = {
         "bias": torch.ones(3),
     },
     "top_margin": {"logits": torch.ones(2, 3, 4), "labels": torch.tensor([[0, 1, 2, 0], [1, 2, 0, 255]])},
+    "deformable_attention": {
+        "value": torch.ones(2, 8, 3, 5),
+        "spatial_shapes": [(2, 3), (1, 2)],
+        "reference_points": torch.ones(2, 4, 2, 2),
+        "offsets": torch.ones(2, 4, 3, 2, 6, 2),
+        "logits": torch.ones(2, 4, 3, 2, 6),
+    },
 }
 
 
