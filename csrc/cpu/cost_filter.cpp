@@ -102,9 +102,11 @@ void kept_costs(const float* pixels, const CostMap& map, const Text& text, int64
       });
 }
 
-// How many images are worked on at a time: their packed pixels, and the largest costs, stay within 32 MiB.
+// How many images are worked on at a time: more give every thread its share, but each takes a packed copy of its
+// pixels.
 int64_t images_at_a_time(int64_t images, int64_t floats_each) {
-  return std::clamp<int64_t>((int64_t{8} << 20) / std::max<int64_t>(floats_each, 1), 1, std::max<int64_t>(images, 1));
+  constexpr int64_t kFloats = int64_t{3} << 18;  // 3 MiB
+  return std::clamp<int64_t>(kFloats / std::max<int64_t>(floats_each, 1), 1, std::max<int64_t>(images, 1));
 }
 
 std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Tensor& text_in, const Tensor& scale,
