@@ -134,3 +134,29 @@ def deformable_attention(value, shapes, reference_points, offsets, logits, **_) 
 @register_flop_formula(torch.ops.fastcss.deformable_attention_backward)
 def deformable_attention_backward(dout, value, shapes, reference_points, offsets, logits, need_reference, **_) -> int:
     return 2 * deformable_attention(value, shapes, reference_points, offsets, logits)
+
+
+@register_flop_formula(torch.ops.fastcss.bi_attention)
+def bi_attention(q, k, v_image, v_text, text_mask, image_mask, scale, group, **_) -> int:
+    return 6 * math.prod(q) * k[1]
+
+
+@register_flop_formula(torch.ops.fastcss.bi_attention_backward)
+def bi_attention_backward(dimage, dtext, q, k, *_, **__) -> int:
+    return 14 * math.prod(q) * k[1]
+
+
+@register_flop_formula(torch.ops.fastcss.window_attention)
+def window_attention(q, k, v, bias, pad_key, pad_value, window, shift, scale, **_) -> int:
+    return 4 * _padded(q, window) * window**2
+
+
+@register_flop_formula(torch.ops.fastcss.window_attention_backward)
+def window_attention_backward(dout, q, k, v, bias, pad_key, pad_value, window, shift, scale, need_bias, **_) -> int:
+    return 10 * _padded(q, window) * window**2
+
+
+def _padded(q, window: int) -> int:
+    """Elements of ``q`` with its padding up to whole windows."""
+    batch, height, width, *channels = q
+    return batch * math.prod(channels) * math.prod(-(-size // window) * window for size in (height, width))

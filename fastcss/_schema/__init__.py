@@ -4,6 +4,7 @@ compiled."""
 from . import (  # noqa: F401  each defines the raw ops of its name
     affinity_attention,
     affinity_loss,
+    bi_attention,
     class_affinity,
     class_centers,
     cost_filter,
@@ -15,6 +16,7 @@ from . import (  # noqa: F401  each defines the raw ops of its name
     select_tokens,
     top_margin,
     topk_queries,
+    window_attention,
 )
 from ._library import COMPILED, LIBRARY
 

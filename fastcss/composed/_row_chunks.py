@@ -1,4 +1,4 @@
-"""Work on an N×N map a few rows at a time, forward and backward."""
+"""Work on a map of rows by columns a few rows at a time, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from .._autograd import needs_grad
 ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
-def row_chunks(compute: Callable[..., Tensor], rows: tuple[Tensor, ...], whole: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1); backward computes each chunk again."""
+def row_chunks(
+    compute: Callable, rows: tuple[Tensor, ...], whole: tuple[Tensor, ...], columns: int | None = None
+) -> Iterator:
+    """``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1); backward computes each chunk again.
+
+    The map has as many ``columns`` as rows unless told.
+    """
     batch, n = rows[0].shape[:2]
-    size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * n))
+    size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * (columns or n)))
     # torch.func knows no checkpoints: there the chunks are kept.
     again = needs_grad(*rows, *whole) and (
         torch.compiler.is_compiling()

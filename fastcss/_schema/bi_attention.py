@@ -1,0 +1,44 @@
+import torch
+from torch import Tensor
+
+from ._library import define
+
+# What the logits less the largest of them are at least: what float16 can count.
+LEAST = -50000.0
+
+# q, v_image [B, N, heads, D], k, v_text [B, L, heads, D]; text_mask bool [B, L], image_mask bool [B, N], True where a
+# token is not read; each `group` samples in turn share one largest logit, peak. → image [B, N, heads · D], text
+# [B, L, heads · D], and in float32 for the backward pass peak [B, 1], and the logarithms of both softmaxes' sums over
+# the logits less peak: image_lse [B, heads, N], text_lse [B, heads, L].
+_BI_ATTENTION = (
+    "(Tensor q, Tensor k, Tensor v_image, Tensor v_text, Tensor? text_mask, Tensor? image_mask, float scale, "
+    "int group) -> (Tensor image, Tensor text, Tensor image_lse, Tensor text_lse, Tensor peak)"
+)
+
+
+def _bi_attention_fake(
+    q, k, v_image, v_text, text_mask, image_mask, scale, group
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, pixels, heads, width = q.shape
+    length = k.shape[1]
+    image, text = (q.new_empty(batch, tokens, heads * width) for tokens in (pixels, length))
+    lse = (q.new_empty((batch, heads, tokens), dtype=torch.float32) for tokens in (pixels, length))
+    return image, text, *lse, q.new_empty((batch, 1), dtype=torch.float32)
+
+
+define("bi_attention", _BI_ATTENTION, _bi_attention_fake)
+
+_BI_ATTENTION_BACKWARD = (
+    "(Tensor dimage, Tensor dtext, Tensor q, Tensor k, Tensor v_image, Tensor v_text, Tensor? text_mask, "
+    "Tensor? image_mask, Tensor text, Tensor image_lse, Tensor text_lse, Tensor peak, float scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv_image, Tensor dv_text)"
+)
+
+
+def _bi_attention_backward_fake(
+    dimage, dtext, q, k, v_image, v_text, text_mask, image_mask, text, image_lse, text_lse, peak, scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v_image, v_text))
+
+
+define("bi_attention_backward", _BI_ATTENTION_BACKWARD, _bi_attention_backward_fake)

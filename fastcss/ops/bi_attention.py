@@ -1,0 +1,132 @@
+"""Bi-directional attention between image and text: one matrix of logits, a softmax over each of its sides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from ..composed import bi_attention as composed
+from ..reference import bi_attention as reference
+from ._arguments import autocast, check_alike, check_device, check_shapes, no_autocast
+
+FORWARD = kernels("bi_attention")
+BACKWARD = kernels("bi_attention_backward")
+
+
+class BiAttention(NamedTuple):
+    """What each side has read of the other.
+
+    Attributes:
+        image: ``[B, N, heads · D]``.
+        text: ``[B, L, heads · D]``.
+    """
+
+    image: Tensor
+    text: Tensor
+
+
+def bi_attention(
+    q: Tensor,
+    k: Tensor,
+    v_image: Tensor,
+    v_text: Tensor,
+    text_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> BiAttention:
+    """softmax over the text of ``scale`` · q kᵀ times ``v_text``, and its softmax over the image times ``v_image``.
+
+    The ``[N, L]`` logits are never stored. As in the published model, a logit counts as no less than 50,000 below the
+    largest logit of the batch. Where all of them are nearer than that, which is the rule, samples do not depend on each
+    other; the largest logit is a constant to the gradient.
+
+    Args:
+        q: ``[B, N, heads, D]``, projected image tokens; float32, bfloat16 or float16 (float64 runs composed).
+        k: ``[B, L, heads, D]``, projected text tokens.
+        v_image: ``[B, N, heads, D]``, what the text reads.
+        v_text: ``[B, L, heads, D]``, what the image reads.
+        text_mask: bool ``[B, L]``, True where the image does not read a text token (padding).
+        image_mask: bool ``[B, N]``, True where the text does not read an image token.
+        scale: of the logits, by default 1 / √D.
+        impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
+
+    Returns:
+        ``BiAttention(image, text)``, in the dtype of ``q``; NaN where the mask leaves nothing to read. Differentiable
+        once in ``q``, ``k``, ``v_image`` and ``v_text``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.
+        RuntimeError: the implementation asked for cannot run here; the message says why.
+
+    Source: Grounding DINO §3.2 (feature enhancer), GLIP eq. 4; transformers' ``GroundingDinoBiMultiHeadAttention``
+        between its linear layers, without dropout.
+
+    Example:
+        >>> q, k = torch.randn(1, 1000, 4, 64), torch.randn(1, 20, 4, 64)
+        >>> bi_attention(q, k, torch.randn_like(q), torch.randn_like(k)).image.shape
+        torch.Size([1, 1000, 256])
+    """
+    op = "bi_attention"
+    check_shapes(
+        op,
+        q=(q, "B N heads D"),
+        k=(k, "B L heads D"),
+        v_image=(v_image, "B N heads D"),
+        v_text=(v_text, "B L heads D"),
+        **({} if text_mask is None else {"text_mask": (text_mask, "B L")}),
+        **({} if image_mask is None else {"image_mask": (image_mask, "B N")}),
+    )
+    check_alike(op, q=q, k=k, v_image=v_image, v_text=v_text)
+    for name, mask in (("text_mask", text_mask), ("image_mask", image_mask)):
+        if mask is not None:
+            check_device(op, "q", q, name, mask)
+            if mask.dtype != torch.bool:
+                raise TypeError(f"{op}: {name} must be bool, True where a token is not read, got {mask.dtype}")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    q, k, v_image, v_text = autocast(q, k, v_image, v_text)
+    impl = _backends.choose(op, impl, q)
+    if impl in ("reference", "composed"):
+        form = composed.bi_attention if impl == "composed" else reference.bi_attention
+        with no_autocast(q):
+            return BiAttention(*form(q, k, v_image, v_text, text_mask, image_mask, scale))
+    arguments = (q, k, v_image, v_text, text_mask, image_mask, scale, q.shape[0])
+    if needs_grad(q, k, v_image, v_text):
+        return BiAttention(*_BiAttention.apply(*arguments, impl)[:2])
+    return BiAttention(*FORWARD[impl](*arguments)[:2])
+
+
+class _BiAttention(torch.autograd.Function):
+    """The compiled implementations with their gradients."""
+
+    @staticmethod
+    def forward(q, k, v_image, v_text, text_mask, image_mask, scale, group, impl):
+        return FORWARD[impl](q, k, v_image, v_text, text_mask, image_mask, scale, group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *tensors, ctx.scale, _, ctx.impl = inputs
+        _, text, *statistics = outputs
+        ctx.mark_non_differentiable(*statistics)
+        ctx.save_for_backward(*tensors, text, *statistics)
+
+    @staticmethod
+    def backward(ctx, dimage, dtext, *_):
+        tensors = ctx.saved_tensors
+        with torch.no_grad():
+            grads = BACKWARD[ctx.impl](dimage, dtext, *tensors, ctx.scale)
+        grads = once_differentiable("bi_attention", (dimage, dtext, *tensors[:4]), grads)
+        return *grads, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return fold_vmap(_BiAttention.apply, info.batch_size, in_dims, arguments)
+
+
+register_vmap("bi_attention", fold_vmap)
+register_vmap("bi_attention_backward", fold_vmap)
