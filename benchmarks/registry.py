@@ -73,6 +73,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
     from . import (
         affinity_attention,
         affinity_loss,
+        bi_attention,
         caa,
         class_affinity,
         class_centers,
@@ -90,7 +91,8 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
 
     affinity = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
     selection = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
-    modules = (multi_lora, one_pass, *affinity, *selection, deformable_attention)
+    enhancer = (deformable_attention, bi_attention)
+    modules = (multi_lora, one_pass, *affinity, *selection, *enhancer)
     return [case for module in modules for case in module.cases(device, quick)]
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import (
     affinity_attention,
     affinity_loss,
+    bi_attention,
     caa,
     class_affinity,
     class_centers,
@@ -85,6 +86,17 @@ def test_work_of_the_selection_ops(op, mode, flops, moved):
 def test_work_of_deformable_attention(mode, flops, moved):
     shape = {"B": 5, "levels": [(4, 9), (6, 6)], "heads": 3, "D": 7, "points": 4}
     assert deformable_attention.work(shape, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("mode", "flops", "moved"),
+    [
+        ("fwd", 6 * 5 * 9 * 2 * 3 * 7, 4 * 5 * 21 * 3 * (9 + 2)),
+        ("bwd", 18 * 5 * 9 * 2 * 3 * 7, 4 * 5 * 21 * (9 + 2) * (2 * 3 + 2)),
+    ],
+)
+def test_work_of_bi_attention(mode, flops, moved):
+    assert bi_attention.work({"B": 5, "N": 9, "L": 2, "heads": 3, "D": 7}, 4, mode) == (flops, moved)
 
 
 @pytest.mark.parametrize("quick", [False, True])
