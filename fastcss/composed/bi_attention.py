@@ -36,14 +36,16 @@ def bi_attention(
     def attend(q: Tensor, v_image: Tensor, read: Tensor, k: Tensor, v_text: Tensor, peak: Tensor, most: Tensor):
         s = (logits(q, k) - peak).clamp(min=LEAST)
         image = s.masked_fill(~read_text[:, None, None], -torch.inf).softmax(dim=3) @ v_text
-        weights = (s - most[:, :, None]).exp().masked_fill(~read[:, None, :, None], 0).transpose(2, 3)
+        # Masked before the exponential: a masked logit may be so far above the others' that it has none.
+        masked = s.masked_fill(~read[:, None, :, None], -torch.inf)
+        weights = (masked - most[:, :, None]).exp().transpose(2, 3)
         return image.transpose(1, 2), weights @ v_image.to(dtype).transpose(1, 2), weights.sum(dim=3)
 
     columns = heads * length
     if not batch * pixels * columns:  # nothing to read for one side or both, and nothing of any size to keep
-        return (v_text.sum(dim=1, keepdim=True) + 0 * q).flatten(2), (v_image.sum(dim=1, keepdim=True) + 0 * k).flatten(
-            2
-        )
+        image, text = (x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0) for x in (q, k))
+        image, text = image + v_text.sum(dim=1, keepdim=True), text + v_image.sum(dim=1, keepdim=True)
+        return image.flatten(2), text.flatten(2)
     with torch.no_grad():
         peaks = torch.stack([*row_chunks(largest, (q, read_image), (wide_k,), columns)]).amax(dim=0)
         peak = peaks[0].max()
