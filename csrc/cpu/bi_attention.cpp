@@ -1,0 +1,178 @@
+// fastcss::bi_attention.cpu: one sweep over the image makes each logit once, and takes both softmaxes of it while it is
+// in cache. Whether the published model's floor bites anywhere is known after the sweep: it does where logits are
+// further apart than it is deep, and those samples are swept again with it.
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "bi_attention_operands.h"
+#include "left_product.h"
+
+namespace fastcss::cpu {
+namespace {
+
+constexpr float kInf = __builtin_inff();
+
+struct Outputs {
+  Tensor image, text;
+  float *image_lse, *text_lse, *peak;
+};
+
+class Sweeps {
+ public:
+  Sweeps(const BiOperands& in, const Outputs& out, float scale)
+      : in_(in), out_(out), extents_(in.B * in.heads * in.chunks), subtracted_(in.B) {
+    const int64_t pairs = in.B * in.heads;
+    text_size_ = in.panels * in.D * kCols + in.lanes() * in.width;
+    memory_ = shared_workspace.get(pairs * (text_size_ + in.chunks * partial_size()));
+    parallel(pairs, [&](int64_t i) {
+      in_.pack_text(keys(i), in_.k, i / in_.heads, i % in_.heads, scale);
+      in_.read_rows(values(i), in_.v_text, i / in_.heads, i % in_.heads, 0, in_.L);
+    });
+  }
+
+  void run(int64_t group) {
+    const int64_t each = in_.heads * in_.chunks;
+    parallel(in_.B * each, [&](int64_t item) { sweep<false>(item); });
+    for (int64_t b = 0; b < in_.B; b += group) {
+      const int64_t samples = std::min(group, in_.B - b);
+      if (settle(b, samples)) parallel(samples * each, [&](int64_t item) { sweep<true>(b * each + item); });
+    }
+    parallel(in_.B * in_.heads, [&](int64_t pair) { finish(pair); });
+    shared_workspace.trim();
+  }
+
+ private:
+  float* keys(int64_t pair) const { return memory_ + pair * text_size_; }                // [panel][D][kCols]
+  float* values(int64_t pair) const { return keys(pair) + in_.panels * in_.D * kCols; }  // [L][width]
+
+  // What one chunk of the image adds to the text: Σ weight · value [L][width], and of each lane the largest logit and
+  // the sum of the weights.
+  int64_t partial_size() const { return in_.lanes() * (in_.width + 2); }
+  float* partial(int64_t item) const { return memory_ + in_.B * in_.heads * text_size_ + item * partial_size(); }
+  float* most(int64_t item) const { return partial(item) + in_.lanes() * in_.width; }
+  float* sum(int64_t item) const { return most(item) + in_.lanes(); }
+
+  // The group's largest logit, and whether the floor bites.
+  bool settle(int64_t first, int64_t samples) {
+    const int64_t each = in_.heads * in_.chunks;
+    Extent all;
+    for (int64_t i = first * each; i < (first + samples) * each; ++i) {
+      all.most = std::max(all.most, extents_[i].most), all.least = std::min(all.least, extents_[i].least);
+      all.nan |= extents_[i].nan;
+    }
+    const bool bites = all.nan || !(all.most - all.least <= -kLeast);
+    for (int64_t b = first; b < first + samples; ++b) {
+      out_.peak[b] = all.nan ? __builtin_nanf("") : all.most;
+      subtracted_[b] = bites;
+    }
+    return bites;
+  }
+
+  template <bool LOWER>
+  void sweep(int64_t item);
+  void finish(int64_t pair);
+
+  const BiOperands& in_;
+  const Outputs& out_;
+  std::vector<Extent> extents_;
+  std::vector<char> subtracted_;  // of each sample: its logits are less the peak already
+  int64_t text_size_;
+  float* memory_;
+};
+
+template <bool LOWER>
+void Sweeps::sweep(int64_t item) {
+  const int64_t pair = item / in_.chunks, b = pair / in_.heads, h = pair % in_.heads, width = in_.width;
+  const int64_t chunk = item % in_.chunks * kChunk, lanes = in_.lanes();
+  float* logits = local_workspace.get(2 * in_.block() + 3 * kTokens * width + 2 * lanes);
+  float *weights = logits + in_.block(), *q = weights + in_.block(), *v = q + kTokens * width;
+  float *out = v + kTokens * width, *hidden = out + kTokens * width, *factor = hidden + lanes;
+  in_.hidden_text(b, hidden);
+  std::fill_n(partial(item), lanes * width, 0.f);
+  std::fill_n(most(item), lanes, -kInf), std::fill_n(sum(item), lanes, 0.f);
+  Extent extent;
+  for (int64_t first = chunk; first < std::min(in_.N, chunk + kChunk); first += kTokens) {
+    const int tokens = static_cast<int>(std::min(kTokens, in_.N - first));
+    const auto text = [&](int64_t j) { return std::min<int64_t>(kCols, in_.L - j * kCols); };
+    in_.read_rows(q, in_.q, b, h, first, tokens);
+    in_.read_rows(v, in_.v_image, b, h, first, tokens);
+    for (int64_t j = 0; j < in_.panels; ++j)
+      left_product(tokens, in_.D, {q, width, 1}, keys(pair) + j * in_.D * kCols, kCols, logits + j * kTokens * kCols,
+                   kCols, false);
+    LOWER ? lower(logits, tokens, in_.panels, out_.peak[b]) : extend(&extent, logits, tokens, in_.L);
+
+    image_softmax(logits, weights, tokens, in_.panels, hidden, out_.image_lse + pair * in_.N + first);
+    for (int64_t c = 0; c < width; c += kCols)
+      for (int64_t j = 0; j < in_.panels; ++j)
+        left_product(tokens, text(j), {weights + j * kTokens * kCols, kCols, 1}, values(pair) + j * kCols * width + c,
+                     width, out + c, width, j > 0);
+    in_.write_rows(out_.image, b, h, first, tokens, out);
+
+    const bool* hidden_image = in_.hidden_image(b);
+    text_weights(logits, weights, tokens, in_.panels, hidden_image ? hidden_image + first : nullptr, most(item),
+                 sum(item), factor);
+    for (int64_t l = 0; l < in_.L; ++l) {
+      float* row = partial(item) + l * width;
+      if (factor[l] != 1.f)
+        for (int64_t d = 0; d < width; ++d) row[d] *= factor[l];
+    }
+    for (int64_t j = 0; j < in_.panels; ++j)
+      for (int64_t c = 0; c < width; c += kCols)
+        left_product(text(j), tokens, {weights + j * kTokens * kCols, 1, kCols}, v + c, width,
+                     partial(item) + j * kCols * width + c, width, true);
+  }
+  if (!LOWER) extents_[item] = extent;
+}
+
+// The chunks' sums as one, in their order, and all logarithms as of logits less the peak.
+void Sweeps::finish(int64_t pair) {
+  const int64_t b = pair / in_.heads, h = pair % in_.heads, width = in_.width, first = pair * in_.chunks;
+  const float peak = subtracted_[b] ? 0.f : out_.peak[b];
+  std::vector<float> row(width);
+  for (int64_t l = 0; l < in_.L; ++l) {
+    float largest = -kInf, total = 0;
+    for (int64_t i = first; i < first + in_.chunks; ++i) largest = std::max(largest, most(i)[l]);
+    const float finite = largest == -kInf ? 0.f : largest;
+    std::fill(row.begin(), row.end(), 0.f);
+    for (int64_t i = first; i < first + in_.chunks; ++i) {
+      const float factor = std::exp(most(i)[l] - finite);
+      total += factor * sum(i)[l];
+      add_scaled(row.data(), factor, partial(i) + l * width, width);
+    }
+    for (float& value : row) value /= total;
+    in_.write_rows(out_.text, b, h, l, 1, row.data());
+    out_.text_lse[pair * in_.L + l] = total == 0 ? __builtin_nanf("") : largest + std::log(total) - peak;
+  }
+  for (int64_t n = 0; n < in_.N; ++n) out_.image_lse[pair * in_.N + n] -= peak;
+}
+
+using Optional = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bi_attention(const Tensor& q, const Tensor& k, const Tensor& v_image,
+                                                                const Tensor& v_text, const Optional& text_mask,
+                                                                const Optional& image_mask, double scale,
+                                                                int64_t group) {
+  const BiOperands in(q, k, v_image, v_text, text_mask, image_mask);
+  const auto result = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(q, shape(sizes)); };
+  const auto statistic = [&](std::initializer_list<int64_t> sizes) {
+    return torch::stable::new_zeros(q, shape(sizes), ScalarType::Float);
+  };
+  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  Tensor image = result({in.B, in.N, in.heads * in.D}), text = result({in.B, in.L, in.heads * in.D});
+  Tensor image_lse = statistic({in.B, in.heads, in.N}), text_lse = statistic({in.B, in.heads, in.L});
+  Tensor peak = statistic({in.B, 1});
+  if (in.N == 0 || in.L == 0) {  // nothing to read
+    torch::stable::zero_(image), torch::stable::zero_(text);
+  } else if (in.B > 0 && in.heads > 0) {
+    const Outputs out{image, text, floats(image_lse), floats(text_lse), floats(peak)};
+    Sweeps(in, out, static_cast<float>(scale)).run(group);
+  }
+  return {image, text, image_lse, text_lse, peak};
+}
+
+}  // namespace
+}  // namespace fastcss::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("bi_attention.cpu", TORCH_BOX(&fastcss::cpu::bi_attention)); }

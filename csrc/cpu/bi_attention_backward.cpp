@@ -1,0 +1,152 @@
+// fastcss::bi_attention_backward.cpu: one sweep makes each logit again, with the gradients of both of its weights.
+
+#include <tuple>
+
+#include "bi_attention_operands.h"
+#include "left_product.h"
+
+namespace fastcss::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+struct Saved {
+  Tensor dimage, dtext, text;  // [B, ·, heads, D]
+  const float *image_lse, *text_lse, *peak;
+};
+struct Gradients {
+  Tensor dq, dk, dv_image, dv_text;
+};
+
+class Backward {
+ public:
+  Backward(const BiOperands& in, const Saved& saved, const Gradients& out, float scale)
+      : in_(in), saved_(saved), out_(out), scale_(scale) {
+    packed_ = in.panels * in.D * kCols, rows_ = in.lanes() * in.width;
+    text_size_ = 3 * packed_ + 2 * rows_ + 2 * in.lanes();
+    const int64_t pairs = in.B * in.heads;
+    memory_ = shared_workspace.get(pairs * (text_size_ + in.chunks * 2 * rows_));
+    parallel(pairs, [&](int64_t pair) { prepare(pair); });
+  }
+
+  void run() {
+    parallel(in_.B * in_.heads * in_.chunks, [&](int64_t item) { sweep(item); });
+    parallel(in_.B * in_.heads, [&](int64_t pair) { finish(pair); });
+    shared_workspace.trim();
+  }
+
+ private:
+  // Of one sample and head: packed k · scale, v_text and dtext; rows of k · scale and of dtext; of each lane
+  // Σ dtext · text and the logarithm of its sum.
+  float* text(int64_t pair) const { return memory_ + pair * text_size_; }
+  float* rows(int64_t pair) const { return text(pair) + 3 * packed_; }
+  float* delta(int64_t pair) const { return rows(pair) + 2 * rows_; }
+  // Of one chunk: what it adds to dk / scale and to dv_text, each [L][width].
+  float* partial(int64_t item) const { return memory_ + in_.B * in_.heads * text_size_ + item * 2 * rows_; }
+
+  void prepare(int64_t pair);
+  void sweep(int64_t item);
+  void finish(int64_t pair);
+
+  const BiOperands& in_;
+  const Saved& saved_;
+  const Gradients& out_;
+  float scale_;
+  int64_t packed_, rows_, text_size_;
+  float* memory_;
+};
+
+void Backward::prepare(int64_t pair) {
+  const int64_t b = pair / in_.heads, h = pair % in_.heads, lanes = in_.lanes();
+  in_.pack_text(text(pair), in_.k, b, h, scale_);
+  in_.pack_text(text(pair) + packed_, in_.v_text, b, h, 1);
+  in_.pack_text(text(pair) + 2 * packed_, saved_.dtext, b, h, 1);
+  float *k = rows(pair), *dtext = k + rows_;
+  in_.read_rows(dtext, saved_.text, b, h, 0, in_.L);
+  in_.read_rows(k, saved_.dtext, b, h, 0, in_.L);
+  std::fill_n(delta(pair), 2 * lanes, 0.f);
+  for (int64_t l = 0; l < in_.L; ++l) {
+    delta(pair)[l] = dot(k + l * in_.width, dtext + l * in_.width, in_.width);
+    delta(pair)[lanes + l] = saved_.text_lse[pair * in_.L + l];
+  }
+  std::swap_ranges(k, k + in_.L * in_.width, dtext);
+  in_.read_rows(k, in_.k, b, h, 0, in_.L);
+  for (int64_t i = 0; i < in_.L * in_.width; ++i) k[i] *= scale_;
+}
+
+void Backward::sweep(int64_t item) {
+  const int64_t pair = item / in_.chunks, b = pair / in_.heads, h = pair % in_.heads, width = in_.width;
+  const int64_t chunk = item % in_.chunks * kChunk, block = in_.block(), staged = kTokens * width;
+  float* maps = local_workspace.get(3 * block + 4 * staged + in_.lanes());  // logits, dimage's and dtext's weights
+  float *q = maps + 3 * block, *v = q + staged, *dimage = v + staged, *out = dimage + staged, *hidden = out + staged;
+  in_.hidden_text(b, hidden);
+  std::fill_n(partial(item), 2 * rows_, 0.f);
+  for (int64_t first = chunk; first < std::min(in_.N, chunk + kChunk); first += kTokens) {
+    const int tokens = static_cast<int>(std::min(kTokens, in_.N - first));
+    const auto length = [&](int64_t j) { return std::min<int64_t>(kCols, in_.L - j * kCols); };
+    in_.read_rows(q, in_.q, b, h, first, tokens);
+    in_.read_rows(v, in_.v_image, b, h, first, tokens);
+    in_.read_rows(dimage, saved_.dimage, b, h, first, tokens);
+    const float* left[3] = {q, dimage, v};
+    for (int64_t i = 0; i < 3; ++i)
+      for (int64_t j = 0; j < in_.panels; ++j)
+        left_product(tokens, in_.D, {left[i], width, 1}, text(pair) + i * packed_ + j * in_.D * kCols, kCols,
+                     maps + i * block + j * kTokens * kCols, kCols, false);
+    const bool* hidden_image = in_.hidden_image(b);
+    softmax_gradients(maps, maps + block, maps + 2 * block, tokens, in_.panels,
+                      {saved_.peak[b], saved_.image_lse + pair * in_.N + first, delta(pair) + in_.lanes(), delta(pair),
+                       hidden, hidden_image ? hidden_image + first : nullptr});
+
+    // dq = dS (k · scale), dv_image = P_text dtext; dk / scale += dSᵀ q, dv_text += P_imageᵀ dimage
+    const Tensor* results[2] = {&out_.dq, &out_.dv_image};
+    const float *of_token[2] = {maps, maps + 2 * block}, *of_text[2] = {maps, maps + block}, *right[2] = {q, dimage};
+    for (int i = 0; i < 2; ++i) {
+      for (int64_t c = 0; c < width; c += kCols)
+        for (int64_t j = 0; j < in_.panels; ++j) {
+          left_product(tokens, length(j), {of_token[i] + j * kTokens * kCols, kCols, 1},
+                       rows(pair) + i * rows_ + j * kCols * width + c, width, out + c, width, j > 0);
+          left_product(length(j), tokens, {of_text[i] + j * kTokens * kCols, 1, kCols}, right[i] + c, width,
+                       partial(item) + i * rows_ + j * kCols * width + c, width, true);
+        }
+      in_.write_rows(*results[i], b, h, first, tokens, out);
+    }
+  }
+}
+
+void Backward::finish(int64_t pair) {
+  const int64_t b = pair / in_.heads, h = pair % in_.heads, first = pair * in_.chunks;
+  float* sum = partial(first);
+  for (int64_t i = first + 1; i < first + in_.chunks; ++i) add(sum, partial(i), 2 * rows_);
+  for (int64_t i = 0; i < rows_; ++i) sum[i] *= scale_;
+  in_.write_rows(out_.dk, b, h, 0, in_.L, sum);
+  in_.write_rows(out_.dv_text, b, h, 0, in_.L, sum + rows_);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bi_attention_backward(
+    const Tensor& dimage, const Tensor& dtext, const Tensor& q, const Tensor& k, const Tensor& v_image,
+    const Tensor& v_text, const Optional& text_mask, const Optional& image_mask, const Tensor& text,
+    const Tensor& image_lse, const Tensor& text_lse, const Tensor& peak, double scale) {
+  const BiOperands in(q, k, v_image, v_text, text_mask, image_mask);
+  const auto like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
+  const auto by_head = [&](const Tensor& x) {
+    return torch::stable::view(torch::stable::contiguous(x), shape({in.B, x.size(1), in.heads, in.D}));
+  };
+  const Gradients out{like(q), like(k), like(v_image), like(v_text)};
+  if (in.N == 0 || in.L == 0) {
+    for (const Tensor& t : {out.dq, out.dk, out.dv_image, out.dv_text}) torch::stable::zero_(const_cast<Tensor&>(t));
+  } else if (in.B > 0 && in.heads > 0) {
+    const Tensor lse[3] = {torch::stable::contiguous(image_lse), torch::stable::contiguous(text_lse),
+                           torch::stable::contiguous(peak)};
+    const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+    const Saved saved{by_head(dimage), by_head(dtext), by_head(text), floats(lse[0]), floats(lse[1]), floats(lse[2])};
+    Backward(in, saved, out, static_cast<float>(scale)).run();
+  }
+  return {out.dq, out.dk, out.dv_image, out.dv_text};
+}
+
+}  // namespace
+}  // namespace fastcss::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
+  m.impl("bi_attention_backward.cpu", TORCH_BOX(&fastcss::cpu::bi_attention_backward));
+}

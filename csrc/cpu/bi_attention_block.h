@@ -1,0 +1,42 @@
+// The two softmaxes of one block of logits: kTokens image tokens by the text in panels of kCols lanes,
+// [panel][kTokens][kCols]. The image side's is within a row; the text side's goes on from block to block in each lane.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcss::cpu {
+
+constexpr int64_t kTokens = 48;     // image tokens of a block
+constexpr float kLeast = -50000.f;  // of a logit less the largest one
+
+// The largest and the least logit, and whether one was not a number.
+struct Extent {
+  float most = -__builtin_inff(), least = __builtin_inff();
+  bool nan = false;
+};
+// Of the first `text` lanes.
+void extend(Extent* extent, const float* logits, int tokens, int64_t text);
+
+// logits = max(logits − peak, kLeast); NaN stays NaN.
+void lower(float* logits, int tokens, int64_t panels, float peak);
+
+// weights = the softmax of each token's row, with 0 in the lanes where `hidden` [panels · kCols] is not 0; lse [tokens]
+// the logarithm of its sum.
+void image_softmax(const float* logits, float* weights, int tokens, int64_t panels, const float* hidden, float* lse);
+
+// weights = e^(logits − most), 0 for the tokens that are hidden (nullptr: none) and up to kTokens, with `most` and
+// `sum` of each lane brought up to date; what was added up before is to be multiplied by `factor`.
+void text_weights(const float* logits, float* weights, int tokens, int64_t panels, const bool* hidden, float* most,
+                  float* sum, float* factor);
+
+// What the gradient of a block takes: of each token the logarithm of its sum, of each lane also Σ gradient · result.
+struct BlockGradient {
+  float peak;
+  const float *image_lse, *text_lse, *text_delta, *hidden_text;
+  const bool* hidden_image;
+};
+// From the logits and the gradients of both weights: logits → their gradient, dimage → the image side's weights,
+// dtext → the text side's.
+void softmax_gradients(float* logits, float* dimage, float* dtext, int tokens, int64_t panels, const BlockGradient& g);
+
+}  // namespace fastcss::cpu

@@ -1,0 +1,44 @@
+// What bi_attention and its backward pass read, by samples and heads, and how they share out the image.
+#pragma once
+
+#include <optional>
+
+#include "bi_attention_block.h"
+#include "parallel.h"
+#include "rows.h"
+#include "tensors.h"
+
+namespace fastcss::cpu {
+
+// Image tokens of one item of work: its partial sums for the text do not depend on how many threads there are.
+constexpr int64_t kChunk = 40 * kTokens;
+
+struct BiOperands {
+  BiOperands(const Tensor& q, const Tensor& k, const Tensor& v_image, const Tensor& v_text,
+             const std::optional<Tensor>& text_mask, const std::optional<Tensor>& image_mask);
+
+  int64_t B, N, L, heads, D;
+  int64_t width;   // D in whole tiles of columns
+  int64_t panels;  // of the text
+  int64_t chunks;  // of the image
+  DType dtype;
+  Tensor q, k, v_image, v_text;
+
+  int64_t lanes() const { return panels * kCols; }
+  int64_t block() const { return panels * kTokens * kCols; }  // elements of a block of logits
+
+  // The text of one head as [panel][D][kCols], times `factor`, with zeros beyond it.
+  void pack_text(float* dst, const Tensor& x, int64_t b, int64_t h, float factor) const;
+  // Rows of one head [rows][width], with zeros beyond the D of each.
+  void read_rows(float* dst, const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows) const;
+  void write_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows, const float* src) const;
+
+  void hidden_text(int64_t b, float* hidden) const;  // [lanes], 1 for what is not read, 0 for the rest
+  const bool* hidden_image(int64_t b) const { return image_mask_ ? flags(*image_mask_) + b * N : nullptr; }
+
+ private:
+  static const bool* flags(const Tensor& mask) { return static_cast<const bool*>(mask.const_data_ptr()); }
+  std::optional<Tensor> text_mask_, image_mask_;
+};
+
+}  // namespace fastcss::cpu
