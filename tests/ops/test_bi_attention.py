@@ -19,6 +19,15 @@ from fastcss.ops import bi_attention
 EACH_MASK = pytest.mark.parametrize("masks", [(), *((name,) for name in MASKS), MASKS], ids=" ".join)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

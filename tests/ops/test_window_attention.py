@@ -1,0 +1,246 @@
+"""window_attention: every implementation × dtype × shape, forward and backward, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+
+import calls
+import checks
+import pytest
+import torch
+from calls import COMPILED, DTYPES, IMPLEMENTATIONS, LAYOUTS, assert_as_good_as_eager, normal, runs
+from hypothesis import strategies as st
+from torch import Tensor
+from window_inputs import CASES, LARGE, PADS, make
+
+from fastcss.ops import window_attention
+
+EACH_PAD = pytest.mark.parametrize("pads", [(), *((name,) for name in PADS), PADS], ids=" ".join)
+SHIFTED = pytest.mark.parametrize("case", ["to fill below", "to fill both"], ids=["no shift", "shift"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_values_and_gradients(impl, case, dtype, device, tolerances):
+    runs(window_attention, impl, device, case in CASES and (dtype == torch.float32 or case == "to fill both"))
+    call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
+    assert_as_good_as_eager(call, impl, tolerances[dtype])
+
+
+@EACH_PAD
+@SHIFTED
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_tokens_that_fill_up(impl, case, pads, device, tolerances):
+    """Have keys and values of zero unless told."""
+    call = make(*CASES[case], pads=pads, device=device)
+    assert_as_good_as_eager(call, runs(window_attention, impl, device, len(pads) < 2), tolerances[torch.float32])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_tokens_that_fill_up_are_as_any(impl, device):
+    """A map filled up by hand is the same there, and where nothing is to fill up nothing depends on them."""
+    runs(window_attention, impl, device)
+    for shift in (0, 2):
+        call = make(2, 5, 7, 3, 16, 4, shift, device=device)
+        filled = {}
+        for name in "qkv":
+            x = call.tensors[name]
+            whole = x.new_zeros(2, 8, 8, 3, 16)
+            if name != "q":
+                whole += call.tensors["pad_key" if name == "k" else "pad_value"]
+            whole[:, :5, :7] = x
+            filled[name] = whole
+        by_hand = call.having(**filled)
+        torch.testing.assert_close(call(impl)[0], by_hand(impl)[0][:, :5, :7])
+        without = by_hand.having(**{name: call.tensors[name] * math.nan for name in PADS})
+        assert torch.equal(by_hand(impl)[0], without(impl)[0])
+        got = by_hand.leaves().results(impl, by_hand.output_gradients())
+        assert not any(got[f"d{name}"].count_nonzero() for name in PADS)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_is_the_equation(impl, device):
+    """One head, values 0 … 15 on a map of 4 × 4, windows of 2 × 2: means of who attends to whom, by hand."""
+    runs(window_attention, impl, device)
+    zeros = torch.zeros(1, 4, 4, 1, 1, device=device)
+    v = torch.arange(16.0, device=device).view(1, 4, 4, 1, 1)
+
+    def attend(window, shift=0, bias=None, **pads):
+        bias = torch.zeros(1, window**2, window**2, device=device) if bias is None else bias
+        return window_attention(zeros, zeros, v, bias, window, shift, impl=impl, **pads)[0, :, :, 0].tolist()
+
+    assert attend(1) == v[0, :, :, 0, 0].tolist()
+    upper, lower = [2.5, 2.5, 4.5, 4.5], [10.5, 10.5, 12.5, 12.5]
+    assert attend(2) == [upper, upper, lower, lower]
+    # Shifted, one window in the middle; those at the edges hold only what is next to each other.
+    want = [[0.0, 1.5, 1.5, 3.0], [6, 7.5, 7.5, 9], [6, 7.5, 7.5, 9], [12, 13.5, 13.5, 15]]
+    assert attend(2, 1) == [pytest.approx(row) for row in want]
+    # The bias is of (query, key): each reads the first of its window, but the last reads itself.
+    bias = torch.full((1, 4, 4), -1e4, device=device)
+    bias[0, :3, 0] = bias[0, 3, 3] = 0
+    assert attend(2, 0, bias) == [[0, 0, 2, 2], [0, 5, 2, 7], [8, 8, 10, 10], [8, 13, 10, 15]]
+    # Of a window of 3 × 3 in the lower right corner one token is the map's, and eight have the value 24.
+    got = attend(3, pad_value=torch.full((1, 1), 24.0, device=device))
+    assert got[3] == pytest.approx([(12 + 13 + 14 + 6 * 24) / 9] * 3 + [(15 + 8 * 24) / 9])
+    assert got[0] == pytest.approx([5.0] * 3 + [(3 + 7 + 11 + 6 * 24) / 9])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scale(impl, device, tolerances):
+    """1 / √D unless told."""
+    runs(window_attention, impl, device)
+    call = make(*CASES["window 2, shift 1"], device=device)
+    assert torch.equal(call(impl)[0], call.having(scale=5**-0.5)(impl)[0])
+    for scale in (0.0, -1.5, 3):
+        assert_as_good_as_eager(call.having(scale=scale), impl, tolerances[torch.float32])
+
+
+@SHIFTED
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_large_scores(impl, dtype, case, device, tolerances):
+    """Some so large that they are read in spite of the -100 between tokens that are no neighbours."""
+    runs(window_attention, impl, device, dtype == torch.float32)
+    call = make(*CASES[case], dtype=dtype, device=device)
+    call = call.having(q=30 * call.tensors["q"], bias=10 * call.tensors["bias"])
+    assert_as_good_as_eager(call, impl, tolerances[dtype])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_who_is_no_neighbour_is_hardly_read(impl, device):
+    """-100, and not -∞: with a bias of +200 on everything else's key, the wrapped tokens are read."""
+    runs(window_attention, impl, device)
+    q, v = torch.zeros(1, 2, 2, 1, 1, device=device), torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
+    bias = torch.zeros(1, 4, 4, device=device)
+    alone = window_attention(q, q, v.view(q.shape), bias, 2, 1, impl=impl)
+    assert alone.flatten().tolist() == [1, 2, 3, 4]
+    # The one window of the shifted map holds the four tokens in the order 4 3 2 1.
+    bias[0, :, 3] = 200
+    wrapped = window_attention(q, q, v.view(q.shape), bias, 2, 1, impl=impl)
+    assert wrapped.flatten().tolist() == [1, 1, 1, 1]
+
+
+# --- what is not finite ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", *PADS])
+@SHIFTED
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_not_finite(impl, case, name, bad, device):
+    """Is NaN where it is read, and nothing elsewhere."""
+    runs(window_attention, impl, device, math.isnan(bad) == (case == "to fill both") and bad != math.inf)
+    call = make(*CASES[case], device=device)
+    call.tensors[name][(1, 2, 4, 1, 2)[: call.tensors[name].dim()]] = bad
+    if name == "bias" and bad == -math.inf:
+        if impl == "composed":
+            pytest.skip("to torch's attention a query that reads nothing is zeros")
+        call.tensors[name][1, 3] = bad
+    checks.assert_not_finite_as_reference(call, impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@SHIFTED
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_bias_of_infinity(impl, case, dtype, device, tolerances):
+    """Of −∞ some tokens have no part."""
+    runs(window_attention, impl, device, dtype == torch.float32)
+    call = make(*CASES[case], dtype=dtype, device=device)
+    call.tensors["bias"][1, :, 1:4] = -math.inf
+    assert_as_good_as_eager(call, impl, tolerances[dtype])
+
+
+# --- strides ---------------------------------------------------------------------------------------------------------
+
+
+@SHIFTED
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_any_strides(impl, layout, case, device, tolerances):
+    runs(window_attention, impl, device, layout == "NCHW" and case == "to fill both")
+    call = make(*CASES[case], device=device)
+    call = call.having(**{name: calls.laid_out(tensor, LAYOUTS[layout]) for name, tensor in call.tensors.items()})
+    assert_as_good_as_eager(call, impl, tolerances[torch.float32])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_thirds_of_one_projection(impl, device, tolerances):
+    """q, k and v as the model's one linear layer gives them, and one bias for all heads: no copies."""
+    runs(window_attention, impl, device)
+    call = make(*CASES["to fill both"], device=device)
+    thirds = torch.cat([call.tensors[name].flatten(3) for name in "qkv"], dim=3).chunk(3, dim=3)
+    call = call.having(**{name: third.unflatten(3, (3, 16)) for name, third in zip("qkv", thirds, strict=True)})
+    call = call.having(bias=call.tensors["bias"][:1].expand(3, -1, -1))
+    assert not any(call.tensors[name].is_contiguous() for name in ("q", "k", "v", "bias"))
+    assert_as_good_as_eager(call, impl, tolerances[torch.float32])
+
+
+@EACH_PAD
+@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 1)])
+def test_any_shape_and_stride(impl, examples, pads, device, tolerances):
+    runs(window_attention, impl, device)
+    side, width, most = (20, 40, 8) if impl != "triton" else (6, 12, 3)
+    windows = st.integers(1, most).flatmap(lambda window: st.tuples(st.just(window), st.integers(0, window - 1)))
+    sizes = st.tuples(
+        st.integers(0, 3), st.integers(0, side), st.integers(0, side), st.integers(1, 4), st.integers(1, width)
+    )
+    shapes = st.tuples(sizes, windows).map(lambda parts: parts[0] + parts[1])
+
+    def padded(*shape, seed):
+        return make(*shape, pads=pads, device=device, seed=seed)
+
+    calls.check_any_shape_and_stride(padded, shapes, impl, tolerances[torch.float32], examples)
+
+
+# --- what others compute ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(8, 12), (9, 10), (3, 2), (4, 7)], ids=str)
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_in_place_of_transformers_own(impl, size, shift, dtype, device):
+    """In its layer, between its linear layers: the layer's output and the gradients of all that goes in."""
+    swin = pytest.importorskip("transformers.models.swin.modeling_swin")
+    if dtype == torch.float64 and impl in COMPILED:
+        pytest.skip(f"{impl}: no kernel of float64")
+    runs(window_attention, impl, device, shift == 2)
+    torch.manual_seed(0)
+    config = swin.SwinConfig(
+        embed_dim=24, window_size=4, attn_implementation="sdpa"
+    )  # "eager" rounds its softmax to float32
+    layer = swin.SwinLayer(config, 24, size, num_heads=3, shift_size=shift).to(device, dtype).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.5)
+    (height, width), attention = size, layer.attention
+    x = normal(2, height * width, 24, dtype=dtype, device=device).requires_grad_()
+
+    def ours() -> Tensor:
+        tokens = layer.layernorm_before(x).unflatten(1, size)
+        q, k, v = (f(tokens).unflatten(3, (3, 8)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        pads = {"pad_key": attention.k_proj.bias.view(3, 8), "pad_value": attention.v_proj.bias.view(3, 8)}
+        out = window_attention(q, k, v, attention.relative_position_bias()[0], 4, shift, **pads, impl=impl)
+        y = x + attention.o_proj(out).flatten(1, 2)
+        return y + layer.mlp(layer.layernorm_after(y))
+
+    def theirs() -> Tensor:
+        return layer(x, size, always_partition=True)[0]
+
+    dout = normal(2, height * width, 24, seed=1, dtype=dtype, device=device)
+    leaves = [x, *layer.parameters()]
+    found = [[y.detach(), *torch.autograd.grad(y, leaves, dout)] for y in (ours(), theirs())]
+    for got, want in zip(*found, strict=True):
+        # The keys' bias, by which all scores of a query shift, has no gradient: an error counts at the output's size.
+        size = max(torch.linalg.vector_norm(tensor) for tensor in (want, found[1][0]))
+        assert torch.linalg.vector_norm(got - want) <= (1e-5 if dtype == torch.float32 else 1e-13) * size
