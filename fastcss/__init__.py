@@ -3,6 +3,7 @@
 from . import nn, ops
 from ._info import info
 from ._malloc import tune_malloc
+from .fuse import fuse
 from .one_pass import one_pass
 from .ops import affinity_loss, class_affinity, cost_filter, merge_masks, multi_lora, select_tokens
 from .packed_lora import PackedLora
@@ -13,6 +14,7 @@ __all__ = [
     "affinity_loss",
     "class_affinity",
     "cost_filter",
+    "fuse",
     "info",
     "merge_masks",
     "multi_lora",

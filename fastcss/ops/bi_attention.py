@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._one_call import one_call
 from ..composed import bi_attention as composed
 from ..reference import bi_attention as reference
 from ._arguments import autocast, check_alike, check_device, check_shapes, no_autocast
@@ -29,6 +30,7 @@ class BiAttention(NamedTuple):
     text: Tensor
 
 
+@one_call
 def bi_attention(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._one_call import one_call
 from ..composed import deformable_attention as composed
 from ..reference import deformable_attention as reference
 from ._arguments import autocast, check_alike, check_device, check_shapes, no_autocast
@@ -17,6 +18,7 @@ FORWARD = kernels("deformable_attention")
 BACKWARD = kernels("deformable_attention_backward")
 
 
+@one_call
 def deformable_attention(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],

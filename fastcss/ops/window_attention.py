@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _backends
 from .._autograd import fold_vmap, kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from .._one_call import one_call
 from ..composed import window_attention as composed
 from ..reference import window_attention as reference
 from ._arguments import autocast, check_alike, check_count, check_shapes, no_autocast
@@ -17,6 +18,7 @@ FORWARD = kernels("window_attention")
 BACKWARD = kernels("window_attention_backward")
 
 
+@one_call
 def window_attention(
     q: Tensor,
     k: Tensor,

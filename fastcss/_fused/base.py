@@ -1,0 +1,77 @@
+"""What the fused modules have in common: a class of their own in front of the module's, and when that is right."""
+
+from __future__ import annotations
+
+import functools
+from operator import attrgetter
+from typing import ClassVar
+
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fused:
+    """Stands before a module's own class, with a ``forward`` of its own.
+
+    Attributes:
+        op: the name of what the module then runs on.
+        classes: full names of the classes whose arithmetic ``forward`` has.
+        parts: what ``forward`` takes from the module; dotted names.
+        bypassed: modules inside whose ``forward`` is not called any more.
+        gives_weights: asked for its attention weights, the module hears of it, and lets its own class give them.
+        made_of: the two classes that a class made by ``fused_class`` is made of.
+    """
+
+    op: ClassVar[str]
+    classes: ClassVar[frozenset[str]]
+    parts: ClassVar[tuple[str, ...]] = ()
+    bypassed: ClassVar[tuple[str, ...]] = ()
+    gives_weights: ClassVar[bool] = False
+    made_of: ClassVar[tuple[type[Fused], type[nn.Module]]]
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """None where ``module``, of one of ``classes``, can be of this one; else the reason."""
+        if "forward" in vars(module):
+            return "its forward was set on the instance"
+        for name in cls.parts:
+            try:
+                attrgetter(name)(module)
+            except AttributeError:
+                return f"it has no {name}: another release of transformers than this is written for"
+        for name in cls.bypassed:
+            inner = attrgetter(name)(module)
+            if type(inner).__module__ != type(module).__module__:
+                return f"its {name} is a {full_name(type(inner))}"
+            if "forward" in vars(inner):
+                return f"the forward of its {name} was set on the instance, and would not run"
+            if any(getattr(inner, hooks) for hooks in _HOOKS):
+                return f"its {name} has hooks, which would not run"
+        return None
+
+    def __reduce_ex__(self, protocol):
+        # The class was made at run time: copies and pickles name the two that it is made of.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, self.made_of, *state
+
+
+@functools.cache
+def fused_class(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
+    """``original`` with the forward of ``fused``."""
+    members = {"__module__": fused.__module__, "made_of": (fused, original)}
+    return type(f"Fused{original.__name__}", (fused, original), members)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``; of a fused one, the class that it had."""
+    return module.made_of[1] if isinstance(module, Fused) else type(module)
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _new(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
+    cls = fused_class(fused, original)
+    return cls.__new__(cls)
