@@ -87,12 +87,13 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
         select_tokens,
         top_margin,
         topk_queries,
+        window_attention,
     )
 
     affinity = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
     selection = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
-    enhancer = (deformable_attention, bi_attention)
-    modules = (multi_lora, one_pass, *affinity, *selection, *enhancer)
+    fused = (deformable_attention, bi_attention, window_attention)
+    modules = (multi_lora, one_pass, *affinity, *selection, *fused)
     return [case for module in modules for case in module.cases(device, quick)]
 
 

@@ -23,6 +23,7 @@ from benchmarks import (
     registry,
     select_tokens,
     top_margin,
+    window_attention,
 )
 
 SELECTION = ("cost_filter", "phrase_pool", "select_tokens", "prompt_mlp", "merge_masks", "topk_queries", "top_margin")
@@ -97,6 +98,34 @@ def test_work_of_deformable_attention(mode, flops, moved):
 )
 def test_work_of_bi_attention(mode, flops, moved):
     assert bi_attention.work({"B": 5, "N": 9, "L": 2, "heads": 3, "D": 7}, 4, mode) == (flops, moved)
+
+
+@pytest.mark.parametrize(
+    ("mode", "flops", "moved"),
+    [
+        ("fwd", 4 * 49 * (2 * 5 * 8 * 9 * 3 * 32 + 5 * 8 * 8 * 6 * 32), 4 * 4 * 5 * 32 * (2 * 72 * 3 + 64 * 6)),
+        ("bwd", 12 * 49 * (2 * 5 * 8 * 9 * 3 * 32 + 5 * 8 * 8 * 6 * 32), 4 * 11 * 5 * 32 * (2 * 72 * 3 + 64 * 6)),
+    ],
+)
+def test_work_of_window_attention(mode, flops, moved):
+    shape = {"B": 5, "maps": [(8, 9), (8, 8)], "depths": [2, 1], "heads": [3, 6], "D": 32}
+    assert window_attention.work(shape, 4, mode) == (flops, moved)
+
+
+def test_work_of_whole_window_layers():
+    """On maps that are a multiple of the window, or the model's own products would hold those of the filling."""
+    shape = {"B": 2, "maps": [(14, 21), (14, 14)], "depths": [2, 1], "heads": [1, 2], "D": 32}
+    blocks, flops = window_attention.swin_layers(shape, torch.float32, "cpu"), 0
+    for block in blocks:
+        height, width = block.input_resolution
+        counter = FlopCounterMode(display=False)
+        with counter:
+            block(torch.randn(2, height * width, block.attention.o_proj.in_features), (height, width))
+        flops += counter.get_total_flops()
+    weights = sum(p.numel() for block in blocks for p in block.attention.parameters() if p.dim() == 2)
+    tables = sum(block.attention.relative_position_bias.relative_position_bias_table.numel() for block in blocks)
+    maps = 2 * 2 * (2 * 294 * 32 + 196 * 64)
+    assert window_attention.layer_work(shape, 4) == (flops, 4 * (maps + weights - tables))
 
 
 @pytest.mark.parametrize("quick", [False, True])
