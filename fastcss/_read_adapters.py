@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ._fused.base import original_class
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -60,9 +62,10 @@ class Adapters:
 
 def kind_of(module: nn.Module) -> str | None:
     """ "linear", "conv2d" or "embedding" for a base layer that one pass can run, None for any other."""
-    if type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module):
+    cls = original_class(module)
+    if cls in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module):
         return "linear"
-    return {nn.Conv2d: "conv2d", nn.Embedding: "embedding"}.get(type(module))
+    return {nn.Conv2d: "conv2d", nn.Embedding: "embedding"}.get(cls)
 
 
 def is_conv1d(module: nn.Module) -> bool:
