@@ -28,7 +28,7 @@ class Sweeps {
     memory_ = shared_workspace.get(pairs * (text_size_ + in.chunks * partial_size()));
     parallel(pairs, [&](int64_t i) {
       in_.pack_text(keys(i), in_.k, i / in_.heads, i % in_.heads, scale);
-      in_.read_rows(values(i), in_.v_text, i / in_.heads, i % in_.heads, 0, in_.L);
+      in_.copy_rows(values(i), in_.v_text, i / in_.heads, i % in_.heads);
     });
   }
 
@@ -87,8 +87,8 @@ void Sweeps::sweep(int64_t item) {
   const int64_t pair = item / in_.chunks, b = pair / in_.heads, h = pair % in_.heads, width = in_.width;
   const int64_t chunk = item % in_.chunks * kChunk, lanes = in_.lanes();
   float* logits = local_workspace.get(2 * in_.block() + 3 * kTokens * width + 2 * lanes);
-  float *weights = logits + in_.block(), *q = weights + in_.block(), *v = q + kTokens * width;
-  float *out = v + kTokens * width, *hidden = out + kTokens * width, *factor = hidden + lanes;
+  float *weights = logits + in_.block(), *q_buffer = weights + in_.block(), *v_buffer = q_buffer + kTokens * width;
+  float *out_buffer = v_buffer + kTokens * width, *hidden = out_buffer + kTokens * width, *factor = hidden + lanes;
   in_.hidden_text(b, hidden);
   std::fill_n(partial(item), lanes * width, 0.f);
   std::fill_n(most(item), lanes, -kInf), std::fill_n(sum(item), lanes, 0.f);
@@ -96,19 +96,20 @@ void Sweeps::sweep(int64_t item) {
   for (int64_t first = chunk; first < std::min(in_.N, chunk + kChunk); first += kTokens) {
     const int tokens = static_cast<int>(std::min(kTokens, in_.N - first));
     const auto text = [&](int64_t j) { return std::min<int64_t>(kCols, in_.L - j * kCols); };
-    in_.read_rows(q, in_.q, b, h, first, tokens);
-    in_.read_rows(v, in_.v_image, b, h, first, tokens);
+    const Rows q = in_.read_rows(q_buffer, in_.q, b, h, first, tokens);
+    const Rows v = in_.read_rows(v_buffer, in_.v_image, b, h, first, tokens);
+    const RowsOut out = in_.result_rows(out_buffer, out_.image, b, h, first);
     for (int64_t j = 0; j < in_.panels; ++j)
-      left_product(tokens, in_.D, {q, width, 1}, keys(pair) + j * in_.D * kCols, kCols, logits + j * kTokens * kCols,
-                   kCols, false);
+      left_product(tokens, in_.D, {q.data, q.ld, 1}, keys(pair) + j * in_.D * kCols, kCols,
+                   logits + j * kTokens * kCols, kCols, false);
     LOWER ? lower(logits, tokens, in_.panels, out_.peak[b]) : extend(&extent, logits, tokens, in_.L);
 
     image_softmax(logits, weights, tokens, in_.panels, hidden, out_.image_lse + pair * in_.N + first);
     for (int64_t c = 0; c < width; c += kCols)
       for (int64_t j = 0; j < in_.panels; ++j)
         left_product(tokens, text(j), {weights + j * kTokens * kCols, kCols, 1}, values(pair) + j * kCols * width + c,
-                     width, out + c, width, j > 0);
-    in_.write_rows(out_.image, b, h, first, tokens, out);
+                     width, out.data + c, out.ld, j > 0);
+    if (out.data == out_buffer) in_.write_rows(out_.image, b, h, first, tokens, out_buffer);
 
     const bool* hidden_image = in_.hidden_image(b);
     text_weights(logits, weights, tokens, in_.panels, hidden_image ? hidden_image + first : nullptr, most(item),
@@ -120,7 +121,7 @@ void Sweeps::sweep(int64_t item) {
     }
     for (int64_t j = 0; j < in_.panels; ++j)
       for (int64_t c = 0; c < width; c += kCols)
-        left_product(text(j), tokens, {weights + j * kTokens * kCols, 1, kCols}, v + c, width,
+        left_product(text(j), tokens, {weights + j * kTokens * kCols, 1, kCols}, v.data + c, v.ld,
                      partial(item) + j * kCols * width + c, width, true);
   }
   if (!LOWER) extents_[item] = extent;

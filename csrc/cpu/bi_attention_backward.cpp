@@ -62,15 +62,14 @@ void Backward::prepare(int64_t pair) {
   in_.pack_text(text(pair) + packed_, in_.v_text, b, h, 1);
   in_.pack_text(text(pair) + 2 * packed_, saved_.dtext, b, h, 1);
   float *k = rows(pair), *dtext = k + rows_;
-  in_.read_rows(dtext, saved_.text, b, h, 0, in_.L);
-  in_.read_rows(k, saved_.dtext, b, h, 0, in_.L);
+  in_.copy_rows(k, saved_.text, b, h);
+  in_.copy_rows(dtext, saved_.dtext, b, h);
   std::fill_n(delta(pair), 2 * lanes, 0.f);
   for (int64_t l = 0; l < in_.L; ++l) {
     delta(pair)[l] = dot(k + l * in_.width, dtext + l * in_.width, in_.width);
     delta(pair)[lanes + l] = saved_.text_lse[pair * in_.L + l];
   }
-  std::swap_ranges(k, k + in_.L * in_.width, dtext);
-  in_.read_rows(k, in_.k, b, h, 0, in_.L);
+  in_.copy_rows(k, in_.k, b, h);
   for (int64_t i = 0; i < in_.L * in_.width; ++i) k[i] *= scale_;
 }
 
@@ -78,19 +77,18 @@ void Backward::sweep(int64_t item) {
   const int64_t pair = item / in_.chunks, b = pair / in_.heads, h = pair % in_.heads, width = in_.width;
   const int64_t chunk = item % in_.chunks * kChunk, block = in_.block(), staged = kTokens * width;
   float* maps = local_workspace.get(3 * block + 4 * staged + in_.lanes());  // logits, dimage's and dtext's weights
-  float *q = maps + 3 * block, *v = q + staged, *dimage = v + staged, *out = dimage + staged, *hidden = out + staged;
+  float *buffers = maps + 3 * block, *out_buffer = buffers + 3 * staged, *hidden = out_buffer + staged;
   in_.hidden_text(b, hidden);
   std::fill_n(partial(item), 2 * rows_, 0.f);
   for (int64_t first = chunk; first < std::min(in_.N, chunk + kChunk); first += kTokens) {
     const int tokens = static_cast<int>(std::min(kTokens, in_.N - first));
     const auto length = [&](int64_t j) { return std::min<int64_t>(kCols, in_.L - j * kCols); };
-    in_.read_rows(q, in_.q, b, h, first, tokens);
-    in_.read_rows(v, in_.v_image, b, h, first, tokens);
-    in_.read_rows(dimage, saved_.dimage, b, h, first, tokens);
-    const float* left[3] = {q, dimage, v};
+    const Rows left[3] = {in_.read_rows(buffers, in_.q, b, h, first, tokens),
+                          in_.read_rows(buffers + staged, saved_.dimage, b, h, first, tokens),
+                          in_.read_rows(buffers + 2 * staged, in_.v_image, b, h, first, tokens)};
     for (int64_t i = 0; i < 3; ++i)
       for (int64_t j = 0; j < in_.panels; ++j)
-        left_product(tokens, in_.D, {left[i], width, 1}, text(pair) + i * packed_ + j * in_.D * kCols, kCols,
+        left_product(tokens, in_.D, {left[i].data, left[i].ld, 1}, text(pair) + i * packed_ + j * in_.D * kCols, kCols,
                      maps + i * block + j * kTokens * kCols, kCols, false);
     const bool* hidden_image = in_.hidden_image(b);
     softmax_gradients(maps, maps + block, maps + 2 * block, tokens, in_.panels,
@@ -99,16 +97,17 @@ void Backward::sweep(int64_t item) {
 
     // dq = dS (k · scale), dv_image = P_text dtext; dk / scale += dSᵀ q, dv_text += P_imageᵀ dimage
     const Tensor* results[2] = {&out_.dq, &out_.dv_image};
-    const float *of_token[2] = {maps, maps + 2 * block}, *of_text[2] = {maps, maps + block}, *right[2] = {q, dimage};
+    const float *of_token[2] = {maps, maps + 2 * block}, *of_text[2] = {maps, maps + block};
     for (int i = 0; i < 2; ++i) {
+      const RowsOut out = in_.result_rows(out_buffer, *results[i], b, h, first);
       for (int64_t c = 0; c < width; c += kCols)
         for (int64_t j = 0; j < in_.panels; ++j) {
           left_product(tokens, length(j), {of_token[i] + j * kTokens * kCols, kCols, 1},
-                       rows(pair) + i * rows_ + j * kCols * width + c, width, out + c, width, j > 0);
-          left_product(length(j), tokens, {of_text[i] + j * kTokens * kCols, 1, kCols}, right[i] + c, width,
+                       rows(pair) + i * rows_ + j * kCols * width + c, width, out.data + c, out.ld, j > 0);
+          left_product(length(j), tokens, {of_text[i] + j * kTokens * kCols, 1, kCols}, left[i].data + c, left[i].ld,
                        partial(item) + i * rows_ + j * kCols * width + c, width, true);
         }
-      in_.write_rows(*results[i], b, h, first, tokens, out);
+      if (out.data == out_buffer) in_.write_rows(*results[i], b, h, first, tokens, out_buffer);
     }
   }
 }

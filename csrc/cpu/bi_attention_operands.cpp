@@ -14,6 +14,13 @@ Matrix head(const Tensor& x, int64_t b, int64_t h) {
   return matrix(x, 1, 3, kOp).offset(b * x.stride(0) + h * x.stride(2));
 }
 
+void copy(float* dst, int64_t width, Matrix m, int64_t rows, int64_t D) {
+  for (int64_t i = 0; i < rows; ++i, dst += width) {
+    read_row(dst, m.at(i, 0), D);
+    std::fill(dst + D, dst + width, 0.f);
+  }
+}
+
 }  // namespace
 
 BiOperands::BiOperands(const Tensor& q, const Tensor& k, const Tensor& v_image, const Tensor& v_text,
@@ -44,18 +51,30 @@ void BiOperands::pack_text(float* dst, const Tensor& x, int64_t b, int64_t h, fl
     for (int64_t i = 0; i < panels * D * kCols; ++i) dst[i] *= factor;
 }
 
-void BiOperands::read_rows(float* dst, const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows) const {
-  for (int64_t i = 0; i < rows; ++i, dst += width) {
-    read_row(dst, head(x, b, h).at(first + i, 0), D);
-    std::fill(dst + D, dst + width, 0.f);
+void BiOperands::copy_rows(float* dst, const Tensor& x, int64_t b, int64_t h) const {
+  copy(dst, width, head(x, b, h), L, D);
+}
+
+Rows BiOperands::read_rows(float* buffer, const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows) const {
+  const Matrix all = head(x, b, h);
+  // A row a page: too far apart for the hardware to fetch those of the next block ahead.
+  for (int64_t i = 0; i < std::min(rows, x.size(1) - first - rows); ++i) {
+    const char* ahead = static_cast<const char*>(all.at(first + rows + i, 0).data);
+    for (int64_t byte = 0; byte < D * size_of(dtype); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
   }
+  if (whole() && all.k_stride == 1) return {static_cast<const float*>(all.at(first, 0).data), all.lane_stride};
+  copy(buffer, width, all.at(first, 0), rows, D);
+  return {buffer, width};
+}
+
+char* BiOperands::row(const Tensor& x, int64_t b, int64_t h, int64_t i) const {
+  const int64_t tokens = x.numel() / (B * heads * D);
+  return static_cast<char*>(x.mutable_data_ptr()) + ((b * tokens + i) * heads + h) * D * size_of(dtype);
 }
 
 void BiOperands::write_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows,
                             const float* src) const {
-  const int64_t tokens = x.numel() / (B * heads * D);
-  char* dst = static_cast<char*>(x.mutable_data_ptr()) + ((b * tokens + first) * heads + h) * D * size_of(dtype);
-  for (int64_t i = 0; i < rows; ++i, src += width, dst += heads * D * size_of(dtype)) write_row(dst, dtype, src, D);
+  for (int64_t i = 0; i < rows; ++i) write_row(row(x, b, h, first + i), dtype, src + i * width, D);
 }
 
 void BiOperands::hidden_text(int64_t b, float* hidden) const {
