@@ -3,9 +3,12 @@ windows, one mask each, where the model has a mask for each window."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def window_attention(
@@ -26,7 +29,8 @@ def window_attention(
     def attend(rows: slice, columns: slice, last_row: bool, last_column: bool) -> Tensor:
         mask = bias if not last_row | last_column else bias + _mask(window, shift, last_row, last_column, bias)
         parts = [x[:, rows, columns].flatten(0, 2) for x in rolled]
-        out = F.scaled_dot_product_attention(*parts, attn_mask=mask[None].to(q.dtype), scale=scale)
+        with _kernels(q, k, v, bias, pad_key, pad_value):
+            out = F.scaled_dot_product_attention(*parts, attn_mask=mask[None].to(q.dtype), scale=scale)
         return out.unflatten(0, rolled[0][:, rows, columns].shape[:3])
 
     whole, inner, last = slice(None), slice(None, -1), slice(-1, None)
@@ -40,6 +44,14 @@ def window_attention(
         out = attend(whole, whole, False, False)
     out = out.transpose(3, 4).flatten(4).unflatten(3, (window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return out.roll((shift, shift), dims=(1, 2))[:, :height, :width]
+
+
+def _kernels(*tensors: Tensor) -> AbstractContextManager:
+    """Under torch.func torch's kernels do not see that a bias needs its gradient; what is composed does."""
+    mapped = not torch.compiler.is_compiling() and any(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
+    )
+    return sdpa_kernel(SDPBackend.MATH) if mapped else nullcontext()
 
 
 def _windows(x: Tensor, pad: Tensor | None, window: int, shift: int) -> Tensor:

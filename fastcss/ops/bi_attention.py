@@ -90,7 +90,7 @@ def bi_attention(
             check_device(op, "q", q, name, mask)
             if mask.dtype != torch.bool:
                 raise TypeError(f"{op}: {name} must be bool, True where a token is not read, got {mask.dtype}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else float(scale)
     q, k, v_image, v_text = autocast(q, k, v_image, v_text)
     impl = _backends.choose(op, impl, q)
     if impl in ("reference", "composed"):

@@ -72,11 +72,11 @@ def window_attention(
     named = {name: (x, "B H W heads D") for name, x in (("q", q), ("k", k), ("v", v))}
     pads = {n: (x, "heads D") for n, x in (("pad_key", pad_key), ("pad_value", pad_value)) if x is not None}
     check_shapes(op, **named, bias=(bias, "heads window² window²"), **pads)
-    if bias.shape[1] != window**2:
+    if bias.shape[1:] != (window**2, window**2):
         wanted = [q.shape[3], window**2, window**2]
         raise ValueError(f"{op}: bias must be [heads, window², window²] = {wanted}, got {list(bias.shape)}")
     check_alike(op, q=q, k=k, v=v, bias=bias, **{name: x for name, (x, _) in pads.items()})
-    scale = q.shape[4] ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[4]) ** -0.5 if scale is None else float(scale)
     pad_key, pad_value = (
         (k.new_zeros(k.shape[3:]) if x is None else x).expand(k.shape[0], -1, -1) for x in (pad_key, pad_value)
     )

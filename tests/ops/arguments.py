@@ -54,6 +54,21 @@ ARGUMENTS = {
         "offsets": torch.ones(2, 4, 3, 2, 6, 2),
         "logits": torch.ones(2, 4, 3, 2, 6),
     },
+    "bi_attention": {
+        "q": torch.ones(2, 4, 3, 5),
+        "k": torch.ones(2, 6, 3, 5),
+        "v_image": torch.ones(2, 4, 3, 5),
+        "v_text": torch.ones(2, 6, 3, 5),
+    },
+    "window_attention": {
+        "q": torch.ones(2, 4, 6, 3, 5),
+        "k": torch.ones(2, 4, 6, 3, 5),
+        "v": torch.ones(2, 4, 6, 3, 5),
+        "bias": torch.ones(3, 4, 4),
+        "window": 2,
+        "pad_key": torch.ones(3, 5),
+        "pad_value": torch.ones(3, 5),
+    },
 }
 
 

@@ -47,13 +47,18 @@ def test_number_of_dimensions(op, name):
 SIZES = {"k": "BNK", "v": "BN", "feats": "BN", "centers": "B D", "text": "  D", "phrases": "  D", "classes": "B D"}
 SIZES |= {"w1": " L", "b1": "KH", "w2": "KH", "b2": "KO", "index": "R", "scores": "K", "prototypes": " D", "bias": "C"}
 SIZES |= {"offsets": ("B", " ", "heads"), "reference_points": ("B", "Q", "levels")}
+SIZES |= {"v_image": ("B", "N", "heads", "D"), "v_text": ("B", "L", "heads", "D")}
+SIZES |= {"pad_key": ("heads", "D"), "pad_value": ("heads", "D")}
+#: Of names that mean another argument elsewhere.
+OWN_SIZES = {("bi_attention", "k"): ("B", " ", "heads", "D"), ("window_attention", "bias"): ("heads",)}
+OWN_SIZES |= {("window_attention", name): ("B", "H", "W", "heads", "D") for name in "kv"}
 
 
 @pytest.mark.parametrize(("op", "name"), [one for one in (*OTHERS, ("prompt_mlp", "index")) if one[1] in SIZES])
 def test_sizes_that_do_not_match(op, name):
     """Nor is a size of one broadcast."""
     right = ARGUMENTS[op][name]
-    for dim, letter in enumerate(SIZES[name]):
+    for dim, letter in enumerate(OWN_SIZES.get((op, name), SIZES[name])):
         for wrong in (right.narrow(dim, 0, 1), torch.cat([right, right], dim)):
             if letter != " ":
                 message = rf"^{op}: {name} must be \[.*\] with .*{letter} = {right.shape[dim]}.*, got "

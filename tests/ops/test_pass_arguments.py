@@ -76,3 +76,85 @@ def test_reference_points_of_any_dtype(dtype):
     found = [ops.deformable_attention(**arguments | {"reference_points": p}) for p in (points, points.float())]
     assert torch.equal(*found)
     assert found[0].dtype == torch.float32
+
+
+# --- bi_attention ----------------------------------------------------------------------------------------------------
+
+MASKS = pytest.mark.parametrize(
+    ("name", "letters", "shape"), [("text_mask", "B, L", (2, 6)), ("image_mask", "B, N", (2, 4))]
+)
+
+
+@MASKS
+def test_masks_are_bool(name, letters, shape):
+    """An additive or an integer mask would mean something else."""
+    for dtype in (torch.float32, torch.int64, torch.uint8):
+        message = f"{name} must be bool, True where a token is not read, got {dtype}"
+        refused("bi_attention", TypeError, message, **{name: torch.zeros(shape, dtype=dtype)})
+    message = f"{name} must be a tensor [{letters}], got list"
+    refused("bi_attention", TypeError, message, **{name: [[True]]})
+
+
+@MASKS
+def test_sizes_of_masks(name, letters, shape):
+    """Of all tokens of all samples, and none is broadcast."""
+    batch, tokens = shape
+    for wrong in ((1, tokens), (batch, 1), (batch, tokens + 1), (tokens,), (batch, 1, tokens), (batch, 3, 4, 6)):
+        message = f"{name} must be [{letters}] with B = {batch}, {letters[-1]} = {tokens}, got {[*wrong]}"
+        refused("bi_attention", ValueError, message, **{name: torch.zeros(wrong, dtype=torch.bool)})
+
+
+@MASKS
+def test_device_of_masks(name, letters, shape):
+    message = f"{name} must be on the device of q, cpu, got meta"
+    refused("bi_attention", ValueError, message, **{name: torch.zeros(shape, dtype=torch.bool, device="meta")})
+
+
+# --- window_attention ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_window_of_nothing(window):
+    refused("window_attention", ValueError, f"window must be at least 1, got {window}", window=window)
+
+
+@pytest.mark.parametrize("window", [2.0, "2", None, True, (2, 2), torch.tensor(2)])
+def test_window_is_an_integer(window):
+    message = f"window must be an integer, got {type(window).__name__}"
+    refused("window_attention", TypeError, message, window=window)
+
+
+@pytest.mark.parametrize("shift", [-1, 2, 3, 1.0, True, None, "1", (1, 1)])
+def test_shift(shift):
+    message = f"shift must be a whole number of at least 0 and below window = 2, got {shift!r}"
+    refused("window_attention", ValueError, message, shift=shift)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 9), (3, 4, 9), (3, 9, 4), (3, 1, 1), (3, 4, 1), (3, 2, 2)])
+def test_bias_of_another_window(shape):
+    message = f"bias must be [heads, window², window²] = [3, 4, 4], got {[*shape]}"
+    refused("window_attention", ValueError, message, bias=torch.ones(shape))
+
+
+def test_bias_as_the_models_table():
+    """[(2w - 1)², heads], or with a dimension for the batch."""
+    for shape in ((9, 3), (1, 3, 4, 4)):
+        message = f"bias must be [heads, window², window²] with heads = 3, got {[*shape]}"
+        refused("window_attention", ValueError, message, bias=torch.ones(shape))
+
+
+def test_pads_are_not_of_the_batch():
+    message = "pad_key must be [heads, D] with heads = 3, D = 5, got [2, 3, 5]"
+    refused("window_attention", ValueError, message, pad_key=torch.ones(2, 3, 5))
+    message = "pad_value must be [heads, D] with heads = 3, D = 5, got [15]"
+    refused("window_attention", ValueError, message, pad_value=torch.ones(15))
+
+
+@pytest.mark.parametrize("op", ["bi_attention", "window_attention"])
+def test_no_channels(op):
+    """Nothing to compare, and nothing to read."""
+    empty = {n: v[..., :0] if n != "bias" and torch.is_tensor(v) else v for n, v in ARGUMENTS[op].items()}
+    for impl in ("auto", "reference", "composed"):
+        out = getattr(ops, op)(**empty, impl=impl)
+        for side in (out,) if torch.is_tensor(out) else out:
+            assert side.shape[-1] == 0
