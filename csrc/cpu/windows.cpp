@@ -115,6 +115,14 @@ FASTCSS_CLONES void gather_rows(float* dst, const Windows& w, Matrix map, const 
     gather(dst, w.width, static_cast<const _Float16*>(map.data), map.lane_stride, w.D, w.n, places, padding);
 }
 
+void fetch_rows(const Windows& w, Matrix map, const int64_t* places) {
+  for (int64_t i = 0; i < w.n; ++i) {
+    if (places[i] == kPadding) continue;
+    const char* row = static_cast<const char*>(map.at(places[i], 0).data);
+    for (int64_t byte = 0; byte < w.D * size_of(w.dtype); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 FASTCSS_CLONES void scatter_rows(void* map, int64_t stride, const Windows& w, const int64_t* places, const float* src) {
   if (w.dtype == DType::f32) scatter(static_cast<float*>(map), stride, w.D, w.n, places, src, w.width);
   if (w.dtype == DType::bf16) scatter(static_cast<BFloat16*>(map), stride, w.D, w.n, places, src, w.width);
@@ -126,12 +134,16 @@ FASTCSS_CLONES void sum_padding(float* sum, const Windows& w, const int64_t* pla
     for (int64_t d = 0; d < w.width && places[i] == kPadding; ++d) sum[d] += rows[i * w.width + d];
 }
 
+FASTCSS_CLONES void multiply(float* x, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
 void pack_queries(float* packed, const Windows& w, const float* rows, float factor) {
   for (int64_t j = 0; j < w.panels; ++j, packed += w.D * kCols) {
     const int lanes = static_cast<int>(std::min<int64_t>(kCols, w.n - j * kCols));
     if (lanes <= kCols - kLanes) std::fill_n(packed, w.D * kCols, 0.f);
     pack(packed, kCols, lanes, w.D, {rows + j * kCols * w.width, DType::f32, w.width, 1});
-    for (int64_t i = 0; i < w.D * kCols; ++i) packed[i] *= factor;
+    multiply(packed, factor, w.D * kCols);
   }
 }
 

@@ -45,6 +45,7 @@ struct Windows {
 
 // One head's rows at `places` as [n][width]; `padding` [D] for those beyond the map, nullptr for zeros.
 void gather_rows(float* dst, const Windows& windows, Matrix map, const int64_t* places, const float* padding);
+void fetch_rows(const Windows& windows, Matrix map, const int64_t* places);  // into the cache
 void scatter_rows(void* map, int64_t stride, const Windows& windows, const int64_t* places, const float* src);
 // sum [width] += the rows [n][width] of the tokens beyond the map.
 void sum_padding(float* sum, const Windows& windows, const int64_t* places, const float* rows);
