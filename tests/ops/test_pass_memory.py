@@ -43,3 +43,54 @@ def test_composed_deformable_attention():
     """Those of one level, 16 MiB, and einsum's copy of them; beside it three sums of 4, the result among them."""
     call = make(1, tuple(LEVELS), 4001, 8, 32, 4)
     assert measure.peak_mib(lambda: call("composed"), "cpu") <= 48
+
+
+_BI_INPUTS = """
+def make(n, length):
+    text_mask, image_mask = torch.rand(1, length) < 0.2, torch.rand(1, n) < 0.2
+    sides = [torch.randn(1, tokens, 8, 8).requires_grad_({grad}) for tokens in (n, length, n, length)]
+    return text_mask, image_mask, *sides
+small, large = make(100, 10), make({n}, {length})
+"""
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+def test_bi_attention(mode):
+    """The logits of this call would be 128 MiB. In the backward pass the gradients of both outputs, 4 MiB, are made
+    dense, and each of some hundred tokens' chunks keeps what it adds to those of the text."""
+    runs(ops.bi_attention, "cpu", "cpu")
+    forward = "y = ops.bi_attention(*sides, *masks, impl='cpu')"
+    backward = "return *(x.detach() for x in y), *torch.autograd.grad(sum(x.sum() for x in y), sides)"
+    extra = checks.extra_memory(
+        prepare=_BI_INPUTS.format(grad=mode == "bwd", n=16384, length=256),
+        arguments="*arguments",
+        run=f"masks, sides = arguments[:2], arguments[2:]; {forward}; {backward if mode == 'bwd' else 'return y'}",
+        small="*small",
+        large="*large",
+    )
+    assert extra <= (8 if mode == "fwd" else 24) * MIB
+
+
+_WINDOW_INPUTS = """
+def make(height, width):
+    maps = [torch.randn(1, height, width, 3, 32).requires_grad_({grad}) for _ in range(3)]
+    return *maps, *(torch.randn(shape).requires_grad_({grad}) for shape in ((3, 49, 49), (3, 32), (3, 32)))
+small, large = make(10, 10), make(201, 267)
+"""
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+def test_window_attention(mode, shift):
+    """q alone is 20 MiB, and so would be a rolled, filled up or partitioned copy; the scores would be 32."""
+    runs(ops.window_attention, "cpu", "cpu")
+    forward = f"y = ops.window_attention(*maps, 7, {shift}, pad_key=pad_key, pad_value=pad_value, impl='cpu')"
+    backward = "return y.detach(), *torch.autograd.grad(y.sum(), (*maps, pad_key, pad_value))"
+    extra = checks.extra_memory(
+        prepare=_WINDOW_INPUTS.format(grad=mode == "bwd"),
+        arguments="*maps, pad_key, pad_value",
+        run=f"{forward}; {backward if mode == 'bwd' else 'return y,'}",
+        small="*small",
+        large="*large",
+    )
+    assert extra <= (2 if mode == "fwd" else 8) * MIB

@@ -8,10 +8,10 @@ import calls
 import checks
 import pytest
 import torch
-from calls import COMPILED, DTYPES, IMPLEMENTATIONS, LAYOUTS, assert_as_good_as_eager, normal, runs
+from calls import COMPILED, DTYPES, IMPLEMENTATIONS, LAYOUTS, normal, runs
 from hypothesis import strategies as st
 from torch import Tensor
-from window_inputs import CASES, LARGE, PADS, make
+from window_inputs import CASES, LARGE, PADS, assert_as_good_as_eager, make
 
 from fastcss.ops import window_attention
 
@@ -199,7 +199,7 @@ def test_any_shape_and_stride(impl, examples, pads, device, tolerances):
     def padded(*shape, seed):
         return make(*shape, pads=pads, device=device, seed=seed)
 
-    calls.check_any_shape_and_stride(padded, shapes, impl, tolerances[torch.float32], examples)
+    calls.check_any_shape_and_stride(padded, shapes, impl, tolerances[torch.float32], examples, assert_as_good_as_eager)
 
 
 # --- what others compute ---------------------------------------------------------------------------------------------
