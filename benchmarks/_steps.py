@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from fastcss import _backends
+from fastcss._replay import SharedWork
+
+from . import measure
 from .registry import Step
 
 Forward = Callable[..., Sequence[Tensor]]
@@ -46,6 +51,24 @@ def step_of(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Ten
 def expected(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
     """What ``forward`` gives in float64."""
     return step_of(forward, [t.double() for t in tensors], [dy.double() for dy in gradients], mode)()
+
+
+def on(impl: str, step: Step) -> Step:
+    """``step`` with ``impl`` where impl="auto" has no choice on a GPU yet, for want of measurements such as this."""
+    choice = dict.fromkeys(_backends.KERNELS[impl], (impl,))
+
+    def run():
+        with mock.patch.dict(_backends.MEASURED_ON_GPU, choice):
+            return step()
+
+    return run
+
+
+def capture_with(shared: Iterable[Tensor]) -> Callable[[Step], Step]:
+    """A ``Problem.capture`` for whole models: what depends on shapes and on these tensors alone is left out of the
+    graph, in every provider, as ``runner.capture`` leaves out what depends on its fixed inputs."""
+    shared = list(shared)
+    return lambda step: measure.captured(step, SharedWork(shared))
 
 
 def fastest(prepare: Callable[[int], Step], sizes: Sequence[int]) -> Step:

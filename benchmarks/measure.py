@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -62,21 +64,26 @@ def _flush_buffer() -> torch.Tensor:
     return _FLUSH[index]
 
 
-def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """``step`` as a CUDA graph, whose time is the device's alone; raises if it cannot be captured."""
+def captured(step: Callable[[], object], constants: AbstractContextManager | None = None) -> Callable[[], object]:
+    """``step`` as a CUDA graph, whose time is the device's alone; raises if it cannot be captured.
+
+    Within ``constants`` the first calls may keep results for the captured one, such as what no graph can hold.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
+    with constants or contextlib.nullcontext():
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            outputs = step()
+    held = outputs, constants  # the graph reads what was kept
 
     def replay():
         graph.replay()
-        return outputs
+        return held[0]
 
     return replay
 

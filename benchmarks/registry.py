@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import measure
+
 #: The provider every ratio is taken against.
 OURS = "fastcss"
 MODES = ("fwd", "bwd")
@@ -45,6 +47,7 @@ class Problem:
         flops: that the work needs at least.
         bytes: that must be moved between memory and chip at least.
         error: how far a step's tensors are from ``expected``.
+        capture: a step as a CUDA graph.
     """
 
     providers: dict[str, Callable[[], Step]]
@@ -53,6 +56,7 @@ class Problem:
     flops: float
     bytes: float
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
+    capture: Callable[[Step], Step] = measure.captured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
         class_centers,
         cost_filter,
         deformable_attention,
+        fuse,
         merge_masks,
         multi_lora,
         one_pass,
@@ -92,7 +97,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
 
     affinity = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
     selection = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
-    fused = (deformable_attention, bi_attention, window_attention)
+    fused = (deformable_attention, bi_attention, window_attention, fuse)
     modules = (multi_lora, one_pass, *affinity, *selection, *fused)
     return [case for module in modules for case in module.cases(device, quick)]
 

@@ -110,6 +110,8 @@ def _layer_problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mo
         return step(copied)
 
     providers: dict[str, Callable[[], Step]] = {"fastcss": fused, "eager": lambda: step(blocks), "sdpa": sdpa}
+    if device == "cuda":
+        providers["triton"] = lambda: _steps.on("triton", fused())
     if not quick:
         providers["compiled"] = lambda: step([_compiled(block) for block in blocks])
 
