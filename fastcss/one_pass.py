@@ -12,6 +12,7 @@ from ._capture import Captures
 from ._leaves import Inputs
 from ._read_adapters import Adapters, read_directories, read_peft
 from ._stand_in import StandIn
+from .fuse import Fusion, fuse_modules
 
 ENGINES = ("auto", "vmap", "replay")
 
@@ -32,9 +33,12 @@ class OnePass:
             model that vmap refuses. ``runner.engine`` says which of them runs.
         group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of
             them on a GPU; on a CPU as many as keep its tensors small enough for the C library and the caches.
+        fuse: run the model's own modules on the fused ops, as ``fastcss.fuse`` does (here on the runner's copy). None:
+            where that was measured to be faster, which is on a CPU.
 
     Attributes:
         adapters: the adapters' names, in the order of the task axis.
+        fusion: which modules run on the fused ops, a ``Fusion``, or None with ``fuse`` off.
 
     Raises:
         TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
@@ -44,8 +48,10 @@ class OnePass:
         >>> runner(pixel_values=image).last_hidden_state.shape  # [T, B, N, C]
     """
 
-    def __init__(self, model: nn.Module, *, engine: str = "auto", group_size: int | None = None) -> None:
-        self._build(*read_peft(model), engine, group_size)
+    def __init__(
+        self, model: nn.Module, *, engine: str = "auto", group_size: int | None = None, fuse: bool | None = None
+    ) -> None:
+        self._build(*read_peft(model), engine, group_size, fuse)
 
     @classmethod
     def from_directories(
@@ -56,6 +62,7 @@ class OnePass:
         *,
         engine: str = "auto",
         group_size: int | None = None,
+        fuse: bool | None = None,
     ) -> OnePass:
         """A runner for a bare model and adapters saved by PEFT, without PEFT.
 
@@ -63,17 +70,19 @@ class OnePass:
             model: the base model of the adapters.
             directories: PEFT adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``).
             names: the adapters' names, by default the folders'.
-            engine, group_size: as for ``OnePass``.
+            engine, group_size, fuse: as for ``OnePass``.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle, is no plain LoRA
                 adapter, or belongs to another base model; the message names the file or the layer.
         """
         runner = cls.__new__(cls)
-        runner._build(model, read_directories(model, directories, names), engine, group_size)
+        runner._build(model, read_directories(model, directories, names), engine, group_size, fuse)
         return runner
 
-    def _build(self, model: nn.Module, adapters: Adapters, engine: str, group_size: int | None) -> None:
+    def _build(
+        self, model: nn.Module, adapters: Adapters, engine: str, group_size: int | None, fuse: bool | None
+    ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
         if group_size is not None and group_size < 1:
@@ -84,6 +93,10 @@ class OnePass:
         self._refused: dict[bool, str] = {}  # by training: why vmap does not run the model
         self._proven: set[bool] = set()  # by training: vmap has run the model
         self._stand_in = StandIn(model, adapters)
+        if fuse is None:
+            fuse = self._stand_in.device.type == "cpu"
+        # Linear layers are seen to already: by the adapted layers, and by the task rules.
+        self.fusion: Fusion | None = fuse_modules(self._stand_in.model, linears=False) if fuse else None
         self._captures = Captures()
 
     def __repr__(self) -> str:
