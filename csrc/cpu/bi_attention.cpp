@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bi_attention(const Tensor& q,
   Tensor image = result({in.B, in.N, in.heads * in.D}), text = result({in.B, in.L, in.heads * in.D});
   Tensor image_lse = statistic({in.B, in.heads, in.N}), text_lse = statistic({in.B, in.heads, in.L});
   Tensor peak = statistic({in.B, 1});
-  if (in.N == 0 || in.L == 0) {  // nothing to read
+  if (in.N == 0 || in.L == 0 || in.D == 0) {  // nothing to read
     torch::stable::zero_(image), torch::stable::zero_(text);
   } else if (in.B > 0 && in.heads > 0) {
     const Outputs out{image, text, floats(image_lse), floats(text_lse), floats(peak)};

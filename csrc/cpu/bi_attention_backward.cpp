@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bi_attention_backward(
     return torch::stable::view(torch::stable::contiguous(x), shape({in.B, x.size(1), in.heads, in.D}));
   };
   const Gradients out{like(q), like(k), like(v_image), like(v_text)};
-  if (in.N == 0 || in.L == 0) {
+  if (in.N == 0 || in.L == 0 || in.D == 0) {
     for (const Tensor& t : {out.dq, out.dk, out.dv_image, out.dv_text}) torch::stable::zero_(const_cast<Tensor&>(t));
   } else if (in.B > 0 && in.heads > 0) {
     const Tensor lse[3] = {torch::stable::contiguous(image_lse), torch::stable::contiguous(text_lse),
