@@ -1,0 +1,81 @@
+"""Device code that bi_attention and its gradient share: logits, their bound and peak, and which tokens are read."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .._schema.bi_attention import LEAST
+from .cost_filter import largest, nan_or_larger
+from .multi_lora_device import dot, load_tile
+
+BOUND = tl.constexpr(LEAST)
+EXTREMES = tl.constexpr(1024)  # that peak_of reads at a time
+
+
+@triton.jit
+def place_of(R, heads, splits, BLOCK_R: tl.constexpr):
+    """(sample, head, split, row block) of this program; the row blocks of a split, which read the same, follow each
+    other."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks % splits
+    which = tl.program_id(0) // (blocks * splits)
+    return tl.cast(which // heads, tl.int64), which % heads, split, block
+
+
+@triton.jit
+def load_rows(base, first, last, D, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows from ``first`` on with dense channels, 0 from ``last`` on. A tile spans less than 2³¹ elements: its offsets
+    take half the registers, and no loop changes them."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (rows < last - first)[:, None] & (columns < D)[None, :]
+    base += tl.cast(first, tl.int64) * stride
+    return tl.load(base + (rows[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def products(
+    x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """x yᵀ in float32: of the tiles, or where CHUNK is not 0 of so many columns of x and y at a time from memory."""
+    acc = tl.zeros([x_tile.shape[0], y_tile.shape[0]], tl.float32)
+    if CHUNK:
+        for d in range(0, D, CHUNK):
+            x_part = load_tile(x, row, d, R, D, stride_xr, 1, x_tile.shape[0], CHUNK)
+            y_part = load_tile(y, d, key, D, K, 1, stride_yk, CHUNK, y_tile.shape[0])
+            acc = dot(x_part, y_part, acc, PRECISION)
+    else:
+        acc = dot(x_tile, tl.trans(y_tile), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def bounded(s, peak):
+    """max(s − peak, LEAST); NaN stays."""
+    return nan_or_larger(s - peak, tl.full(s.shape, BOUND, tl.float32))
+
+
+@triton.jit
+def load_read(mask, token, last, stride_mk, BLOCK: tl.constexpr):
+    """Which of the tokens from ``token`` on are before ``last`` and not masked."""
+    tokens = token + tl.arange(0, BLOCK)
+    there = tokens < last
+    if mask is not None:
+        there &= tl.load(mask + tokens.to(tl.int64) * stride_mk, mask=there, other=1) == 0
+    return there
+
+
+@triton.jit
+def peak_of(extremes, first, count, low):
+    """(the largest logit, the smallest with the other sign) of the ``count`` programs from ``first`` on; the smallest
+    are ``low`` places after the largest. NaN is above all."""
+    most = tl.full([EXTREMES], float("-inf"), tl.float32)
+    least = tl.full([EXTREMES], float("-inf"), tl.float32)
+    extremes += first
+    offsets = tl.arange(0, EXTREMES)
+    for i in range(0, count, EXTREMES):
+        there = i + offsets < count
+        most = nan_or_larger(most, tl.load(extremes + i + offsets, mask=there, other=float("-inf")))
+        least = nan_or_larger(least, tl.load(extremes + low + i + offsets, mask=there, other=float("-inf")))
+    return largest(most, 0), largest(least, 0)
