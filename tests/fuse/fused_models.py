@@ -12,19 +12,19 @@ from fastcss.models.grounding_dino import GroundingDinoEncoder, phrases_to_ids
 EXACT = 1e-5  # float32, of the tensor's norm: the sums are the model's in another order
 
 
-def encoder() -> GroundingDinoEncoder:
+def encoder(device: str = "cpu") -> GroundingDinoEncoder:
     """With points between the pixels: at first they lie on them, where a bilinear read has a slope on either side, and
     rounding decides which of them is the gradient."""
     model, generator = GroundingDinoEncoder.random("tiny"), torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("sampling_offsets.bias"):
             nn.init.normal_(parameter, generator=generator)
-    return model
+    return model.to(device)
 
 
-def encoder_inputs(batch: int, *, height: int = 75, width: int = 98, seed: int = 0) -> dict[str, Tensor]:
+def encoder_inputs(batch: int, device: str = "cpu") -> dict[str, Tensor]:
     """Images of different sizes in one batch, and texts of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, (height, width) = torch.Generator().manual_seed(0), (75, 98)
     ids = phrases_to_ids()[0].repeat(batch, 1)
     read, seen = torch.ones_like(ids), torch.ones(batch, height, width, dtype=torch.long)
     for sample in range(batch):
@@ -32,12 +32,13 @@ def encoder_inputs(batch: int, *, height: int = 75, width: int = 98, seed: int =
         seen[sample, height - 9 * sample - 3 :] = 0
         seen[sample, :, width - 20 * sample - 2 :] = 0
     pixels = torch.randn(batch, 3, height, width, generator=generator)
-    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": read, "pixel_mask": seen}
+    given = {"pixel_values": pixels, "input_ids": ids, "attention_mask": read, "pixel_mask": seen}
+    return {name: tensor.to(device) for name, tensor in given.items()}
 
 
-def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
+def random_weights(model: nn.Module) -> nn.Module:
     """Weights of the size of trained ones: many start at 0, where nothing depends on anything."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -28,8 +28,8 @@ def counts(fusion: Fusion) -> dict[str, int]:
 @pytest.mark.parametrize("linears", [True, False])
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_equals_the_model(batch, linears):
-    model, given = encoder(), encoder_inputs(batch)
+def test_equals_the_model(batch, linears, device):
+    model, given = encoder(device), encoder_inputs(batch, device)
     expected = model(**given)
     fusion = fuse_modules(model, linears)
     assert counts(fusion) == {op: n for op, n in OPS.items() if linears or op != "linear"}
@@ -75,8 +75,8 @@ def test_merged_adapters():
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
-def test_gradients(with_adapters):
-    model, given = encoder(), encoder_inputs(2)
+def test_gradients(with_adapters, device):
+    model, given = encoder(device), encoder_inputs(2, device)
     if with_adapters:
         model = add_adapters(model, 1, rank=4)
     given["pixel_values"].requires_grad_()
@@ -85,8 +85,11 @@ def test_gradients(with_adapters):
         wanted = [given["pixel_values"], *(p for p in model.parameters() if p.requires_grad)]
         output = model(**given)
         # Different weights for all elements: of a normalised output the plain sum is a constant.
-        loss = sum((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for o in output.values())
-        return [g if g is not None else torch.zeros(1) for g in torch.autograd.grad(loss, wanted, allow_unused=True)]
+        loss = sum((o * torch.linspace(-1, 1, o.numel(), device=device).view_as(o)).sum() for o in output.values())
+        return [
+            g if g is not None else torch.zeros(1, device=device)
+            for g in torch.autograd.grad(loss, wanted, allow_unused=True)
+        ]
 
     expected = gradients()
     fastcss.fuse(model)

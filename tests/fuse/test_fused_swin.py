@@ -57,9 +57,10 @@ def tokens(height: int, width: int) -> tuple[torch.Tensor, tuple[int, int]]:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("size", [(32, 32), (46, 38), (32, 70)], ids=lambda size: f"{size[0]}x{size[1]}")
 @torch.no_grad()
-def test_equals_the_model(kind, size, batch):
+def test_equals_the_model(kind, size, batch, device):
     """Without padding, with padding on both sides and on one; every other layer is shifted."""
-    model, given = build(kind, image_size=size), image(*size, batch)
+    model, given = build(kind, image_size=size).to(device), image(*size, batch)
+    given["pixel_values"] = given["pixel_values"].to(device)
     expected = model(**given, output_hidden_states=True)
     fusion = fastcss.fuse(model)
     assert list(fusion.replaced.values()).count("window_attention") == 4
@@ -137,6 +138,21 @@ def test_training_with_dropout_falls_back(kind):
     assert_same_bits(*outputs)
     assert_equal(fused.eval()(*given)[0], layer.eval()(*given)[0])
     assert not torch.equal(fused(*given)[0], outputs[0])
+
+
+@EACH_MODEL
+@torch.no_grad()
+def test_training_with_stochastic_depth(kind):
+    """Whole layers are dropped as in the model: by the same random numbers."""
+    model, given = build(kind, drop_path_rate=0.5, hidden_dropout_prob=0.0).train(), image(46, 38)
+    fused = copy.deepcopy(model)
+    fastcss.fuse(fused)
+    outputs = []
+    for each in (model, fused):
+        torch.manual_seed(0)
+        outputs.append(each(**given).last_hidden_state)
+    assert_equal(*outputs)
+    assert not torch.equal(model.eval()(**given).last_hidden_state, outputs[0])
 
 
 @EACH_LAYER
