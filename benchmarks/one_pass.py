@@ -1,4 +1,8 @@
-"""Cases of ``one_pass``: the Grounding DINO encoder with six adapters, all of them run on the same picture."""
+"""Cases of ``one_pass``: the Grounding DINO encoder with six adapters, all of them run on the same picture.
+
+"fastcss" is the runner as it comes, its model fused where that was measured to be faster; "fastcss-unfused" runs the
+model's own modules, as all peers do.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastcss
 
+from . import _steps
 from .registry import Case, Problem, Step
 
 # Relative to the largest value. float32 is the specification's 1e-5; in bfloat16 the loop itself is off by this much
 # between batch sizes.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 TASKS, RANK = 6, 32
-SOURCES = ("fastcss/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py")
+SOURCES = ("fastcss/*.py", "fastcss/_fused/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -42,6 +47,7 @@ def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem
     system = System.random(shape, dtype, device)
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": system.one_pass,
+        "fastcss-unfused": functools.partial(system.one_pass, fuse=False),
         "peft-loop": system.peft_loop,
         "merged": system.merged_loop,
         "vmap": system.vmapped,
@@ -49,10 +55,14 @@ def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem
     }
     if shape["sites"] == "fusion":  # Swin's windows are a batch of their own, which PEFT's mixed batch cannot match
         providers["peft-mixed"] = system.peft_mixed
+    if device == "cuda":
+        providers["triton"] = lambda: _steps.on("triton", system.one_pass(fuse=True))
     shared, per_task = split_flops(system.model, system.inputs, shape["sites"])
     shape |= {"gflop_shared": shared / 1e9, "gflop_per_task": per_task / 1e9}
     weights = sum(p.numel() * p.itemsize for p in system.model.parameters())
-    return Problem(providers, system.peft_loop(), TOLERANCE[dtype], shared + shape["T"] * per_task, weights)
+    capture = _steps.capture_with(system.constants())
+    flops = shared + shape["T"] * per_task
+    return Problem(providers, system.peft_loop(), TOLERANCE[dtype], flops, weights, capture=capture)
 
 
 @dataclasses.dataclass
@@ -74,8 +84,13 @@ class System:
         inputs = {"pixel_values": pixels.to(device, dtype), "input_ids": phrases_to_ids()[0].to(device)}
         return cls(model, bare, inputs, [f"task{task}" for task in range(shape["T"])])
 
-    def one_pass(self) -> Step:
-        runner = fastcss.one_pass(self.model)
+    def constants(self) -> list[Tensor]:
+        """What is the same in every call: the text, and both models without adapters."""
+        base = [p for name, p in self.model.named_parameters() if "lora_" not in name]
+        return [self.inputs["input_ids"], *base, *self.model.buffers(), *self.bare.parameters(), *self.bare.buffers()]
+
+    def one_pass(self, fuse: bool | None = None) -> Step:
+        runner = fastcss.one_pass(self.model, fuse=fuse)
         return _without_grad(lambda: _tensors(runner(**self.inputs)))
 
     def peft_loop(self) -> Step:
