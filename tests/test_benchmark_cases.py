@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
+    _steps,
     affinity_attention,
     affinity_loss,
     bi_attention,
@@ -25,6 +26,7 @@ from benchmarks import (
     top_margin,
     window_attention,
 )
+from fastcss import _backends
 
 SELECTION = ("cost_filter", "phrase_pool", "select_tokens", "prompt_mlp", "merge_masks", "topk_queries", "top_margin")
 
@@ -153,6 +155,13 @@ def test_work_of_caa():
         step()
     assert head.flops == counter.get_total_flops()
     assert base.flops == 2 * 144 * 64 * 20
+
+
+def test_an_unmeasured_implementation_is_chosen_while_its_step_runs():
+    before = dict(_backends.MEASURED_ON_GPU)
+    (chosen,) = _steps.on("cpu", lambda: (dict(_backends.MEASURED_ON_GPU),))()
+    assert chosen == dict.fromkeys(_backends.KERNELS["cpu"], ("cpu",))
+    assert before == _backends.MEASURED_ON_GPU
 
 
 def test_labels_count_by_their_pixels():
