@@ -1,0 +1,222 @@
+"""Triton implementation of fastcss::bi_attention_backward.
+
+With t the bounded logits less the peak, P = exp(t − lse) of a side, 0 where its mask says so, and dP of the image side
+dimage · v_text, of the text side v_image · dtext:
+
+    dS = P_image (dP_image − δ_image) + P_text (dP_text − δ_text), 0 where the bound bites
+    dq = scale · dS k,   dk = scale · dSᵀ q,   dv_text = P_imageᵀ dimage,   dv_image = P_text dtext
+
+where δ_text = dtext · text, and δ_image = Σ P_image dP_image since the output is not kept. All of it stays the same
+when the two sides change places, so both are one kernel, rows against keys, that computes the gradients of its rows:
+first for the image, whose programs find δ_image in a loop before, then for the text, whose keys are split among
+programs that leave float32 parts, added up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schema import LIBRARY
+from .bi_attention import check_width, keys_of_split, mask_strides, readable
+from .bi_attention_device import BOUND, bounded, load_read, load_rows, place_of, products
+from .class_centers import exp
+from .multi_lora import _operands_stay_in_shared_memory, precision
+from .multi_lora_device import dot, store_tile
+
+
+@triton.jit
+def delta_kernel(dout, out, delta, R, heads, D, BLOCK_D: tl.constexpr):
+    """delta [B, heads, R] = dout · out for rows [B, R, heads, D]."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    a = tl.load(dout + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    b = tl.load(out + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(delta + (row // (R * heads) * heads + row % heads) * R + row // heads % R, tl.sum(a * b, 0))
+
+
+@triton.jit
+def _add_deltas(
+    x, dx_out, x_tile, dx_out_tile, y, v_y, lse, mask, peak, row, R, K, D, width,
+    stride_xr, stride_yk, stride_wk, stride_mk, scale,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ P dP of a row block over all keys."""
+    delta = tl.zeros([x_tile.shape[0]], tl.float32)
+    for key in range(0, K, BLOCK_K):
+        y_tile = load_rows(y, key, K, D, stride_yk, BLOCK_K, BLOCK_D)
+        s = products(x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK, PRECISION) * scale
+        w_tile = load_rows(v_y, key, K, D, stride_wk, BLOCK_K, BLOCK_D)
+        dp = products(
+            dx_out, v_y, dx_out_tile, w_tile, row, key, R, K, D, width, stride_wk, CHUNK, PRECISION
+        )  # fmt: skip
+        p = exp(bounded(s, peak) - lse[:, None])
+        delta += tl.sum(tl.where(load_read(mask, key, K, stride_mk, BLOCK_K)[None, :], p * dp, 0.0), 1)
+    return delta
+
+
+@triton.jit
+def gradient_kernel(
+    x, v_x, dout_x, lse_x, delta_x, mask_x, y, v_y, dout_y, lse_y, delta_y, mask_y, peak, dx, dv,
+    R, K, D, batches, heads, splits, split_keys,
+    stride_xb, stride_xr, stride_xh, stride_vb, stride_vr, stride_vh, stride_mb, stride_mr,
+    stride_yb, stride_yk, stride_yh, stride_wb, stride_wk, stride_wh, stride_nb, stride_nk, scale,
+    FIND_DELTA: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx and dv [splits, B, R, heads, D] of the rows x and of their values, which keys y read.
+
+    FIND_DELTA: delta_x [B, heads, R] is written, not read, and there is one split.
+    """
+    batch, head, split, block = place_of(R, heads, splits, BLOCK_R)
+    head64 = tl.cast(head, tl.int64)
+    width = heads * D
+    row = block * BLOCK_R
+    rows = row + tl.arange(0, BLOCK_R)
+    first = split * split_keys
+    last = min(first + split_keys, K)
+    x += batch * stride_xb + head64 * stride_xh
+    v_x += batch * stride_vb + head64 * stride_vh
+    y += batch * stride_yb + head64 * stride_yh
+    v_y += batch * stride_wb + head64 * stride_wh
+    dout_x += batch * R * width + head64 * D
+    dout_y += batch * K * width + head64 * D
+    lse_x += (batch * heads + head) * R
+    delta_x += (batch * heads + head) * R
+    lse_y += (batch * heads + head) * K
+    delta_y += (batch * heads + head) * K
+    if mask_x is not None:
+        mask_x += batch * stride_mb
+    if mask_y is not None:
+        mask_y += batch * stride_nb
+    peak = tl.load(peak + batch)
+
+    x_tile = load_rows(x, row, R, D, stride_xr, BLOCK_R, BLOCK_D)
+    dout_x_tile = load_rows(dout_x, row, R, D, width, BLOCK_R, BLOCK_D)
+    v_x_tile = load_rows(v_x, row, R, D, stride_vr, BLOCK_R, BLOCK_D)
+    own_lse = tl.load(lse_x + rows, mask=rows < R, other=0.0)
+    if FIND_DELTA:
+        own_delta = _add_deltas(
+            x, dout_x, x_tile, dout_x_tile, y, v_y, own_lse, mask_y, peak, row, R, K, D, width,
+            stride_xr, stride_yk, stride_wk, stride_nk, scale, CHUNK, PRECISION, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        tl.store(delta_x + rows, own_delta, mask=rows < R)
+    else:
+        own_delta = tl.load(delta_x + rows, mask=rows < R, other=0.0)
+    x_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    v_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    dtype: tl.constexpr = x_tile.dtype
+    is_read = load_read(mask_x, row, R, stride_mr, BLOCK_R)[:, None]
+    for key in range(first, last, BLOCK_K):
+        keys = key + tl.arange(0, BLOCK_K)
+        there = (keys < last)[None, :]
+        y_tile = load_rows(y, key, K, D, stride_yk, BLOCK_K, BLOCK_D)
+        s = products(x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK, PRECISION) * scale
+        t = bounded(s, peak)
+        w_tile = load_rows(v_y, key, K, D, stride_wk, BLOCK_K, BLOCK_D)
+        dp = products(dout_x, v_y, dout_x_tile, w_tile, row, key, R, K, D, width, stride_wk, CHUNK, PRECISION)
+        reads = load_read(mask_y, key, last, stride_nk, BLOCK_K)[None, :]
+        ds = tl.where(reads, exp(t - own_lse[:, None]) * (dp - own_delta[:, None]), 0.0)
+        dout_y_tile = load_rows(dout_y, key, K, D, width, BLOCK_K, BLOCK_D)
+        dp = products(v_x, dout_y, v_x_tile, dout_y_tile, row, key, R, K, D, stride_vr, width, CHUNK, PRECISION)
+        lse = tl.load(lse_y + keys, mask=keys < last, other=0.0)[None, :]
+        p = exp(t - lse)
+        delta = tl.load(delta_y + keys, mask=keys < last, other=0.0)[None, :]
+        ds += tl.where(is_read, p * (dp - delta), 0.0)
+        ds = tl.where(there & ((s - peak < BOUND) == 0), ds, 0.0)
+        x_sum = dot(ds.to(dtype), y_tile, x_sum, PRECISION)
+        # Where all is masked the logarithm is −∞, and 0 times it is the NaN that the softmax then has.
+        p = tl.where(there, tl.where(is_read, p, 0.0 * lse), 0.0)
+        v_sum = dot(p.to(dtype), dout_y_tile, v_sum, PRECISION)
+    place = (tl.cast(split, tl.int64) * batches + batch) * R * width + head64 * D
+    store_tile(dx + place, x_sum * scale, row, 0, R, D, width)
+    store_tile(dv + place, v_sum, row, 0, R, D, width)
+
+
+@triton.jit
+def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
+    """out [2, size] from parts [2, splits, size], in their order."""
+    place = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    parts += tl.cast(tl.program_id(1), tl.int64) * splits * size
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(parts + tl.cast(split, tl.int64) * size + place, mask=place < size, other=0.0)
+    out += tl.cast(tl.program_id(1), tl.int64) * size
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
+
+
+def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """``rows`` and ``keys`` are how many there are."""
+    block_d = max(triton.next_power_of_2(width), 16)
+    if dtype == torch.float32:
+        r, k, warps, stages, chunk = 16, 16, 8, 1, min(block_d, 32)
+    elif not _operands_stay_in_shared_memory():
+        r, k, warps, stages, chunk = 32, 32, 8, 1, 0
+    else:
+        r, k, warps, stages, chunk = 64, 32, 8, 2, 0
+    r = min(r, max(triton.next_power_of_2(rows), 16))
+    return {
+        "BLOCK_R": r, "BLOCK_K": k, "BLOCK_D": block_d, "CHUNK": chunk, "PRECISION": precision(dtype),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+class Side(NamedTuple):
+    """One side's tokens and what goes with them."""
+
+    x: Tensor  # [B, R, heads, D]
+    v: Tensor  # [B, R, heads, D], what the other side reads
+    dout: Tensor  # [B, R, heads · D]
+    lse: Tensor  # [B, heads, R]
+    delta: Tensor  # [B, heads, R]
+    mask: Tensor | None  # [B, R]
+
+    def strides(self) -> tuple[int, ...]:
+        return *self.x.stride()[:3], *self.v.stride()[:3], *mask_strides(self.mask)
+
+
+def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delta: bool) -> Tensor:
+    """dx and dv of the side ``own``, [2, B, R, heads, D]."""
+    (batch, rows, heads, width), keys = own.x.shape, other.x.shape[1]
+    tile = gradient_tile(rows, keys, width, own.x.dtype)
+    split_keys = keys if find_delta else keys_of_split(rows, keys, heads, tile)
+    splits, blocks = triton.cdiv(keys, split_keys), triton.cdiv(rows, tile["BLOCK_R"])
+    out = own.x.new_empty(2, *own.x.shape)
+    parts = out[:, None] if splits == 1 else out.new_empty((2, splits, *own.x.shape), dtype=torch.float32)
+    gradient_kernel[(batch * heads * splits * blocks,)](
+        *own, *other, peak, parts[0], parts[1], rows, keys, width, batch, heads, splits, split_keys,
+        *own.strides(), *other.strides(), scale, FIND_DELTA=find_delta, **tile,
+    )  # fmt: skip
+    if splits > 1:
+        size = out[0].numel()
+        add_parts_kernel[triton.cdiv(size, 256), 2](parts, out, size, splits, BLOCK=256, num_warps=2)
+    return out
+
+
+def bi_attention_backward(
+    dimage: Tensor, dtext: Tensor, q: Tensor, k: Tensor, v_image: Tensor, v_text: Tensor, text_mask: Tensor | None,
+    image_mask: Tensor | None, text: Tensor, image_lse: Tensor, text_lse: Tensor, peak: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_width(q)
+    if not (q.numel() and k.numel()):
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v_image, v_text))
+    (batch, length, heads, width), pixels = k.shape, q.shape[1]
+    q, k, v_image, v_text = readable(q, k, v_image, v_text)
+    dimage, dtext, text, peak = (x.contiguous() for x in (dimage, dtext, text, peak))
+    image_delta, text_delta = (peak.new_empty(batch, heads, tokens) for tokens in (pixels, length))
+    image_side = Side(q, v_image, dimage, image_lse.contiguous(), image_delta, image_mask)
+    text_side = Side(k, v_text, dtext, text_lse.contiguous(), text_delta, text_mask)
+    with torch.cuda.device_of(q):
+        delta_kernel[(batch * length * heads,)](
+            dtext, text, text_delta, length, heads, width, BLOCK_D=triton.next_power_of_2(width), num_warps=1
+        )
+        dq, dv_image = side_gradients(image_side, text_side, peak, scale, find_delta=True)
+        dk, dv_text = side_gradients(text_side, image_side, peak, scale, find_delta=False)
+    return dq, dk, dv_image, dv_text
+
+
+LIBRARY.impl("bi_attention_backward.triton", bi_attention_backward, "CompositeExplicitAutograd")
