@@ -1,5 +1,6 @@
 #include "affinity_gradient.h"
 
+#include "left_product.h"
 #include "vector_math.h"
 
 namespace fastcss::cpu {
@@ -117,14 +118,12 @@ void AffinityGradient::block(int64_t queries, int64_t keys) const {
 
 void AffinityGradient::products(int64_t q0, int64_t q_end, int64_t k0, int64_t k_end, const float* map,
                                 const float* ds) const {
-  const auto from_left = affinity_tiles().from_left;
   const int64_t query = q0 * kCols, queries = std::min(q_end * kCols, N) - query;
   const int64_t key = k0 * height, keys = std::min(k_end * height, N) - key;
   const auto over_queries = [&](const float* left, const float* words, float* sums, int64_t terms) {
     for (int64_t c = 0; c * kCols < terms; ++c)
-      for (int64_t j = 0; j < k_end - k0; ++j)
-        from_left(queries, left + j * height * kQueries, kQueries, words + c * query_words + query * kCols,
-                  sums + (c * rows + key + j * height) * kCols);
+      left_product((k_end - k0) * height, queries, {left, kQueries, 1}, words + c * query_words + query * kCols, kCols,
+                   sums + (c * rows + key) * kCols, kCols, true);
   };
   over_queries(map, e_words, dv, C);
   over_queries(ds, q_words, dk, K);

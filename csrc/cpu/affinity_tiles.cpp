@@ -98,27 +98,6 @@ FASTCSS_INLINE void softplus_slope_body(FASTCSS_MAP_ARGS, const int32_t* key_lab
   }
 }
 
-template <int ROWS, int VECS>
-FASTCSS_INLINE void from_left_body(int64_t k, const float* map, int64_t ld, const float* b, float* c) {
-  Vec sum[ROWS][VECS] = {};
-  for (int64_t j = 0; j < k; ++j) {
-    Vec column[VECS];
-#pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) column[v] = load(b + j * kCols + v * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECS; ++v) sum[i][v] = multiply_add(sum[i][v], map[i * ld + j] - Vec{}, column[v]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) {
-      float* to = c + i * kCols + v * kLanes;
-      store(to, load(to) + sum[i][v]);
-    }
-}
-
 // ---- one table an instruction set ----------------------------------------------------------------------------------
 
 #define FASTCSS_TILES(name, target, Isa, ROWS, VECS)                                                             \
@@ -139,12 +118,8 @@ FASTCSS_INLINE void from_left_body(int64_t k, const float* map, int64_t ld, cons
                                     float* slope, int64_t ld) {                                                  \
     for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
       softplus_slope_body<Isa, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, slope + v, ld);      \
-  }                                                                                                              \
-  target void from_left_##name(int64_t k, const float* map, int64_t ld, const float* b, float* c) {              \
-    for (int v = 0; v < kCols; v += VECS * kLanes) from_left_body<ROWS, VECS>(k, map, ld, b + v, c + v);         \
   }
-#define FASTCSS_TABLE(name, pairs) \
-  {tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name, from_left_##name}
+#define FASTCSS_TABLE(name, pairs) {tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name}
 
 #if defined(__x86_64__)
 FASTCSS_TILES(v4, FASTCSS_TARGET("arch=x86-64-v4"), Avx512, 12, 2)

@@ -26,8 +26,6 @@ struct AffinityTiles {
   // slope = d softplus(±t) / dt
   void (*softplus_slope)(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, float* slope,
                          int64_t ld);
-  // c[key][kCols] += Σ_k map[key][k] b[k][kCols]: the map from the left
-  void (*from_left)(int64_t k, const float* map, int64_t ld, const float* b, float* c);
 };
 
 // Those of this CPU. Panels of keys are as high as kernel()'s; tanh_pairs is there where pair_kernel() is.
