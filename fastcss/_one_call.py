@@ -8,9 +8,6 @@ from collections.abc import Callable
 import torch
 from torch.overrides import handle_torch_function
 
-#: What a watcher sees → the op itself, whose own calls it can have a look at by running it.
-ONE_CALL: dict[Callable, Callable] = {}
-
 
 def one_call(op: Callable) -> Callable:
     """``op`` as torch's own functions are: a mode gets it whole, with its arguments."""
@@ -21,5 +18,4 @@ def one_call(op: Callable) -> Callable:
             return handle_torch_function(call, (), *args, **kwargs)
         return op(*args, **kwargs)
 
-    ONE_CALL[call] = op
     return call

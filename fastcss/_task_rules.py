@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ._linear import linear
-from ._one_call import ONE_CALL
 
 
 class Disagreement(RuntimeError):
@@ -160,9 +159,6 @@ class TaskRules(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in RULES:
             return RULES[func](*args, **kwargs)
-        if func in ONE_CALL:
-            with self:  # its composed form wants the rules too
-                return ONE_CALL[func](*args, **kwargs)
         if _writes(func) and isinstance(args[0], Tensor) and not is_mapped(args[0]):
             mapped = next(filter(is_mapped, pytree.tree_leaves((args, kwargs))), None)
             if mapped is not None:

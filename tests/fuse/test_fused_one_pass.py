@@ -46,7 +46,7 @@ def test_equals_the_loop(options, sites, linears):
 @pytest.mark.parametrize("impl", ["auto", "composed"])
 @torch.no_grad()
 def test_vmap_needs_no_slow_fallback(impl, monkeypatch):
-    """The composed forms as well: what they call follows the rules of the task axis."""
+    """Nor do the composed forms."""
     model, given = add_adapters(encoder(), TASKS, rank=4), encoder_inputs(2)
     expected = loop(model, given)
     fastcss.fuse(model)
