@@ -7,6 +7,8 @@ def register() -> None:
         affinity_attention,
         affinity_attention_backward,
         affinity_loss,
+        bi_attention,
+        bi_attention_backward,
         class_affinity,
         class_affinity_backward,
         class_centers,
@@ -27,4 +29,6 @@ def register() -> None:
         top_classes,
         top_margin,
         topk_queries,
+        window_attention,
+        window_attention_backward,
     )
