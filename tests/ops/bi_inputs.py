@@ -15,12 +15,12 @@ CASES = {  # B, N, L, heads, D
     "one of everything": (1, 1, 1, 1, 1),
     "no samples": (0, 5, 3, 2, 4),
     "no image": (2, 0, 5, 2, 4),
-    "no text": (2, 37, 0, 2, 4),
-    "one text token": (2, 37, 1, 3, 5),
-    "one image token": (2, 1, 20, 3, 5),
-    "D 5": (3, 37, 5, 3, 5),
+    "no text": (2, 19, 0, 2, 4),
+    "one text token": (2, 19, 1, 2, 5),
+    "one image token": (2, 1, 20, 2, 5),
+    "D 5": (3, 19, 5, 2, 5),
     "D 8": (2, 37, 20, 1, 8),
-    "D 17": (1, 37, 20, 4, 17),
+    "D 17": (1, 37, 20, 3, 17),
 }
 # Across the edges of a tiled kernel's blocks.
 LARGE = {

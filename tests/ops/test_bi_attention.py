@@ -41,7 +41,7 @@ def test_values_and_gradients(impl, case, dtype, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_masks(impl, masks, device, tolerances):
     call = make(*CASES["D 5"], masks=masks, device=device)
-    assert_as_good_as_eager(call, runs(bi_attention, impl, device), tolerances[torch.float32])
+    assert_as_good_as_eager(call, runs(bi_attention, impl, device, len(masks) == 1), tolerances[torch.float32])
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
@@ -63,15 +63,15 @@ def test_is_the_equation(impl, device):
     assert text[0, :, 0].tolist() == pytest.approx([2.0, 2.0, 2.0])
 
 
+@pytest.mark.parametrize("scale", [5**-0.5, 0.0, -1.5, 3])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_scale(impl, device, tolerances):
+def test_scale(impl, scale, device, tolerances):
     """1 / √D unless told."""
+    runs(bi_attention, impl, device, scale == -1.5)
     call = make(*CASES["D 5"], device=device)
-    runs(bi_attention, impl, device)
-    for one, other in zip(call(impl), call.having(scale=5**-0.5)(impl), strict=True):
-        assert torch.equal(one, other)
-    for scale in (0.0, -1.5, 3):
-        assert_as_good_as_eager(call.having(scale=scale), impl, tolerances[torch.float32])
+    for one, other in zip(call(impl), call.having(scale=scale)(impl), strict=True):
+        assert torch.equal(one, other) == (scale == 5**-0.5)
+    assert_as_good_as_eager(call.having(scale=scale), impl, tolerances[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +94,7 @@ def test_large_logits(impl, dtype, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_masks_that_leave_nothing(impl, dtype, masks, device):
     """One sample's side is NaN, and nothing of the others."""
-    runs(bi_attention, impl, device, dtype == torch.float32)
+    runs(bi_attention, impl, device, dtype == torch.float32 and masks == MASKS)
     if not masks:
         pytest.skip("no mask, nothing masked")
     call = make(*CASES["D 5"], masks=masks, dtype=dtype, device=device)
@@ -160,7 +160,7 @@ def test_what_the_floor_does_in_the_reference(case):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_further_apart_than_the_model_counts(impl, case, masks, dtype, device, tolerances):
     """Exact in 32 bits, so compared with that also in 16."""
-    runs(bi_attention, impl, device, dtype == torch.float32)
+    runs(bi_attention, impl, device, dtype == torch.float32 and masks == MASKS)
     call = dataclasses.replace(make_far(case, masks=masks, dtype=dtype, device=device), op=rounded_once)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 
@@ -212,7 +212,7 @@ def test_not_finite(impl, name, bad, device):
     Gradients of such logits are clamp's, and not compared. Two things reach less far than in the literal code: an
     infinite logit of an image token that is masked, whose text is NaN there, and a value that is masked.
     """
-    runs(bi_attention, impl, device, bad == math.inf)
+    runs(bi_attention, impl, device, (name, bad) in (("k", math.inf), ("v_image", -math.inf)))
     for sample, read in ((1, True), (2, False)):
         if name == "q" and math.isinf(bad) and not read:
             continue
@@ -322,7 +322,7 @@ def test_in_place_of_transformers_own(impl, dtype, masks, device):
     """In its module, between its linear layers: both outputs and the gradients of all that goes in."""
     if dtype == torch.float64 and impl in COMPILED:
         pytest.skip(f"{impl}: no kernel of float64")
-    runs(bi_attention, impl, device, masks in ((), MASKS))
+    runs(bi_attention, impl, device, masks == MASKS)
     features = {n: 3 * normal(2, t, 24, seed=t, dtype=dtype, device=device) for n, t in (("image", 37), ("text", 9))}
     features = {name: tensor.requires_grad_() for name, tensor in features.items()}
     unread = {n: some(2, 9 if n == "text_mask" else 37).to(device) for n in masks}

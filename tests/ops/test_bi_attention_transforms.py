@@ -27,15 +27,15 @@ def one_thread():
 @pytest.mark.parametrize("impl", COMPILED)
 def test_reproducible(impl, masks, device):
     call = make(3, 37, 9, 2, 10, masks=masks, dtype=torch.bfloat16, device=device)
-    checks.assert_reproducible(call, runs(bi_attention, impl, device))
+    checks.assert_reproducible(call, runs(bi_attention, impl, device, masks == MASKS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", COMPILED)
 def test_of_its_sample_alone(impl, dtype, device):
     """Bitwise, whichever sample has the largest logit, as long as no logit is 50,000 below it."""
-    runs(bi_attention, impl, device)
-    call = make(3, 37, 9, 2, 10, dtype=dtype, device=device)
+    runs(bi_attention, impl, device, dtype == torch.float32)
+    call = make(3, 13, 9, 1, 10, dtype=dtype, device=device)
     dys = call.output_gradients()
     for larger in (1, 0):
         mates = {name: tensor.clone() for name, tensor in call.tensors.items()}
@@ -104,7 +104,7 @@ def test_one_gradient(impl, needs, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gradient_of_one_side(impl, side, device):
     """The other has none, and what only that side reads has zeros."""
-    runs(bi_attention, impl, device)
+    runs(bi_attention, impl, device, side == 1)
     call = make(*SMALL, device=device)
     slopes = []
     for name in ("reference", impl):
@@ -146,14 +146,14 @@ def test_compile_without_graph_breaks(impl, masks, device):
 def test_vmap(impl, mapped, device):
     """Over tasks."""
     call = make(*SMALL, device=device)
-    checks.assert_maps(call, runs(bi_attention, impl, device, len(mapped) in (1, 4)), mapped, samples=3)
+    checks.assert_maps(call, runs(bi_attention, impl, device, len(mapped) == 3), mapped, samples=3)
 
 
 @pytest.mark.parametrize("masks", [(), *((name,) for name in MASKS)], ids=["all read", *MASKS])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap_with_masks_that_are_not_there(impl, masks, device):
     call = make(*SMALL, masks=masks, device=device)
-    checks.assert_maps(call, runs(bi_attention, impl, device, not masks), (*TENSORS, *masks))
+    checks.assert_maps(call, runs(bi_attention, impl, device, False), (*TENSORS, *masks))
 
 
 @pytest.mark.parametrize("case", ["some of another sample", "some entries of a row"])

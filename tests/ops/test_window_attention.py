@@ -43,13 +43,17 @@ def test_values_and_gradients(impl, case, dtype, device, tolerances):
 def test_tokens_that_fill_up(impl, case, pads, device, tolerances):
     """Have keys and values of zero unless told."""
     call = make(*CASES[case], pads=pads, device=device)
-    assert_as_good_as_eager(call, runs(window_attention, impl, device, len(pads) < 2), tolerances[torch.float32])
+    assert_as_good_as_eager(
+        call,
+        runs(window_attention, impl, device, pads == PADS[:1] or (not pads and case == "to fill both")),
+        tolerances[torch.float32],
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_tokens_that_fill_up_are_as_any(impl, device):
     """A map filled up by hand is the same there, and where nothing is to fill up nothing depends on them."""
-    runs(window_attention, impl, device)
+    runs(window_attention, impl, device, False)
     for shift in (0, 2):
         call = make(2, 5, 7, 3, 16, 4, shift, device=device)
         filled = {}
@@ -95,14 +99,15 @@ def test_is_the_equation(impl, device):
     assert got[0] == pytest.approx([5.0] * 3 + [(3 + 7 + 11 + 6 * 24) / 9])
 
 
+@pytest.mark.parametrize("scale", [5**-0.5, 0.0, -1.5, 3])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_scale(impl, device, tolerances):
+def test_scale(impl, scale, device, tolerances):
     """1 / √D unless told."""
-    runs(window_attention, impl, device)
+    runs(window_attention, impl, device, scale == -1.5)
     call = make(*CASES["window 2, shift 1"], device=device)
-    assert torch.equal(call(impl)[0], call.having(scale=5**-0.5)(impl)[0])
-    for scale in (0.0, -1.5, 3):
-        assert_as_good_as_eager(call.having(scale=scale), impl, tolerances[torch.float32])
+    if scale == 5**-0.5:
+        assert torch.equal(call(impl)[0], call.having(scale=scale)(impl)[0])
+    assert_as_good_as_eager(call.having(scale=scale), impl, tolerances[torch.float32])
 
 
 @SHIFTED
@@ -110,7 +115,7 @@ def test_scale(impl, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_large_scores(impl, dtype, case, device, tolerances):
     """Some so large that they are read in spite of the -100 between tokens that are no neighbours."""
-    runs(window_attention, impl, device, dtype == torch.float32)
+    runs(window_attention, impl, device, dtype == torch.float32 and case == "to fill both")
     call = make(*CASES[case], dtype=dtype, device=device)
     call = call.having(q=30 * call.tensors["q"], bias=10 * call.tensors["bias"])
     assert_as_good_as_eager(call, impl, tolerances[dtype])
@@ -133,13 +138,14 @@ def test_who_is_no_neighbour_is_hardly_read(impl, device):
 # --- what is not finite ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("name", ["q", "k", "v", "bias", *PADS])
 @SHIFTED
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_not_finite(impl, case, name, bad, device):
     """Is NaN where it is read, and nothing elsewhere."""
-    runs(window_attention, impl, device, math.isnan(bad) == (case == "to fill both") and bad != math.inf)
+    few = {"q": math.nan, "k": math.inf, "bias": -math.inf, "pad_value": math.nan}
+    runs(window_attention, impl, device, case == "to fill both" and str(few.get(name)) == str(bad))
     call = make(*CASES[case], device=device)
     call.tensors[name][(1, 2, 4, 1, 2)[: call.tensors[name].dim()]] = bad
     if name == "bias" and bad == -math.inf:
@@ -154,7 +160,7 @@ def test_not_finite(impl, case, name, bad, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_bias_of_infinity(impl, case, dtype, device, tolerances):
     """Of −∞ some tokens have no part."""
-    runs(window_attention, impl, device, dtype == torch.float32)
+    runs(window_attention, impl, device, dtype == torch.float32 and case == "to fill both")
     call = make(*CASES[case], dtype=dtype, device=device)
     call.tensors["bias"][1, :, 1:4] = -math.inf
     assert_as_good_as_eager(call, impl, tolerances[dtype])
@@ -179,8 +185,8 @@ def test_thirds_of_one_projection(impl, device, tolerances):
     runs(window_attention, impl, device)
     call = make(*CASES["to fill both"], device=device)
     thirds = torch.cat([call.tensors[name].flatten(3) for name in "qkv"], dim=3).chunk(3, dim=3)
-    call = call.having(**{name: third.unflatten(3, (3, 16)) for name, third in zip("qkv", thirds, strict=True)})
-    call = call.having(bias=call.tensors["bias"][:1].expand(3, -1, -1))
+    call = call.having(**{name: third.unflatten(3, (2, 16)) for name, third in zip("qkv", thirds, strict=True)})
+    call = call.having(bias=call.tensors["bias"][:1].expand(2, -1, -1))
     assert not any(call.tensors[name].is_contiguous() for name in ("q", "k", "v", "bias"))
     assert_as_good_as_eager(call, impl, tolerances[torch.float32])
 
@@ -214,7 +220,7 @@ def test_in_place_of_transformers_own(impl, size, shift, dtype, device):
     swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     if dtype == torch.float64 and impl in COMPILED:
         pytest.skip(f"{impl}: no kernel of float64")
-    runs(window_attention, impl, device, shift == 2)
+    runs(window_attention, impl, device, shift == 2 and size == (4, 7))
     torch.manual_seed(0)
     config = swin.SwinConfig(
         embed_dim=24, window_size=4, attn_implementation="sdpa"
