@@ -14,21 +14,27 @@ _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device,
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call of a model."""
+    """The arguments of one call of a model; those in ``each`` are keyword arguments [T, …], a slice for each task."""
 
     args: tuple
     kwargs: dict
+    each: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def call(self, model: Callable) -> object:
-        return model(*self.args, **self.kwargs)
+    def call(self, model: Callable, each: Sequence[Tensor] = ()) -> object:
+        """The call of one task, whose own slices are ``each``."""
+        return model(*self.args, **self.kwargs, **dict(zip(self.each, each, strict=True)))
+
+    def of(self, tasks: slice) -> Inputs:
+        return dataclasses.replace(self, each={name: tensor[tasks] for name, tensor in self.each.items()})
 
     @property
     def tensors(self) -> list[Tensor]:
+        """What all tasks have in common."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     @property
     def shapes(self) -> tuple:
-        return tuple((tensor.shape, tensor.dtype) for tensor in self.tensors)
+        return tuple((tensor.shape, tensor.dtype) for tensor in (*self.tensors, *self.each.values()))
 
     def batched(self, size: int) -> tuple[list[Tensor], Callable[[Sequence], Inputs]]:
         """The tensors with a batch of ``size`` along dim 0, and how to make the call with others in their places."""

@@ -64,7 +64,7 @@ class StandIn:
 
     def snapshot(self, inputs: Inputs) -> Callable[[], None]:
         """What puts buffers and inputs back as they are now, after a run that failed half-way."""
-        tensors = [t for t in (*self.model.buffers(), *inputs.tensors) if not t.is_inference()]
+        tensors = [t for t in (*self.model.buffers(), *inputs.tensors, *inputs.each.values()) if not t.is_inference()]
         before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
 
         def undo() -> None:
@@ -98,19 +98,22 @@ class StandIn:
         size = size or self._known_size(len(tasks), inputs)
         outputs = []
         with self._sharing(size != len(tasks), inputs) as shared:
+            done = 0
             if size is None:
-                widest, first, tasks = Widest(), tasks[:1], tasks[1:]
-                outputs.append(self._group(first, inputs, shared, widest))
+                widest, done = Widest(), 1
+                outputs.append(self._group(tasks[:1], inputs.of(slice(1)), shared, widest))
                 self._widest[inputs.shapes] = widest.bytes
-                size = self._known_size(len(tasks), inputs)
-            for start in range(0, len(tasks), size):
-                outputs.append(self._group(tasks[start : start + size], inputs, shared))
+                size = self._known_size(len(tasks) - 1, inputs)
+            for start in range(done, len(tasks), size):
+                group = slice(start, start + size)
+                outputs.append(self._group(tasks[group], inputs.of(group), shared))
         return join(outputs).expanded()
 
     def in_turn(self, tasks: tuple[int, ...], inputs: Inputs) -> object:
         """One task after the other; the later ones take over what no adapter touches."""
         with self._sharing(len(tasks) > 1, inputs) as shared:
-            return join([self._single((task,), inputs, shared) for task in tasks]).expanded()
+            singles = [self._single((task,), inputs.of(slice(i, i + 1)), shared) for i, task in enumerate(tasks)]
+            return join(singles).expanded()
 
     def _known_size(self, tasks: int, inputs: Inputs) -> int | None:
         """Tasks to run side by side; None where that has to be measured first."""
@@ -145,7 +148,8 @@ class StandIn:
     def _group(self, group: tuple[int, ...], inputs: Inputs, *modes: TorchFunctionMode | None) -> Output:
         axis = torch.arange(len(group), device=self.device)
         modes = [TaskRules(self._owned(inputs)), *filter(None, modes)]
-        return self._mapped(lambda: inputs.call(self.model), axis, [], modes, tasks=group)
+        each = list(inputs.each.values())
+        return self._mapped(lambda *each: inputs.call(self.model, each), axis, each, modes, tasks=group)
 
     def _mapped(
         self, run: Callable, axis: Tensor, inputs: Sequence[Tensor], modes: Sequence[TorchFunctionMode], **slots
@@ -168,13 +172,13 @@ class StandIn:
     def _single(self, tasks: tuple[int, ...], inputs: Inputs, shared: SharedWork | None) -> Output:
         """The model with one adapter or, with ``tasks`` empty, none."""
         with TaskRules(self._owned(inputs)), shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
-            returned = inputs.call(self.model)
+            returned = inputs.call(self.model, [tensor[0] for tensor in inputs.each.values()])
         output = Output.of(returned, lambda tensor: shared is None or not shared.is_shared(tensor), 1)
         return output.with_mapped_leaves([leaf[None] for leaf in output.mapped_leaves()])
 
     def _owned(self, inputs: Inputs) -> set[int]:
         """Ids of the tensors that outlive a call."""
-        return {id(tensor) for tensor in (*self.tensors(), *inputs.tensors)}
+        return {id(tensor) for tensor in (*self.tensors(), *inputs.tensors, *inputs.each.values())}
 
     @contextlib.contextmanager
     def _sharing(self, wanted: bool, inputs: Inputs) -> Iterator[SharedWork | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,14 @@ class OnePass:
             return self._asked
         return "replay" if self._stand_in.training in self._refused else "vmap"
 
-    def __call__(self, *args, adapters: Sequence[str] | None = None, route: Tensor | None = None, **kwargs):
+    def __call__(
+        self,
+        *args,
+        adapters: Sequence[str] | None = None,
+        route: Tensor | None = None,
+        per_adapter: Mapping[str, Tensor] | None = None,
+        **kwargs,
+    ):
         """Call the model with every adapter.
 
         Args:
@@ -119,6 +127,8 @@ class OnePass:
             route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its
                 adapter in ``runner.adapters``, -1 for the bare model. Input tensors of length B along dim 0 are the
                 batch.
+            per_adapter: keyword inputs of the model that differ between the adapters, such as each task's own classes:
+                tensors with a leading axis ``[T, …]`` in the order of the adapters. Not with ``route``.
 
         Returns:
             The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
@@ -128,16 +138,25 @@ class OnePass:
             KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route.
         """
         self._stand_in.follow_mode()
-        inputs = Inputs(args, kwargs)
         if route is not None:
-            route = _check_route(route, adapters, self.adapters)
+            route = _check_route(route, adapters, per_adapter, self.adapters)
+            inputs = Inputs(args, kwargs)
             routed, routed_in_turn = self._stand_in.routed, self._stand_in.routed_in_turn
             return self._run(inputs, lambda: routed(route, inputs), lambda: routed_in_turn(route, inputs))
         tasks = self._tasks(adapters)
+        if per_adapter:
+            kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
         captured = self._captures.find(tasks, self._stand_in, args, kwargs)
-        return captured() if captured else self._all_tasks(tasks, inputs)
+        return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
 
-    def capture(self, *args, adapters: Sequence[str] | None = None, fixed: Sequence[str] = (), **kwargs) -> None:
+    def capture(
+        self,
+        *args,
+        adapters: Sequence[str] | None = None,
+        per_adapter: Mapping[str, Tensor] | None = None,
+        fixed: Sequence[str] = (),
+        **kwargs,
+    ) -> None:
         """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
 
         Each set of shapes wants its own capture; other calls run as before. A graph holds inference only. Outputs of a
@@ -145,7 +164,7 @@ class OnePass:
 
         Args:
             *args, **kwargs: example inputs on the GPU; their values do not matter.
-            adapters: as in a call.
+            adapters, per_adapter: as in a call.
             fixed: names of keyword inputs that later calls will pass as the very same, unchanged tensors (the text
                 prompts, say): what depends on them and on the weights alone is computed now and left out of the graph.
 
@@ -154,11 +173,13 @@ class OnePass:
         """
         self._stand_in.follow_mode()
         tasks = self._tasks(adapters)
-        self._captures.add(
-            tasks, self._stand_in, lambda *a, **k: self._all_tasks(tasks, Inputs(a, k)), fixed, args, kwargs
-        )
+        if per_adapter:
+            kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
+        call = functools.partial(self._all_tasks, tasks)
+        self._captures.add(tasks, self._stand_in, call, fixed, args, kwargs)
 
-    def _all_tasks(self, tasks: tuple[int, ...], inputs: Inputs) -> object:
+    def _all_tasks(self, tasks: tuple[int, ...], *args, per_adapter: dict[str, Tensor] | None = None, **kwargs):
+        inputs = Inputs(args, kwargs, per_adapter or {})
         side_by_side, in_turn = self._stand_in.side_by_side, self._stand_in.in_turn
         return self._run(inputs, lambda: side_by_side(tasks, self.group_size, inputs), lambda: in_turn(tasks, inputs))
 
@@ -203,9 +224,22 @@ class OnePass:
         return tuple(map(self.adapters.index, adapters))
 
 
-def _check_route(route: Tensor, adapters: object, names: tuple[str, ...]) -> Tensor:
+def _check_per_adapter(per_adapter: Mapping[str, Tensor], kwargs: dict, tasks: int) -> dict[str, Tensor]:
+    for name, tensor in per_adapter.items():
+        if name in kwargs:
+            raise ValueError(f"one_pass: {name!r} is given twice, for all adapters and in per_adapter")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"one_pass: per_adapter[{name!r}] must be a tensor, got {type(tensor).__name__}")
+        if tensor.shape[:1] != (tasks,):
+            raise ValueError(f"one_pass: per_adapter[{name!r}] must be [{tasks}, …], got {list(tensor.shape)}")
+    return dict(per_adapter)
+
+
+def _check_route(route: Tensor, adapters: object, per_adapter: object, names: tuple[str, ...]) -> Tensor:
     if adapters is not None:
         raise ValueError("one_pass: adapters and route exclude each other")
+    if per_adapter:
+        raise ValueError("one_pass: per_adapter and route exclude each other")
     if (
         not isinstance(route, Tensor)
         or route.dtype not in (torch.int32, torch.int64)
