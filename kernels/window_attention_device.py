@@ -139,7 +139,7 @@ def store_padding_sum(parts, tile, padding, slot, place, batches, heads, D: tl.c
     tl.store(parts + channels, tl.sum(tl.where(padding[:, None], tile, 0.0), 0), mask=channels < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def sum_parts_kernel(parts, total, PARTS, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """total [N] of ``parts`` [PARTS, N]."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
