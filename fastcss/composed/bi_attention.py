@@ -21,8 +21,8 @@ def bi_attention(
     """``q``, ``v_image`` [B, N, heads, D], ``k``, ``v_text`` [B, L, heads, D] → two of [B, ·, heads · D]."""
     batch, pixels, heads, _ = q.shape
     length, dtype = k.shape[1], torch.promote_types(q.dtype, torch.float32)
-    read_image = torch.ones_like(q[:, :, 0, 0], dtype=torch.bool) if image_mask is None else ~image_mask
-    read_text = torch.ones_like(k[:, :, 0, 0], dtype=torch.bool) if text_mask is None else ~text_mask
+    read_image = q.new_ones((batch, pixels), dtype=torch.bool) if image_mask is None else ~image_mask
+    read_text = q.new_ones((batch, length), dtype=torch.bool) if text_mask is None else ~text_mask
     wide_k, wide_v = (tensor.to(dtype).transpose(1, 2) for tensor in (k, v_text))  # [B, heads, L, D]
 
     def logits(q: Tensor, k: Tensor) -> Tensor:

@@ -250,8 +250,8 @@ def test_infinities_that_leave_something(impl, device):
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded tokens"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, layout, device, tolerances):
-    runs(bi_attention, impl, device, layout in ("NCHW", "expanded tokens"))
-    call = make(2, 37, 20, 3, 6, device=device)
+    runs(bi_attention, impl, device, layout == "NCHW")
+    call = make(2, 37, 20, 2, 6, device=device)
     if layout == "expanded tokens":
         q, k = (call.tensors[name] for name in "qk")
         call = call.having(q=q[:, :1].expand(q.shape), k=k[:, :1].expand(k.shape))
@@ -265,7 +265,7 @@ def test_any_strides(impl, layout, device, tolerances):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_parts_of_one_projection(impl, device, tolerances):
     """q and v_image as the halves of one tensor, k and v_text of another: not contiguous, and no copies."""
-    runs(bi_attention, impl, device)
+    runs(bi_attention, impl, device, False)
     call = make(2, 37, 20, 2, 8, device=device)
     for pair in (("q", "v_image"), ("k", "v_text")):
         halves = torch.cat([call.tensors[name].flatten(2) for name in pair], dim=2).chunk(2, dim=2)
@@ -323,11 +323,11 @@ def test_in_place_of_transformers_own(impl, dtype, masks, device):
     if dtype == torch.float64 and impl in COMPILED:
         pytest.skip(f"{impl}: no kernel of float64")
     runs(bi_attention, impl, device, masks == MASKS)
-    features = {n: 3 * normal(2, t, 24, seed=t, dtype=dtype, device=device) for n, t in (("image", 37), ("text", 9))}
+    features = {n: 3 * normal(2, t, 24, seed=t, dtype=dtype, device=device) for n, t in (("image", 19), ("text", 9))}
     features = {name: tensor.requires_grad_() for name, tensor in features.items()}
-    unread = {n: some(2, 9 if n == "text_mask" else 37).to(device) for n in masks}
+    unread = {n: some(2, 9 if n == "text_mask" else 19).to(device) for n in masks}
     module, theirs, ours = in_its_module(features, unread, 3, 8)
-    douts = [normal(2, tokens, 24, seed=1, dtype=dtype, device=device) for tokens in (37, 9)]
+    douts = [normal(2, tokens, 24, seed=1, dtype=dtype, device=device) for tokens in (19, 9)]
     leaves = [*features.values(), *module.parameters()]
     found = [[*map(Tensor.detach, y), *torch.autograd.grad(y, leaves, douts)] for y in (ours(impl), theirs())]
     for got, want in zip(*found, strict=True):

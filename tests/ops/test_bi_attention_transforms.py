@@ -26,7 +26,7 @@ def one_thread():
 @MASKED
 @pytest.mark.parametrize("impl", COMPILED)
 def test_reproducible(impl, masks, device):
-    call = make(3, 37, 9, 2, 10, masks=masks, dtype=torch.bfloat16, device=device)
+    call = make(2, 37, 9, 2, 10, masks=masks, dtype=torch.bfloat16, device=device)
     checks.assert_reproducible(call, runs(bi_attention, impl, device, masks == MASKS))
 
 
@@ -146,7 +146,7 @@ def test_compile_without_graph_breaks(impl, masks, device):
 def test_vmap(impl, mapped, device):
     """Over tasks."""
     call = make(*SMALL, device=device)
-    checks.assert_maps(call, runs(bi_attention, impl, device, len(mapped) == 3), mapped, samples=3)
+    checks.assert_maps(call, runs(bi_attention, impl, device, len(mapped) == 3), mapped)
 
 
 @pytest.mark.parametrize("masks", [(), *((name,) for name in MASKS)], ids=["all read", *MASKS])
@@ -160,7 +160,7 @@ def test_vmap_with_masks_that_are_not_there(impl, masks, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_each_task_has_its_own_peak(impl, case, device):
     """Task 1 is far below task 0, which must not floor it; within a task all samples have one peak."""
-    runs(bi_attention, impl, device, case != "some entries of a row")
+    runs(bi_attention, impl, device, False)
     call = make_far(case, device=device)
     tensors = {name: torch.stack([tensor, tensor]) for name, tensor in call.tensors.items()}
     # Channels that are zero in the queries of task 0: all logits of task 1 are lower by as much.
