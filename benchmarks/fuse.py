@@ -1,4 +1,8 @@
-"""Cases of ``fuse``: one pass of the Grounding DINO encoder over a picture and six phrases, as it is and fused."""
+"""Cases of ``fuse``: one pass of the Grounding DINO encoder over a picture and six phrases, as it is and fused.
+
+"eager" is the model as transformers builds it, the attention of Swin and BERT on SDPA; "attention only" is fused but for
+its linear layers.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,6 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     model = GroundingDinoEncoder.random(shape["model"]).to(device, dtype)
     pixels = _steps.normal(shape["B"], 3, shape["H"], shape["W"], dtype=dtype, device=device)
     text = phrases_to_ids()[0].to(device).expand(shape["B"], -1)
-
     tensors = [*model.parameters(), *model.buffers()]
 
     def step(model: Callable, pixels: Tensor = pixels) -> Step:

@@ -7,7 +7,7 @@ partitioned tensor, and one merged, rolled back and cropped, a layer, as in the 
 share: forward, then the gradients of q, k and v, which stay in windows where they came in windows; biases are frozen.
 
 The case ``-layer`` is what a model feels: transformers' own ``SwinLayer`` with its projections, but without its norms
-and MLP, and what ``fastcss.fuse`` makes of it.
+and MLP (its two sums remain, in every provider), and what ``fastcss.fuse`` makes of it.
 """
 
 from __future__ import annotations
