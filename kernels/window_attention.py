@@ -28,7 +28,7 @@ from .._schema import LIBRARY
 from .affinity_device import exp2
 from .affinity_tiles import MULTIPROCESSORS
 from .class_centers import LOG2_E, finite_or_zero
-from .multi_lora import precision
+from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot
 from .window_attention_device import (
     exp_above,
@@ -151,7 +151,10 @@ def window_attention(
     tile = block_sizes(window, channels, q.dtype)
     blocks, windows = triton.cdiv(window**2, tile["BLOCK"]), operands.windows(window)
     per_program = windows_of_program(windows, heads, PER_MULTIPROCESSOR) if blocks == 1 else 1
-    warps, stages = (8, 1) if q.dtype == torch.float32 or tile["BLOCK_D"] > 128 else (4, 2)
+    # With three stages the next window is on its way while this one is computed.
+    warps, stages = 4, 3 if _operands_stay_in_shared_memory() else 2
+    if q.dtype == torch.float32 or tile["BLOCK_D"] > 128:
+        warps, stages = 8, 1
     registers = REGISTERS if blocks == 1 and tile["BLOCK_D"] <= 32 and warps == 4 else None
     with torch.cuda.device_of(q):
         window_attention_kernel[(triton.cdiv(windows, per_program) * blocks * heads,)](

@@ -37,7 +37,9 @@ from .window_attention_device import (
     window_at,
 )
 
-PER_MULTIPROCESSOR = 2  # programs
+# Programs: what a sum of dS takes of the registers is a third.
+WITH_BIAS, WITHOUT_BIAS = 2, 3
+REGISTERS = 65536 // (WITHOUT_BIAS * 128) // 8 * 8
 
 
 @triton.jit(do_not_specialize=[*SIZES, "batches"])
@@ -74,16 +76,19 @@ def window_gradients_kernel(
         if bias_parts is not None:
             bias_sum += dscores
         at_edge = (window[1] + WINDOW > H) | (window[2] + WINDOW > W)
-        slot = padding_slot(window, sizes, WINDOW)
         dv_tile = dot(tl.trans(weights.to(dtype)), dout_tile, no_channels, PRECISION)
         store_tokens(dv, dv_tile, place, in_map & there, sizes, heads, D, WIDE)
         if value_parts is not None and at_edge:
-            store_padding_sum(value_parts, dv_tile, there & ~in_map, slot, place, batches, heads, D)
+            store_padding_sum(
+                value_parts, dv_tile, there & ~in_map, padding_slot(window, sizes, WINDOW), place, batches, heads, D
+            )
         dscores = (dscores * scale).to(dtype)
         dk_tile = dot(tl.trans(dscores), q_tile, no_channels, PRECISION)
         store_tokens(dk, dk_tile, place, in_map & there, sizes, heads, D, WIDE)
         if key_parts is not None and at_edge:
-            store_padding_sum(key_parts, dk_tile, there & ~in_map, slot, place, batches, heads, D)
+            store_padding_sum(
+                key_parts, dk_tile, there & ~in_map, padding_slot(window, sizes, WINDOW), place, batches, heads, D
+            )
         dq_tile = dot(dscores, k_tile, no_channels, PRECISION)
         store_tokens(dq, dq_tile, place, in_map & there, sizes, heads, D, WIDE)
     if bias_parts is not None:
@@ -111,7 +116,7 @@ def window_attention_backward(
     operands, dout = Operands.of(q, k, v, bias, pad_key, pad_value), adjacent(dout.reshape(q.shape))
     tile = block_sizes(window, channels, q.dtype)
     blocks, windows, sizes = triton.cdiv(window**2, tile["BLOCK"]), operands.windows(window), operands.sizes(window)
-    per_program = windows_of_program(windows, heads * blocks**2, PER_MULTIPROCESSOR)
+    per_program = windows_of_program(windows, heads * blocks**2, WITH_BIAS if need_bias else WITHOUT_BIAS)
     parts = triton.cdiv(windows, per_program)
     bias_parts = q.new_empty(parts, *bias.shape, dtype=torch.float32) if need_bias else None
     key_parts = value_parts = None
@@ -121,11 +126,13 @@ def window_attention_backward(
     pointers = dout, *operands, dq, dk, dv, bias_parts, key_parts, value_parts
     scalars = *sizes, shift, windows, per_program, batch, scale
     constants = {"WINDOW": window, "D": channels, "PRECISION": precision(q.dtype), "WIDE": operands.wide(dout), **tile}
+    exact = q.dtype == torch.float32
+    registers = None if need_bias or exact or tile["BLOCK_D"] > 32 else REGISTERS
     with torch.cuda.device_of(q):
         if blocks == 1:
             window_gradients_kernel[(parts * heads,)](
                 *pointers, dout.stride()[:4], *operands.strides(), *scalars, **constants,
-                num_warps=8 if q.dtype == torch.float32 else 4, num_stages=1,
+                num_warps=8 if exact else 4, num_stages=1, maxnreg=registers,
             )  # fmt: skip
         else:
             block_gradients(pointers, (dout.stride()[:4], *operands.strides()), scalars, constants, blocks, parts)
