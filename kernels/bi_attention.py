@@ -32,9 +32,9 @@ MAX_STRIDE = 2**24  # times a tile's rows it has 32 bits
 
 @triton.jit
 def _attend(
-    x, y, v, mask, out, lse, mass, extremes, extremes_low, peak, row, first, last, R, K, D, width, stride_xr, stride_yk,
-    stride_vk, stride_mk, scale,
-    CLAMP: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    x, y, v, mask, out, lse, mass, extremes, extremes_low, peak, row, first, last, R, K, width, stride_xr, stride_yk,
+    stride_vk, scale,
+    CLAMP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale · x yᵀ) v of a row block over the keys first..last, and the logarithm of the softmax's sum.
@@ -43,28 +43,28 @@ def _attend(
     logarithm would keep little of it.
     """
     rows = row + tl.arange(0, BLOCK_R)
-    x_tile = load_rows(x, row, R, D, stride_xr, BLOCK_R, BLOCK_D)
+    x_tile = load_rows(x, row, R, stride_xr, D, BLOCK_R, BLOCK_D)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     most = tl.full([BLOCK_R], float("-inf"), tl.float32)
     least = tl.full([BLOCK_R], float("-inf"), tl.float32)  # of the logits with the other sign
     for key in range(first, last, BLOCK_K):
-        y_tile = load_rows(y, key, K, D, stride_yk, BLOCK_K, BLOCK_D)
-        s = products(x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK, PRECISION) * scale
+        y_tile = load_rows(y, key, K, stride_yk, D, BLOCK_K, BLOCK_D)
+        s = products(x, y, x_tile, y_tile, row, key, R, K, stride_xr, stride_yk, D, CHUNK, PRECISION) * scale
         there = key + tl.arange(0, BLOCK_K) < last
         if extremes is not None:
             most = nan_or_larger(most, largest(tl.where(there[None, :], s, float("-inf")), 1))
             least = nan_or_larger(least, largest(tl.where(there[None, :], -s, float("-inf")), 1))
         if CLAMP:
             s = bounded(s, peak)
-        s = tl.where(load_read(mask, key, last, stride_mk, BLOCK_K)[None, :], s, float("-inf"))
+        s = tl.where(load_read(mask, key, last, BLOCK_K)[None, :], s, float("-inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
         shift = finite_or_zero(higher)
         p = exp(s - shift[:, None])
         decay = exp(highest - shift)
         total = total * decay + tl.sum(p, 1)
-        v_tile = load_rows(v, key, K, D, stride_vk, BLOCK_K, BLOCK_D)
+        v_tile = load_rows(v, key, K, stride_vk, D, BLOCK_K, BLOCK_D)
         acc = dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
         highest = higher
     store_tile(out, acc / total[:, None], row, 0, R, D, width)
@@ -81,10 +81,10 @@ def _attend(
 @triton.jit
 def attend_kernel(
     x, y, v, mask, out, lse, mass, extremes, peak,
-    R, K, D, batches, heads, group, splits, split_keys, counts,
+    R, K, batches, heads, group, splits, split_keys, counts,
     stride_xb, stride_xr, stride_xh, stride_yb, stride_yk, stride_yh, stride_vb, stride_vk, stride_vh,
-    stride_mb, stride_mk, scale,
-    CLAMP: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    scale,
+    CLAMP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out [splits, B, R, heads, D] and lse and mass [splits, B, heads, R] of rows x that read the values v of keys y.
@@ -101,7 +101,7 @@ def attend_kernel(
     y += batch * stride_yb + head64 * stride_yh
     v += batch * stride_vb + head64 * stride_vh
     if mask is not None:
-        mask += batch * stride_mb
+        mask += batch * K
     width = heads * D
     out += (tl.cast(split, tl.int64) * batches + batch) * R * width + head64 * D
     statistics = ((tl.cast(split, tl.int64) * batches + batch) * heads + head) * R
@@ -118,8 +118,8 @@ def attend_kernel(
             tl.store(lse + rows, tl.load(lse + rows, mask=rows < R) - highest, mask=rows < R)
         else:
             _attend(
-                x, y, v, mask, out, lse, mass, None, None, highest, row, first, last, R, K, D, width, stride_xr,
-                stride_yk, stride_vk, stride_mk, scale, CLAMP, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
+                x, y, v, mask, out, lse, mass, None, None, highest, row, first, last, R, K, width, stride_xr,
+                stride_yk, stride_vk, scale, CLAMP, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
             )  # fmt: skip
     else:
         low = extremes
@@ -127,8 +127,8 @@ def attend_kernel(
             extremes += batch * counts + head * tl.cdiv(R, BLOCK_R) + block
             low = extremes + tl.cast(batches, tl.int64) * counts
         _attend(
-            x, y, v, mask, out, lse, mass, extremes, low, 0.0, row, first, last, R, K, D, width, stride_xr, stride_yk,
-            stride_vk, stride_mk, scale, CLAMP, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
+            x, y, v, mask, out, lse, mass, extremes, low, 0.0, row, first, last, R, K, width, stride_xr, stride_yk,
+            stride_vk, scale, CLAMP, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
         )  # fmt: skip
 
 
@@ -194,10 +194,6 @@ def readable(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(3) == 1 and x.stride(1) < MAX_STRIDE else x.contiguous() for x in tensors)
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if mask is None else mask.stride()
-
-
 def check_width(q: Tensor) -> None:
     if q.shape[3] > MAX_WIDTH:
         raise ValueError(f"bi_attention: impl='triton' takes heads of up to {MAX_WIDTH} columns, got {q.shape[3]}")
@@ -224,8 +220,8 @@ class Side:
         counts = 0 if extremes is None else extremes.shape[2]
         attend_kernel[(batch * heads * self.splits * self.blocks,)](
             x, y, v, mask, self.out, self.lse, self.mass, extremes, peak,
-            rows, keys, width, batch, heads, group, self.splits, self.split_keys, counts,
-            *x.stride()[:3], *y.stride()[:3], *v.stride()[:3], *mask_strides(mask), scale, CLAMP=clamp, **self.tile,
+            rows, keys, batch, heads, group, self.splits, self.split_keys, counts,
+            *x.stride()[:3], *y.stride()[:3], *v.stride()[:3], scale, CLAMP=clamp, D=width, **self.tile,
         )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -254,6 +250,7 @@ def bi_attention(
         out = (q.new_zeros(batch, tokens, heads * width) for tokens in (pixels, length))
         return *out, *(peak.new_zeros(batch, heads, tokens) for tokens in (pixels, length)), peak
     q, k, v_image, v_text = readable(q, k, v_image, v_text)
+    text_mask, image_mask = (None if mask is None else mask.contiguous() for mask in (text_mask, image_mask))
     image, text = Side(q, k, v_text, text_mask, split=False), Side(k, q, v_image, image_mask, split=True)
     extremes = peak.new_empty(2, batch, heads * image.blocks)
     with torch.cuda.device_of(q):

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schema import LIBRARY
-from .bi_attention import check_width, keys_of_split, mask_strides, readable
+from .bi_attention import check_width, keys_of_split, readable
 from .bi_attention_device import BOUND, bounded, load_read, load_rows, place_of, products
 from .class_centers import exp
-from .multi_lora import _operands_stay_in_shared_memory, precision
+from .multi_lora import precision
 from .multi_lora_device import dot, store_tile
 
 
@@ -41,31 +41,32 @@ def delta_kernel(dout, out, delta, R, heads, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _add_deltas(
-    x, dx_out, x_tile, dx_out_tile, y, v_y, lse, mask, peak, row, R, K, D, width,
-    stride_xr, stride_yk, stride_wk, stride_mk, scale,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, dx_out, x_tile, dx_out_tile, y, v_y, lse, mask, peak, row, R, K, width,
+    stride_xr, stride_yk, stride_wk, scale,
+    D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ P dP of a row block over all keys."""
     delta = tl.zeros([x_tile.shape[0]], tl.float32)
     for key in range(0, K, BLOCK_K):
-        y_tile = load_rows(y, key, K, D, stride_yk, BLOCK_K, BLOCK_D)
-        s = products(x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK, PRECISION) * scale
-        w_tile = load_rows(v_y, key, K, D, stride_wk, BLOCK_K, BLOCK_D)
+        y_tile = load_rows(y, key, K, stride_yk, D, BLOCK_K, BLOCK_D)
+        s = products(x, y, x_tile, y_tile, row, key, R, K, stride_xr, stride_yk, D, CHUNK, PRECISION) * scale
+        w_tile = load_rows(v_y, key, K, stride_wk, D, BLOCK_K, BLOCK_D)
         dp = products(
-            dx_out, v_y, dx_out_tile, w_tile, row, key, R, K, D, width, stride_wk, CHUNK, PRECISION
+            dx_out, v_y, dx_out_tile, w_tile, row, key, R, K, width, stride_wk, D, CHUNK, PRECISION
         )  # fmt: skip
         p = exp(bounded(s, peak) - lse[:, None])
-        delta += tl.sum(tl.where(load_read(mask, key, K, stride_mk, BLOCK_K)[None, :], p * dp, 0.0), 1)
+        delta += tl.sum(tl.where(load_read(mask, key, K, BLOCK_K)[None, :], p * dp, 0.0), 1)
     return delta
 
 
 @triton.jit
 def gradient_kernel(
     x, v_x, dout_x, lse_x, delta_x, mask_x, y, v_y, dout_y, lse_y, delta_y, mask_y, peak, dx, dv,
-    R, K, D, batches, heads, splits, split_keys,
-    stride_xb, stride_xr, stride_xh, stride_vb, stride_vr, stride_vh, stride_mb, stride_mr,
-    stride_yb, stride_yk, stride_yh, stride_wb, stride_wk, stride_wh, stride_nb, stride_nk, scale,
-    FIND_DELTA: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    R, K, batches, heads, splits, split_keys,
+    stride_xb, stride_xr, stride_xh, stride_vb, stride_vr, stride_vh,
+    stride_yb, stride_yk, stride_yh, stride_wb, stride_wk, stride_wh, scale,
+    FIND_DELTA: tl.constexpr, DX: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx and dv [splits, B, R, heads, D] of the rows x and of their values, which keys y read.
@@ -90,51 +91,59 @@ def gradient_kernel(
     lse_y += (batch * heads + head) * K
     delta_y += (batch * heads + head) * K
     if mask_x is not None:
-        mask_x += batch * stride_mb
+        mask_x += batch * R
     if mask_y is not None:
-        mask_y += batch * stride_nb
+        mask_y += batch * K
     peak = tl.load(peak + batch)
 
-    x_tile = load_rows(x, row, R, D, stride_xr, BLOCK_R, BLOCK_D)
-    dout_x_tile = load_rows(dout_x, row, R, D, width, BLOCK_R, BLOCK_D)
-    v_x_tile = load_rows(v_x, row, R, D, stride_vr, BLOCK_R, BLOCK_D)
-    own_lse = tl.load(lse_x + rows, mask=rows < R, other=0.0)
+    x_tile = load_rows(x, row, R, stride_xr, D, BLOCK_R, BLOCK_D)
+    if DX or FIND_DELTA:
+        dout_x_tile = load_rows(dout_x, row, R, width, D, BLOCK_R, BLOCK_D)
+        own_lse = tl.load(lse_x + rows, mask=rows < R, other=0.0)
     if FIND_DELTA:
         own_delta = _add_deltas(
-            x, dout_x, x_tile, dout_x_tile, y, v_y, own_lse, mask_y, peak, row, R, K, D, width,
-            stride_xr, stride_yk, stride_wk, stride_nk, scale, CHUNK, PRECISION, BLOCK_K, BLOCK_D,
+            x, dout_x, x_tile, dout_x_tile, y, v_y, own_lse, mask_y, peak, row, R, K, width,
+            stride_xr, stride_yk, stride_wk, scale, D, CHUNK, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         tl.store(delta_x + rows, own_delta, mask=rows < R)
-    else:
+    elif DX:
         own_delta = tl.load(delta_x + rows, mask=rows < R, other=0.0)
-    x_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    v_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    if DX:
+        v_x_tile = load_rows(v_x, row, R, stride_vr, D, BLOCK_R, BLOCK_D)
+    x_sum = tl.zeros([BLOCK_R, BLOCK_D if DX else 1], tl.float32)
+    v_sum = tl.zeros([BLOCK_R, BLOCK_D if DV else 1], tl.float32)
     dtype: tl.constexpr = x_tile.dtype
-    is_read = load_read(mask_x, row, R, stride_mr, BLOCK_R)[:, None]
+    is_read = load_read(mask_x, row, R, BLOCK_R)[:, None]
     for key in range(first, last, BLOCK_K):
         keys = key + tl.arange(0, BLOCK_K)
         there = (keys < last)[None, :]
-        y_tile = load_rows(y, key, K, D, stride_yk, BLOCK_K, BLOCK_D)
-        s = products(x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK, PRECISION) * scale
+        y_tile = load_rows(y, key, K, stride_yk, D, BLOCK_K, BLOCK_D)
+        s = products(x, y, x_tile, y_tile, row, key, R, K, stride_xr, stride_yk, D, CHUNK, PRECISION) * scale
         t = bounded(s, peak)
-        w_tile = load_rows(v_y, key, K, D, stride_wk, BLOCK_K, BLOCK_D)
-        dp = products(dout_x, v_y, dout_x_tile, w_tile, row, key, R, K, D, width, stride_wk, CHUNK, PRECISION)
-        reads = load_read(mask_y, key, last, stride_nk, BLOCK_K)[None, :]
-        ds = tl.where(reads, exp(t - own_lse[:, None]) * (dp - own_delta[:, None]), 0.0)
-        dout_y_tile = load_rows(dout_y, key, K, D, width, BLOCK_K, BLOCK_D)
-        dp = products(v_x, dout_y, v_x_tile, dout_y_tile, row, key, R, K, D, stride_vr, width, CHUNK, PRECISION)
         lse = tl.load(lse_y + keys, mask=keys < last, other=0.0)[None, :]
         p = exp(t - lse)
-        delta = tl.load(delta_y + keys, mask=keys < last, other=0.0)[None, :]
-        ds += tl.where(is_read, p * (dp - delta), 0.0)
-        ds = tl.where(there & ((s - peak < BOUND) == 0), ds, 0.0)
-        x_sum = dot(ds.to(dtype), y_tile, x_sum, PRECISION)
-        # Where all is masked the logarithm is −∞, and 0 times it is the NaN that the softmax then has.
-        p = tl.where(there, tl.where(is_read, p, 0.0 * lse), 0.0)
-        v_sum = dot(p.to(dtype), dout_y_tile, v_sum, PRECISION)
+        dout_y_tile = load_rows(dout_y, key, K, width, D, BLOCK_K, BLOCK_D)
+        if DX:
+            w_tile = load_rows(v_y, key, K, stride_wk, D, BLOCK_K, BLOCK_D)
+            dp = products(dout_x, v_y, dout_x_tile, w_tile, row, key, R, K, width, stride_wk, D, CHUNK, PRECISION)
+            ds = exp(t - own_lse[:, None]) * (dp - own_delta[:, None])
+            if mask_y is not None:
+                ds = tl.where(load_read(mask_y, key, last, BLOCK_K)[None, :], ds, 0.0)
+            dp = products(v_x, dout_y, v_x_tile, dout_y_tile, row, key, R, K, stride_vr, width, D, CHUNK, PRECISION)
+            delta = tl.load(delta_y + keys, mask=keys < last, other=0.0)[None, :]
+            g = p * (dp - delta)
+            ds += g if mask_x is None else tl.where(is_read, g, 0.0)
+            ds = tl.where(there & (s - peak >= BOUND), ds, 0.0)
+            x_sum = dot(ds.to(dtype), y_tile, x_sum, PRECISION)
+        if DV:
+            # Where all is masked the logarithm is −∞, and 0 times it is the NaN that the softmax then has.
+            p = tl.where(there, tl.where(is_read, p, 0.0 * lse), 0.0)
+            v_sum = dot(p.to(dtype), dout_y_tile, v_sum, PRECISION)
     place = (tl.cast(split, tl.int64) * batches + batch) * R * width + head64 * D
-    store_tile(dx + place, x_sum * scale, row, 0, R, D, width)
-    store_tile(dv + place, v_sum, row, 0, R, D, width)
+    if DX:
+        store_tile(dx + place, x_sum * scale, row, 0, R, D, width)
+    if DV:
+        store_tile(dv + place, v_sum, row, 0, R, D, width)
 
 
 @triton.jit
@@ -149,15 +158,19 @@ def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
 
 
+def at_once(rows: int, keys: int) -> bool:
+    """Whether one launch computes both gradients. With few keys or rows memory is the limit; with many, one accumulator
+    leaves registers for tiles that the tensor cores are fed with."""
+    return min(rows, keys) <= 32
+
+
 def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """``rows`` and ``keys`` are how many there are."""
     block_d = max(triton.next_power_of_2(width), 16)
     if dtype == torch.float32:
         r, k, warps, stages, chunk = 16, 16, 8, 1, min(block_d, 32)
-    elif not _operands_stay_in_shared_memory():
-        r, k, warps, stages, chunk = 32, 32, 8, 1, 0
     else:
-        r, k, warps, stages, chunk = 64, 32, 8, 2, 0
+        r, k, warps, stages, chunk = 32 if at_once(rows, keys) else 64, 32, 8, 2, 0
     r = min(r, max(triton.next_power_of_2(rows), 16))
     return {
         "BLOCK_R": r, "BLOCK_K": k, "BLOCK_D": block_d, "CHUNK": chunk, "PRECISION": precision(dtype),
@@ -173,10 +186,10 @@ class Side(NamedTuple):
     dout: Tensor  # [B, R, heads · D]
     lse: Tensor  # [B, heads, R]
     delta: Tensor  # [B, heads, R]
-    mask: Tensor | None  # [B, R]
+    mask: Tensor | None  # [B, R], contiguous
 
     def strides(self) -> tuple[int, ...]:
-        return *self.x.stride()[:3], *self.v.stride()[:3], *mask_strides(self.mask)
+        return *self.x.stride()[:3], *self.v.stride()[:3]
 
 
 def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delta: bool) -> Tensor:
@@ -187,10 +200,16 @@ def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delt
     splits, blocks = triton.cdiv(keys, split_keys), triton.cdiv(rows, tile["BLOCK_R"])
     out = own.x.new_empty(2, *own.x.shape)
     parts = out[:, None] if splits == 1 else out.new_empty((2, splits, *own.x.shape), dtype=torch.float32)
-    gradient_kernel[(batch * heads * splits * blocks,)](
-        *own, *other, peak, parts[0], parts[1], rows, keys, width, batch, heads, splits, split_keys,
-        *own.strides(), *other.strides(), scale, FIND_DELTA=find_delta, **tile,
-    )  # fmt: skip
+    wanted = (
+        [(True, True, True)]
+        if at_once(rows, keys)
+        else [(True, False, False), (False, True, False), (False, False, True)]
+    )
+    for delta, dx, dv in wanted if find_delta or at_once(rows, keys) else wanted[1:]:
+        gradient_kernel[(batch * heads * splits * blocks,)](
+            *own, *other, peak, parts[0], parts[1], rows, keys, batch, heads, splits, split_keys,
+            *own.strides(), *other.strides(), scale, FIND_DELTA=find_delta and delta, DX=dx, DV=dv, D=width, **tile,
+        )  # fmt: skip
     if splits > 1:
         size = out[0].numel()
         add_parts_kernel[triton.cdiv(size, 256), 2](parts, out, size, splits, BLOCK=256, num_warps=2)
@@ -207,6 +226,8 @@ def bi_attention_backward(
     (batch, length, heads, width), pixels = k.shape, q.shape[1]
     q, k, v_image, v_text = readable(q, k, v_image, v_text)
     dimage, dtext, text, peak = (x.contiguous() for x in (dimage, dtext, text, peak))
+    # As wide as the other numbers of a token, they come by asynchronous copies too, which takes fewer registers.
+    text_mask, image_mask = (None if m is None else m.float().contiguous() for m in (text_mask, image_mask))
     image_delta, text_delta = (peak.new_empty(batch, heads, tokens) for tokens in (pixels, length))
     image_side = Side(q, v_image, dimage, image_lse.contiguous(), image_delta, image_mask)
     text_side = Side(k, v_text, dtext, text_lse.contiguous(), text_delta, text_mask)

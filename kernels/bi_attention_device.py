@@ -25,18 +25,32 @@ def place_of(R, heads, splits, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, first, last, D, stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(base, first, last, stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows from ``first`` on with dense channels, 0 from ``last`` on. A tile spans less than 2³¹ elements: its offsets
     take half the registers, and no loop changes them."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    mask = (rows < last - first)[:, None] & (columns < D)[None, :]
+    mask = (rows < last - first)[:, None]
+    if D != BLOCK_D:
+        mask = mask & (columns < D)[None, :]
     base += tl.cast(first, tl.int64) * stride
     return tl.load(base + (rows[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def products(
-    x, y, x_tile, y_tile, row, key, R, K, D, stride_xr, stride_yk, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+    x,
+    y,
+    x_tile,
+    y_tile,
+    row,
+    key,
+    R,
+    K,
+    stride_xr,
+    stride_yk,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """x yᵀ in float32: of the tiles, or where CHUNK is not 0 of so many columns of x and y at a time from memory."""
     acc = tl.zeros([x_tile.shape[0], y_tile.shape[0]], tl.float32)
@@ -57,12 +71,12 @@ def bounded(s, peak):
 
 
 @triton.jit
-def load_read(mask, token, last, stride_mk, BLOCK: tl.constexpr):
+def load_read(mask, token, last, BLOCK: tl.constexpr):
     """Which of the tokens from ``token`` on are before ``last`` and not masked."""
     tokens = token + tl.arange(0, BLOCK)
     there = tokens < last
     if mask is not None:
-        there &= tl.load(mask + tokens.to(tl.int64) * stride_mk, mask=there, other=1) == 0
+        there &= tl.load(mask + tokens, mask=there, other=1) == 0
     return there
 
 
