@@ -64,11 +64,12 @@ def on(impl: str, step: Step) -> Step:
     return run
 
 
-def capture_with(shared: Iterable[Tensor]) -> Callable[[Step], Step]:
+def capture_with(shared: Iterable[Tensor]) -> Callable[[str, Step], Step]:
     """A ``Problem.capture`` for whole models: what depends on shapes and on these tensors alone is left out of the
-    graph, in every provider, as ``runner.capture`` leaves out what depends on its fixed inputs."""
+    graph, as ``runner.capture`` leaves out what depends on its fixed inputs. In every provider but "compiled", since
+    torch.compile does not compile while calls are watched."""
     shared = list(shared)
-    return lambda step: measure.captured(step, SharedWork(shared))
+    return lambda name, step: measure.captured(step, SharedWork(shared) if name != "compiled" else None)
 
 
 def fastest(prepare: Callable[[int], Step], sizes: Sequence[int]) -> Step:

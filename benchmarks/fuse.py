@@ -1,7 +1,7 @@
 """Cases of ``fuse``: one pass of the Grounding DINO encoder over a picture and six phrases, as it is and fused.
 
-"eager" is the model as transformers builds it, the attention of Swin and BERT on SDPA; "attention only" is fused but for
-its linear layers.
+"eager" is the model as transformers builds it, with Swin's and BERT's attention on SDPA; "attention only" is fused but
+for its linear layers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
     steps, errors, remarks = verify(problem.providers, expected, problem)
     right = {name: step for name, step in steps.items() if errors[name] <= problem.tolerance}
     if device == "cuda":  # beside what a caller waits, what the GPU does: each provider as a CUDA graph
-        graphs = {f"{name}+graph": functools.partial(problem.capture, step) for name, step in right.items()}
+        graphs = {f"{name}+graph": functools.partial(problem.capture, name, step) for name, step in right.items()}
         graphs, graph_errors, graph_remarks = verify(graphs, expected, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
         errors, remarks = errors | graph_errors, remarks | graph_remarks

@@ -47,7 +47,7 @@ class Problem:
         flops: that the work needs at least.
         bytes: that must be moved between memory and chip at least.
         error: how far a step's tensors are from ``expected``.
-        capture: a step as a CUDA graph.
+        capture: provider's name and its step → the step as a CUDA graph.
     """
 
     providers: dict[str, Callable[[], Step]]
@@ -56,7 +56,7 @@ class Problem:
     flops: float
     bytes: float
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
-    capture: Callable[[Step], Step] = measure.captured
+    capture: Callable[[str, Step], Step] = lambda _, step: measure.captured(step)
 
 
 @dataclasses.dataclass(frozen=True)
