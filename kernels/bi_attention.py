@@ -168,7 +168,7 @@ def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[s
     block_d = max(triton.next_power_of_2(width), 16)
     few = max(triton.next_power_of_2(min(rows, keys)), 16)
     if dtype == torch.float32:
-        r, k, warps, stages, chunk = 32, 16, 8, 1, min(block_d, 32)
+        r, k, warps, stages, chunk = 16, 16, 8, 1, min(block_d, 32)
     elif not _operands_stay_in_shared_memory():
         r, k, warps, stages, chunk = 64, 32, 8, 2, 0
     elif few <= 64:  # two programs a multiprocessor

@@ -158,10 +158,10 @@ def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
 
 
-def at_once(rows: int, keys: int) -> bool:
-    """Whether one launch computes both gradients. With few keys or rows memory is the limit; with many, one accumulator
-    leaves registers for tiles that the tensor cores are fed with."""
-    return min(rows, keys) <= 32
+def at_once(rows: int, keys: int, dtype: torch.dtype) -> bool:
+    """Whether one launch computes all. With few rows or keys memory is the limit; with many, one accumulator leaves
+    registers for tiles that keep tensor cores busy."""
+    return min(rows, keys) <= 32 or dtype == torch.float32
 
 
 def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -170,7 +170,7 @@ def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[
     if dtype == torch.float32:
         r, k, warps, stages, chunk = 16, 16, 8, 1, min(block_d, 32)
     else:
-        r, k, warps, stages, chunk = 32 if at_once(rows, keys) else 64, 32, 8, 2, 0
+        r, k, warps, stages, chunk = 32 if at_once(rows, keys, dtype) else 64, 32, 8, 2, 0
     r = min(r, max(triton.next_power_of_2(rows), 16))
     return {
         "BLOCK_R": r, "BLOCK_K": k, "BLOCK_D": block_d, "CHUNK": chunk, "PRECISION": precision(dtype),
@@ -200,15 +200,14 @@ def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delt
     splits, blocks = triton.cdiv(keys, split_keys), triton.cdiv(rows, tile["BLOCK_R"])
     out = own.x.new_empty(2, *own.x.shape)
     parts = out[:, None] if splits == 1 else out.new_empty((2, splits, *own.x.shape), dtype=torch.float32)
-    wanted = (
-        [(True, True, True)]
-        if at_once(rows, keys)
-        else [(True, False, False), (False, True, False), (False, False, True)]
-    )
-    for delta, dx, dv in wanted if find_delta or at_once(rows, keys) else wanted[1:]:
+    if at_once(rows, keys, own.x.dtype):
+        launches = [(find_delta, True, True)]
+    else:
+        launches = [(True, False, False)] * find_delta + [(False, True, False), (False, False, True)]
+    for delta, dx, dv in launches:
         gradient_kernel[(batch * heads * splits * blocks,)](
             *own, *other, peak, parts[0], parts[1], rows, keys, batch, heads, splits, split_keys,
-            *own.strides(), *other.strides(), scale, FIND_DELTA=find_delta and delta, DX=dx, DV=dv, D=width, **tile,
+            *own.strides(), *other.strides(), scale, FIND_DELTA=delta, DX=dx, DV=dv, D=width, **tile,
         )  # fmt: skip
     if splits > 1:
         size = out[0].numel()
