@@ -211,7 +211,7 @@ def _config(size: str) -> GroundingDinoConfig:
             vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
         )
         return GroundingDinoConfig(
-            backbone_config=swin, text_config=bert, d_model=32, encoder_layers=2, encoder_attention_heads=2,
+            backbone_config=swin, text_config=bert, d_model=64, encoder_layers=2, encoder_attention_heads=2,
             encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, num_queries=1,
         )  # fmt: skip
     raise ValueError(f"GroundingDinoEncoder: size must be 'swin-t' or 'tiny', got {size!r}")

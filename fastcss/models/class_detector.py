@@ -1,0 +1,74 @@
+"""Language-driven, task-aware class detection: Grounding DINO's encoder reading an image and the classes of a task."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import phrase_pool
+from .grounding_dino import GroundingDinoEncoder, TextFeatures
+
+
+class DetectedClasses(NamedTuple):
+    """What image and classes have made of each other.
+
+    Attributes:
+        tokens: V', ``[B, N, D]``.
+        classes: E', ``[B, c, D]``, zeros for classes that are masked.
+    """
+
+    tokens: Tensor
+    classes: Tensor
+
+
+class ClassDetector(GroundingDinoEncoder):
+    """The encoder with a token for each class in place of words, which the image itself has weighted its phrases for.
+
+    The paper leaves open what a class token is to the feature enhancer; here it is a phrase of one word: it reads
+    itself only, at position 0.
+
+    Source: DecoupleCSS sections 3.2.1 and 3.2.2.
+    """
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        phrases: Tensor,
+        class_mask: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+    ) -> DetectedClasses:
+        """
+        Args:
+            pixel_values: ``[B, 3, H, W]``.
+            phrases: ``[c, M, D]``, M phrases a class, from ``embed_phrases``.
+            class_mask: bool ``[c]``, True for rows that are no class (padding).
+            pixel_mask: ``[B, H, W]``, 0 on padding.
+        """
+        image = self.embed_image(pixel_values, pixel_mask)
+        seen = (~image.mask).to(image.features.dtype)[..., None]
+        cls = (image.features * seen).sum(1) / seen.sum(1)  # [B, D]: Swin has no class token
+        pooled = phrase_pool(cls, phrases.to(cls.dtype))  # [B, c, D]
+        batch, count, _ = pooled.shape
+        if class_mask is None:
+            class_mask = torch.zeros(count, dtype=torch.bool, device=pooled.device)
+        text = TextFeatures(
+            features=pooled,
+            mask=class_mask.expand(batch, -1),
+            self_mask=~torch.eye(count, dtype=torch.bool, device=pooled.device).expand(batch, -1, -1),
+            position_ids=torch.zeros(batch, count, dtype=torch.long, device=pooled.device),
+        )
+        enhanced = self.enhance(image, text)
+        classes = enhanced.last_hidden_state_text.masked_fill(class_mask[:, None], 0)
+        return DetectedClasses(enhanced.last_hidden_state_vision, classes)
+
+    def embed_phrases(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Word ids ``[c, M, L]`` of M phrases a class → ``[c, M, D]``, the mean over a phrase's words.
+
+        What the text encoder adds to both ends, [CLS] and [SEP], is no word of the phrase.
+        """
+        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
+        hidden = self.text_projection(self.text_backbone(ids, attention_mask=mask).last_hidden_state)
+        words = (mask.bool() & ~torch.isin(ids, self.special_tokens)).to(hidden.dtype)[..., None]
+        return ((hidden * words).sum(1) / words.sum(1).clamp(min=1)).unflatten(0, input_ids.shape[:2])

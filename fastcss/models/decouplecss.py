@@ -1,0 +1,289 @@
+"""DecoupleCSS: classes are detected with adapters of their task, and segmented by a SAM that knows no classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..one_pass import OnePass
+from ..ops import SelectedTokens, merge_masks, select_tokens
+from .class_detector import ClassDetector, DetectedClasses
+from .grounding_dino import LORA_SITES
+from .prompt_generator import PromptGenerator, pack
+from .sam import Masks, SamSegmenter
+
+MODES = ("one_pass", "shared", "literal")
+
+
+class Segmentation(NamedTuple):
+    """A labelled batch.
+
+    Attributes:
+        labels: int64 ``[H, W]`` for each image: 0 for background, 1 + k for class k of ``model.classes``.
+        present: bool ``[B, C]``, which classes were found.
+        presence: ``[B, C]``, r of eq. A.2, how sure the detector is of each.
+    """
+
+    labels: list[Tensor]
+    present: Tensor
+    presence: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Phrases:
+    """Word ids of M phrases for each of c classes, [c, M, L], and where they are words."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Task(nn.Module):
+    """What one task has of its own, beside the adapter of its name."""
+
+    def __init__(self, name: str, classes: Sequence[str], phrases: Phrases, generator: PromptGenerator) -> None:
+        super().__init__()
+        self.name, self.classes = name, tuple(classes)
+        self.register_buffer("input_ids", phrases.input_ids, persistent=False)
+        self.register_buffer("attention_mask", phrases.attention_mask, persistent=False)
+        self.register_buffer("thresholds", torch.zeros(len(classes)))  # of presence
+        self.generator = generator
+
+
+class DecoupleCSS(nn.Module):
+    """Learns class after class without touching what it learned before, and segments all of them in one pass.
+
+    Each task has a LoRA adapter in the detector, and each class a prompt generator; the rest is frozen. Segmenting an
+    image wants every task's adapter: one pass runs them side by side, where the published system runs task after task.
+
+    Args:
+        detector: Grounding DINO's encoder.
+        segmenter: SAM.
+        threshold: τ of eq. 4, above 0; the paper's is 0.3 for VOC and 0.2 for ADE20K.
+        length: scalars of a class's tokens that its prompt generator reads.
+        prompts: embeddings a class that SAM is prompted with.
+        hidden: width of the prompt generators.
+        rank, alpha: of the adapters.
+        sites: where they sit, "swin+fusion" or "fusion"; with the latter all tasks share the image encoder.
+
+    Source: DecoupleCSS (seed of the pipeline: sections 3.1 to 3.4).
+    """
+
+    def __init__(
+        self,
+        detector: ClassDetector,
+        segmenter: SamSegmenter,
+        *,
+        threshold: float = 0.3,
+        length: int = 512,
+        prompts: int = 6,
+        hidden: int = 1024,
+        rank: int = 32,
+        alpha: float = 32,
+        sites: str = "swin+fusion",
+    ) -> None:
+        super().__init__()
+        if not 0 < threshold <= 1:
+            raise ValueError(f"DecoupleCSS: threshold must be above 0 and at most 1, got {threshold}")
+        if sites not in LORA_SITES:
+            raise ValueError(f"DecoupleCSS: sites must be one of {', '.join(LORA_SITES)}, got {sites!r}")
+        self.detector: nn.Module = detector.requires_grad_(False)  # PEFT's model of it from the first task on
+        self.segmenter = segmenter.requires_grad_(False)
+        self.tasks = nn.ModuleList()
+        self.threshold, self.length = threshold, length
+        self._generator_sizes = {"length": length, "prompts": prompts, "hidden": hidden}
+        self._lora = {"r": rank, "lora_alpha": alpha, "target_modules": LORA_SITES[sites]}
+        self._all: _AllTasks | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(name for task in self.tasks for name in task.classes)
+
+    def add_task(self, classes: Sequence[str], phrases: Phrases, name: str | None = None) -> Task:
+        """A new task with an adapter that does nothing yet; its parameters are what there is to train.
+
+        Args:
+            classes: names of the new classes, none of which is there already.
+            phrases: [c, M, L] for them.
+            name: of the adapter, by default ``task<t>``.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        name = f"task{len(self.tasks)}" if name is None else name
+        self._check_new(name, classes, phrases)
+        config = LoraConfig(**self._lora)
+        if self.tasks:
+            self.detector.add_adapter(name, config)
+        else:
+            self.detector = get_peft_model(self.detector, config, adapter_name=name)
+        self.detector.set_adapter(name)
+        generator = PromptGenerator(len(classes), prompt_dim=self.segmenter.prompt_dim, **self._generator_sizes)
+        self.tasks.append(Task(name, classes, phrases, generator).to(self._device))
+        self._all = None
+        return self.tasks[-1]
+
+    @torch.no_grad()
+    def segment(
+        self,
+        pixel_values: Tensor,
+        sam_pixel_values: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        crops: Sequence[tuple[int, int]] | None = None,
+        mode: str = "one_pass",
+    ) -> Segmentation:
+        """Label every pixel with one of the classes of all tasks, or as background.
+
+        Args:
+            pixel_values: ``[B, 3, H, W]`` for the detector.
+            sam_pixel_values: ``[B, 3, S, S]`` for SAM, ``S = segmenter.image_size``.
+            sizes: (height, width) of each label map.
+            crops: (height, width) of the picture within ``sam_pixel_values``, by default all of it.
+            mode: "one_pass"; or, to compare with, "shared": adapters switched, the rest once an image; "literal":
+                everything once a task, every prompt by itself, as published. All give the same labels.
+        """
+        self._check_inputs(pixel_values, sam_pixel_values, sizes, crops, mode)
+        if mode == "literal":
+            return self._literal(pixel_values, sam_pixel_values, sizes, crops)
+        if self._all is None:
+            self._all = _AllTasks(self)
+        found = self._all.detect(pixel_values) if mode == "one_pass" else self._all.detect_in_turn(pixel_values)
+        present = (found.counts > 0) & (found.presence >= self._all.thresholds)
+        embeddings, labels = self.segmenter.embed(sam_pixel_values), []
+        for b, size in enumerate(sizes):
+            index = present[b].nonzero()[:, 0]
+            masks = self.segmenter.decode(embeddings[b], self._all.generator(found.tokens[b, index], index))
+            labels.append(_merge(masks, index, size, crops and crops[b]))
+        return Segmentation(labels, present, found.presence)
+
+    def _literal(
+        self,
+        pixel_values: Tensor,
+        sam_pixel_values: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        crops: Sequence[tuple[int, int]] | None,
+    ) -> Segmentation:
+        batch = range(len(sizes))
+        masks, indices = [[] for _ in batch], [[] for _ in batch]
+        presents, presences, first = [], [], 0
+        for task in self.tasks:
+            self.detector.set_adapter(task.name)
+            detector = self.detector.get_base_model()
+            phrases = detector.embed_phrases(task.input_ids, task.attention_mask)
+            found = self._select(self.detector(pixel_values, phrases=phrases))
+            present = (found.counts > 0) & (found.presence >= task.thresholds)
+            embeddings = self.segmenter.embed(sam_pixel_values)
+            for b in batch:
+                for k in present[b].nonzero()[:, 0].split(1):
+                    prompt = task.generator(found.tokens[b, k], k)
+                    masks[b].append(self.segmenter.decode(embeddings[b], prompt))
+                    indices[b].append(first + k)
+            presents.append(present), presences.append(found.presence)
+            first += len(task.classes)
+        none = self.segmenter.decode(embeddings[0], embeddings.new_empty(0, 1, self.segmenter.prompt_dim))
+        labels = [
+            _merge(
+                Masks(*(torch.cat(parts) for parts in zip(none, *masks[b], strict=True))),
+                torch.cat([present.new_empty(0, dtype=torch.long), *indices[b]]),
+                sizes[b],
+                crops and crops[b],
+            )
+            for b in batch
+        ]
+        return Segmentation(labels, torch.cat(presents, 1), torch.cat(presences, 1))
+
+    def _select(self, detected: DetectedClasses) -> SelectedTokens:
+        return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.detector.parameters()).device
+
+    def train(self, mode: bool = True) -> DecoupleCSS:
+        self._all = None  # weights are about to change
+        return super().train(mode)
+
+    def _check_new(self, name: str, classes: Sequence[str], phrases: Phrases) -> None:
+        if not classes:
+            raise ValueError("DecoupleCSS.add_task: classes must name at least one class")
+        for known in classes:
+            if known in self.classes or list(classes).count(known) > 1:
+                raise ValueError(f"DecoupleCSS.add_task: class {known!r} is there already")
+        if name in (task.name for task in self.tasks):
+            raise ValueError(f"DecoupleCSS.add_task: task {name!r} is there already")
+        ids, mask = phrases.input_ids, phrases.attention_mask
+        if ids.dim() != 3 or len(ids) != len(classes) or ids.shape != mask.shape:
+            raise ValueError(
+                f"DecoupleCSS.add_task: phrases must be [{len(classes)}, M, L] for these classes, ids and mask alike, "
+                f"got {list(ids.shape)} and {list(mask.shape)}"
+            )
+        if self.tasks and ids.shape[1] != self.tasks[0].input_ids.shape[1]:
+            wanted = self.tasks[0].input_ids.shape[1]
+            raise ValueError(f"DecoupleCSS.add_task: phrases must be {wanted} a class, as before, got {ids.shape[1]}")
+
+    def _check_inputs(self, pixel_values: Tensor, sam_pixel_values: Tensor, sizes, crops, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"DecoupleCSS.segment: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if not self.tasks:
+            raise RuntimeError("DecoupleCSS.segment: no task was added yet")
+        if self.training:
+            raise RuntimeError("DecoupleCSS.segment: wants the model in eval mode")
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not len(pixel_values):
+            raise ValueError(
+                f"DecoupleCSS.segment: pixel_values must be [B, 3, H, W] with B ≥ 1, got {list(pixel_values.shape)}"
+            )
+        wanted = [len(pixel_values), 3, *[self.segmenter.image_size] * 2]
+        if list(sam_pixel_values.shape) != wanted:
+            raise ValueError(
+                f"DecoupleCSS.segment: sam_pixel_values must be {wanted}, got {list(sam_pixel_values.shape)}"
+            )
+        for name, given in (("sizes", sizes), ("crops", crops)):
+            if given is not None and len(given) != len(pixel_values):
+                raise ValueError(f"DecoupleCSS.segment: {name} must have one entry an image, got {len(given)}")
+
+
+class _AllTasks:
+    """Every task's part of a trained model, packed for one pass; made anew when a task is added."""
+
+    def __init__(self, model: DecoupleCSS) -> None:
+        self._model, self._tasks = model, list(model.tasks)
+        detector: ClassDetector = model.detector.get_base_model()
+        self._phrases = [detector.embed_phrases(task.input_ids, task.attention_mask) for task in self._tasks]
+        self._runner = OnePass(model.detector)
+        widest = max(map(len, self._phrases))
+        self._padded = {
+            "phrases": torch.stack([_pad(phrases, widest) for phrases in self._phrases]),
+            "class_mask": torch.stack([_pad(p.new_zeros(len(p), dtype=torch.bool), widest, 1) for p in self._phrases]),
+        }
+        self.generator = pack([task.generator for task in self._tasks])
+        self.thresholds = torch.cat([task.thresholds for task in self._tasks])
+
+    def detect(self, pixel_values: Tensor) -> SelectedTokens:
+        """All tasks' classes, side by side."""
+        names = [task.name for task in self._tasks]
+        detected = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
+        # One call for all tasks: no token is given to a row of zeros, whose cosine is below any threshold.
+        found = self._model._select(DetectedClasses(*(x.flatten(0, 1) for x in detected)))
+        of_class = ~self._padded["class_mask"].flatten()
+        shape = (len(names), len(pixel_values))
+        return SelectedTokens(*(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2)[:, of_class] for x in found))
+
+    def detect_in_turn(self, pixel_values: Tensor) -> SelectedTokens:
+        """The same with the adapters switched."""
+        detector, found = self._model.detector, []
+        for task, phrases in zip(self._tasks, self._phrases, strict=True):
+            detector.set_adapter(task.name)
+            found.append(self._model._select(detector(pixel_values, phrases=phrases)))
+        return SelectedTokens(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+
+
+def _pad(rows: Tensor, count: int, value: float = 0) -> Tensor:
+    return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), value)])
+
+
+def _merge(masks: Masks, index: Tensor, size: tuple[int, int], crop: tuple[int, int] | None) -> Tensor:
+    """One label map of the masks of the classes ``index``: 1 + class, 0 where there is none."""
+    labels = merge_masks(masks.masks, masks.scores, size, crop=crop)
+    return torch.cat([index.new_zeros(1), index + 1])[labels]
