@@ -1,6 +1,6 @@
 """Triton implementation of fastcss::window_attention: each token is read where it lies in the map.
 
-8 bytes a token and channel of bfloat16 must move, for 4 window² FLOP a pair: 41 MB against 1.8 GFLOP for the first
+A token's channel is 8 bytes of q, k, v and output in bfloat16, for 4 window² FLOP: 41 MB against 1 GFLOP for the first
 stage of Swin-T at 800 × 1066, so memory is the limit, and after it the instructions of the softmax. A program takes a
 head of some windows that follow each other, one tile [window², window²] of scores each:
 
@@ -43,6 +43,7 @@ from .window_attention_device import (
 
 PER_MULTIPROCESSOR = 4  # programs, which their registers allow
 REGISTERS = 65536 // (PER_MULTIPROCESSOR * 128)
+# Which of them are multiples of 16 makes no kernel better.
 SIZES = ["H", "W", "rows", "columns", "heads", "shift", "windows", "per_program"]
 
 
@@ -94,7 +95,7 @@ class Operands(NamedTuple):
     q: Tensor  # [B, H, W, heads, D]
     k: Tensor
     v: Tensor
-    bias: Tensor  # [heads, window², window²], dense, so that its addresses are one and constants
+    bias: Tensor  # [heads, window², window²], dense: then its addresses are one and constants
     pad_key: Tensor  # [B, heads, D]
     pad_value: Tensor
 
