@@ -9,17 +9,38 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._replay import SharedWork
+from ._replay import SharedWork, version
 from ._stand_in import StandIn
 
 WARM_UPS = 3  # library handles, workspaces and autotuning settle before the capture
+
+
+class Graph:
+    """A CUDA graph of one call, and the stream that it is captured on."""
+
+    def __init__(self) -> None:
+        self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def warm_up(self, call: Callable[[], object]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                call()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, call: Callable[[], object]) -> object:
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            return call()
+
+    def replay(self) -> None:
+        self._graph.replay()
 
 
 @dataclasses.dataclass
 class _Captured:
     call: Callable
     fixed: tuple[str, ...]
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     inputs: list[Tensor]  # what the graph reads
     output: object  # what it writes
     constants: SharedWork  # results the graph reads that were computed before it
@@ -65,22 +86,18 @@ class Captures:
 
 def _capture(stand_in: StandIn, call: Callable, fixed: tuple[str, ...], args: tuple, kwargs: dict) -> _Captured:
     inputs = _moving(fixed, args, kwargs)
-    static = [tensor.clone() for tensor in inputs]
+    with torch.inference_mode(False):
+        static = [tensor.clone() for tensor in inputs]
     args, kwargs = _replace(inputs, static, args, kwargs)
     # Results that depend on shapes (and on the fixed inputs) alone are computed in the warm-up, and taken from there in
     # the capture: copies from the host and reads of scalars, which no graph can hold, are among them.
     given = [kwargs[name] for name in fixed]
     constants = SharedWork([*given, *stand_in.tensors()] if fixed else [])
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), constants:
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                call(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(stream)
+    graph = Graph()
+    with torch.inference_mode(False), torch.no_grad(), constants:  # SharedWork has to see writes
+        graph.warm_up(lambda: call(*args, **kwargs))
         try:
-            with torch.cuda.graph(graph, stream=stream):
-                output = call(*args, **kwargs)
+            output = graph.record(lambda: call(*args, **kwargs))
         except RuntimeError as error:
             raise RuntimeError(
                 f"one_pass.capture: {type(stand_in.model).__name__} does what no CUDA graph can hold "
@@ -113,7 +130,7 @@ def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
         (args, {name: kwargs[name] for name in sorted(kwargs) if name not in fixed})
     )
     moving = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-    same = tuple((id(kwargs[name]), kwargs[name]._version) for name in fixed if name in kwargs)
+    same = tuple((id(kwargs[name]), version(kwargs[name])) for name in fixed if name in kwargs)
     modes = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cuda", "cpu"))
     return structure, moving, same, modes
 
@@ -121,4 +138,4 @@ def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
 def _stamp(stand_in: StandIn, with_weights: bool) -> tuple:
     """Changes when a tensor changes whose value a graph took over: packed adapters, and weights in lifted results."""
     tensors = stand_in.adapter_tensors() + (stand_in.tensors() if with_weights else [])
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    return tuple((tensor.data_ptr(), version(tensor)) for tensor in tensors)

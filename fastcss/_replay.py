@@ -47,7 +47,7 @@ class SharedWork(TorchFunctionMode):
 
     def is_shared(self, tensor: Tensor) -> bool:
         entry = self._shared.get(id(tensor))
-        return entry is not None and not is_mapped(tensor) and entry[1] == _version(tensor)
+        return entry is not None and not is_mapped(tensor) and entry[1] == version(tensor)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,7 +66,7 @@ class SharedWork(TorchFunctionMode):
         return result
 
     def _share(self, tensors: Iterable[Tensor]) -> None:
-        self._shared.update((id(t), (t, _version(t))) for t in tensors)
+        self._shared.update((id(t), (t, version(t))) for t in tensors)
 
     def _key(self, func, leaves: list, structure) -> tuple | None:
         """What makes a later call the same call; None for a call that must not be remembered."""
@@ -91,5 +91,6 @@ def _tensors(leaves: list) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """Counts the writes of ``tensor``; nothing counts those of inference tensors."""
     return 0 if tensor.is_inference() else tensor._version

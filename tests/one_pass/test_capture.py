@@ -1,0 +1,212 @@
+"""Captured calls of the Grounding DINO encoder: nothing in them that no CUDA graph can hold, and replays that equal the
+eager call bit for bit. Without a GPU the device and its graphs are pretended (``pretend_cuda``); all else is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pretend_cuda import PretendDevice, PretendGraph, to_device
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import fastcss
+from fastcss import _capture
+from fastcss._replay import SharedWork
+from fastcss.models.grounding_dino import GroundingDinoEncoder, add_adapters, phrases_to_ids
+
+FUSED = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
+
+
+class RealDevice:
+    faults = ()  # the capture of what it cannot hold raises
+
+
+@pytest.fixture
+def place(device, monkeypatch):
+    """The device, real or pretended; what was recorded on it tells what no graph can hold."""
+    if device == "cuda":
+        yield RealDevice()
+        return
+    with PretendDevice() as pretended:
+        monkeypatch.setattr(_capture, "Graph", lambda: PretendGraph(pretended))
+        yield pretended
+
+
+def moved(value, place):
+    if isinstance(place, PretendDevice):
+        return to_device(value)
+    if isinstance(value, torch.nn.Module):
+        return value.to("cuda")
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("cuda"), value)
+
+
+def encoder(place) -> GroundingDinoEncoder:
+    return moved(GroundingDinoEncoder.random("tiny"), place)
+
+
+def adapted(place, tasks: int = 2):
+    return moved(add_adapters(GroundingDinoEncoder.random("tiny"), tasks, rank=4), place)
+
+
+def given(place, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """Images of a size that leaves every window a part, and six phrases; with ``seed`` both change."""
+    image = torch.randn(batch, 3, 75, 98, generator=torch.Generator().manual_seed(seed))
+    ids = phrases_to_ids()[0].repeat(batch, 1)
+    ids[:, 1] += seed
+    return moved({"pixel_values": image, "input_ids": ids}, place)
+
+
+def leaves(output: object) -> list[Tensor]:
+    """Copies, which a later replay does not change."""
+    return [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected) > 0
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.fixture
+def replaying(monkeypatch) -> Callable:
+    """``replaying(runner, inputs)``: what a call gives that was replayed, and made the host wait for nothing."""
+    replays = []
+    replay = _capture._replay
+    monkeypatch.setattr(_capture, "_replay", lambda *args: replays.append(args) or replay(*args))
+
+    def call(runner, inputs) -> list[Tensor]:
+        before, real = len(replays), inputs["pixel_values"].is_cuda and torch.cuda.is_available()
+        if real:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.no_grad():
+                output = runner(**inputs)
+        finally:
+            if real:
+                torch.cuda.set_sync_debug_mode("default")
+        assert len(replays) == before + 1
+        return leaves(output)
+
+    return call
+
+
+def eager(runner, inputs) -> list[Tensor]:
+    """The same call of the same runner, which has nothing captured now."""
+    with torch.no_grad():
+        captures, runner._captures = runner._captures, _capture.Captures()
+        try:
+            return leaves(runner(**inputs))
+        finally:
+            runner._captures = captures
+
+
+@FUSED
+@pytest.mark.parametrize("batch", [1, 2])
+def test_replays_with_a_fixed_text(fuse, batch, place, replaying):
+    runner = fastcss.one_pass(adapted(place), fuse=fuse)
+    example, other = given(place, batch), given(place, batch, seed=1)
+    other["input_ids"] = example["input_ids"]
+    runner.capture(**example, fixed=("input_ids",))
+    assert list(place.faults) == []
+    assert runner.engine == "vmap"
+    for inputs in (example, other, example):
+        assert_same_bits(replaying(runner, inputs), eager(runner, inputs))
+
+
+@FUSED
+def test_replays_with_a_text_that_changes(fuse, place, replaying):
+    runner = fastcss.one_pass(adapted(place), fuse=fuse)
+    example, other = given(place), given(place, seed=1)
+    runner.capture(**example)
+    assert list(place.faults) == []
+    results = [replaying(runner, inputs) for inputs in (other, example)]
+    for got, inputs in zip(results, (other, example), strict=True):
+        assert_same_bits(got, eager(runner, inputs))
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+@FUSED
+def test_replays_of_adapters_that_run_in_turn(fuse, place, replaying):
+    runner = fastcss.one_pass(adapted(place), fuse=fuse, engine="replay")
+    example, other = given(place), given(place, seed=1)
+    runner.capture(**example)
+    assert list(place.faults) == []
+    assert_same_bits(replaying(runner, other), eager(runner, other))
+
+
+def test_outputs_of_two_replays_are_copies(place):
+    runner = fastcss.one_pass(adapted(place), fuse=True)
+    example = given(place)
+    runner.capture(**example, fixed=("input_ids",))
+    with torch.no_grad():
+        first = runner(**example)
+        kept = leaves(first)
+        second = runner(**{**example, "pixel_values": example["pixel_values"] + 1})
+    assert_same_bits(leaves(first), kept)
+    assert not torch.equal(first.last_hidden_state_vision, second.last_hidden_state_vision)
+
+
+@pytest.mark.parametrize("changed", ["lora_B", "base_layer.weight"])
+def test_what_changed_in_place_is_captured_anew(changed, place, replaying):
+    model = adapted(place)
+    runner, example = fastcss.one_pass(model, fuse=True), given(place)
+    runner.capture(**example, fixed=("input_ids",))
+    before = replaying(runner, example)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if changed in name:
+                parameter.mul_(1.5)
+        after = leaves(runner(**example))
+    assert list(place.faults) == []
+    assert not torch.equal(before[0], after[0])
+    assert_same_bits(after, eager(runner, example))
+    assert_same_bits(replaying(runner, example), after)
+
+
+def test_capture_in_inference_mode(place, replaying):
+    runner, example = fastcss.one_pass(adapted(place), fuse=True), given(place)
+    with torch.inference_mode():
+        runner.capture(**example, fixed=("input_ids",))
+        assert list(place.faults) == []
+        got = replaying(runner, example)
+    assert_same_bits(got, eager(runner, example))
+
+
+@FUSED
+def test_the_bare_encoder(fuse, place):
+    """Without adapters, captured as the benchmarks do."""
+    model = encoder(place)
+    if fuse:
+        fastcss.fuse(model)
+    example, graph = given(place), _capture.Graph()
+    image = example["pixel_values"].clone()
+    constants = SharedWork([example["input_ids"], *model.parameters(), *model.buffers()])
+
+    def call():
+        return model(image, example["input_ids"])
+
+    with torch.no_grad():
+        with constants:
+            graph.warm_up(call)
+            output = graph.record(call)
+        assert list(place.faults) == []
+        image.add_(1)
+        graph.replay()
+        assert_same_bits(leaves(output), leaves(call()))
+
+
+@FUSED
+def test_what_is_lifted_are_faults(fuse, device):
+    """The pretended device sees what a first call does that no graph can hold: so that no fault means something."""
+    if device == "cuda":
+        pytest.skip("the pretended device is for machines without one")
+    with PretendDevice() as pretended, torch.no_grad():
+        runner, example = fastcss.one_pass(adapted(pretended), fuse=fuse), given(pretended)
+        runner(**example)
+        with pretended.record():
+            runner(**example)
+    assert "aten._to_copy.default" in pretended.faults  # numbers made into tensors
+    assert ("aten._local_scalar_dense.default" in pretended.faults) == (not fuse)  # the check of the levels' sizes
