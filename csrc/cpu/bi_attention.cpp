@@ -16,13 +16,14 @@ constexpr float kInf = __builtin_inff();
 
 struct Outputs {
   Tensor image, text;
-  float *image_lse, *text_lse, *peak;
+  Stats *image_stats, *text_stats;
+  Floor* floor;
 };
 
 class Sweeps {
  public:
   Sweeps(const BiOperands& in, const Outputs& out, float scale)
-      : in_(in), out_(out), extents_(in.B * in.heads * in.chunks), subtracted_(in.B) {
+      : in_(in), out_(out), extents_(in.B * in.heads * in.chunks) {
     const int64_t pairs = in.B * in.heads;
     text_size_ = in.panels * in.D * kCols + in.lanes() * in.width;
     memory_ = shared_workspace.get(pairs * (text_size_ + in.chunks * partial_size()));
@@ -64,8 +65,7 @@ class Sweeps {
     }
     const bool bites = all.nan || !(all.most - all.least <= -kLeast);
     for (int64_t b = first; b < first + samples; ++b) {
-      out_.peak[b] = all.nan ? __builtin_nanf("") : all.most;
-      subtracted_[b] = bites;
+      out_.floor[b] = bites ? Floor{all.nan ? __builtin_nanf("") : all.most, kLeast} : Floor{0, -kInf};
     }
     return bites;
   }
@@ -77,7 +77,6 @@ class Sweeps {
   const BiOperands& in_;
   const Outputs& out_;
   std::vector<Extent> extents_;
-  std::vector<char> subtracted_;  // of each sample: its logits are less the peak already
   int64_t text_size_;
   float* memory_;
 };
@@ -102,9 +101,9 @@ void Sweeps::sweep(int64_t item) {
     for (int64_t j = 0; j < in_.panels; ++j)
       left_product(tokens, in_.D, {q.data, q.ld, 1}, keys(pair) + j * in_.D * kCols, kCols,
                    logits + j * kTokens * kCols, kCols, false);
-    LOWER ? lower(logits, tokens, in_.panels, out_.peak[b]) : extend(&extent, logits, tokens, in_.L);
+    LOWER ? lower(logits, tokens, in_.panels, out_.floor[b]) : extend(&extent, logits, tokens, in_.L);
 
-    image_softmax(logits, weights, tokens, in_.panels, hidden, out_.image_lse + pair * in_.N + first);
+    image_softmax(logits, weights, tokens, in_.panels, hidden, out_.image_stats + pair * in_.N + first);
     for (int64_t c = 0; c < width; c += kCols)
       for (int64_t j = 0; j < in_.panels; ++j)
         left_product(tokens, text(j), {weights + j * kTokens * kCols, kCols, 1}, values(pair) + j * kCols * width + c,
@@ -127,10 +126,9 @@ void Sweeps::sweep(int64_t item) {
   if (!LOWER) extents_[item] = extent;
 }
 
-// The chunks' sums as one, in their order, and all logarithms as of logits less the peak.
+// The chunks' sums as one, in their order.
 void Sweeps::finish(int64_t pair) {
   const int64_t b = pair / in_.heads, h = pair % in_.heads, width = in_.width, first = pair * in_.chunks;
-  const float peak = subtracted_[b] ? 0.f : out_.peak[b];
   std::vector<float> row(width);
   for (int64_t l = 0; l < in_.L; ++l) {
     float largest = -kInf, total = 0;
@@ -144,9 +142,8 @@ void Sweeps::finish(int64_t pair) {
     }
     for (float& value : row) value /= total;
     in_.write_rows(out_.text, b, h, l, 1, row.data());
-    out_.text_lse[pair * in_.L + l] = total == 0 ? __builtin_nanf("") : largest + std::log(total) - peak;
+    out_.text_stats[pair * in_.L + l] = {largest, std::log(total)};
   }
-  for (int64_t n = 0; n < in_.N; ++n) out_.image_lse[pair * in_.N + n] -= peak;
 }
 
 using Optional = std::optional<Tensor>;
@@ -160,17 +157,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bi_attention(const Tensor& q,
   const auto statistic = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_zeros(q, shape(sizes), ScalarType::Float);
   };
-  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
   Tensor image = result({in.B, in.N, in.heads * in.D}), text = result({in.B, in.L, in.heads * in.D});
-  Tensor image_lse = statistic({in.B, in.heads, in.N}), text_lse = statistic({in.B, in.heads, in.L});
-  Tensor peak = statistic({in.B, 1});
+  Tensor image_stats = statistic({in.B, in.heads, in.N, 2}), text_stats = statistic({in.B, in.heads, in.L, 2});
+  Tensor floor = statistic({in.B, 2});
   if (in.N == 0 || in.L == 0 || in.D == 0) {  // nothing to read
     torch::stable::zero_(image), torch::stable::zero_(text);
   } else if (in.B > 0 && in.heads > 0) {
-    const Outputs out{image, text, floats(image_lse), floats(text_lse), floats(peak)};
+    const Outputs out{image, text, static_cast<Stats*>(image_stats.mutable_data_ptr()),
+                      static_cast<Stats*>(text_stats.mutable_data_ptr()),
+                      static_cast<Floor*>(floor.mutable_data_ptr())};
     Sweeps(in, out, static_cast<float>(scale)).run(group);
   }
-  return {image, text, image_lse, text_lse, peak};
+  return {image, text, image_stats, text_stats, floor};
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ using Optional = std::optional<Tensor>;
 
 struct Saved {
   Tensor dimage, dtext, text;  // [B, ·, heads, D]
-  const float *image_lse, *text_lse, *peak;
+  const Stats *image, *of_text;
+  const Floor* floor;
 };
 struct Gradients {
   Tensor dq, dk, dv_image, dv_text;
@@ -23,7 +24,7 @@ class Backward {
   Backward(const BiOperands& in, const Saved& saved, const Gradients& out, float scale)
       : in_(in), saved_(saved), out_(out), scale_(scale) {
     packed_ = in.panels * in.D * kCols, rows_ = in.lanes() * in.width;
-    text_size_ = 3 * packed_ + 2 * rows_ + 2 * in.lanes();
+    text_size_ = 3 * packed_ + 2 * rows_ + 3 * in.lanes();
     const int64_t pairs = in.B * in.heads;
     memory_ = shared_workspace.get(pairs * (text_size_ + in.chunks * 2 * rows_));
     parallel(pairs, [&](int64_t pair) { prepare(pair); });
@@ -37,7 +38,7 @@ class Backward {
 
  private:
   // Of one sample and head: packed k · scale, v_text and dtext; rows of k · scale and of dtext; of each lane
-  // Σ dtext · text and the logarithm of its sum.
+  // Σ dtext · text and its stats.
   float* text(int64_t pair) const { return memory_ + pair * text_size_; }
   float* rows(int64_t pair) const { return text(pair) + 3 * packed_; }
   float* delta(int64_t pair) const { return rows(pair) + 2 * rows_; }
@@ -64,10 +65,15 @@ void Backward::prepare(int64_t pair) {
   float *k = rows(pair), *dtext = k + rows_;
   in_.copy_rows(k, saved_.text, b, h);
   in_.copy_rows(dtext, saved_.dtext, b, h);
-  std::fill_n(delta(pair), 2 * lanes, 0.f);
+  std::fill_n(delta(pair), 3 * lanes, 0.f);
   for (int64_t l = 0; l < in_.L; ++l) {
-    delta(pair)[l] = dot(k + l * in_.width, dtext + l * in_.width, in_.width);
-    delta(pair)[lanes + l] = saved_.text_lse[pair * in_.L + l];
+    // Summed as the gradients of the weights are: where a text token reads one image token only, the two are equal.
+    alignas(64) float products[kCols];
+    const float* lanes_of_dtext = text(pair) + 2 * packed_ + l / kCols * in_.D * kCols;
+    left_product(1, in_.D, {k + l * in_.width, in_.width, 1}, lanes_of_dtext, kCols, products, kCols, false);
+    delta(pair)[l] = products[l % kCols];
+    const Stats stats = saved_.of_text[pair * in_.L + l];
+    delta(pair)[lanes + l] = stats.largest, delta(pair)[2 * lanes + l] = stats.log_sum;
   }
   in_.copy_rows(k, in_.k, b, h);
   for (int64_t i = 0; i < in_.L * in_.width; ++i) k[i] *= scale_;
@@ -91,9 +97,10 @@ void Backward::sweep(int64_t item) {
         left_product(tokens, in_.D, {left[i].data, left[i].ld, 1}, text(pair) + i * packed_ + j * in_.D * kCols, kCols,
                      maps + i * block + j * kTokens * kCols, kCols, false);
     const bool* hidden_image = in_.hidden_image(b);
-    softmax_gradients(maps, maps + block, maps + 2 * block, tokens, in_.panels,
-                      {saved_.peak[b], saved_.image_lse + pair * in_.N + first, delta(pair) + in_.lanes(), delta(pair),
-                       hidden, hidden_image ? hidden_image + first : nullptr});
+    softmax_gradients(
+        maps, maps + block, maps + 2 * block, tokens, in_.panels,
+        {saved_.floor[b], saved_.image + pair * in_.N + first, delta(pair) + in_.lanes(), delta(pair) + 2 * in_.lanes(),
+         delta(pair), hidden, hidden_image ? hidden_image + first : nullptr});
 
     // dq = dS (k · scale), dv_image = P_text dtext; dk / scale += dSᵀ q, dv_text += P_imageᵀ dimage
     const Tensor* results[2] = {&out_.dq, &out_.dv_image};
@@ -124,7 +131,7 @@ void Backward::finish(int64_t pair) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> bi_attention_backward(
     const Tensor& dimage, const Tensor& dtext, const Tensor& q, const Tensor& k, const Tensor& v_image,
     const Tensor& v_text, const Optional& text_mask, const Optional& image_mask, const Tensor& text,
-    const Tensor& image_lse, const Tensor& text_lse, const Tensor& peak, double scale) {
+    const Tensor& image_stats, const Tensor& text_stats, const Tensor& floor, double scale) {
   const BiOperands in(q, k, v_image, v_text, text_mask, image_mask);
   const auto like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
   const auto by_head = [&](const Tensor& x) {
@@ -134,10 +141,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bi_attention_backward(
   if (in.N == 0 || in.L == 0 || in.D == 0) {
     for (const Tensor& t : {out.dq, out.dk, out.dv_image, out.dv_text}) torch::stable::zero_(const_cast<Tensor&>(t));
   } else if (in.B > 0 && in.heads > 0) {
-    const Tensor lse[3] = {torch::stable::contiguous(image_lse), torch::stable::contiguous(text_lse),
-                           torch::stable::contiguous(peak)};
-    const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-    const Saved saved{by_head(dimage), by_head(dtext), by_head(text), floats(lse[0]), floats(lse[1]), floats(lse[2])};
+    const Tensor image = torch::stable::contiguous(image_stats), of_text = torch::stable::contiguous(text_stats);
+    const Tensor floors = torch::stable::contiguous(floor);
+    const Saved saved{by_head(dimage),
+                      by_head(dtext),
+                      by_head(text),
+                      static_cast<const Stats*>(image.const_data_ptr()),
+                      static_cast<const Stats*>(of_text.const_data_ptr()),
+                      static_cast<const Floor*>(floors.const_data_ptr())};
     Backward(in, saved, out, static_cast<float>(scale)).run();
   }
   return {out.dq, out.dk, out.dv_image, out.dv_text};

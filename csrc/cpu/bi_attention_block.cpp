@@ -43,16 +43,16 @@ FASTCSS_CLONES void extend(Extent* extent, const float* logits, int tokens, int6
   extent->nan |= std::isnan(total(nan));
 }
 
-FASTCSS_CLONES void lower(float* logits, int tokens, int64_t panels, float peak) {
+FASTCSS_CLONES void lower(float* logits, int tokens, int64_t panels, Floor floor) {
   for (int64_t j = 0; j < panels; ++j)
     for (int64_t i = 0; i < tokens * kCols; i += kLanes) {
-      const Vec t = load(logits + j * kPanel + i) - peak;
-      store(logits + j * kPanel + i, t < kLeast ? kLeast - Vec{} : t);
+      const Vec t = load(logits + j * kPanel + i) - floor.peak;
+      store(logits + j * kPanel + i, t < floor.least ? floor.least - Vec{} : t);
     }
 }
 
 FASTCSS_CLONES void image_softmax(const float* logits, float* weights, int tokens, int64_t panels, const float* hidden,
-                                  float* lse) {
+                                  Stats* stats) {
   const int64_t lanes = panels * kCols;
   for (int i = 0; i < tokens; ++i) {
     const float* row = logits + i * kCols;
@@ -73,7 +73,7 @@ FASTCSS_CLONES void image_softmax(const float* logits, float* weights, int token
     }
     const float all = total(sum), share = 1.f / all;
     for (int64_t lane = 0; lane < lanes; lane += kLanes) store(out + at(lane), load(out + at(lane)) * share);
-    lse[i] = peak + std::log(all);
+    stats[i] = {peak, std::log(all)};
   }
 }
 
@@ -108,23 +108,25 @@ FASTCSS_CLONES void softmax_gradients(float* logits, float* dimage, float* dtext
   const int64_t lanes = panels * kCols;
   for (int i = 0; i < tokens; ++i) {
     float *row = logits + i * kCols, *from_image = dimage + i * kCols, *from_text = dtext + i * kCols;
+    const Stats image = g.image[i];
     Vec delta = {};
     for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-      const Vec t = load(row + at(lane)) - g.peak, off = load(g.hidden_text + lane);
-      const Vec raised = t < kLeast ? kLeast - Vec{} : t;
-      const Vec weight = exp_negative((off != 0.f ? -kInf - Vec{} : raised) - g.image_lse[i]);
+      const Vec t = load(row + at(lane)) - g.floor.peak, off = load(g.hidden_text + lane);
+      const Vec raised = t < g.floor.least ? g.floor.least - Vec{} : t;
+      const Vec weight = exp_negative(((off != 0.f ? -kInf - Vec{} : raised) - image.largest) - image.log_sum);
       delta += off != 0.f ? Vec{} : weight * load(from_image + at(lane));
       store(row + at(lane), t);
     }
     const float sum = total(delta), off_image = g.hidden_image != nullptr && g.hidden_image[i] ? -kInf : 0.f;
     for (int64_t lane = 0; lane < lanes; lane += kLanes) {
       const Vec t = load(row + at(lane)), off = load(g.hidden_text + lane);
-      const Vec raised = t < kLeast ? kLeast - Vec{} : t;
-      const Vec of_image = exp_negative((off != 0.f ? -kInf - Vec{} : raised) - g.image_lse[i]);
-      const Vec of_text = exp_negative((raised + off_image) - load(g.text_lse + lane));
+      const Vec raised = t < g.floor.least ? g.floor.least - Vec{} : t;
+      const Vec of_image = exp_negative(((off != 0.f ? -kInf - Vec{} : raised) - image.largest) - image.log_sum);
+      const Vec of_text =
+          exp_negative(((raised + off_image) - load(g.text_largest + lane)) - load(g.text_log_sum + lane));
       Vec ds = off != 0.f ? Vec{} : of_image * (load(from_image + at(lane)) - sum);
       if (off_image == 0.f) ds += of_text * (load(from_text + at(lane)) - load(g.text_delta + lane));
-      store(row + at(lane), t < kLeast ? Vec{} : ds);
+      store(row + at(lane), t < g.floor.least ? Vec{} : ds);
       store(from_image + at(lane), of_image);
       store(from_text + at(lane), of_text);
     }

@@ -17,22 +17,32 @@ struct Extent {
 // Of the first `text` lanes.
 void extend(Extent* extent, const float* logits, int tokens, int64_t text);
 
-// logits = max(logits − peak, kLeast); NaN stays NaN.
-void lower(float* logits, int tokens, int64_t panels, float peak);
+// What a logit counts as: max(logit − peak, least); NaN stays NaN.
+struct Floor {
+  float peak, least;
+};
+void lower(float* logits, int tokens, int64_t panels, Floor floor);
 
-// weights = the softmax of each token's row, with 0 in the lanes where `hidden` [panels · kCols] is not 0; lse [tokens]
-// the logarithm of its sum.
-void image_softmax(const float* logits, float* weights, int tokens, int64_t panels, const float* hidden, float* lse);
+// Of a softmax: the largest logit that it reads, and the logarithm of Σ e^(logit − largest).
+struct Stats {
+  float largest, log_sum;
+};
+
+// weights = the softmax of each token's row, with 0 in the lanes where `hidden` [panels · kCols] is not 0; its
+// `stats` [tokens].
+void image_softmax(const float* logits, float* weights, int tokens, int64_t panels, const float* hidden, Stats* stats);
 
 // weights = e^(logits − most), 0 for the tokens that are hidden (nullptr: none) and up to kTokens, with `most` and
 // `sum` of each lane brought up to date; what was added up before is to be multiplied by `factor`.
 void text_weights(const float* logits, float* weights, int tokens, int64_t panels, const bool* hidden, float* most,
                   float* sum, float* factor);
 
-// What the gradient of a block takes: of each token the logarithm of its sum, of each lane also Σ gradient · result.
+// What the gradient of a block takes: the tokens' stats, and the lanes', which are those of `text_largest` and
+// `text_log_sum`; of each lane also Σ gradient · result.
 struct BlockGradient {
-  float peak;
-  const float *image_lse, *text_lse, *text_delta, *hidden_text;
+  Floor floor;
+  const Stats* image;
+  const float *text_largest, *text_log_sum, *text_delta, *hidden_text;
   const bool* hidden_image;
 };
 // From the logits and the gradients of both weights: logits → their gradient, dimage → the image side's weights,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import checks
 import pytest
 import torch
@@ -208,14 +210,16 @@ def test_opcheck(impl, device):
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("impl", COMPILED)
 def test_statistics(impl, group, device):
-    """The peak of each group of samples, and the logarithms of the sums of both softmaxes, as far as peak is taken."""
+    """No floor where logits are near each other, and of each softmax the largest logit and the logarithm of the sum."""
     runs(bi_attention, impl, device)
     call = make(4, 7, 5, 2, 3, masks=(), device=device)
-    q, k, *_ = call.tensors.values()
-    *_, image_lse, text_lse, peak = checks.raw("bi_attention", impl)(*call.tensors.values(), None, None, 1.0, group)
+    q, k, *values = call.tensors.values()
+    *_, image, text, floor = checks.raw("bi_attention", impl)(q, k, *values, None, None, 1.0, group)
     logits = torch.einsum("bnhd,blhd->bhnl", q, k)
-    largest = logits.unflatten(0, (-1, group)).amax(dim=(1, 2, 3, 4)).repeat_interleave(group)
-    torch.testing.assert_close(peak[:, 0], largest)
-    below = logits - largest[:, None, None, None]
-    torch.testing.assert_close(image_lse, below.logsumexp(dim=3))
-    torch.testing.assert_close(text_lse, below.logsumexp(dim=2))
+    for got, dim in ((image, 3), (text, 2)):
+        torch.testing.assert_close(got[..., 0], logits.amax(dim))
+        torch.testing.assert_close(got[..., 1], (logits - logits.amax(dim, keepdim=True)).logsumexp(dim))
+    assert floor.tolist() == [[0, -math.inf]] * 4
+    *_, floor = checks.raw("bi_attention", impl)(1e3 * q, 1e3 * k, *values, None, None, 1.0, group)
+    peaks = 1e6 * logits.unflatten(0, (-1, group)).amax(dim=(1, 2, 3, 4)).repeat_interleave(group)
+    torch.testing.assert_close(floor, torch.stack([peaks, torch.full_like(peaks, -50000)], dim=1))
