@@ -112,7 +112,7 @@ def test_replays_with_a_fixed_text(fuse, batch, place, replaying):
     runner.capture(**example, fixed=("input_ids",))
     assert list(place.faults) == []
     assert runner.engine == "vmap"
-    for inputs in (example, other, example):
+    for inputs in (other, example):
         assert_same_bits(replaying(runner, inputs), eager(runner, inputs))
 
 
@@ -154,16 +154,16 @@ def test_what_changed_in_place_is_captured_anew(changed, place, replaying):
     model = adapted(place)
     runner, example = fastcss.one_pass(model, fuse=True), given(place)
     runner.capture(**example, fixed=("input_ids",))
-    before = replaying(runner, example)
     with torch.no_grad():
+        before = leaves(runner(**example))
         for name, parameter in model.named_parameters():
             if changed in name:
                 parameter.mul_(1.5)
-        after = leaves(runner(**example))
+        runner(**example)
     assert list(place.faults) == []
+    after = replaying(runner, example)
     assert not torch.equal(before[0], after[0])
     assert_same_bits(after, eager(runner, example))
-    assert_same_bits(replaying(runner, example), after)
 
 
 def test_capture_in_inference_mode(place, replaying):
