@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._schema import LIBRARY
 from .affinity_tiles import MULTIPROCESSORS
-from .bi_attention_device import BOUND, bounded, load_read, load_rows, peak_of, place_of, products
+from .bi_attention_device import BOUND, bounded, combine_kernel, load_read, load_rows, peak_of, place_of, products
 from .class_centers import exp, finite_or_zero
 from .cost_filter import largest, nan_or_larger
 from .multi_lora import _operands_stay_in_shared_memory, precision
@@ -130,37 +130,6 @@ def attend_kernel(
             x, y, v, mask, out, lse, mass, extremes, low, 0.0, row, first, last, R, K, width, stride_xr, stride_yk,
             stride_vk, scale, CLAMP, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
         )  # fmt: skip
-
-
-@triton.jit
-def combine_kernel(
-    parts, highest, mass, out, lse, R, D, batches, heads, splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """One row of out [B, R, heads, D], and its lse [B, heads, R], from those of the splits, in their order."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    at = (row // (R * heads) * heads + row % heads) * R + row // heads % R
-    rows = tl.cast(batches, tl.int64) * heads * R
-    columns = tl.arange(0, BLOCK_D)
-    most = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        most = tl.maximum(most, tl.load(highest + split * rows + at, mask=split < splits, other=float("-inf")))
-    shift = finite_or_zero(tl.max(most, 0))
-    total = tl.zeros([BLOCK_S], tl.float32)
-    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        there = split < splits
-        weight = exp(tl.load(highest + split * rows + at, mask=there, other=float("-inf")) - shift)
-        weight *= tl.load(mass + split * rows + at, mask=there, other=0.0)
-        # A split with nothing to read has NaN in place of a mean, and no say.
-        mask = (weight != 0)[:, None] & (columns < D)[None, :]
-        part = tl.load(parts + ((split * rows + row) * D)[:, None] + columns[None, :], mask=mask, other=0.0)
-        acc += weight[:, None] * part
-        total += weight
-    sum_of_all = tl.sum(total, 0)
-    tl.store(out + row * D + columns, (tl.sum(acc, 0) / sum_of_all).to(out.dtype.element_ty), mask=columns < D)
-    tl.store(lse + at, shift + tl.log(sum_of_all))
 
 
 def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:

@@ -147,15 +147,21 @@ def gradient_kernel(
 
 
 @triton.jit
-def add_parts_kernel(parts, out, size, splits, BLOCK: tl.constexpr):
-    """out [2, size] from parts [2, splits, size], in their order."""
+def _add_parts(parts, out, size, splits, BLOCK: tl.constexpr):
     place = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    parts += tl.cast(tl.program_id(1), tl.int64) * splits * size
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         total += tl.load(parts + tl.cast(split, tl.int64) * size + place, mask=place < size, other=0.0)
-    out += tl.cast(tl.program_id(1), tl.int64) * size
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
+
+
+@triton.jit
+def add_parts_kernel(dx_parts, dv_parts, dx, dv, size, splits, BLOCK: tl.constexpr):
+    """dx and dv [size] from their parts [splits, size], in their order."""
+    if tl.program_id(1) == 0:
+        _add_parts(dx_parts, dx, size, splits, BLOCK)
+    else:
+        _add_parts(dv_parts, dv, size, splits, BLOCK)
 
 
 def at_once(rows: int, keys: int, dtype: torch.dtype) -> bool:
@@ -192,14 +198,16 @@ class Side(NamedTuple):
         return *self.x.stride()[:3], *self.v.stride()[:3]
 
 
-def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delta: bool) -> Tensor:
-    """dx and dv of the side ``own``, [2, B, R, heads, D]."""
+def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delta: bool) -> tuple[Tensor, Tensor]:
+    """dx and dv [B, R, heads, D] of the side ``own``."""
     (batch, rows, heads, width), keys = own.x.shape, other.x.shape[1]
     tile = gradient_tile(rows, keys, width, own.x.dtype)
     split_keys = keys if find_delta else keys_of_split(rows, keys, heads, tile)
     splits, blocks = triton.cdiv(keys, split_keys), triton.cdiv(rows, tile["BLOCK_R"])
-    out = own.x.new_empty(2, *own.x.shape)
-    parts = out[:, None] if splits == 1 else out.new_empty((2, splits, *own.x.shape), dtype=torch.float32)
+    gradients = own.x.new_empty(own.x.shape), own.x.new_empty(own.x.shape)
+    parts = gradients
+    if splits > 1:
+        parts = own.x.new_empty((2, splits, *own.x.shape), dtype=torch.float32)
     if at_once(rows, keys, own.x.dtype):
         launches = [(find_delta, True, True)]
     else:
@@ -210,9 +218,9 @@ def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delt
             *own.strides(), *other.strides(), scale, FIND_DELTA=delta, DX=dx, DV=dv, D=width, **tile,
         )  # fmt: skip
     if splits > 1:
-        size = out[0].numel()
-        add_parts_kernel[triton.cdiv(size, 256), 2](parts, out, size, splits, BLOCK=256, num_warps=2)
-    return out
+        size = own.x.numel()
+        add_parts_kernel[triton.cdiv(size, 256), 2](*parts, *gradients, size, splits, BLOCK=256, num_warps=2)
+    return gradients
 
 
 def bi_attention_backward(

@@ -1,4 +1,4 @@
-"""Device code that bi_attention and its gradient share: logits, their bound and peak, and which tokens are read."""
+"""Device code of bi_attention and its gradient: logits, their bound and peak, what is read, and splits combined."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .._schema.bi_attention import LEAST
+from .class_centers import exp, finite_or_zero
 from .cost_filter import largest, nan_or_larger
 from .multi_lora_device import dot, load_tile
 
@@ -93,3 +94,34 @@ def peak_of(extremes, first, count, low):
         most = nan_or_larger(most, tl.load(extremes + i + offsets, mask=there, other=float("-inf")))
         least = nan_or_larger(least, tl.load(extremes + low + i + offsets, mask=there, other=float("-inf")))
     return largest(most, 0), largest(least, 0)
+
+
+@triton.jit
+def combine_kernel(
+    parts, highest, mass, out, lse, R, D, batches, heads, splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """One row of out [B, R, heads, D], and its lse [B, heads, R], from those of the splits, in their order."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    at = (row // (R * heads) * heads + row % heads) * R + row // heads % R
+    rows = tl.cast(batches, tl.int64) * heads * R
+    columns = tl.arange(0, BLOCK_D)
+    most = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        most = tl.maximum(most, tl.load(highest + split * rows + at, mask=split < splits, other=float("-inf")))
+    shift = finite_or_zero(tl.max(most, 0))
+    total = tl.zeros([BLOCK_S], tl.float32)
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        there = split < splits
+        weight = exp(tl.load(highest + split * rows + at, mask=there, other=float("-inf")) - shift)
+        weight *= tl.load(mass + split * rows + at, mask=there, other=0.0)
+        # A split with nothing to read has NaN in place of a mean, and no say.
+        mask = (weight != 0)[:, None] & (columns < D)[None, :]
+        part = tl.load(parts + ((split * rows + row) * D)[:, None] + columns[None, :], mask=mask, other=0.0)
+        acc += weight[:, None] * part
+        total += weight
+    sum_of_all = tl.sum(total, 0)
+    tl.store(out + row * D + columns, (tl.sum(acc, 0) / sum_of_all).to(out.dtype.element_ty), mask=columns < D)
+    tl.store(lse + at, shift + tl.log(sum_of_all))
