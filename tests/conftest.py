@@ -53,6 +53,15 @@ def _mend_triton_interpreter() -> None:
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patch_lang_tensor, cast_impl
 
 
+@pytest.fixture
+def one_thread():
+    """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def device(pytestconfig) -> str:
     return pytestconfig.getoption("--device")

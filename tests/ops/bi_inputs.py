@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from calls import Call, normal
 from torch import Tensor
@@ -23,6 +24,7 @@ CASES = {  # B, N, L, heads, D
     "D 17": (1, 37, 20, 3, 17),
 }
 # Across the edges of a tiled kernel's blocks.
+EACH_MASK = pytest.mark.parametrize("masks", [(), *((name,) for name in MASKS), MASKS], ids=" ".join)
 LARGE = {
     "N 300": (2, 300, 20, 4, 64),
     "L 70": (1, 130, 70, 2, 33),

@@ -12,17 +12,10 @@ from calls import COMPILED, DTYPES, IMPLEMENTATIONS, normal, runs
 
 from fastcss.ops import bi_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = (2, 5, 4, 2, 3)
 MASKED = pytest.mark.parametrize("masks", [(), MASKS], ids=["all read", "masks"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @MASKED

@@ -17,16 +17,9 @@ from torch import Tensor
 
 from fastcss.ops import deformable_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOXES = pytest.mark.parametrize("box", [False, True], ids=["points", "boxes"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """grid_sample starts all threads for the smallest of images, and those of several processes wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_as_good_as_eager(call: Call, impl: str, tolerance: float) -> None:

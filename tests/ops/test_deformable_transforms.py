@@ -10,18 +10,11 @@ from deformable import CASES, LARGE, make
 
 from fastcss.ops import deformable_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOXES = pytest.mark.parametrize("box", [False, True], ids=["points", "boxes"])
 TENSORS = ("value", "reference_points", "offsets", "logits")
 SMALL = (2, ((3, 4), (2, 1)), 5, 2, 3, 2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """grid_sample starts all threads for the smallest of images, and those of several processes wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @BOXES

@@ -15,17 +15,10 @@ from window_inputs import CASES, LARGE, PADS, assert_as_good_as_eager, make
 
 from fastcss.ops import window_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EACH_PAD = pytest.mark.parametrize("pads", [(), *((name,) for name in PADS), PADS], ids=" ".join)
 SHIFTED = pytest.mark.parametrize("case", ["to fill below", "to fill both"], ids=["no shift", "shift"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

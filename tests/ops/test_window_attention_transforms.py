@@ -10,18 +10,11 @@ from window_inputs import CASES, LARGE, PADS, TENSORS, make
 
 from fastcss.ops import window_attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = (2, 2, 3, 2, 3, 2, 1)
 SMALLEST = (2, 1, 2, 2, 3, 2, 1)  # one window, of which half is filled up
 PADDED = pytest.mark.parametrize("pads", [(), PADS], ids=["zeros", "pads"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", ["window 2", "to fill both", "of one row"])
