@@ -8,7 +8,7 @@ moves 1 KiB of q and of the output and takes 1024 L FLOP, so memory is the limit
 A softmax does not depend on the peak that the logits are less by, unless one is more than −LEAST below. Whether any is
 only the end of the sweep knows; so the first launches keep no bound and write each program's largest and smallest
 logit, and the second ones, whose programs find in those the peak of their samples, do all of it again with the bound
-where it bites, and else only take the peak off the logarithms: nothing waits for the host.
+where it bites, and else return: nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ MAX_STRIDE = 2**24  # times a tile's rows it has 32 bits
 
 @triton.jit
 def _attend(
-    x, y, v, mask, out, lse, mass, extremes, extremes_low, peak, row, first, last, R, K, width, stride_xr, stride_yk,
+    x, y, v, mask, out, stats, extremes, extremes_low, peak, row, first, last, R, K, width, stride_xr, stride_yk,
     stride_vk, scale,
-    CLAMP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    CLAMP: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """softmax(scale · x yᵀ) v of a row block over the keys first..last, and the logarithm of the softmax's sum.
+    """softmax(scale · x yᵀ) v of a row block over the keys first..last.
 
-    Where ``mass`` is given, that is the sum, less by a largest logit that is written to ``lse``: far from 0, the
-    logarithm would keep little of it.
+    Its stats are the largest logit and the sum of exponentials less by it; of the sum, where these are all keys
+    (WHOLE), the logarithm.
     """
     rows = row + tl.arange(0, BLOCK_R)
     x_tile = load_rows(x, row, R, stride_xr, D, BLOCK_R, BLOCK_D)
@@ -57,7 +57,7 @@ def _attend(
             most = nan_or_larger(most, largest(tl.where(there[None, :], s, float("-inf")), 1))
             least = nan_or_larger(least, largest(tl.where(there[None, :], -s, float("-inf")), 1))
         if CLAMP:
-            s = bounded(s, peak)
+            s = bounded(s, peak, BOUND)
         s = tl.where(load_read(mask, key, last, BLOCK_K)[None, :], s, float("-inf"))
         higher = tl.maximum(highest, tl.max(s, 1))
         shift = finite_or_zero(higher)
@@ -68,11 +68,8 @@ def _attend(
         acc = dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], PRECISION)
         highest = higher
     store_tile(out, acc / total[:, None], row, 0, R, D, width)
-    if mass is None:
-        tl.store(lse + rows, finite_or_zero(highest) + tl.log(total), mask=rows < R)
-    else:
-        tl.store(lse + rows, highest, mask=rows < R)
-        tl.store(mass + rows, total, mask=rows < R)
+    tl.store(stats + rows * 2, highest, mask=rows < R)
+    tl.store(stats + rows * 2 + 1, tl.log(total) if WHOLE else total, mask=rows < R)
     if extremes is not None:
         tl.store(extremes, largest(tl.where(rows < R, most, float("-inf")), 0))
         tl.store(extremes_low, largest(tl.where(rows < R, least, float("-inf")), 0))
@@ -80,17 +77,17 @@ def _attend(
 
 @triton.jit
 def attend_kernel(
-    x, y, v, mask, out, lse, mass, extremes, peak,
+    x, y, v, mask, out, stats, extremes, floor,
     R, K, batches, heads, group, splits, split_keys, counts,
     stride_xb, stride_xr, stride_xh, stride_yb, stride_yk, stride_yh, stride_vb, stride_vk, stride_vh,
     scale,
-    CLAMP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    CLAMP: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, B, R, heads, D] and lse and mass [splits, B, heads, R] of rows x that read the values v of keys y.
+    """out [splits, B, R, heads, D] and stats [splits, B, heads, R, 2] of rows x that read the values v of keys y.
 
     First, extremes [2, B, counts] are written where they are given. With CLAMP they are read: where a logit of the
-    group is more than −LEAST below its peak, all is done again, and else the peak is taken off lse.
+    group is more than −LEAST below its peak, all is done again; floor [B, 2] says which.
     """
     batch, head, split, block = place_of(R, heads, splits, BLOCK_R)
     head64 = tl.cast(head, tl.int64)
@@ -104,22 +101,18 @@ def attend_kernel(
         mask += batch * K
     width = heads * D
     out += (tl.cast(split, tl.int64) * batches + batch) * R * width + head64 * D
-    statistics = ((tl.cast(split, tl.int64) * batches + batch) * heads + head) * R
-    lse += statistics
-    if mass is not None:
-        mass += statistics
+    stats += ((tl.cast(split, tl.int64) * batches + batch) * heads + head) * R * 2
     if CLAMP:
         of_group = batch // group * group * counts
         highest, lowest = peak_of(extremes, of_group, group * counts, tl.cast(batches, tl.int64) * counts)
+        bites = (highest + lowest <= -BOUND) == 0
         if (head == 0) & (block == 0):
-            tl.store(peak + batch, highest)
-        if highest + lowest <= -BOUND:
-            rows = row + tl.arange(0, BLOCK_R)
-            tl.store(lse + rows, tl.load(lse + rows, mask=rows < R) - highest, mask=rows < R)
-        else:
+            tl.store(floor + batch * 2, tl.where(bites, highest, 0.0))
+            tl.store(floor + batch * 2 + 1, tl.where(bites, BOUND, float("-inf")))
+        if bites:
             _attend(
-                x, y, v, mask, out, lse, mass, None, None, highest, row, first, last, R, K, width, stride_xr,
-                stride_yk, stride_vk, scale, CLAMP, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
+                x, y, v, mask, out, stats, None, None, highest, row, first, last, R, K, width, stride_xr,
+                stride_yk, stride_vk, scale, CLAMP, WHOLE, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
             )  # fmt: skip
     else:
         low = extremes
@@ -127,8 +120,8 @@ def attend_kernel(
             extremes += batch * counts + head * tl.cdiv(R, BLOCK_R) + block
             low = extremes + tl.cast(batches, tl.int64) * counts
         _attend(
-            x, y, v, mask, out, lse, mass, extremes, low, 0.0, row, first, last, R, K, width, stride_xr, stride_yk,
-            stride_vk, scale, CLAMP, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
+            x, y, v, mask, out, stats, extremes, low, 0.0, row, first, last, R, K, width, stride_xr, stride_yk,
+            stride_vk, scale, CLAMP, WHOLE, D, PRECISION, CHUNK, BLOCK_R, BLOCK_K, BLOCK_D,
         )  # fmt: skip
 
 
@@ -182,31 +175,31 @@ class Side:
         self.blocks = triton.cdiv(rows, self.tile["BLOCK_R"])
         dtype = torch.float32 if self.splits > 1 else x.dtype
         self.out = x.new_empty((self.splits, batch, rows, heads * width), dtype=dtype)
-        self.lse = x.new_empty((self.splits, batch, heads, rows), dtype=torch.float32)
-        self.mass = torch.empty_like(self.lse) if self.splits > 1 else None
+        self.stats = x.new_empty((self.splits, batch, heads, rows, 2), dtype=torch.float32)
 
-    def launch(self, extremes: Tensor | None, peak: Tensor | None, group: int, scale: float, clamp: bool) -> None:
+    def launch(self, extremes: Tensor | None, floor: Tensor | None, group: int, scale: float, clamp: bool) -> None:
         x, y, v, mask = self.operands
         (batch, rows, heads, width), keys = x.shape, y.shape[1]
         counts = 0 if extremes is None else extremes.shape[2]
         attend_kernel[(batch * heads * self.splits * self.blocks,)](
-            x, y, v, mask, self.out, self.lse, self.mass, extremes, peak,
+            x, y, v, mask, self.out, self.stats, extremes, floor,
             rows, keys, batch, heads, group, self.splits, self.split_keys, counts,
-            *x.stride()[:3], *y.stride()[:3], *v.stride()[:3], scale, CLAMP=clamp, D=width, **self.tile,
+            *x.stride()[:3], *y.stride()[:3], *v.stride()[:3], scale,
+            CLAMP=clamp, WHOLE=self.splits == 1, D=width, **self.tile,
         )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """out [B, R, heads · D] and lse [B, heads, R]."""
+        """out [B, R, heads · D] and stats [B, heads, R, 2]."""
         if self.splits == 1:
-            return self.out[0], self.lse[0]
+            return self.out[0], self.stats[0]
         x = self.operands[0]
         batch, rows, heads, width = x.shape
-        out, lse = x.new_empty(self.out.shape[1:]), self.lse.new_empty(self.lse.shape[1:])
+        out, stats = x.new_empty(self.out.shape[1:]), self.stats.new_empty(self.stats.shape[1:])
         combine_kernel[(batch * rows * heads,)](
-            self.out, self.lse, self.mass, out, lse, rows, width, batch, heads, self.splits,
+            self.out, self.stats, out, stats, rows, width, batch, heads, self.splits,
             BLOCK_S=16, BLOCK_D=self.tile["BLOCK_D"], num_warps=4,
         )  # fmt: skip
-        return out, lse
+        return out, stats
 
 
 def bi_attention(
@@ -216,21 +209,21 @@ def bi_attention(
     check_width(q)
     batch, pixels, heads, width = q.shape
     length = k.shape[1]
-    peak = q.new_zeros((batch, 1), dtype=torch.float32)
+    floor = q.new_zeros((batch, 2), dtype=torch.float32)
     if not (q.numel() and k.numel()):
         out = (q.new_zeros(batch, tokens, heads * width) for tokens in (pixels, length))
-        return *out, *(peak.new_zeros(batch, heads, tokens) for tokens in (pixels, length)), peak
+        return *out, *(floor.new_zeros(batch, heads, tokens, 2) for tokens in (pixels, length)), floor
     q, k, v_image, v_text = readable(q, k, v_image, v_text)
     text_mask, image_mask = (None if mask is None else mask.contiguous() for mask in (text_mask, image_mask))
     image, text = Side(q, k, v_text, text_mask, split=False), Side(k, q, v_image, image_mask, split=True)
-    extremes = peak.new_empty(2, batch, heads * image.blocks)
+    extremes = floor.new_empty(2, batch, heads * image.blocks)
     with torch.cuda.device_of(q):
         image.launch(extremes, None, group, scale, clamp=False)
         text.launch(None, None, group, scale, clamp=False)
-        image.launch(extremes, peak, group, scale, clamp=True)
-        text.launch(extremes, peak, group, scale, clamp=True)
-        (image, image_lse), (text, text_lse) = image.result(), text.result()
-    return image, text, image_lse, text_lse, peak
+        image.launch(extremes, floor, group, scale, clamp=True)
+        text.launch(extremes, floor, group, scale, clamp=True)
+        (image, image_stats), (text, text_stats) = image.result(), text.result()
+    return image, text, image_stats, text_stats, floor
 
 
 LIBRARY.impl("bi_attention.triton", bi_attention, "CompositeExplicitAutograd")

@@ -1,7 +1,7 @@
 """Triton implementation of fastcss::bi_attention_backward.
 
-With t the bounded logits less the peak, P = exp(t − lse) of a side, 0 where its mask says so, and dP of the image side
-dimage · v_text, of the text side v_image · dtext:
+With t the logits as they count, P = exp(t − largest − log Σ) of a side, 0 where its mask says so, and dP of the image
+side dimage · v_text, of the text side v_image · dtext:
 
     dS = P_image (dP_image − δ_image) + P_text (dP_text − δ_text), 0 where the bound bites
     dq = scale · dS k,   dk = scale · dSᵀ q,   dv_text = P_imageᵀ dimage,   dv_image = P_text dtext
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._schema import LIBRARY
 from .bi_attention import check_width, keys_of_split, readable
-from .bi_attention_device import BOUND, bounded, load_read, load_rows, place_of, products
+from .bi_attention_device import bounded, load_read, load_rows, place_of, products
 from .class_centers import exp
 from .multi_lora import precision
 from .multi_lora_device import dot, store_tile
@@ -41,7 +41,7 @@ def delta_kernel(dout, out, delta, R, heads, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _add_deltas(
-    x, dx_out, x_tile, dx_out_tile, y, v_y, lse, mask, peak, row, R, K, width,
+    x, dx_out, x_tile, dx_out_tile, y, v_y, top, log, mask, peak, bound, row, R, K, width,
     stride_xr, stride_yk, stride_wk, scale,
     D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -54,14 +54,14 @@ def _add_deltas(
         dp = products(
             dx_out, v_y, dx_out_tile, w_tile, row, key, R, K, width, stride_wk, D, CHUNK, PRECISION
         )  # fmt: skip
-        p = exp(bounded(s, peak) - lse[:, None])
+        p = exp(bounded(s, peak, bound) - top[:, None] - log[:, None])
         delta += tl.sum(tl.where(load_read(mask, key, K, BLOCK_K)[None, :], p * dp, 0.0), 1)
     return delta
 
 
 @triton.jit
 def gradient_kernel(
-    x, v_x, dout_x, lse_x, delta_x, mask_x, y, v_y, dout_y, lse_y, delta_y, mask_y, peak, dx, dv,
+    x, v_x, dout_x, stats_x, delta_x, mask_x, y, v_y, dout_y, stats_y, delta_y, mask_y, floor, dx, dv,
     R, K, batches, heads, splits, split_keys,
     stride_xb, stride_xr, stride_xh, stride_vb, stride_vr, stride_vh,
     stride_yb, stride_yk, stride_yh, stride_wb, stride_wk, stride_wh, scale,
@@ -86,23 +86,24 @@ def gradient_kernel(
     v_y += batch * stride_wb + head64 * stride_wh
     dout_x += batch * R * width + head64 * D
     dout_y += batch * K * width + head64 * D
-    lse_x += (batch * heads + head) * R
+    stats_x += (batch * heads + head) * R * 2
     delta_x += (batch * heads + head) * R
-    lse_y += (batch * heads + head) * K
+    stats_y += (batch * heads + head) * K * 2
     delta_y += (batch * heads + head) * K
     if mask_x is not None:
         mask_x += batch * R
     if mask_y is not None:
         mask_y += batch * K
-    peak = tl.load(peak + batch)
+    peak, bound = tl.load(floor + batch * 2), tl.load(floor + batch * 2 + 1)
 
     x_tile = load_rows(x, row, R, stride_xr, D, BLOCK_R, BLOCK_D)
     if DX or FIND_DELTA:
         dout_x_tile = load_rows(dout_x, row, R, width, D, BLOCK_R, BLOCK_D)
-        own_lse = tl.load(lse_x + rows, mask=rows < R, other=0.0)
+        own_top = tl.load(stats_x + rows * 2, mask=rows < R, other=0.0)
+        own_log = tl.load(stats_x + rows * 2 + 1, mask=rows < R, other=0.0)
     if FIND_DELTA:
         own_delta = _add_deltas(
-            x, dout_x, x_tile, dout_x_tile, y, v_y, own_lse, mask_y, peak, row, R, K, width,
+            x, dout_x, x_tile, dout_x_tile, y, v_y, own_top, own_log, mask_y, peak, bound, row, R, K, width,
             stride_xr, stride_yk, stride_wk, scale, D, CHUNK, PRECISION, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         tl.store(delta_x + rows, own_delta, mask=rows < R)
@@ -119,25 +120,26 @@ def gradient_kernel(
         there = (keys < last)[None, :]
         y_tile = load_rows(y, key, K, stride_yk, D, BLOCK_K, BLOCK_D)
         s = products(x, y, x_tile, y_tile, row, key, R, K, stride_xr, stride_yk, D, CHUNK, PRECISION) * scale
-        t = bounded(s, peak)
-        lse = tl.load(lse_y + keys, mask=keys < last, other=0.0)[None, :]
-        p = exp(t - lse)
+        t = bounded(s, peak, bound)
+        top = tl.load(stats_y + keys * 2, mask=keys < last, other=0.0)[None, :]
+        log = tl.load(stats_y + keys * 2 + 1, mask=keys < last, other=0.0)[None, :]
+        p = exp(t - top - log)
         dout_y_tile = load_rows(dout_y, key, K, width, D, BLOCK_K, BLOCK_D)
         if DX:
             w_tile = load_rows(v_y, key, K, stride_wk, D, BLOCK_K, BLOCK_D)
             dp = products(dout_x, v_y, dout_x_tile, w_tile, row, key, R, K, width, stride_wk, D, CHUNK, PRECISION)
-            ds = exp(t - own_lse[:, None]) * (dp - own_delta[:, None])
+            ds = exp(t - own_top[:, None] - own_log[:, None]) * (dp - own_delta[:, None])
             if mask_y is not None:
                 ds = tl.where(load_read(mask_y, key, last, BLOCK_K)[None, :], ds, 0.0)
             dp = products(v_x, dout_y, v_x_tile, dout_y_tile, row, key, R, K, stride_vr, width, D, CHUNK, PRECISION)
             delta = tl.load(delta_y + keys, mask=keys < last, other=0.0)[None, :]
             g = p * (dp - delta)
             ds += g if mask_x is None else tl.where(is_read, g, 0.0)
-            ds = tl.where(there & (s - peak >= BOUND), ds, 0.0)
+            ds = tl.where(there & (s - peak >= bound), ds, 0.0)
             x_sum = dot(ds.to(dtype), y_tile, x_sum, PRECISION)
         if DV:
             # Where all is masked the logarithm is −∞, and 0 times it is the NaN that the softmax then has.
-            p = tl.where(there, tl.where(is_read, p, 0.0 * lse), 0.0)
+            p = tl.where(there, tl.where(is_read, p, 0.0 * log), 0.0)
             v_sum = dot(p.to(dtype), dout_y_tile, v_sum, PRECISION)
     place = (tl.cast(split, tl.int64) * batches + batch) * R * width + head64 * D
     if DX:
@@ -190,7 +192,7 @@ class Side(NamedTuple):
     x: Tensor  # [B, R, heads, D]
     v: Tensor  # [B, R, heads, D], what the other side reads
     dout: Tensor  # [B, R, heads · D]
-    lse: Tensor  # [B, heads, R]
+    stats: Tensor  # [B, heads, R, 2]
     delta: Tensor  # [B, heads, R]
     mask: Tensor | None  # [B, R], contiguous
 
@@ -198,7 +200,7 @@ class Side(NamedTuple):
         return *self.x.stride()[:3], *self.v.stride()[:3]
 
 
-def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delta: bool) -> tuple[Tensor, Tensor]:
+def side_gradients(own: Side, other: Side, floor: Tensor, scale: float, find_delta: bool) -> tuple[Tensor, Tensor]:
     """dx and dv [B, R, heads, D] of the side ``own``."""
     (batch, rows, heads, width), keys = own.x.shape, other.x.shape[1]
     tile = gradient_tile(rows, keys, width, own.x.dtype)
@@ -214,7 +216,7 @@ def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delt
         launches = [(True, False, False)] * find_delta + [(False, True, False), (False, False, True)]
     for delta, dx, dv in launches:
         gradient_kernel[(batch * heads * splits * blocks,)](
-            *own, *other, peak, parts[0], parts[1], rows, keys, batch, heads, splits, split_keys,
+            *own, *other, floor, parts[0], parts[1], rows, keys, batch, heads, splits, split_keys,
             *own.strides(), *other.strides(), scale, FIND_DELTA=delta, DX=dx, DV=dv, D=width, **tile,
         )  # fmt: skip
     if splits > 1:
@@ -225,25 +227,25 @@ def side_gradients(own: Side, other: Side, peak: Tensor, scale: float, find_delt
 
 def bi_attention_backward(
     dimage: Tensor, dtext: Tensor, q: Tensor, k: Tensor, v_image: Tensor, v_text: Tensor, text_mask: Tensor | None,
-    image_mask: Tensor | None, text: Tensor, image_lse: Tensor, text_lse: Tensor, peak: Tensor, scale: float,
+    image_mask: Tensor | None, text: Tensor, image_stats: Tensor, text_stats: Tensor, floor: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_width(q)
     if not (q.numel() and k.numel()):
         return tuple(x.new_zeros(x.shape) for x in (q, k, v_image, v_text))
     (batch, length, heads, width), pixels = k.shape, q.shape[1]
     q, k, v_image, v_text = readable(q, k, v_image, v_text)
-    dimage, dtext, text, peak = (x.contiguous() for x in (dimage, dtext, text, peak))
+    dimage, dtext, text, floor = (x.contiguous() for x in (dimage, dtext, text, floor))
     # As wide as the other numbers of a token, they come by asynchronous copies too, which takes fewer registers.
     text_mask, image_mask = (None if m is None else m.float().contiguous() for m in (text_mask, image_mask))
-    image_delta, text_delta = (peak.new_empty(batch, heads, tokens) for tokens in (pixels, length))
-    image_side = Side(q, v_image, dimage, image_lse.contiguous(), image_delta, image_mask)
-    text_side = Side(k, v_text, dtext, text_lse.contiguous(), text_delta, text_mask)
+    image_delta, text_delta = (floor.new_empty(batch, heads, tokens) for tokens in (pixels, length))
+    image_side = Side(q, v_image, dimage, image_stats.contiguous(), image_delta, image_mask)
+    text_side = Side(k, v_text, dtext, text_stats.contiguous(), text_delta, text_mask)
     with torch.cuda.device_of(q):
         delta_kernel[(batch * length * heads,)](
             dtext, text, text_delta, length, heads, width, BLOCK_D=triton.next_power_of_2(width), num_warps=1
         )
-        dq, dv_image = side_gradients(image_side, text_side, peak, scale, find_delta=True)
-        dk, dv_text = side_gradients(text_side, image_side, peak, scale, find_delta=False)
+        dq, dv_image = side_gradients(image_side, text_side, floor, scale, find_delta=True)
+        dk, dv_text = side_gradients(text_side, image_side, floor, scale, find_delta=False)
     return dq, dk, dv_image, dv_text
 
 

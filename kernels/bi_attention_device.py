@@ -66,9 +66,9 @@ def products(
 
 
 @triton.jit
-def bounded(s, peak):
-    """max(s − peak, LEAST); NaN stays."""
-    return nan_or_larger(s - peak, tl.full(s.shape, BOUND, tl.float32))
+def bounded(s, peak, bound):
+    """max(s − peak, bound); NaN stays."""
+    return nan_or_larger(s - peak, tl.zeros(s.shape, tl.float32) + bound)
 
 
 @triton.jit
@@ -98,9 +98,9 @@ def peak_of(extremes, first, count, low):
 
 @triton.jit
 def combine_kernel(
-    parts, highest, mass, out, lse, R, D, batches, heads, splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+    parts, parts_stats, out, stats, R, D, batches, heads, splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """One row of out [B, R, heads, D], and its lse [B, heads, R], from those of the splits, in their order."""
+    """One row of out [B, R, heads, D], and its stats [B, heads, R, 2], from those of the splits, in their order."""
     row = tl.cast(tl.program_id(0), tl.int64)
     at = (row // (R * heads) * heads + row % heads) * R + row // heads % R
     rows = tl.cast(batches, tl.int64) * heads * R
@@ -108,15 +108,18 @@ def combine_kernel(
     most = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        most = tl.maximum(most, tl.load(highest + split * rows + at, mask=split < splits, other=float("-inf")))
-    shift = finite_or_zero(tl.max(most, 0))
+        most = tl.maximum(
+            most, tl.load(parts_stats + (split * rows + at) * 2, mask=split < splits, other=float("-inf"))
+        )
+    highest = tl.max(most, 0)
+    shift = finite_or_zero(highest)
     total = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
         there = split < splits
-        weight = exp(tl.load(highest + split * rows + at, mask=there, other=float("-inf")) - shift)
-        weight *= tl.load(mass + split * rows + at, mask=there, other=0.0)
+        weight = exp(tl.load(parts_stats + (split * rows + at) * 2, mask=there, other=float("-inf")) - shift)
+        weight *= tl.load(parts_stats + (split * rows + at) * 2 + 1, mask=there, other=0.0)
         # A split with nothing to read has NaN in place of a mean, and no say.
         mask = (weight != 0)[:, None] & (columns < D)[None, :]
         part = tl.load(parts + ((split * rows + row) * D)[:, None] + columns[None, :], mask=mask, other=0.0)
@@ -124,4 +127,5 @@ def combine_kernel(
         total += weight
     sum_of_all = tl.sum(total, 0)
     tl.store(out + row * D + columns, (tl.sum(acc, 0) / sum_of_all).to(out.dtype.element_ty), mask=columns < D)
-    tl.store(lse + at, shift + tl.log(sum_of_all))
+    tl.store(stats + at * 2, highest)
+    tl.store(stats + at * 2 + 1, tl.log(sum_of_all))
