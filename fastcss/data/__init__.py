@@ -1,5 +1,23 @@
-"""Data sets and the order in which a continual model sees them."""
+"""Data sets, the order in which a continual model sees them, and what it is measured by."""
 
+from ._pictures import read_image
+from .ade import ADE20K
 from .digits import CLASSES, DigitScenes
+from .metrics import ContinualMetrics, class_iou
+from .protocol import CLASS_NAMES, SETTINGS, Overlapped, tasks, training_set
+from .voc import VOC
 
-__all__ = ["CLASSES", "DigitScenes"]
+__all__ = [
+    "ADE20K",
+    "CLASSES",
+    "CLASS_NAMES",
+    "SETTINGS",
+    "VOC",
+    "ContinualMetrics",
+    "DigitScenes",
+    "Overlapped",
+    "class_iou",
+    "read_image",
+    "tasks",
+    "training_set",
+]

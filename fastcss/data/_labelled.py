@@ -1,0 +1,142 @@
+"""A data set of picture files, each with a label map of its size."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ._pictures import read_image, read_labels
+
+
+class LabelledPictures(Dataset):
+    """Pictures and their label maps, item by item; what each shows is found once and kept.
+
+    Args:
+        images: file of each picture.
+        masks: file of each label map.
+        classes: the largest label.
+        cache: folder that keeps what the images show; None is fastcss in the user's cache folder.
+
+    Each item is ``(image, labels)``: float32 ``[3, H, W]`` in 0…1, and int64 ``[H, W]`` of 0…classes, 255 where nothing
+    counts. ValueError names the file that is no picture, has a label outside the set, or is not of its picture's size.
+    """
+
+    def __init__(
+        self, images: Sequence[Path], masks: Sequence[Path], classes: int, cache: str | Path | None = None
+    ) -> None:
+        self.images, self.masks, self._classes = images, masks, classes
+        self._cache = _user_cache() if cache is None else Path(cache)
+        self._shown: list[tuple[int, ...]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        image, labels = read_image(self.images[item]), read_labels(self.masks[item], self._classes)
+        if image.shape[1:] != labels.shape:
+            raise ValueError(
+                f"{self.masks[item]} has {_size(labels)} pixels, and its picture {self.images[item]} has {_size(image)}"
+            )
+        return image, labels
+
+    def shown(self) -> list[tuple[int, ...]]:
+        """For each item the labels that occur in it, background and 255 aside.
+
+        Reads every label map the first time and keeps the answer in the cache folder, until a label map is another one
+        by name, size or time of change. Where the folder cannot be written, it warns and goes on.
+        """
+        if self._shown is None:
+            kept = self._cache / f"shown-{_digest(str(mask.absolute()) for mask in self.masks)}.json"
+            stamp = _digest(f"{stat.st_size} {stat.st_mtime_ns}" for stat in map(Path.stat, self.masks))
+            self._shown = _read_kept(kept, stamp, len(self))
+            if self._shown is None:
+                with ThreadPoolExecutor() as pool:
+                    self._shown = list(pool.map(self._labels_in, self.masks))
+                _keep(kept, {"stamp": stamp, "shown": self._shown})
+        return self._shown
+
+    def _labels_in(self, mask: Path) -> tuple[int, ...]:
+        labels = read_labels(mask, self._classes).flatten().bincount(minlength=256)
+        return tuple(labels[1:255].nonzero().add_(1).flatten().tolist())
+
+
+def pair(
+    name: str, stems: Sequence[str], images: tuple[Path, str], masks: tuple[Path, str]
+) -> tuple[list[Path], list[Path]]:
+    """The files of pictures and label maps of these names.
+
+    Args:
+        name: of the data set, for errors.
+        stems: name of each item.
+        images: folder of the pictures and their suffix.
+        masks: folder of the label maps and their suffix.
+
+    Raises:
+        FileNotFoundError: some are missing; names the first.
+    """
+    files = []
+    for folder, suffix in (images, masks):
+        there = set(os.listdir(folder))
+        missing = [stem for stem in stems if stem + suffix not in there]
+        if missing:
+            raise FileNotFoundError(
+                f"{name}: {len(missing)} of {len(stems)} files are missing from {folder}, the first is "
+                f"{missing[0]}{suffix}"
+            )
+        files.append([folder / (stem + suffix) for stem in stems])
+    return files[0], files[1]
+
+
+def _size(pixels: Tensor) -> str:
+    return "×".join(str(side) for side in reversed(pixels.shape[-2:]))
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastcss"
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(os.fsencode(line) + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _read_kept(path: Path, stamp: str, count: int) -> list[tuple[int, ...]] | None:
+    """What ``_keep`` wrote, or None where there is nothing, nothing of this stamp, or nothing to be read."""
+    try:
+        kept = json.loads(path.read_bytes())
+        if kept["stamp"] == stamp and len(kept["shown"]) == count:
+            return [tuple(labels) for labels in kept["shown"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
+def _keep(path: Path, content: dict) -> None:
+    """Write whole or not at all: a reader, another writer or a kill in between never meets half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
+        try:
+            with open(descriptor, "w") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(written, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(written)
+            raise
+    except OSError as error:
+        warnings.warn(f"what the images show is not kept for next time: {error}", stacklevel=3)

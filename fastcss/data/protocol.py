@@ -1,0 +1,135 @@
+"""Which classes a continual model learns when, and what each task gets to see: the overlapped protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from . import ade, digits, voc
+from .digits import DigitScenes
+
+#: Name of each label of a data set, the background first.
+CLASS_NAMES = {"voc": voc.CLASSES, "ade": ade.CLASSES, "digits": digits.CLASSES}
+#: The settings that are published for a data set, or that this project reports.
+SETTINGS = {
+    "voc": ("19-1", "15-5", "15-1", "10-1", "2-2", "4-2", "4-4"),
+    "ade": ("100-50", "100-10", "100-5"),
+    "digits": ("2-2", "5-1"),
+}
+IGNORE = 255
+
+
+def tasks(data: str | int, setting: str) -> list[tuple[int, ...]]:
+    """The classes of every task of a setting, in the order of their labels.
+
+    Args:
+        data: a name of ``CLASS_NAMES``, or the number of classes, the background not counted.
+        setting: "first-step": so many classes in the first task, then so many in each further one. ``SETTINGS`` has
+            the usual ones; any other will do. With all classes in the first task it is joint training.
+
+    Returns:
+        For each task the labels of its classes, from 1; 0 is the background and belongs to no task.
+
+    Raises:
+        ValueError: an unknown data set; a setting of another form, with a task of no classes, with more classes than
+            there are, or with a last task smaller than its step.
+
+    Source: DecoupleCSS, section 4.1; the overlapped settings of MiB (Cermelli et al., 2020) and PLOP (Douillard et al.,
+    2021).
+
+    Example:
+        >>> tasks("digits", "5-1")
+        [(1, 2, 3, 4, 5), (6,), (7,), (8,), (9,), (10,)]
+    """
+    if isinstance(data, str):
+        if data not in CLASS_NAMES:
+            raise ValueError(f"tasks: data must be one of {', '.join(CLASS_NAMES)} or a number, got {data!r}")
+        total = len(CLASS_NAMES[data]) - 1
+    else:
+        total = data
+    if total < 1:
+        raise ValueError(f"tasks: data must have at least one class, got {total}")
+    first, dash, step = setting.partition("-")
+    if not (dash and first.isdecimal() and step.isdecimal() and int(first) > 0 and int(step) > 0):
+        raise ValueError(f"tasks: setting must be like 15-5, two numbers from 1, got {setting!r}")
+    first, step = int(first), int(step)
+    if first > total:
+        raise ValueError(f"tasks: setting {setting!r} begins with {first} classes, and there are only {total}")
+    if rest := (total - first) % step:
+        raise ValueError(
+            f"tasks: setting {setting!r} does not divide {total} classes: after the first {first} and steps of {step}, "
+            f"{rest} would be left"
+        )
+    starts = range(first + 1, total + 1, step)
+    return [tuple(range(1, first + 1)), *(tuple(range(start, start + step)) for start in starts)]
+
+
+class Overlapped(Dataset):
+    """A labelled data set as the overlapped protocol shows it: all classes but those wanted are background.
+
+    Wants the classes of all tasks so far for evaluation, which looks at every image. ``training_set`` gives what one
+    task learns from.
+
+    Args:
+        dataset: items ``(image, labels)``, with labels int64 ``[H, W]`` of 0…254, and 255 where nothing counts.
+        classes: labels from 1 to 254 that stay. All others, older or later ones, become 0; 255 stays.
+        shown: for each item the labels that occur in it; keeps the items that show at least one of ``classes``. None
+            keeps every item.
+
+    Attributes:
+        indices: number, in ``dataset``, of each item kept.
+
+    Raises:
+        ValueError: a class that is none or given twice; ``shown`` of another length than ``dataset``.
+
+    Source: DecoupleCSS, section 4.1; MiB (Cermelli et al., 2020), section 3.
+
+    Example:
+        >>> test = Overlapped(DigitScenes("test", 100), classes=(1, 2, 3, 4))
+    """
+
+    def __init__(
+        self, dataset: Dataset, classes: Sequence[int], shown: Sequence[Collection[int]] | None = None
+    ) -> None:
+        classes = tuple(classes)
+        if len(set(classes)) < len(classes) or not set(classes) <= set(range(1, IGNORE)):
+            raise ValueError(f"Overlapped: classes must be different labels from 1 to {IGNORE - 1}, got {classes}")
+        if shown is not None and len(shown) != len(dataset):
+            raise ValueError(f"Overlapped: shown must be as long as the data set, {len(dataset)}, got {len(shown)}")
+        self.dataset, self.classes = dataset, classes
+        self.indices: Sequence[int] = range(len(dataset))
+        if shown is not None:
+            wanted = set(classes)
+            self.indices = [i for i in self.indices if not wanted.isdisjoint(shown[i])]
+        self._becomes = torch.zeros(IGNORE + 1, dtype=torch.int64)
+        kept = torch.tensor([*classes, IGNORE])
+        self._becomes[kept] = kept
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        image, labels = self.dataset[self.indices[item]]
+        return image, self._becomes[labels]
+
+
+def training_set(dataset: Dataset, classes: Sequence[int]) -> Overlapped:
+    """What a task learns from: every image that shows at least one of its classes, all other classes background.
+
+    Args:
+        dataset: ``DigitScenes`` of all classes, or one that can tell what its images show: ``VOC``, ``ADE20K``. They
+            read every label map for that, once: see their ``shown``.
+        classes: labels of the task.
+
+    Raises:
+        ValueError: as ``Overlapped``.
+
+    Example:
+        >>> second = training_set(DigitScenes("train", 100), tasks("digits", "2-2")[1])
+    """
+    if isinstance(dataset, DigitScenes):
+        return Overlapped(dataset, classes, [dataset.digits(scene) for scene in dataset.indices])
+    return Overlapped(dataset, classes, dataset.shown())
