@@ -36,8 +36,8 @@ class VOC(LabelledPictures):
     at the rims of objects. ValueError names the file that is no picture, has a label outside the set, or is not of its
     picture's size.
 
-    Source: Everingham et al., The PASCAL Visual Object Classes Challenge, 2010; for train_aug Hariharan et al., Semantic
-    Contours from Inverse Detectors, 2011.
+    Source: Everingham et al., The PASCAL Visual Object Classes Challenge, 2010; for train_aug Hariharan et al.,
+    Semantic Contours from Inverse Detectors, 2011.
 
     Example:
         >>> image, labels = VOC("VOCdevkit/VOC2012", "val")[0]
