@@ -134,7 +134,7 @@ def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[s
     elif not _operands_stay_in_shared_memory():
         r, k, warps, stages, chunk = 64, 32, 8, 2, 0
     elif few <= 64:  # two programs a multiprocessor
-        r, k, warps, stages, chunk = 64, 32, 4, 2 if rows > keys else 3, 0
+        r, k, warps, stages, chunk = 32, 32, 4, 3, 0
     elif triton.runtime.driver.active.get_current_target().arch < 100:
         r, k, warps, stages, chunk = 128, 64, 8, 2, 0
     else:  # Blackwell keeps the accumulator elsewhere, and passes it through registers to scale it
