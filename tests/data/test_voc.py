@@ -137,7 +137,17 @@ def test_a_changed_label_map_is_read_again(root, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b'{"stamp": "', b"[]", b'{"stamp": 3}', b"\xff\x00", b"null"])
+def test_another_order_of_the_same_files_is_another_index(root, cache):
+    for name, rows in zip(LABELS, ([[1]], [[2]], [[3]]), strict=True):
+        path = root / "SegmentationClass" / f"{name}.png"
+        write_labels(path, rows)
+        os.utime(path, ns=(0, 0))
+    assert VOC(root, "trainval").shown() == [(1,), (2,), (3,)]
+    (root / "ImageSets" / "Segmentation" / "trainval.txt").write_text("\n".join(reversed(LABELS)))
+    assert VOC(root, "trainval").shown() == [(3,), (2,), (1,)]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"stamp": "', b"[]", b"{}", b'{"stamp": 3}', b"\xff\x00", b"null"])
 def test_a_damaged_index_is_made_anew(root, cache, content):
     VOC(root, "train").shown()
     (kept,) = cache.iterdir()
