@@ -30,13 +30,24 @@ from .multi_lora_device import dot, store_tile
 
 
 @triton.jit
-def delta_kernel(dout, out, delta, R, heads, D, BLOCK_D: tl.constexpr):
-    """delta [B, heads, R] = dout · out for rows [B, R, heads, D]."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    a = tl.load(dout + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    b = tl.load(out + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    tl.store(delta + (row // (R * heads) * heads + row % heads) * R + row // heads % R, tl.sum(a * b, 0))
+def delta_kernel(
+    out, dout, delta, R, heads,
+    D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta [B, heads, R] = out · dout for rows [B, R, heads, D], summed as the gradients of the weights are: a row
+    that reads one key only is that key's value, and the two are equal."""
+    batch, head, _, block = place_of(R, heads, 1, BLOCK_R)
+    width = heads * D
+    row = block * BLOCK_R
+    place = batch * R * width + tl.cast(head, tl.int64) * D
+    x_tile = load_rows(out + place, row, R, width, D, BLOCK_R, BLOCK_D)
+    y_tile = load_rows(dout + place, row, R, width, D, BLOCK_R, BLOCK_D)
+    s = products(
+        out + place, dout + place, x_tile, y_tile, row, row, R, R, width, width, D, CHUNK, PRECISION
+    )  # fmt: skip
+    rows = tl.arange(0, BLOCK_R)
+    own = tl.sum(tl.where(rows[:, None] == rows[None, :], s, 0.0), 1)
+    tl.store(delta + (batch * heads + head) * R + row + rows, own, mask=row + rows < R)
 
 
 @triton.jit
@@ -241,8 +252,10 @@ def bi_attention_backward(
     image_side = Side(q, v_image, dimage, image_stats.contiguous(), image_delta, image_mask)
     text_side = Side(k, v_text, dtext, text_stats.contiguous(), text_delta, text_mask)
     with torch.cuda.device_of(q):
-        delta_kernel[(batch * length * heads,)](
-            dtext, text, text_delta, length, heads, width, BLOCK_D=triton.next_power_of_2(width), num_warps=1
+        tile = gradient_tile(length, pixels, width, q.dtype) | {"BLOCK_R": 16}
+        del tile["BLOCK_K"]
+        delta_kernel[(batch * heads * triton.cdiv(length, 16),)](
+            text, dtext, text_delta, length, heads, D=width, **tile
         )
         dq, dv_image = side_gradients(image_side, text_side, floor, scale, find_delta=True)
         dk, dv_text = side_gradients(text_side, image_side, floor, scale, find_delta=False)

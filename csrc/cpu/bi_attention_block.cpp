@@ -126,7 +126,7 @@ FASTCSS_CLONES void softmax_gradients(float* logits, float* dimage, float* dtext
           exp_negative(((raised + off_image) - load(g.text_largest + lane)) - load(g.text_log_sum + lane));
       Vec ds = off != 0.f ? Vec{} : of_image * (load(from_image + at(lane)) - sum);
       if (off_image == 0.f) ds += of_text * (load(from_text + at(lane)) - load(g.text_delta + lane));
-      store(row + at(lane), t < g.floor.least ? Vec{} : ds);
+      store(row + at(lane), t >= g.floor.least ? ds : Vec{});
       store(from_image + at(lane), of_image);
       store(from_text + at(lane), of_text);
     }
