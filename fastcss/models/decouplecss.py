@@ -120,9 +120,12 @@ class DecoupleCSS(nn.Module):
         else:
             self.detector = get_peft_model(self.detector, config, adapter_name=name)
         self.detector.set_adapter(name)
+        self.tasks.requires_grad_(False)
         generator = PromptGenerator(len(classes), prompt_dim=self.segmenter.prompt_dim, **self._generator_sizes)
         self.tasks.append(Task(name, classes, phrases, generator).to(self._device))
         self._all = None
+        if not self.training:
+            self.eval()  # what is new comes in training mode
         return self.tasks[-1]
 
     @torch.no_grad()
@@ -145,9 +148,10 @@ class DecoupleCSS(nn.Module):
                 everything once a task, every prompt by itself, as published. All give the same labels.
         """
         self._check_inputs(pixel_values, sam_pixel_values, sizes, crops, mode)
+        crops = crops and [self.segmenter.mask_crop(crop) for crop in crops]
         if mode == "literal":
             return self._literal(pixel_values, sam_pixel_values, sizes, crops)
-        if self._all is None:
+        if self._all is None or self._all.is_stale():
             self._all = _AllTasks(self)
         found = self._all.detect(pixel_values) if mode == "one_pass" else self._all.detect_in_turn(pixel_values)
         present = (found.counts > 0) & (found.presence >= self._all.thresholds)
@@ -205,16 +209,25 @@ class DecoupleCSS(nn.Module):
         self._all = None  # weights are about to change
         return super().train(mode)
 
+    def _apply(self, *args, **kwargs) -> DecoupleCSS:
+        self._all = None  # to another device or dtype
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_all": None}  # a copy packs its own
+
     def _check_new(self, name: str, classes: Sequence[str], phrases: Phrases) -> None:
-        if not classes:
-            raise ValueError("DecoupleCSS.add_task: classes must name at least one class")
+        if isinstance(classes, str) or not classes:
+            raise ValueError(f"DecoupleCSS.add_task: classes must be a list of at least one name, got {classes!r}")
         for known in classes:
             if known in self.classes or list(classes).count(known) > 1:
                 raise ValueError(f"DecoupleCSS.add_task: class {known!r} is there already")
         if name in (task.name for task in self.tasks):
             raise ValueError(f"DecoupleCSS.add_task: task {name!r} is there already")
+        if not name or "." in name:  # it becomes part of the adapter's parameter names
+            raise ValueError(f"DecoupleCSS.add_task: name must not be empty and have no dot, got {name!r}")
         ids, mask = phrases.input_ids, phrases.attention_mask
-        if ids.dim() != 3 or len(ids) != len(classes) or ids.shape != mask.shape:
+        if ids.dim() != 3 or len(ids) != len(classes) or 0 in ids.shape or ids.shape != mask.shape:
             raise ValueError(
                 f"DecoupleCSS.add_task: phrases must be [{len(classes)}, M, L] for these classes, ids and mask alike, "
                 f"got {list(ids.shape)} and {list(mask.shape)}"
@@ -245,10 +258,11 @@ class DecoupleCSS(nn.Module):
 
 
 class _AllTasks:
-    """Every task's part of a trained model, packed for one pass; made anew when a task is added."""
+    """Every task's part of a trained model, packed for one pass; made anew when a task is added or changed."""
 
     def __init__(self, model: DecoupleCSS) -> None:
         self._model, self._tasks = model, list(model.tasks)
+        self._stamp = self._stamp_now()
         detector: ClassDetector = model.detector.get_base_model()
         self._phrases = [detector.embed_phrases(task.input_ids, task.attention_mask) for task in self._tasks]
         self._runner = OnePass(model.detector)
@@ -259,6 +273,16 @@ class _AllTasks:
         }
         self.generator = pack([task.generator for task in self._tasks])
         self.thresholds = torch.cat([task.thresholds for task in self._tasks])
+
+    def is_stale(self) -> bool:
+        """What was packed has changed since; the runner sees to the rest of the detector itself."""
+        return self._stamp != self._stamp_now()
+
+    def _stamp_now(self) -> tuple:
+        detector: ClassDetector = self._model.detector.get_base_model()
+        modules = (*self._tasks, detector.text_backbone, detector.text_projection)
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
     def detect(self, pixel_values: Tensor) -> SelectedTokens:
         """All tasks' classes, side by side."""

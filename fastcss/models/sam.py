@@ -60,6 +60,14 @@ class SamSegmenter(nn.Module):
         """D of a prompt's embeddings."""
         return self.model.config.prompt_encoder_config.hidden_size
 
+    def mask_crop(self, crop: tuple[int, int]) -> tuple[int, int]:
+        """Of a picture that fills ``crop`` of the encoder's square: what it fills of four times a mask's.
+
+        That is where ``merge_masks`` counts. With the published patches of 16 pixels both are the same.
+        """
+        patch = self.model.config.vision_config.patch_size
+        return tuple(round(16 * length / patch) for length in crop)
+
     def embed(self, pixel_values: Tensor) -> Tensor:
         """``[B, 3, S, S]`` of ``S = image_size`` → ``[B, D, h, w]``."""
         return self.model.vision_encoder(pixel_values).last_hidden_state

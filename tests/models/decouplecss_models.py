@@ -1,0 +1,77 @@
+"""Tiny DecoupleCSS models with random weights, and pictures of noise for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcss.models.class_detector import ClassDetector
+from fastcss.models.decouplecss import DecoupleCSS, Phrases, Segmentation
+from fastcss.models.sam import SamSegmenter
+
+SIZES = (2, 1, 3, 2, 2, 1)  # classes a task
+AGREE = 0.9999  # of the pixels: the specification's
+EXACT = 1e-5  # float32, of the largest value: sums in another order
+
+
+def phrases(classes: int, seed: int = 0, count: int = 5) -> Phrases:
+    """[c, M, 6]: [CLS], one to four words, [SEP], padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2000, 3000, (classes, count, 6), generator=generator)
+    lengths = torch.randint(3, 7, (classes, count, 1), generator=generator)
+    place = torch.arange(6)
+    ids[..., 0] = 101
+    ids[place == lengths - 1] = 102
+    mask = (place < lengths).long()
+    return Phrases(ids * mask, mask)
+
+
+def build(sizes: tuple[int, ...] = SIZES, sites: str = "swin+fusion", seed: int = 0) -> DecoupleCSS:
+    """In eval mode, with thresholds that some of the classes in a picture of noise are below."""
+    torch.manual_seed(seed)
+    model = DecoupleCSS(
+        ClassDetector.random("tiny"), SamSegmenter.random("tiny"), threshold=0.05, length=128, hidden=64, rank=4,
+        sites=sites,
+    ).eval()  # fmt: skip
+    for count in sizes:
+        add_task(model, count)
+    return model
+
+
+def add_task(model: DecoupleCSS, classes: int) -> None:
+    """With an adapter as if it were trained: as it comes it does nothing."""
+    number = len(model.tasks)
+    task = model.add_task([f"class {number}.{k}" for k in range(classes)], phrases(classes, number))
+    task.thresholds.fill_(0.1)
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for name, parameter in model.detector.named_parameters():
+            if f".{task.name}." in name:
+                parameter.normal_(0, parameter.shape[1] ** -0.5 if "lora_A" in name else 0.1, generator=generator)
+
+
+def pictures(batch: int, seed: int = 0) -> dict:
+    """What ``segment`` takes, with label maps of other sizes and pictures that fill SAM's in part."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.randn(batch, 3, 64, 96, generator=generator),
+        "sam_pixel_values": torch.randn(batch, 3, 128, 128, generator=generator),
+        "sizes": [(64, 96), (50, 61), (131, 20)][:batch],
+        "crops": [(85, 128), (128, 77), (128, 128)][:batch],
+    }
+
+
+def agreement(first: list[Tensor], second: list[Tensor]) -> float:
+    """The least share of pixels of any picture that have the same label in both."""
+    return min((a == b).double().mean().item() for a, b in zip(first, second, strict=True))
+
+
+def assert_alike(got: Segmentation, expected: Segmentation) -> None:
+    assert torch.equal(got.present, expected.present)
+    assert_close(got.presence, expected.presence)
+    assert agreement(got.labels, expected.labels) >= AGREE
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= EXACT * expected.abs().max()
