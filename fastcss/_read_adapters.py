@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ._files import read_tensors
 from ._fused.base import original_class
 
 CONFIG_FILE = "adapter_config.json"
@@ -172,8 +173,9 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
     adapters = Adapters.empty(names)
     for folder, adapter in zip(folders, names, strict=True):
         config = _read_config(folder)
-        for layer, tensors in _by_layer(folder, _read_tensors(folder), modules).items():
-            weights = _fit(f"{folder}: layer {layer!r}", modules[layer], tensors, config, layer)
+        tensors = read_tensors(folder / WEIGHTS_FILE, "one_pass.from_directories")
+        for layer, parts in _by_layer(folder, tensors, modules).items():
+            weights = _fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
             adapters.add(layer, adapter, weights)
     return adapters
 
@@ -200,24 +202,6 @@ def _read_config(folder: Path) -> dict:
     if config.get("bias", "none") != "none":
         raise TypeError(f"one_pass.from_directories: {folder} trains the model's own biases (bias={config['bias']!r})")
     return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if path.with_suffix(".bin").is_file():
-            raise ValueError(
-                f"one_pass.from_directories: {path.with_suffix('.bin')} is a pickle, and loading it would run any code "
-                "in it; save the adapter as safetensors (peft's save_pretrained does by default)"
-            )
-        raise FileNotFoundError(f"one_pass.from_directories: {path} is missing")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"one_pass.from_directories: {path} is no whole safetensors file: {error}") from error
 
 
 _KEY = re.compile(

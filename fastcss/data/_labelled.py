@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._files import whole_file
 from ._pictures import read_image, read_labels
 
 
@@ -124,19 +123,9 @@ def _read_kept(path: Path, stamp: str, count: int) -> list[tuple[int, ...]] | No
 
 
 def _keep(path: Path, content: dict) -> None:
-    """Write whole or not at all: a reader, another writer or a kill in between never meets half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
-        try:
-            with open(descriptor, "w") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(written, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(written)
-            raise
+        with whole_file(path) as file:
+            json.dump(content, file)
     except OSError as error:
         warnings.warn(f"what the images show is not kept for next time: {error}", stacklevel=3)

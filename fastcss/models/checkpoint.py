@@ -1,0 +1,93 @@
+"""Checkpoints in the folders that transformers writes, loaded only into the architecture they were made for."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+_NAMED = 3  # tensors in an error message
+
+
+def load_pretrained(
+    model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig, parts: Collection[str] | None = None
+) -> PreTrainedModel:
+    """A model with the weights of a folder: safetensors only, no network.
+
+    Args:
+        model_class: of the model.
+        folder: as ``save_pretrained`` writes it, by this class or by one with heads on it.
+        config: the architecture wanted, whatever the folder's own configuration says.
+        parts: names of the submodules and parameters that the folder must have; by default all.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        OSError: no safetensors in it.
+        ValueError: the checkpoint is of another architecture; names the first tensors that differ.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{model_class.__name__}: no such folder: {folder}")
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    needed = [name for name in model.state_dict() if parts is None or name.split(".")[0] in parts]
+    other = {name: (list(there), list(here)) for name, there, here in info["mismatched_keys"]}
+    absent = set(info["missing_keys"])
+    problems = [f"{name} is {other[name][0]}, wanted {other[name][1]}" for name in needed if name in other]
+    problems += [f"{name} is missing" for name in needed if name in absent]
+    kinds = {re.sub(r"\d+", "0", name) for name in needed}  # one more layer is another model, an unused head is not
+    problems += [f"{name} is not wanted" for name in info["unexpected_keys"] if re.sub(r"\d+", "0", name) in kinds]
+    _raise(problems, str(folder))
+    return model
+
+
+def save_pretrained(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """What ``load_pretrained`` reads: the tensors ``state``, with the model's configuration."""
+    with _quiet():
+        model.save_pretrained(folder, state_dict=dict(state))
+
+
+def check_tensors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+    """ValueError, naming the first of them, where names or shapes are not the same; ``where`` they are from."""
+    problems = [
+        f"{name} is {list(got[name].shape)}, wanted {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in got and got[name].shape != tensor.shape
+    ]
+    problems += [f"{name} is missing" for name in wanted if name not in got]
+    problems += [f"{name} is not wanted" for name in got if name not in wanted]
+    _raise(problems, where)
+
+
+def empty(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
+    """The model without memory for its tensors: only their names and shapes."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _raise(problems: list[str], where: str) -> None:
+    if problems:
+        rest = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise ValueError(f"{where} is of another architecture: {'; '.join(problems[:_NAMED])}{rest}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of what was missing, which here is an error or of no account."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,224 @@
+"""DecoupleCSS in a folder: safetensors and JSON, a folder a task.
+
+::
+
+    config.json          the architecture, and where the frozen models' weights are
+    base/detector, base/segmenter    those weights as transformers saves them, where they come from no other folder
+    task_0/ task_1/ …    adapter_config.json, adapter_model.safetensors: a PEFT adapter
+                         task.json: name, classes, phrases; task.safetensors: prompt generators, thresholds
+    metrics.jsonl        a line for each thing that was measured
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GroundingDinoConfig, GroundingDinoModel, PreTrainedConfig, SamConfig, SamModel
+
+from .._files import read_tensors, standing_folder, whole_file, whole_folder
+from .._read_adapters import CONFIG_FILE, WEIGHTS_FILE
+from .checkpoint import check_tensors, empty, load_pretrained, save_pretrained
+from .class_detector import ClassDetector
+from .decouplecss import DecoupleCSS, Phrases
+from .grounding_dino import LORA_SITES
+from .sam import SamSegmenter
+
+FORMAT, VERSION = "fastcss DecoupleCSS", 1
+
+
+def save_base(
+    model: DecoupleCSS, folder: str | Path, detector: str | Path | None = None, segmenter: str | Path | None = None
+) -> None:
+    """Begin a run: its configuration, and the frozen models' weights.
+
+    Args:
+        model: with any number of tasks, which are left out.
+        folder: of the run; may exist if there is no run in it.
+        detector, segmenter: the checkpoint folders that the model was loaded from, if the run is to name them instead
+            of keeping copies.
+
+    Raises:
+        FileExistsError: there is a run already.
+        OSError: it cannot be written; no run was begun.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"DecoupleCSS: {folder} holds a run already")
+    dino = model.detector.get_base_model() if model.tasks else model.detector
+    places = {"detector": detector, "segmenter": segmenter}
+    bases = {"detector": _config_of(dino.encoder), "segmenter": _config_of(model.segmenter.model)}
+    if None in places.values():
+        with whole_folder(folder / "base", overwrite=True) as base:  # of a run that was not finished beginning
+            if detector is None:
+                shell = empty(GroundingDinoModel, bases["detector"])
+                save_pretrained(shell, base / "detector", _without_adapters(dino.state_dict()))
+            if segmenter is None:
+                sam = model.segmenter.model
+                save_pretrained(sam, base / "segmenter", sam.state_dict())
+    config = {"format": FORMAT, "version": VERSION, "settings": _settings(model)}
+    for part, place in places.items():
+        where = f"base/{part}" if place is None else str(Path(place).resolve())
+        config[part] = {"folder": where, "config": json.loads(bases[part].to_json_string(use_diff=False))}
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "config.json") as file:  # last: it is what makes the folder a run
+        json.dump(config, file, indent=1)
+
+
+def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = False) -> None:
+    """Write task t of the model into a run, whole or not at all.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is no run, or one of other settings than the model's.
+        FileExistsError: the task is there, and is not to be overwritten.
+        OSError: it cannot be written; the run is as it was.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    settings = _read_config(folder)["settings"]
+    if settings != _settings(model):
+        raise ValueError(f"DecoupleCSS: {folder} is a run of {settings}, the model has {_settings(model)}")
+    task = model.tasks[t]
+    about = {
+        "name": task.name,
+        "classes": task.classes,
+        "input_ids": task.input_ids.tolist(),
+        "attention_mask": task.attention_mask.tolist(),
+    }
+    with whole_folder(folder / f"task_{t}", overwrite) as new:
+        model.detector.peft_config[task.name].save_pretrained(new)
+        adapter = get_peft_model_state_dict(model.detector, adapter_name=task.name, save_embedding_layers=False)
+        save_file({name: x.contiguous() for name, x in adapter.items()}, new / WEIGHTS_FILE, {"format": "pt"})
+        save_file(task.state_dict(), new / "task.safetensors", {"format": "pt"})
+        (new / "task.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def load(folder: str | Path) -> DecoupleCSS:
+    """The model of a run with all of its tasks, on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: the folder, or a file or task in it, is not there.
+        ValueError: it is no run, of a newer version, a file is not whole or a pickle, or the tensors are of another
+            architecture than config.json tells; names the first that differ.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    count = saved_tasks(folder)
+    dino, sam = GroundingDinoConfig.from_dict(config["detector"]["config"]), config["segmenter"]["config"]
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+        parts = {name.split(".")[0] for name in ClassDetector(empty(GroundingDinoModel, dino)).state_dict()}
+        detector = load_pretrained(GroundingDinoModel, folder / config["detector"]["folder"], dino, parts)
+        segmenter = load_pretrained(SamModel, folder / config["segmenter"]["folder"], SamConfig.from_dict(sam))
+        model = DecoupleCSS(ClassDetector(detector), SamSegmenter(segmenter), **config["settings"])
+        for t in range(count):
+            _load_task(model, standing_folder(folder / f"task_{t}"))
+    return model.eval().requires_grad_(False)
+
+
+def saved_tasks(folder: str | Path) -> int:
+    """How many tasks a run has; FileNotFoundError where one before the last is missing."""
+    names = (re.fullmatch(r"(\.)?task_(0|[1-9]\d*)(?(1)\.old)", path.name) for path in Path(folder).iterdir())
+    there = {int(name[2]) for name in names if name}
+    for t in range(len(there)):
+        if t not in there:
+            raise FileNotFoundError(f"DecoupleCSS: {Path(folder) / f'task_{t}'} is missing; there is task_{max(there)}")
+    return len(there)
+
+
+def append_metrics(folder: str | Path, record: dict) -> None:
+    """Add a line to ``metrics.jsonl``; half a line that a kill has left at its end is dropped."""
+    with open(Path(folder) / "metrics.jsonl", "ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The whole lines of ``metrics.jsonl``, none where there is no such file."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"DecoupleCSS: {path}, line {number}: {error}") from error
+    return records
+
+
+def _settings(model: DecoupleCSS) -> dict:
+    lora = model._lora
+    sites = next(name for name, pattern in LORA_SITES.items() if pattern == lora["target_modules"])
+    return {
+        "threshold": model.threshold, **model._generator_sizes, "rank": lora["r"], "alpha": lora["lora_alpha"],
+        "sites": sites,
+    }  # fmt: skip
+
+
+def _config_of(model: torch.nn.Module) -> PreTrainedConfig:
+    """Its configuration as it is now: of the dtype it was cast to, and without the place it was loaded from."""
+    config = copy.deepcopy(model.config)
+    config.dtype, config._name_or_path = next(model.parameters()).dtype, ""
+    return config
+
+
+def _without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT keeps an adapted layer's own tensors under ``base_layer``."""
+    return {name.replace(".base_layer.", "."): x for name, x in state.items() if ".lora_" not in name}
+
+
+def _read_config(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"DecoupleCSS: no such folder: {folder}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"DecoupleCSS: {folder} is no run: it has no config.json")
+    config = _read_json(folder / "config.json", ())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"DecoupleCSS: {folder} is no run: its config.json has no format {FORMAT!r}")
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"DecoupleCSS: {folder} is of version {config.get('version')}, this fastcss reads version {VERSION}"
+        )
+    return _read_json(folder / "config.json", ("settings", "detector", "segmenter"))
+
+
+def _read_json(path: Path, keys: tuple[str, ...]) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"DecoupleCSS: {path} is missing")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"DecoupleCSS: {path} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise ValueError(f"DecoupleCSS: {path} must hold {', '.join(keys) or 'an object'}")
+    return content
+
+
+def _load_task(model: DecoupleCSS, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    about = _read_json(folder / "task.json", ("name", "classes", "input_ids", "attention_mask"))
+    lora = _read_json(folder / CONFIG_FILE, tuple(model._lora))
+    adapter = read_tensors(folder / WEIGHTS_FILE, "DecoupleCSS")
+    tensors = read_tensors(folder / "task.safetensors", "DecoupleCSS")
+    phrases = Phrases(torch.tensor(about["input_ids"]), torch.tensor(about["attention_mask"]))
+    task = model.add_task(about["classes"], phrases, about["name"])
+    places = get_peft_model_state_dict(model.detector, adapter_name=task.name, save_embedding_layers=False)
+    check_tensors(adapter, places, f"DecoupleCSS: {folder / WEIGHTS_FILE}")
+    check_tensors(tensors, task.state_dict(), f"DecoupleCSS: {folder / 'task.safetensors'}")
+    for name, wanted in model._lora.items():
+        if lora[name] != wanted:
+            raise ValueError(f"DecoupleCSS: {folder / CONFIG_FILE}: {name} is {lora[name]!r}, the run has {wanted!r}")
+    for name, place in places.items():  # views of the adapter's own parameters
+        place.copy_(adapter[name])
+    task.load_state_dict(tensors)

@@ -1,0 +1,231 @@
+"""Runs of DecoupleCSS in folders: what is loaded is what was saved, and what is not whole is never met."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from decouplecss_models import SIZES, add_task, build, pictures
+from safetensors.torch import load_file, save_file
+
+from fastcss import _files, one_pass
+from fastcss.models import decouplecss_folder
+from fastcss.models.class_detector import ClassDetector
+from fastcss.models.decouplecss import MODES
+from fastcss.models.decouplecss_folder import load, save_base, save_task, saved_tasks
+
+TASKS = 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(SIZES[:TASKS])
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    save_base(model, folder)
+    for t in range(TASKS):
+        save_task(model, t, folder)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def spoil(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- there and back
+
+
+def test_what_is_loaded_segments_as_what_was_saved(model, saved):
+    state = torch.get_rng_state()
+    loaded, given = load(saved), pictures(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert loaded.classes == model.classes
+    for mode in MODES:
+        got, expected = loaded.segment(**given, mode=mode), model.segment(**given, mode=mode)
+        assert torch.equal(got.presence, expected.presence)
+        for labels, wanted in zip(got.labels, expected.labels, strict=True):
+            assert torch.equal(labels, wanted)
+            assert len(wanted.unique()) > 2
+
+
+def test_a_run_saved_again_is_the_same(saved, tmp_path):
+    loaded = load(saved)
+    save_base(loaded, tmp_path / "again")
+    for t in range(TASKS):
+        save_task(loaded, t, tmp_path / "again")
+    first, second = content(saved), content(tmp_path / "again")
+    assert first.keys() == second.keys()  # and in config.json transformers notes what it has learned in loading
+    assert all(second[name] == first[name] for name in first if Path(name).name != "config.json")
+
+
+def test_only_safetensors_and_json(saved):
+    assert {path.suffix for path in saved.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+
+
+def test_a_loaded_model_learns_on(run):
+    model = load(run)
+    add_task(model, 2)
+    save_task(model, TASKS, run)
+    assert load(run).classes == model.classes
+    assert saved_tasks(run) == TASKS + 1
+
+
+def test_one_pass_reads_the_task_folders(model, saved):
+    folders = [saved / f"task_{t}" for t in range(TASKS)]
+    runner = one_pass.from_directories(ClassDetector.random("tiny"), folders)
+    pixels, phrases = pictures(1)["pixel_values"], torch.ones(2, 3, 64)
+    with torch.no_grad():
+        found = runner(pixels, phrases=phrases).tokens
+        for t, task in enumerate(model.tasks):
+            model.detector.set_adapter(task.name)
+            expected = model.detector(pixels, phrases=phrases).tokens
+            torch.testing.assert_close(found[t], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_model_of_another_dtype_stays_so(tmp_path):
+    model = build((2,)).bfloat16()
+    save_base(model, tmp_path)
+    save_task(model, 0, tmp_path)
+    loaded = load(tmp_path)
+    for part in ("segmenter", "tasks"):
+        for got, expected in zip(getattr(loaded, part).parameters(), getattr(model, part).parameters(), strict=True):
+            assert got.dtype == torch.bfloat16
+            assert torch.equal(got, expected)
+    expected = model.detector.get_base_model().text_projection.weight
+    assert torch.equal(loaded.detector.get_base_model().text_projection.weight, expected)
+
+
+def test_a_run_may_name_the_folders_of_its_base(model, saved, tmp_path):
+    run = tmp_path / "run"
+    save_base(model, run, detector=saved / "base/detector", segmenter=saved / "base/segmenter")
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    for t in range(TASKS):
+        save_task(model, t, run)
+    (labels,), (expected,) = (m.segment(**pictures(1)).labels for m in (load(run), model))
+    assert torch.equal(labels, expected)
+
+
+def test_half_of_the_base_may_be_elsewhere(model, saved, tmp_path):
+    save_base(model, tmp_path, detector=saved / "base/detector")
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["segmenter"]
+    assert load(tmp_path).classes == ()
+
+
+# ---- whole or not at all
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("writer", ["save_file", "fsync", "rename"])
+def test_a_full_disk_leaves_the_run_as_it_was(model, run, monkeypatch, writer, overwrite):
+    t = 1 if overwrite else 2
+    if not overwrite:
+        shutil.rmtree(run / "task_2")
+    before = content(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(decouplecss_folder if writer == "save_file" else os, writer, full)
+        with pytest.raises(OSError, match="No space left"):
+            save_task(model, t, run, overwrite=overwrite)
+    assert content(run) == before
+    save_task(model, t, run, overwrite=overwrite)
+    assert content(run) == content(run) | before
+
+
+def test_a_full_disk_begins_no_run(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_base(model, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load(tmp_path / "run")
+    save_base(model, tmp_path / "run")
+    assert load(tmp_path / "run").classes == ()
+
+
+def save_until_killed(model, t: int, folder: Path, calls: int) -> None:
+    """In a process of its own, which kills itself at a certain call of those that touch the disk."""
+
+    def dying(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            if calls == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def half(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        whole(tensors, path, metadata)
+
+    whole = dying(save_file)
+    decouplecss_folder.save_file = half
+    for name in ("mkdir", "fsync", "rename", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    save_task(model, t, folder, overwrite=True)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
+def test_a_killed_save_leaves_the_old_or_the_new(model, saved, tmp_path, there):
+    run = tmp_path / "run"
+    other = build(SIZES[:TASKS], seed=1)
+    outcomes, calls, code = [], 0, None
+    while code != 0:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(saved, run)
+        if not there:
+            shutil.rmtree(run / "task_2")
+        child = multiprocessing.get_context("fork").Process(target=save_until_killed, args=(other, 2, run, calls))
+        child.start()
+        child.join()
+        code, calls = child.exitcode, calls + 1
+        assert code in (0, -signal.SIGKILL)
+        if saved_tasks(run) == 2:
+            outcomes.append("none")
+        else:
+            assert saved_tasks(run) == TASKS
+            tensors = load_file(_files.standing_folder(run / "task_2") / "task.safetensors")
+            is_new = torch.equal(tensors["generator.weight_1"], other.tasks[2].generator.weight_1)
+            outcomes.append("new" if is_new else "old")
+            assert is_new or torch.equal(tensors["generator.weight_1"], model.tasks[2].generator.weight_1)
+        assert len(load(run).tasks) == saved_tasks(run)
+        save_task(other, 2, run, overwrite=True)
+        assert content(run).keys() == content(saved).keys()  # what was left half-written is gone
+    first, last = outcomes[0], outcomes[-1]
+    assert (first, last) == ("old" if there else "none", "new")
+    assert outcomes == sorted(outcomes, key=[first, last].index)  # and no way back
+    assert len(outcomes) > 8
+
+
+def test_what_is_there_is_not_overwritten_unasked(model, run):
+    before = content(run)
+    with pytest.raises(FileExistsError, match="task_1 is there already"):
+        save_task(model, 1, run)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        save_base(model, run)
+    assert content(run) == before
