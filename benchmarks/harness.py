@@ -43,7 +43,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
         graphs, graph_errors, graph_remarks = verify(graphs, expected, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
         errors, remarks = errors | graph_errors, remarks | graph_remarks
-    times = measure.times_ms(right, device, seconds) if right else {}
+    times = measure.times_ms(right, device, seconds, case.rounds) if right else {}
     for name, step in list(right.items()):  # nor may a provider have gone wrong while the others ran beside it
         errors[name] = max(errors[name], problem.error(step(), expected))
         if not errors[name] <= problem.tolerance:

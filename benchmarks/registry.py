@@ -61,7 +61,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One point of the benchmark; ``build(device, mode)`` makes its inputs, ``sources`` are patterns of what runs."""
+    """One point of the benchmark.
+
+    ``build(device, mode)`` makes its inputs, ``sources`` are patterns of what runs, and every provider is timed in at
+    least ``rounds``: fewer where one call takes a minute.
+    """
 
     op: str
     name: str  # "<op>/<what>"
@@ -70,6 +74,7 @@ class Case:
     build: Callable[[str, str], Problem]
     sources: tuple[str, ...]
     modes: tuple[str, ...] = MODES
+    rounds: int = 5
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:

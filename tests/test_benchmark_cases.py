@@ -15,6 +15,7 @@ from benchmarks import (
     class_affinity,
     class_centers,
     cost_filter,
+    decouplecss,
     deformable_attention,
     harness,
     merge_masks,
@@ -170,6 +171,15 @@ def test_labels_count_by_their_pixels():
     other[7, :3] = 5
     assert merge_masks.differing((other,), (labels,)) == pytest.approx(3 / 20000)
     assert merge_masks.differing((labels[1:],), (labels,)) == float("inf")
+
+
+def test_the_picture_of_decouplecss_shows_some_of_the_classes():
+    pytest.importorskip("peft")
+    (case,) = decouplecss.cases("cpu", quick=True)
+    torch.manual_seed(0)
+    (labels,) = case.build("cpu", "fwd").expected()
+    assert labels.shape == (96, 128)
+    assert 4 < len(labels.unique()) < 18
 
 
 @pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")

@@ -122,7 +122,7 @@ class DecoupleCSS(nn.Module):
         self.detector.set_adapter(name)
         self.tasks.requires_grad_(False)
         generator = PromptGenerator(len(classes), prompt_dim=self.segmenter.prompt_dim, **self._generator_sizes)
-        self.tasks.append(Task(name, classes, phrases, generator).to(self._device))
+        self.tasks.append(Task(name, classes, phrases, generator).to(next(self.segmenter.parameters())))
         self._all = None
         if not self.training:
             self.eval()  # what is new comes in training mode
@@ -201,10 +201,6 @@ class DecoupleCSS(nn.Module):
     def _select(self, detected: DetectedClasses) -> SelectedTokens:
         return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.detector.parameters()).device
-
     def train(self, mode: bool = True) -> DecoupleCSS:
         self._all = None  # weights are about to change
         return super().train(mode)
@@ -255,6 +251,8 @@ class DecoupleCSS(nn.Module):
         for name, given in (("sizes", sizes), ("crops", crops)):
             if given is not None and len(given) != len(pixel_values):
                 raise ValueError(f"DecoupleCSS.segment: {name} must have one entry an image, got {len(given)}")
+        if any(max(crop) > wanted[-1] for crop in crops or ()):
+            raise ValueError(f"DecoupleCSS.segment: crops must be within sam_pixel_values, {wanted[2:]}, got {crops}")
 
 
 class _AllTasks:

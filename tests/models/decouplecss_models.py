@@ -50,12 +50,12 @@ def add_task(model: DecoupleCSS, classes: int) -> None:
                 parameter.normal_(0, parameter.shape[1] ** -0.5 if "lora_A" in name else 0.1, generator=generator)
 
 
-def pictures(batch: int, seed: int = 0) -> dict:
+def pictures(batch: int, device: str = "cpu") -> dict:
     """What ``segment`` takes, with label maps of other sizes and pictures that fill SAM's in part."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return {
-        "pixel_values": torch.randn(batch, 3, 64, 96, generator=generator),
-        "sam_pixel_values": torch.randn(batch, 3, 128, 128, generator=generator),
+        "pixel_values": torch.randn(batch, 3, 64, 96, generator=generator).to(device),
+        "sam_pixel_values": torch.randn(batch, 3, 128, 128, generator=generator).to(device),
         "sizes": [(64, 96), (50, 61), (131, 20)][:batch],
         "crops": [(85, 128), (128, 77), (128, 128)][:batch],
     }

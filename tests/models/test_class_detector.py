@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from decouplecss_models import assert_close, phrases
+from transformers import GroundingDinoModel
 
 from fastcss.models.class_detector import ClassDetector
+from fastcss.models.grounding_dino import _config
 from fastcss.ops import phrase_pool
 
 
@@ -105,6 +108,20 @@ def test_phrases_are_the_mean_of_their_words(detector, device):
             words = detector.text_projection(alone)[0, 1 : length - 1]  # between [CLS] and [SEP]
             assert len(words) == length - 2
             assert_close(got[k, m], words.mean(0))
+
+
+def test_folder_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = GroundingDinoModel(_config("tiny"))
+    model.save_pretrained(tmp_path)
+    loaded, state = ClassDetector.from_folder(str(tmp_path)), ClassDetector(model).state_dict()
+    assert not loaded.training
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # a pickle is not read
+    with pytest.raises(OSError, match=re.escape("model.safetensors")):
+        ClassDetector.from_folder(str(tmp_path))
 
 
 def test_a_phrase_without_words_is_zeros(detector, device):

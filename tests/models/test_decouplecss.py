@@ -20,8 +20,8 @@ def models():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sites", ["swin+fusion", "fusion"])
-def test_all_modes_give_the_same_labels(models, sites, batch):
-    model, given = models[sites], pictures(batch)
+def test_all_modes_give_the_same_labels(sites, batch, device):
+    model, given = build(sites=sites).to(device), pictures(batch, device)
     found = {mode: model.segment(**given, mode=mode) for mode in MODES}
     expected = found["literal"]
     for segmentation in found.values():
