@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -76,6 +78,7 @@ def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = 
 
     Raises:
         FileNotFoundError, ValueError: the folder is no run, or one of other settings than the model's.
+        IndexError: the model has no such task.
         FileExistsError: the task is there, and is not to be overwritten.
         OSError: it cannot be written; the run is as it was.
     """
@@ -85,6 +88,8 @@ def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = 
     settings = _read_config(folder)["settings"]
     if settings != _settings(model):
         raise ValueError(f"DecoupleCSS: {folder} is a run of {settings}, the model has {_settings(model)}")
+    if not 0 <= t < len(model.tasks):
+        raise IndexError(f"DecoupleCSS: there is no task {t}, the model has {len(model.tasks)}")
     task = model.tasks[t]
     about = {
         "name": task.name,
@@ -109,14 +114,17 @@ def load(folder: str | Path) -> DecoupleCSS:
             architecture than config.json tells; names the first that differ.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    count = saved_tasks(folder)
-    dino, sam = GroundingDinoConfig.from_dict(config["detector"]["config"]), config["segmenter"]["config"]
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+    config, count = _read_config(folder), saved_tasks(folder)
+    with _names(folder / "config.json"):
+        dino = GroundingDinoConfig.from_dict(config["detector"]["config"])
+        sam = SamConfig.from_dict(config["segmenter"]["config"])
         parts = {name.split(".")[0] for name in ClassDetector(empty(GroundingDinoModel, dino)).state_dict()}
-        detector = load_pretrained(GroundingDinoModel, folder / config["detector"]["folder"], dino, parts)
-        segmenter = load_pretrained(SamModel, folder / config["segmenter"]["folder"], SamConfig.from_dict(sam))
-        model = DecoupleCSS(ClassDetector(detector), SamSegmenter(segmenter), **config["settings"])
+        bases = [folder / config[part]["folder"] for part in ("detector", "segmenter")]
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+        detector = ClassDetector(load_pretrained(GroundingDinoModel, bases[0], dino, parts))
+        segmenter = SamSegmenter(load_pretrained(SamModel, bases[1], sam))
+        with _names(folder / "config.json"):
+            model = DecoupleCSS(detector, segmenter, **config["settings"])
         for t in range(count):
             _load_task(model, standing_folder(folder / f"task_{t}"))
     return model.eval().requires_grad_(False)
@@ -204,6 +212,15 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict:
     return content
 
 
+@contextlib.contextmanager
+def _names(path: Path) -> Iterator[None]:
+    """Says which file it is that holds what nothing can be made of."""
+    try:
+        yield
+    except Exception as error:  # transformers has kinds of its own
+        raise ValueError(f"DecoupleCSS: {path}: {error}") from error
+
+
 def _load_task(model: DecoupleCSS, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
@@ -211,8 +228,9 @@ def _load_task(model: DecoupleCSS, folder: Path) -> None:
     lora = _read_json(folder / CONFIG_FILE, tuple(model._lora))
     adapter = read_tensors(folder / WEIGHTS_FILE, "DecoupleCSS")
     tensors = read_tensors(folder / "task.safetensors", "DecoupleCSS")
-    phrases = Phrases(torch.tensor(about["input_ids"]), torch.tensor(about["attention_mask"]))
-    task = model.add_task(about["classes"], phrases, about["name"])
+    with _names(folder / "task.json"):
+        phrases = Phrases(torch.tensor(about["input_ids"]), torch.tensor(about["attention_mask"]))
+        task = model.add_task(about["classes"], phrases, about["name"])
     places = get_peft_model_state_dict(model.detector, adapter_name=task.name, save_embedding_layers=False)
     check_tensors(adapter, places, f"DecoupleCSS: {folder / WEIGHTS_FILE}")
     check_tensors(tensors, task.state_dict(), f"DecoupleCSS: {folder / 'task.safetensors'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -20,49 +19,23 @@ from fastcss.models.class_detector import ClassDetector
 from fastcss.models.decouplecss import MODES
 from fastcss.models.decouplecss_folder import load, save_base, save_task, saved_tasks
 
-TASKS = 3
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build(SIZES[:TASKS])
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "run"
-    save_base(model, folder)
-    for t in range(TASKS):
-        save_task(model, t, folder)
-    return folder
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    """A copy to spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "run"))
-
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def spoil(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 # ---- there and back
 
 
-def test_what_is_loaded_segments_as_what_was_saved(model, saved):
+def test_what_is_loaded_segments_as_what_was_saved(saved_model, saved):
     state = torch.get_rng_state()
     loaded, given = load(saved), pictures(2)
     assert torch.equal(torch.get_rng_state(), state)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert loaded.classes == model.classes
+    assert loaded.classes == saved_model.classes
     for mode in MODES:
-        got, expected = loaded.segment(**given, mode=mode), model.segment(**given, mode=mode)
+        got, expected = loaded.segment(**given, mode=mode), saved_model.segment(**given, mode=mode)
         assert torch.equal(got.presence, expected.presence)
         for labels, wanted in zip(got.labels, expected.labels, strict=True):
             assert torch.equal(labels, wanted)
@@ -72,7 +45,7 @@ def test_what_is_loaded_segments_as_what_was_saved(model, saved):
 def test_a_run_saved_again_is_the_same(saved, tmp_path):
     loaded = load(saved)
     save_base(loaded, tmp_path / "again")
-    for t in range(TASKS):
+    for t in range(3):
         save_task(loaded, t, tmp_path / "again")
     first, second = content(saved), content(tmp_path / "again")
     assert first.keys() == second.keys()  # and in config.json transformers notes what it has learned in loading
@@ -86,20 +59,20 @@ def test_only_safetensors_and_json(saved):
 def test_a_loaded_model_learns_on(run):
     model = load(run)
     add_task(model, 2)
-    save_task(model, TASKS, run)
+    save_task(model, 3, run)
     assert load(run).classes == model.classes
-    assert saved_tasks(run) == TASKS + 1
+    assert saved_tasks(run) == 4
 
 
-def test_one_pass_reads_the_task_folders(model, saved):
-    folders = [saved / f"task_{t}" for t in range(TASKS)]
+def test_one_pass_reads_the_task_folders(saved_model, saved):
+    folders = [saved / f"task_{t}" for t in range(3)]
     runner = one_pass.from_directories(ClassDetector.random("tiny"), folders)
     pixels, phrases = pictures(1)["pixel_values"], torch.ones(2, 3, 64)
     with torch.no_grad():
         found = runner(pixels, phrases=phrases).tokens
-        for t, task in enumerate(model.tasks):
-            model.detector.set_adapter(task.name)
-            expected = model.detector(pixels, phrases=phrases).tokens
+        for t, task in enumerate(saved_model.tasks):
+            saved_model.detector.set_adapter(task.name)
+            expected = saved_model.detector(pixels, phrases=phrases).tokens
             torch.testing.assert_close(found[t], expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -116,18 +89,18 @@ def test_a_model_of_another_dtype_stays_so(tmp_path):
     assert torch.equal(loaded.detector.get_base_model().text_projection.weight, expected)
 
 
-def test_a_run_may_name_the_folders_of_its_base(model, saved, tmp_path):
+def test_a_run_may_name_the_folders_of_its_base(saved_model, saved, tmp_path):
     run = tmp_path / "run"
-    save_base(model, run, detector=saved / "base/detector", segmenter=saved / "base/segmenter")
+    save_base(saved_model, run, detector=saved / "base/detector", segmenter=saved / "base/segmenter")
     assert [path.name for path in run.iterdir()] == ["config.json"]
-    for t in range(TASKS):
-        save_task(model, t, run)
-    (labels,), (expected,) = (m.segment(**pictures(1)).labels for m in (load(run), model))
+    for t in range(3):
+        save_task(saved_model, t, run)
+    (labels,), (expected,) = (m.segment(**pictures(1)).labels for m in (load(run), saved_model))
     assert torch.equal(labels, expected)
 
 
-def test_half_of_the_base_may_be_elsewhere(model, saved, tmp_path):
-    save_base(model, tmp_path, detector=saved / "base/detector")
+def test_half_of_the_base_may_be_elsewhere(saved_model, saved, tmp_path):
+    save_base(saved_model, tmp_path, detector=saved / "base/detector")
     assert [path.name for path in (tmp_path / "base").iterdir()] == ["segmenter"]
     assert load(tmp_path).classes == ()
 
@@ -141,7 +114,7 @@ def full(*_, **__):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("writer", ["save_file", "fsync", "rename"])
-def test_a_full_disk_leaves_the_run_as_it_was(model, run, monkeypatch, writer, overwrite):
+def test_a_full_disk_leaves_the_run_as_it_was(saved_model, run, monkeypatch, writer, overwrite):
     t = 1 if overwrite else 2
     if not overwrite:
         shutil.rmtree(run / "task_2")
@@ -149,20 +122,20 @@ def test_a_full_disk_leaves_the_run_as_it_was(model, run, monkeypatch, writer, o
     with monkeypatch.context() as patch:
         patch.setattr(decouplecss_folder if writer == "save_file" else os, writer, full)
         with pytest.raises(OSError, match="No space left"):
-            save_task(model, t, run, overwrite=overwrite)
+            save_task(saved_model, t, run, overwrite=overwrite)
     assert content(run) == before
-    save_task(model, t, run, overwrite=overwrite)
+    save_task(saved_model, t, run, overwrite=overwrite)
     assert content(run) == content(run) | before
 
 
-def test_a_full_disk_begins_no_run(model, tmp_path, monkeypatch):
+def test_a_full_disk_begins_no_run(saved_model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            save_base(model, tmp_path / "run")
+            save_base(saved_model, tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load(tmp_path / "run")
-    save_base(model, tmp_path / "run")
+    save_base(saved_model, tmp_path / "run")
     assert load(tmp_path / "run").classes == ()
 
 
@@ -191,41 +164,72 @@ def save_until_killed(model, t: int, folder: Path, calls: int) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "overwritten"])
-def test_a_killed_save_leaves_the_old_or_the_new(model, saved, tmp_path, there):
-    run = tmp_path / "run"
-    other = build(SIZES[:TASKS], seed=1)
-    outcomes, calls, code = [], 0, None
+def test_a_killed_save_leaves_the_old_or_the_new(saved_model, saved, tmp_path, there):
+    before, run, other = tmp_path / "before", tmp_path / "run", build(SIZES[:3], seed=1)
+    save_base(saved_model, before, detector=saved / "base/detector", segmenter=saved / "base/segmenter")
+    for t in range(2 + there):
+        save_task(saved_model, t, before)
+    outcomes, layouts, calls, code = [], set(), 0, None
     while code != 0:
         shutil.rmtree(run, ignore_errors=True)
-        shutil.copytree(saved, run)
-        if not there:
-            shutil.rmtree(run / "task_2")
+        shutil.copytree(before, run)
         child = multiprocessing.get_context("fork").Process(target=save_until_killed, args=(other, 2, run, calls))
         child.start()
         child.join()
         code, calls = child.exitcode, calls + 1
         assert code in (0, -signal.SIGKILL)
-        if saved_tasks(run) == 2:
-            outcomes.append("none")
-        else:
-            assert saved_tasks(run) == TASKS
-            tensors = load_file(_files.standing_folder(run / "task_2") / "task.safetensors")
-            is_new = torch.equal(tensors["generator.weight_1"], other.tasks[2].generator.weight_1)
-            outcomes.append("new" if is_new else "old")
-            assert is_new or torch.equal(tensors["generator.weight_1"], model.tasks[2].generator.weight_1)
-        assert len(load(run).tasks) == saved_tasks(run)
+        outcomes.append(generators_of_task_2(run))
+        if (layout := frozenset(os.listdir(run))) not in layouts:
+            layouts.add(layout)
+            assert len(load(run).tasks) == saved_tasks(run)
         save_task(other, 2, run, overwrite=True)
-        assert content(run).keys() == content(saved).keys()  # what was left half-written is gone
-    first, last = outcomes[0], outcomes[-1]
-    assert (first, last) == ("old" if there else "none", "new")
-    assert outcomes == sorted(outcomes, key=[first, last].index)  # and no way back
-    assert len(outcomes) > 8
+        assert sorted(os.listdir(run)) == ["config.json", "task_0", "task_1", "task_2"]
+    old = saved_model.tasks[2].generator.weight_1 if there else None
+    new = other.tasks[2].generator.weight_1
+    turn = next(i for i, outcome in enumerate(outcomes) if outcome is not None and torch.equal(outcome, new))
+    assert 6 < turn < len(outcomes)
+    assert all(outcome is None if old is None else torch.equal(outcome, old) for outcome in outcomes[:turn])
+    assert all(torch.equal(outcome, new) for outcome in outcomes[turn:])
+    assert len(layouts) == (4 if there else 3)
 
 
-def test_what_is_there_is_not_overwritten_unasked(model, run):
+def generators_of_task_2(run: Path) -> torch.Tensor | None:
+    if saved_tasks(run) == 2:
+        return None
+    return load_file(_files.standing_folder(run / "task_2") / "task.safetensors")["generator.weight_1"]
+
+
+def test_what_is_there_is_not_overwritten_unasked(saved_model, run):
     before = content(run)
     with pytest.raises(FileExistsError, match="task_1 is there already"):
-        save_task(model, 1, run)
+        save_task(saved_model, 1, run)
     with pytest.raises(FileExistsError, match="holds a run already"):
-        save_base(model, run)
+        save_base(saved_model, run)
     assert content(run) == before
+
+
+# ---- metrics
+
+
+def test_metrics_are_read_as_they_were_appended(tmp_path):
+    assert decouplecss_folder.read_metrics(tmp_path) == []
+    records = [{"task": t, "miou": 0.1 + t} for t in range(3)]
+    for record in records:
+        decouplecss_folder.append_metrics(tmp_path, record)
+    assert decouplecss_folder.read_metrics(tmp_path) == records
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"task": 3, "mi', b'{"task": 3}', b"\xc3"])
+def test_a_torn_last_line_does_not_count(tmp_path, torn):
+    decouplecss_folder.append_metrics(tmp_path, {"task": 0})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(torn)
+    assert decouplecss_folder.read_metrics(tmp_path) == [{"task": 0}]
+    decouplecss_folder.append_metrics(tmp_path, {"task": 1})
+    assert decouplecss_folder.read_metrics(tmp_path) == [{"task": 0}, {"task": 1}]
+
+
+def test_a_broken_line_before_the_last_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"task": 0}\n{"task"\n{"task": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        decouplecss_folder.read_metrics(tmp_path)
