@@ -1,4 +1,4 @@
-"""``python -m fastcss info`` and ``python -m fastcss demo``."""
+"""``python -m fastcss info``, ``python -m fastcss demo`` and ``python -m fastcss convert-sam``."""
 
 import argparse
 from pathlib import Path
@@ -12,9 +12,15 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and which implementations run here")
     demo.add_arguments(commands.add_parser("demo", help="six adapters on one photograph, in turn and in one pass"))
+    convert = commands.add_parser("convert-sam", help="make segment-anything's checkpoint a folder of transformers")
+    convert.add_argument("checkpoint", help="a sam_vit_*.pth; only tensors are loaded from it, no code is run")
+    convert.add_argument("out", help="the folder to make")
     options = parser.parse_args()
     if options.command == "info":
         _print_info()
+        return
+    if options.command == "convert-sam":
+        _convert_sam(parser, options.checkpoint, options.out)
         return
     if options.model and not Path(options.model).is_dir():
         parser.error(f"--model: no such folder: {options.model}")
@@ -22,6 +28,19 @@ def main() -> None:
         demo.run(options.out, options.model, options.tune_malloc)
     except ModuleNotFoundError as error:
         parser.error(f"the demo needs {error.name}, which is not installed: pip install 'fastcss[demo]'")
+
+
+def _convert_sam(parser: argparse.ArgumentParser, checkpoint: str, out: str) -> None:
+    try:
+        from .models.convert_sam import SIZES, convert_sam
+
+        vision = convert_sam(checkpoint, out).vision_config
+    except ModuleNotFoundError as error:
+        parser.error(f"convert-sam needs {error.name}, which is not installed: pip install 'fastcss[peft]'")
+    except (OSError, ValueError) as error:
+        parser.error(f"convert-sam: {error}")
+    name = SIZES.get(vision.hidden_size, "SAM")
+    print(f"{out}: {name}, {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.image_size} pixels")
 
 
 def _print_info() -> None:

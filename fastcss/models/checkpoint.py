@@ -16,24 +16,29 @@ _NAMED = 3  # tensors in an error message
 
 
 def load_pretrained(
-    model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig, parts: Collection[str] | None = None
+    model_class: type[PreTrainedModel],
+    folder: str | Path,
+    config: PreTrainedConfig | None = None,
+    parts: Collection[str] | None = None,
 ) -> PreTrainedModel:
     """A model with the weights of a folder: safetensors only, no network.
 
     Args:
         model_class: of the model.
         folder: as ``save_pretrained`` writes it, by this class or by one with heads on it.
-        config: the architecture wanted, whatever the folder's own configuration says.
+        config: the architecture wanted; by default what the folder's own configuration says.
         parts: names of the submodules and parameters that the folder must have; by default all.
 
     Raises:
         FileNotFoundError: no such folder.
-        OSError: no safetensors in it.
-        ValueError: the checkpoint is of another architecture; names the first tensors that differ.
+        OSError: no configuration or no safetensors in it.
+        ValueError: the checkpoint is of another architecture, or not whole; names the first tensors that differ.
     """
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"{model_class.__name__}: no such folder: {folder}")
     with _quiet():
+        if config is None:
+            config = _read_config(model_class.config_class, folder)
         model, info = model_class.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -53,6 +58,13 @@ def save_pretrained(model: PreTrainedModel, folder: Path, state: Mapping[str, Te
     """What ``load_pretrained`` reads: the tensors ``state``, with the model's configuration."""
     with _quiet():
         model.save_pretrained(folder, state_dict=dict(state))
+
+
+def _read_config(config_class: type[PreTrainedConfig], folder: str | Path) -> PreTrainedConfig:
+    content, _ = config_class.get_config_dict(folder, local_files_only=True)
+    if content.get("model_type") != config_class.model_type:
+        raise ValueError(f"{folder} holds a {content.get('model_type')!r}, wanted a {config_class.model_type!r}")
+    return config_class.from_dict(content)
 
 
 def check_tensors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

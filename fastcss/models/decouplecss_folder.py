@@ -29,7 +29,7 @@ from .._read_adapters import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import check_tensors, empty, load_pretrained, save_pretrained
 from .class_detector import ClassDetector
 from .decouplecss import DecoupleCSS, Phrases
-from .grounding_dino import LORA_SITES
+from .grounding_dino import LORA_SITES, PARTS
 from .sam import SamSegmenter
 
 FORMAT, VERSION = "fastcss DecoupleCSS", 1
@@ -118,10 +118,9 @@ def load(folder: str | Path) -> DecoupleCSS:
     with _names(folder / "config.json"):
         dino = GroundingDinoConfig.from_dict(config["detector"]["config"])
         sam = SamConfig.from_dict(config["segmenter"]["config"])
-        parts = {name.split(".")[0] for name in ClassDetector(empty(GroundingDinoModel, dino)).state_dict()}
         bases = [folder / config[part]["folder"] for part in ("detector", "segmenter")]
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
-        detector = ClassDetector(load_pretrained(GroundingDinoModel, bases[0], dino, parts))
+        detector = ClassDetector(load_pretrained(GroundingDinoModel, bases[0], dino, PARTS))
         segmenter = SamSegmenter(load_pretrained(SamModel, bases[1], sam))
         with _names(folder / "config.json"):
             model = DecoupleCSS(detector, segmenter, **config["settings"])

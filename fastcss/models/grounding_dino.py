@@ -14,6 +14,11 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map,
 )
 
+from .checkpoint import load_pretrained
+
+#: What the encoder has of a ``GroundingDinoModel``.
+PARTS = ("backbone", "input_proj_vision", "text_backbone", "text_projection", "encoder", "level_embed")
+
 #: Where DecoupleCSS puts its adapters, as PEFT ``target_modules``. A name is matched from its start, which keeps the
 #: text backbone and the text enhancer out.
 LORA_SITES = {
@@ -69,7 +74,7 @@ class GroundingDinoEncoder(nn.Module):
     @classmethod
     def from_folder(cls, folder: str) -> GroundingDinoEncoder:
         """The encoder of a checkpoint folder as transformers saves it; safetensors only, no network."""
-        return cls(GroundingDinoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)).eval()
+        return cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS)).eval()
 
     @classmethod
     def random(cls, size: str = "swin-t", seed: int = 0, fusion_scale: float = 0.5) -> GroundingDinoEncoder:

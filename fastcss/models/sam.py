@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
+from .checkpoint import load_pretrained
+
 
 class Masks(NamedTuple):
     """What the decoder makes of R prompts.
@@ -32,7 +34,7 @@ class SamSegmenter(nn.Module):
     @classmethod
     def from_folder(cls, folder: str) -> SamSegmenter:
         """The checkpoint folder that transformers saves; safetensors only, no network."""
-        return cls(SamModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)).eval()
+        return cls(load_pretrained(SamModel, folder)).eval()
 
     @classmethod
     def random(cls, size: str = "vit-b", seed: int = 0) -> SamSegmenter:

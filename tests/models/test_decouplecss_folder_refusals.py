@@ -11,7 +11,9 @@ import torch
 from decouplecss_models import build
 from safetensors.torch import load_file, save_file
 
+from fastcss.models.class_detector import ClassDetector
 from fastcss.models.decouplecss_folder import load, save_base, save_task
+from fastcss.models.sam import SamSegmenter
 
 
 def change(path: Path, value, *keys: str) -> None:
@@ -158,3 +160,17 @@ def test_a_file_that_makes_no_sense_is_named(run, name, value, keys):
     change(run / name, value, *keys)
     with pytest.raises(ValueError, match=f"^DecoupleCSS: .*/{name}: "):
         load(run)
+
+
+@pytest.mark.parametrize(("model", "part"), [(ClassDetector, "detector"), (SamSegmenter, "segmenter")])
+def test_a_checkpoint_of_something_else_is_named(model, part, saved, run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
+        model.from_folder(str(tmp_path / "nowhere"))
+    other = saved / "base" / ("segmenter" if part == "detector" else "detector")
+    with pytest.raises(ValueError, match=rf"{other.name} holds a '\S+', wanted a '(sam|grounding-dino)'"):
+        model.from_folder(str(other))
+    path = run / "base" / part / "model.safetensors"
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[:-1]), path, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"base/{part} is of another architecture: \S+ is missing$"):
+        model.from_folder(str(path.parent))

@@ -1,0 +1,142 @@
+"""segment-anything's checkpoints of SAM as the folders that transformers reads."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+
+from .._files import whole_folder
+from .checkpoint import check_tensors, empty, save_pretrained
+
+#: What the published models are called, by the width of their image encoder.
+SIZES = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+
+# Parts of names, in this order: segment-anything's, and what transformers calls the same.
+_NAMES = (
+    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "shared_image_embedding.positional_embedding"),
+    (r"^image_encoder\.", "vision_encoder."),
+    (r"^(vision_encoder\.patch_embed)\.proj\.", r"\1.projection."),
+    (r"^(vision_encoder)\.blocks\.(\d+)\.norm([12])\.", r"\1.layers.\2.layer_norm\3."),
+    (r"^(vision_encoder)\.blocks\.", r"\1.layers."),
+    (r"^(vision_encoder\.neck)\.0\.", r"\1.conv1."),
+    (r"^(vision_encoder\.neck)\.1\.", r"\1.layer_norm1."),
+    (r"^(vision_encoder\.neck)\.2\.", r"\1.conv2."),
+    (r"^(vision_encoder\.neck)\.3\.", r"\1.layer_norm2."),
+    (r"^(prompt_encoder)\.point_embeddings\.", r"\1.point_embed."),
+    (r"^(prompt_encoder)\.mask_downscaling\.0\.", r"\1.mask_embed.conv1."),
+    (r"^(prompt_encoder)\.mask_downscaling\.1\.", r"\1.mask_embed.layer_norm1."),
+    (r"^(prompt_encoder)\.mask_downscaling\.3\.", r"\1.mask_embed.conv2."),
+    (r"^(prompt_encoder)\.mask_downscaling\.4\.", r"\1.mask_embed.layer_norm2."),
+    (r"^(prompt_encoder)\.mask_downscaling\.6\.", r"\1.mask_embed.conv3."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+)\.norm([1234])\.", r"\1.layer_norm\2."),
+    (r"^(mask_decoder\.transformer)\.norm_final_attn\.", r"\1.layer_norm_final_attn."),
+    (r"^(mask_decoder)\.output_upscaling\.0\.", r"\1.upscale_conv1."),
+    (r"^(mask_decoder)\.output_upscaling\.1\.", r"\1.upscale_layer_norm."),
+    (r"^(mask_decoder)\.output_upscaling\.3\.", r"\1.upscale_conv2."),
+)
+_HEADS = r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\."
+_TIED = "prompt_encoder.shared_embedding.positional_embedding"
+
+
+def convert_sam(checkpoint: str | Path, folder: str | Path) -> SamConfig:
+    """Write the folder that ``SamSegmenter.from_folder`` reads from a ``sam_vit_*.pth``: the command ``convert-sam``.
+
+    Args:
+        checkpoint: of segment-anything: a state dict, loaded with ``weights_only=True``.
+        folder: to be made.
+
+    Returns:
+        The architecture, as the tensors' shapes tell it.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        FileExistsError: the folder is there already.
+        ValueError: the checkpoint is no SAM; names the first tensors that are missing, unknown or of another shape.
+    """
+    source = _read(Path(checkpoint))
+    config = _config(source, checkpoint)
+    model = empty(SamModel, config)
+    state = {_rename(name, config.mask_decoder_config.iou_head_depth): tensor for name, tensor in source.items()}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name != _TIED}
+    check_tensors(state, wanted, str(checkpoint))
+    with whole_folder(Path(folder)) as new:
+        save_pretrained(model, new, state)
+    return config
+
+
+def _read(checkpoint: Path) -> dict[str, Tensor]:
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
+    try:
+        source = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{checkpoint} is not whole, or holds more than tensors, which could be any code to be run"
+        ) from error
+    if not isinstance(source, dict) or not all(isinstance(tensor, Tensor) for tensor in source.values()):
+        raise ValueError(f"{checkpoint} is no state dict: tensors by name")
+    return source
+
+
+def _rename(name: str, depth: int) -> str:
+    for theirs, ours in _NAMES:
+        name = re.sub(theirs, ours, name)
+    if match := re.match(_HEADS, name):  # transformers names the first and the last layer of a perceptron
+        layer = int(match[2])
+        ours = {0: "proj_in", depth - 1: "proj_out"}.get(layer, f"layers.{layer - 1}")
+        name = f"{match[1]}.{ours}.{name[match.end() :]}"
+    return name
+
+
+def _config(source: dict[str, Tensor], checkpoint: str | Path) -> SamConfig:
+    """The architecture with tensors of these shapes. Heads of the decoder leave no trace there: all of SAM's have 8."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in source:
+            raise ValueError(f"{checkpoint} is no checkpoint of SAM: {name} is missing")
+        return tuple(source[name].shape)
+
+    def count(pattern: str) -> int:
+        return len({match[0] for name in source if (match := re.match(pattern, name))})
+
+    width, _, patch, _ = shape("image_encoder.patch_embed.proj.weight")
+    side = shape("image_encoder.pos_embed")[1]
+    spans = [
+        shape(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(count(r"image_encoder\.blocks\.\d+\."))
+    ]  # [2 · window − 1, width / heads]; the window is the whole picture where attention is global
+    windows = [(span[0] + 1) // 2 for span in spans]
+    decoder_width = shape("mask_decoder.iou_token.weight")[1]
+    return SamConfig(
+        vision_config=SamVisionConfig(
+            hidden_size=width,
+            output_channels=shape("image_encoder.neck.0.weight")[0],
+            num_hidden_layers=len(spans),
+            num_attention_heads=width // shape("image_encoder.blocks.0.attn.rel_pos_h")[1],
+            image_size=side * patch,
+            patch_size=patch,
+            window_size=min(windows),
+            global_attn_indexes=[i for i, window in enumerate(windows) if window == side],
+            num_pos_feats=shape("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")[1],
+            mlp_dim=shape("image_encoder.blocks.0.mlp.lin1.weight")[0],
+        ),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=decoder_width,
+            image_size=side * patch,
+            patch_size=patch,
+            mask_input_channels=shape("prompt_encoder.mask_downscaling.3.weight")[0],
+        ),
+        mask_decoder_config=SamMaskDecoderConfig(
+            hidden_size=decoder_width,
+            mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0],
+            num_hidden_layers=count(r"mask_decoder\.transformer\.layers\.\d+\."),
+            num_multimask_outputs=shape("mask_decoder.mask_tokens.weight")[0] - 1,
+            iou_head_depth=count(r"mask_decoder\.iou_prediction_head\.layers\.\d+\."),
+            iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
+            layer_norm_eps=1e-5,  # segment-anything's; the default here is another
+        ),
+    )
