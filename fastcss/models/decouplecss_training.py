@@ -1,0 +1,296 @@
+"""Learning one task with DecoupleCSS: its adapter and its prompt generators, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..ops import SelectedTokens, select_tokens
+from .class_detector import DetectedClasses
+from .decouplecss import DecoupleCSS, Task
+from .decouplecss_loss import asymmetric_loss, mask_loss, presence_probability
+from .task_pictures import Batch, TaskPictures, collate
+
+
+class Losses(NamedTuple):
+    """Of the masks (eq. A.1) and of the classes' presence (eq. A.3), both ``[]``."""
+
+    masks: Tensor
+    presence: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a task is learnt. The defaults are the paper's for VOC; for ADE20K it has 20 epochs.
+
+    Attributes:
+        epochs, batch_size: the last batch of an epoch may be smaller.
+        learning_rate: at the first step; ``(1 - step/steps) ** power`` of it at the others.
+        power: the paper gives none; this is the field's, since DeepLab.
+        weight_decay: of AdamW, for every parameter.
+        clip: largest norm of the gradient, None for any.
+        seed: of the order of the pictures.
+    """
+
+    epochs: int = 5
+    batch_size: int = 24
+    learning_rate: float = 1e-4
+    power: float = 0.9
+    weight_decay: float = 0.05
+    clip: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Recipe: {name} must be at least 1, got {getattr(self, name)}")
+
+
+def activate(model: DecoupleCSS, task: Task) -> dict[str, nn.Parameter]:
+    """Make the task's parameters the only ones that learn, and its adapter the one that runs; returns them by name."""
+    model.detector.set_adapter(task.name)
+    model.tasks.requires_grad_(False)
+    task.requires_grad_(True)
+    adapter = {f"detector.{name}": p for name, p in model.detector.named_parameters() if p.requires_grad}
+    return adapter | {f"generator.{name}": p for name, p in task.generator.named_parameters()}
+
+
+@torch.no_grad()
+def embed_phrases(model: DecoupleCSS, task: Task) -> Tensor:
+    """The phrases of a task's classes, ``[c, M, D]``: the text encoder is frozen and runs once a task."""
+    return model.detector.get_base_model().embed_phrases(task.input_ids, task.attention_mask)
+
+
+def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch) -> Losses:
+    """What a batch costs; ``activate`` has been called for the task.
+
+    SAM is prompted for the classes that the labels show, found or not: a generator also learns from what the detector
+    overlooks.
+    """
+    found, largest = _detect(model, phrases, batch.pixel_values)
+    with torch.no_grad():
+        embeddings = model.segmenter.embed(batch.sam_pixel_values)
+    rows = torch.tensor([b for b, count in enumerate(batch.masks_of) for _ in range(count)], dtype=torch.long)
+    tokens = found.tokens[rows.to(batch.index.device), batch.index]
+    prompts = task.generator(tokens, batch.index).split(batch.masks_of)
+    pairs = zip(embeddings, prompts, strict=True)
+    logits = torch.cat([model.segmenter.decode(embedding, prompt).masks for embedding, prompt in pairs])
+    probability = presence_probability(found, largest, model.threshold)
+    return Losses(mask_loss(logits, batch.masks), asymmetric_loss(probability, batch.present))
+
+
+class TaskTrainer:
+    """Trains a model's newest task, or any other, epoch by epoch.
+
+    Frozen modules run in eval mode, without dropout, as they will when the model is used; so the pictures' order is all
+    that is random. Time and memory of a step do not depend on the tasks that the model has.
+
+    Args:
+        model: left in eval mode.
+        task: one of ``model.tasks``.
+        pictures: what the task learns from.
+        recipe: epochs, batches and rates.
+        workers: processes that read pictures, 0 for this one.
+
+    Attributes:
+        epoch: how many are finished.
+
+    Source: DecoupleCSS sections 3.4 and 4.1, appendix B.2.
+
+    Example:
+        >>> trainer = TaskTrainer(model, task, TaskPictures(dataset, labels, model.segmenter))
+        >>> while trainer.epoch < trainer.recipe.epochs:
+        ...     print(trainer.run_epoch())
+        >>> calibrate(model, task, trainer.pictures)
+    """
+
+    def __init__(
+        self,
+        model: DecoupleCSS,
+        task: Task,
+        pictures: TaskPictures,
+        recipe: Recipe | None = None,
+        workers: int = 0,
+    ) -> None:
+        if len(pictures.labels) != len(task.classes):
+            raise ValueError(
+                f"TaskTrainer: pictures must have a label for each class of the task, {len(task.classes)}, got "
+                f"{len(pictures.labels)}"
+            )
+        self.model, self.task, self.pictures, self.workers = model.eval(), task, pictures, workers
+        self.recipe = Recipe() if recipe is None else recipe
+        self.epoch = 0
+        self._steps = -(-len(pictures) // self.recipe.batch_size)  # an epoch
+        self._parameters = activate(model, task)
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=self.recipe.weight_decay)
+        self._order = torch.Generator().manual_seed(self.recipe.seed)
+        self._phrases = embed_phrases(model, task)
+
+    def run_epoch(self, report: Callable[[Losses], None] | None = None) -> Losses:
+        """One epoch; returns the means of the losses, which ``report`` is given batch by batch.
+
+        Raises:
+            RuntimeError: all epochs are finished.
+            FloatingPointError: a loss was not finite; the weights are of no use then.
+        """
+        if self.epoch >= self.recipe.epochs:
+            raise RuntimeError(f"TaskTrainer: all {self.recipe.epochs} epochs are finished")
+        self.model.eval()
+        activate(self.model, self.task)
+        order = torch.randperm(len(self.pictures), generator=self._order).split(self.recipe.batch_size)
+        total = self._phrases.new_zeros(2)
+        for i, batch in enumerate(_load(self.pictures, order, self.workers)):
+            losses = self._step(self.epoch * self._steps + i, batch.to(self._phrases.device))
+            total += torch.stack(losses)
+            if report is not None:
+                report(losses)
+        self.model.eval()  # what was packed of the model is of its old weights
+        mean = Losses(*(total / self._steps))
+        if not total.isfinite().all():
+            raise FloatingPointError(f"TaskTrainer: the losses of epoch {self.epoch} are not finite: {mean}")
+        self.epoch += 1
+        return mean
+
+    def _step(self, step: int, batch: Batch) -> Losses:
+        left = 1 - step / (self.recipe.epochs * self._steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * left**self.recipe.power
+        losses = training_step(self.model, self.task, self._phrases, batch)
+        self._optimizer.zero_grad()
+        sum(losses).backward()
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self.recipe.clip)
+        self._optimizer.step()
+        return Losses(*(loss.detach() for loss in losses))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the epochs to come depend on beside the weights: a copy, of tensors only, between two epochs."""
+        state = {"epoch": torch.tensor(self.epoch), "order": self._order.get_state()}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                state[f"{name}/{key}"] = value.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where ``state_dict`` was taken, with the weights of that moment in the model.
+
+        Raises:
+            ValueError: a state of another task, recipe or data set; the trainer is left as it was.
+        """
+        epoch = int(state["epoch"])
+        moments = self._moments(state)
+        steps = {int(moments[p]["step"]) if p in moments else 0 for p in self._parameters.values()}
+        if epoch > self.recipe.epochs or steps != {epoch * self._steps}:
+            raise ValueError(
+                f"TaskTrainer: state must be of up to {self.recipe.epochs} epochs, each {self._steps} steps of every "
+                f"parameter, got {epoch} with {min(steps)} to {max(steps)} steps in all"
+            )
+        self._order.set_state(state["order"].cpu())
+        self._optimizer.state.clear()
+        self._optimizer.state.update(moments)
+        self.epoch = epoch
+
+    def _moments(self, state: dict[str, Tensor]) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """AdamW's state for each parameter."""
+        moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for full_name, value in state.items():
+            if full_name in ("epoch", "order"):
+                continue
+            name, _, key = full_name.rpartition("/")
+            parameter = self._parameters.get(name)
+            if parameter is None or (key != "step" and value.shape != parameter.shape):
+                wanted = "no parameter of that name" if parameter is None else list(parameter.shape)
+                raise ValueError(f"TaskTrainer: state has {full_name} {list(value.shape)}, the task {wanted}")
+            kept = value.clone() if key == "step" else value.to(parameter, copy=True)
+            moments.setdefault(parameter, {})[key] = kept
+        return moments
+
+
+@torch.no_grad()
+def calibrate(model: DecoupleCSS, task: Task, pictures: TaskPictures, batch_size: int = 24, workers: int = 0) -> Tensor:
+    """Set the thresholds of presence of a task that is trained, by what it was trained on; returns them, ``[c]``.
+
+    See ``best_thresholds``. The model is left in eval mode.
+    """
+    model.eval()
+    activate(model, task)
+    phrases, presence, present = embed_phrases(model, task), [], []
+    batches = torch.arange(len(pictures)).split(batch_size)
+    for batch in _load(pictures, batches, workers):
+        batch = batch.to(phrases.device)
+        presence.append(_detect(model, phrases, batch.pixel_values)[0].presence)
+        present.append(batch.present)
+    task.thresholds.copy_(best_thresholds(torch.cat(presence), torch.cat(present)))
+    return task.thresholds
+
+
+def best_thresholds(presence: Tensor, present: Tensor) -> Tensor:
+    """For each class the threshold that tells best, by F1, which pictures show it.
+
+    It lies midway between the two neighbours among the values of r that it separates. Of equally good ones it is the
+    highest: what a task was trained on all shows some class of it, so that elsewhere more is absent. A class that no
+    threshold finds anywhere has infinity: it is never present.
+
+    Args:
+        presence: ``[n, c]``, r of eq. A.2, 0 where no token was selected, which is never present.
+        present: bool ``[n, c]``.
+
+    Returns:
+        ``[c]``.
+    """
+    score, order = presence.sort(dim=0, descending=True)
+    hits = present.gather(0, order).cumsum(0)  # with the threshold just below each score
+    found = torch.arange(1, len(score) + 1, device=score.device)[:, None]
+    f1 = 2 * hits / (found + present.sum(0))
+    below = torch.cat([score[1:], torch.zeros_like(score[:1])])
+    f1 = f1.masked_fill((score <= below) | (score <= 0), 0)  # equal ones are not separated
+    best = f1.argmax(0, keepdim=True)  # the first
+    upper, lower = score.gather(0, best)[0], below.gather(0, best)[0]
+    midway = (upper + lower) / 2
+    midway = torch.where(midway > lower, midway, upper)  # where nothing lies between the two
+    return midway.masked_fill(f1.gather(0, best)[0] == 0, float("inf"))
+
+
+def _detect(model: DecoupleCSS, phrases: Tensor, pictures: Sequence[Tensor]) -> tuple[SelectedTokens, Tensor]:
+    """What the active adapter finds in B pictures, and each class's largest cosine in them, [B, c].
+
+    Pictures of one size run together. Padding would make tokens, and they could be selected.
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for b, picture in enumerate(pictures):
+        groups.setdefault(picture.shape, []).append(b)
+    parts = []
+    for members in groups.values():
+        detected = model.detector(torch.stack([pictures[b] for b in members]), phrases=phrases)
+        found = select_tokens(detected.tokens, detected.classes, threshold=model.threshold, length=model.length)
+        parts.append((*found, _largest_cosine(detected)))
+    place = torch.tensor([b for members in groups.values() for b in members], device=phrases.device).argsort()
+    *found, largest = (torch.cat(part)[place] for part in zip(*parts, strict=True))
+    return SelectedTokens(*found), largest
+
+
+def _largest_cosine(detected: DetectedClasses) -> Tensor:
+    """[B, c]; the token is looked for without a graph, so that nothing [B, N, c] is kept for the gradient."""
+    with torch.no_grad():
+        cosine = F.normalize(detected.tokens, dim=-1) @ F.normalize(detected.classes, dim=-1).mT  # [B, N, c]
+        best = cosine.argmax(1)
+    tokens = detected.tokens.gather(1, best[..., None].expand(-1, -1, detected.tokens.shape[-1]))  # [B, c, D]
+    return F.cosine_similarity(tokens, detected.classes, dim=-1)
+
+
+def _load(pictures: TaskPictures, batches: Sequence[Tensor], workers: int) -> DataLoader:
+    # A generator of its own: the loader draws a seed for its workers, which the global one would miss.
+    generator = torch.Generator()
+    return DataLoader(
+        pictures,
+        batch_sampler=[batch.tolist() for batch in batches],
+        collate_fn=collate,
+        num_workers=workers,
+        generator=generator,
+    )

@@ -1,0 +1,133 @@
+"""A data set as one task learns from it: pictures for both models, and what they show of the task's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .decouplecss_loss import IGNORE_INDEX
+from .preprocessing import preprocess
+from .sam import SamSegmenter
+
+
+class Example(NamedTuple):
+    """One picture of a task.
+
+    Attributes:
+        pixel_values: ``[3, h, w]`` for the detector.
+        sam_pixel_values: ``[3, S, S]`` for SAM.
+        classes: int64 ``[m, m]``, at the resolution of SAM's masks: 0 for background, 1 + k for class k of the task,
+            255 where nothing counts, and on SAM's padding.
+        present: bool ``[c]``, which classes the picture shows, be it in one pixel.
+    """
+
+    pixel_values: Tensor
+    sam_pixel_values: Tensor
+    classes: Tensor
+    present: Tensor
+
+
+class Batch(NamedTuple):
+    """B pictures, with a row for each of the R masks that they show together.
+
+    Attributes:
+        pixel_values: ``[3, h, w]`` for each picture; they may differ in size.
+        sam_pixel_values: ``[B, 3, S, S]``.
+        present: bool ``[B, c]``.
+        index: int64 ``[R]``, the class of each mask, picture after picture.
+        masks_of: how many of the R each picture has.
+        masks: uint8 ``[R, m, m]``, 1 on the object, 0 off it, 255 where nothing counts.
+    """
+
+    pixel_values: list[Tensor]
+    sam_pixel_values: Tensor
+    present: Tensor
+    index: Tensor
+    masks_of: list[int]
+    masks: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return self._replace(
+            pixel_values=[picture.to(device) for picture in self.pixel_values],
+            **{name: getattr(self, name).to(device) for name in ("sam_pixel_values", "present", "index", "masks")},
+        )
+
+
+class TaskPictures(Dataset):
+    """The items of a labelled data set, each an ``Example`` of one task.
+
+    Labels are brought to the resolution of SAM's masks, not the masks to that of the labels: what enlarges a mask later
+    is bilinear and has nothing to learn, and at the size of SAM's picture there would be sixteen times as many pixels.
+    A pixel of a mask has the label under its centre.
+
+    Args:
+        dataset: items ``(image, labels)``: floating point ``[3, H, W]`` in 0…1, int64 ``[H, W]`` of 0…254, and 255
+            where nothing counts.
+        labels: label of each class of the task, from 1 to 254, in the order of its names; all others are background.
+        segmenter: whose sizes count.
+        shortest, longest: sides of the detector's pictures, see ``preprocess``.
+
+    Raises:
+        ValueError: labels that are none, out of range or given twice; a data set of no items.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        labels: Sequence[int],
+        segmenter: SamSegmenter,
+        shortest: int = 800,
+        longest: int = 1333,
+    ) -> None:
+        labels = tuple(labels)
+        if not labels or len(set(labels)) < len(labels) or not set(labels) <= set(range(1, IGNORE_INDEX)):
+            raise ValueError(f"TaskPictures: labels must be different ones from 1 to {IGNORE_INDEX - 1}, got {labels}")
+        if not len(dataset):
+            raise ValueError("TaskPictures: dataset must have at least one item")
+        self.dataset, self.labels = dataset, labels
+        self._sides = {"sam_side": segmenter.image_size, "shortest": shortest, "longest": longest}
+        self._mask_side = segmenter.mask_crop((segmenter.image_size,) * 2)[0] // 4
+        self._becomes = torch.zeros(IGNORE_INDEX + 1, dtype=torch.int64)
+        self._becomes[list(labels)] = torch.arange(len(labels)) + 1
+        self._becomes[IGNORE_INDEX] = IGNORE_INDEX
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: int) -> Example:
+        image, labels = self.dataset[item]
+        picture, classes = preprocess(image, **self._sides), self._becomes[labels]
+        sizes = zip(classes.shape, picture.crop, strict=True)
+        rows, columns = (self._under_centres(length, part) for length, part in sizes)
+        padded = F.pad(classes, (0, 1, 0, 1), value=IGNORE_INDEX)
+        present = classes.flatten().bincount(minlength=IGNORE_INDEX)[1 : len(self.labels) + 1] > 0
+        return Example(picture.pixel_values, picture.sam_pixel_values, padded[rows[:, None], columns], present)
+
+    def _under_centres(self, length: int, part: int) -> Tensor:
+        """Index [m] into ``length`` labels, which fill ``part`` of SAM's side; ``length`` itself on the padding."""
+        centres = (torch.arange(self._mask_side, dtype=torch.float64) + 0.5) * self._sides["sam_side"] / self._mask_side
+        return (centres * length / part).long().clamp(max=length)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Examples as a batch. Rows of masks are found here, on the CPU, so that the step need not read a GPU for them."""
+    index, masks = [], []
+    for example in examples:
+        shown = example.classes.unique()  # a class of few pixels may be under no centre
+        shown = shown[(shown > 0) & (shown < IGNORE_INDEX)]
+        mask = (example.classes == shown[:, None, None]).to(torch.uint8)
+        index.append(shown - 1)
+        masks.append(mask.masked_fill(example.classes == IGNORE_INDEX, IGNORE_INDEX))
+    return Batch(
+        pixel_values=[example.pixel_values for example in examples],
+        sam_pixel_values=torch.stack([example.sam_pixel_values for example in examples]),
+        present=torch.stack([example.present for example in examples]),
+        index=torch.cat(index),
+        masks_of=[len(of) for of in index],
+        masks=torch.cat(masks),
+    )
