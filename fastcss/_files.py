@@ -59,6 +59,8 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         _tidy(path)
         if isinstance(error, SafetensorError):  # how safetensors reports that it could not write
             raise OSError(f"{path} cannot be written: {error}") from error
+        if isinstance(error, OSError) and error.filename is None:  # a full disk is met by writes that know no name
+            error.filename = str(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

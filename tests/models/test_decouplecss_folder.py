@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_run_as_it_was(saved_model, run, monkeypatch, wri
     before = content(run)
     with monkeypatch.context() as patch:
         patch.setattr(decouplecss_folder if writer == "save_file" else os, writer, full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=rf"No space left on device: '{run}/task_{t}'"):
             save_task(saved_model, t, run, overwrite=overwrite)
     assert content(run) == before
     save_task(saved_model, t, run, overwrite=overwrite)
