@@ -47,7 +47,7 @@ def save_base(
             of keeping copies.
 
     Raises:
-        FileExistsError: there is a run already.
+        FileExistsError: there is a run already, or a ``base`` of something else.
         OSError: it cannot be written; no run was begun.
     """
     folder = Path(folder)
@@ -57,7 +57,9 @@ def save_base(
     places = {"detector": detector, "segmenter": segmenter}
     bases = {"detector": _config_of(dino.encoder), "segmenter": _config_of(model.segmenter.model)}
     if None in places.values():
-        with whole_folder(folder / "base", overwrite=True) as base:  # of a run that was not finished beginning
+        kept = folder / "base"  # of a run whose beginning was cut short, unless it holds something else
+        unfinished = kept.is_dir() and {path.name for path in kept.iterdir()} <= places.keys()
+        with whole_folder(kept, overwrite=unfinished) as base:
             if detector is None:
                 shell = empty(GroundingDinoModel, bases["detector"])
                 save_pretrained(shell, base / "detector", _without_adapters(dino.state_dict()))

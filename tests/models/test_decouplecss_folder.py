@@ -208,6 +208,17 @@ def test_what_is_there_is_not_overwritten_unasked(saved_model, run):
     assert content(run) == before
 
 
+def test_the_base_of_something_else_is_not_overwritten(saved_model, run, tmp_path):
+    (run / "config.json").unlink()  # what a kill at the end of save_base leaves
+    save_base(saved_model, run)
+    assert load(run).classes == saved_model.classes
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="base is there already"):
+        save_base(saved_model, tmp_path)
+    assert (tmp_path / "base" / "notes").read_text() == "mine"
+
+
 # ---- metrics
 
 
