@@ -205,10 +205,6 @@ class DecoupleCSS(nn.Module):
         self._all = None  # weights are about to change
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs) -> DecoupleCSS:
-        self._all = None  # to another device or dtype
-        return super()._apply(*args, **kwargs)
-
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_all": None}  # a copy packs its own
 
