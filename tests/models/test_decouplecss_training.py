@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from decouplecss_models import build
@@ -15,8 +13,6 @@ from fastcss.models.decouplecss_training import (
     Recipe,
     TaskTrainer,
     activate,
-    best_thresholds,
-    calibrate,
     embed_phrases,
     training_step,
 )
@@ -75,6 +71,23 @@ def test_a_step_is_the_losses_of_the_equations():
     losses = training_step(model, task, phrases, batch)
     torch.testing.assert_close(losses.masks, mask_loss(torch.cat(logits), batch.masks))
     torch.testing.assert_close(losses.presence, asymmetric_loss(torch.cat(probabilities), batch.present))
+
+
+def test_what_the_detector_overlooks_is_learnt_all_the_same():
+    """The adapter from the largest cosine; of the generator, new as it is, the bias that a mask without tokens has."""
+    model = build((2,))
+    model.threshold = 1.0
+    task, batch = model.tasks[0], one_batch(model)
+    own, phrases = activate(model, task), embed_phrases(model, task)
+    losses = training_step(model, task, phrases, batch)
+    losses.presence.backward()
+    adapter = [parameter for name, parameter in own.items() if name.startswith("detector.")]
+    assert all((parameter.grad != 0).any() for parameter in adapter)
+    before = [parameter.grad.clone() for parameter in adapter]
+    losses = training_step(model, task, phrases, batch)
+    losses.masks.backward()
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(adapter, before, strict=True))
+    assert (task.generator.bias_2.grad[batch.index] != 0).all()
 
 
 def test_an_epoch_changes_the_task_and_leaves_all_else_bit_for_bit():
@@ -243,54 +256,3 @@ def test_labels_and_classes_must_be_as_many():
     for name in ("epochs", "batch_size"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             Recipe(**{name: 0})
-
-
-def f1(presence: list[float], present: list[bool], threshold: float) -> float:
-    found = [r > 0 and r >= threshold for r in presence]
-    hits = sum(f and p for f, p in zip(found, present, strict=True))
-    return 2 * hits / (sum(found) + sum(present)) if hits else 0.0
-
-
-def test_thresholds_are_the_best_there_are():
-    generator = torch.Generator().manual_seed(0)
-    presence = torch.randint(0, 8, (12, 40), generator=generator) / 8
-    present = torch.rand(12, 40, generator=generator) < presence
-    thresholds = best_thresholds(presence, present)
-    for k, threshold in enumerate(thresholds.tolist()):
-        column = presence[:, k].tolist(), present[:, k].tolist()
-        tried = {cut / 16: f1(*column, cut / 16) for cut in range(1, 17)}
-        best = max(tried.values())
-        assert f1(*column, threshold) == best, k
-        for cut, score in tried.items():
-            same = [r >= cut for r in column[0]] == [r >= threshold for r in column[0]]
-            assert same or score < best or cut < threshold, k
-
-
-def test_thresholds_lie_midway_and_neighbours_are_told_apart():
-    low = torch.tensor(0.5)
-    high = torch.nextafter(low, torch.tensor(1.0))
-    presence = torch.tensor([[0.8, high, 0.7, 0.0], [0.4, low, 0.6, 0.0], [0.0, low, 0.5, 0.3]])
-    present = torch.tensor([[True, True, False, True], [False, False, False, False], [True, False, False, False]])
-    got = best_thresholds(presence, present)
-    torch.testing.assert_close(got, torch.tensor([0.6, high, float("inf"), float("inf")]))
-    assert got[1] > low
-
-
-def test_calibration_sets_the_thresholds_of_its_task():
-    model = build((1, 2, 1))
-    task = model.tasks[1]
-    pictures = pictures_for(model, 7)
-    examples = [pictures[i] for i in range(7)]
-    before = copy.deepcopy(model.state_dict())
-    got = calibrate(model, task, pictures, batch_size=3)
-    after = model.state_dict()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"tasks.1.thresholds"}
-    activate(model, task)
-    phrases, presence = embed_phrases(model, task), []
-    with torch.no_grad():
-        for example in examples:
-            detected = model.detector(example.pixel_values[None], phrases=phrases)
-            presence.append(select_tokens(*detected, threshold=model.threshold, length=1).presence)
-    present = torch.stack([example.present for example in examples])
-    torch.testing.assert_close(got, best_thresholds(torch.cat(presence), present))
-    assert torch.equal(task.thresholds, got)
