@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..one_pass import OnePass
 from ..ops import SelectedTokens, merge_masks, select_tokens
+from .all_tasks import AllTasks
 from .class_detector import ClassDetector, DetectedClasses
 from .grounding_dino import LORA_SITES
-from .prompt_generator import PromptGenerator, pack
+from .prompt_generator import PromptGenerator
 from .sam import Masks, SamSegmenter
 
 MODES = ("one_pass", "shared", "literal")
@@ -94,9 +94,9 @@ class DecoupleCSS(nn.Module):
         self.segmenter = segmenter.requires_grad_(False)
         self.tasks = nn.ModuleList()
         self.threshold, self.length = threshold, length
-        self._generator_sizes = {"length": length, "prompts": prompts, "hidden": hidden}
-        self._lora = {"r": rank, "lora_alpha": alpha, "target_modules": LORA_SITES[sites]}
-        self._all: _AllTasks | None = None
+        self.generator_settings = {"length": length, "prompts": prompts, "hidden": hidden}
+        self.lora_settings = {"r": rank, "lora_alpha": alpha, "target_modules": LORA_SITES[sites]}
+        self._all: AllTasks | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -114,14 +114,14 @@ class DecoupleCSS(nn.Module):
 
         name = f"task{len(self.tasks)}" if name is None else name
         self._check_new(name, classes, phrases)
-        config = LoraConfig(**self._lora)
+        config = LoraConfig(**self.lora_settings)
         if self.tasks:
             self.detector.add_adapter(name, config)
         else:
             self.detector = get_peft_model(self.detector, config, adapter_name=name)
         self.detector.set_adapter(name)
         self.tasks.requires_grad_(False)
-        generator = PromptGenerator(len(classes), prompt_dim=self.segmenter.prompt_dim, **self._generator_sizes)
+        generator = PromptGenerator(len(classes), prompt_dim=self.segmenter.prompt_dim, **self.generator_settings)
         self.tasks.append(Task(name, classes, phrases, generator).to(next(self.segmenter.parameters())))
         self._all = None
         if not self.training:
@@ -152,7 +152,7 @@ class DecoupleCSS(nn.Module):
         if mode == "literal":
             return self._literal(pixel_values, sam_pixel_values, sizes, crops)
         if self._all is None or self._all.is_stale():
-            self._all = _AllTasks(self)
+            self._all = AllTasks(self)
         found = self._all.detect(pixel_values) if mode == "one_pass" else self._all.detect_in_turn(pixel_values)
         present = (found.counts > 0) & (found.presence >= self._all.thresholds)
         embeddings, labels = self.segmenter.embed(sam_pixel_values), []
@@ -176,7 +176,7 @@ class DecoupleCSS(nn.Module):
             self.detector.set_adapter(task.name)
             detector = self.detector.get_base_model()
             phrases = detector.embed_phrases(task.input_ids, task.attention_mask)
-            found = self._select(self.detector(pixel_values, phrases=phrases))
+            found = self.select(self.detector(pixel_values, phrases=phrases))
             present = (found.counts > 0) & (found.presence >= task.thresholds)
             embeddings = self.segmenter.embed(sam_pixel_values)
             for b in batch:
@@ -198,7 +198,8 @@ class DecoupleCSS(nn.Module):
         ]
         return Segmentation(labels, torch.cat(presents, 1), torch.cat(presences, 1))
 
-    def _select(self, detected: DetectedClasses) -> SelectedTokens:
+    def select(self, detected: DetectedClasses) -> SelectedTokens:
+        """The tokens of each class, eq. 3 and 4."""
         return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
 
     def train(self, mode: bool = True) -> DecoupleCSS:
@@ -249,56 +250,6 @@ class DecoupleCSS(nn.Module):
                 raise ValueError(f"DecoupleCSS.segment: {name} must have one entry an image, got {len(given)}")
         if any(max(crop) > wanted[-1] for crop in crops or ()):
             raise ValueError(f"DecoupleCSS.segment: crops must be within sam_pixel_values, {wanted[2:]}, got {crops}")
-
-
-class _AllTasks:
-    """Every task's part of a trained model, packed for one pass; made anew when a task is added or changed."""
-
-    def __init__(self, model: DecoupleCSS) -> None:
-        self._model, self._tasks = model, list(model.tasks)
-        self._stamp = self._stamp_now()
-        detector: ClassDetector = model.detector.get_base_model()
-        self._phrases = [detector.embed_phrases(task.input_ids, task.attention_mask) for task in self._tasks]
-        self._runner = OnePass(model.detector)
-        widest = max(map(len, self._phrases))
-        self._padded = {
-            "phrases": torch.stack([_pad(phrases, widest) for phrases in self._phrases]),
-            "class_mask": torch.stack([_pad(p.new_zeros(len(p), dtype=torch.bool), widest, 1) for p in self._phrases]),
-        }
-        self.generator = pack([task.generator for task in self._tasks])
-        self.thresholds = torch.cat([task.thresholds for task in self._tasks])
-
-    def is_stale(self) -> bool:
-        """What was packed has changed since; the runner sees to the rest of the detector itself."""
-        return self._stamp != self._stamp_now()
-
-    def _stamp_now(self) -> tuple:
-        detector: ClassDetector = self._model.detector.get_base_model()
-        modules = (*self._tasks, detector.text_backbone, detector.text_projection)
-        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-    def detect(self, pixel_values: Tensor) -> SelectedTokens:
-        """All tasks' classes, side by side."""
-        names = [task.name for task in self._tasks]
-        detected = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
-        # One call for all tasks: no token is given to a row of zeros, whose cosine is below any threshold.
-        found = self._model._select(DetectedClasses(*(x.flatten(0, 1) for x in detected)))
-        of_class = ~self._padded["class_mask"].flatten()
-        shape = (len(names), len(pixel_values))
-        return SelectedTokens(*(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2)[:, of_class] for x in found))
-
-    def detect_in_turn(self, pixel_values: Tensor) -> SelectedTokens:
-        """The same with the adapters switched."""
-        detector, found = self._model.detector, []
-        for task, phrases in zip(self._tasks, self._phrases, strict=True):
-            detector.set_adapter(task.name)
-            found.append(self._model._select(detector(pixel_values, phrases=phrases)))
-        return SelectedTokens(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
-
-
-def _pad(rows: Tensor, count: int, value: float = 0) -> Tensor:
-    return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), value)])
 
 
 def _merge(masks: Masks, index: Tensor, size: tuple[int, int], crop: tuple[int, int] | None) -> Tensor:

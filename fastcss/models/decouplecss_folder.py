@@ -166,10 +166,10 @@ def read_metrics(folder: str | Path) -> list[dict]:
 
 
 def _settings(model: DecoupleCSS) -> dict:
-    lora = model._lora
+    lora = model.lora_settings
     sites = next(name for name, pattern in LORA_SITES.items() if pattern == lora["target_modules"])
     return {
-        "threshold": model.threshold, **model._generator_sizes, "rank": lora["r"], "alpha": lora["lora_alpha"],
+        "threshold": model.threshold, **model.generator_settings, "rank": lora["r"], "alpha": lora["lora_alpha"],
         "sites": sites,
     }  # fmt: skip
 
@@ -226,7 +226,7 @@ def _load_task(model: DecoupleCSS, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     about = _read_json(folder / "task.json", ("name", "classes", "input_ids", "attention_mask"))
-    lora = _read_json(folder / CONFIG_FILE, tuple(model._lora))
+    lora = _read_json(folder / CONFIG_FILE, tuple(model.lora_settings))
     adapter = read_tensors(folder / WEIGHTS_FILE, "DecoupleCSS")
     tensors = read_tensors(folder / "task.safetensors", "DecoupleCSS")
     with _names(folder / "task.json"):
@@ -235,7 +235,7 @@ def _load_task(model: DecoupleCSS, folder: Path) -> None:
     places = get_peft_model_state_dict(model.detector, adapter_name=task.name, save_embedding_layers=False)
     check_tensors(adapter, places, f"DecoupleCSS: {folder / WEIGHTS_FILE}")
     check_tensors(tensors, task.state_dict(), f"DecoupleCSS: {folder / 'task.safetensors'}")
-    for name, wanted in model._lora.items():
+    for name, wanted in model.lora_settings.items():
         if lora[name] != wanted:
             raise ValueError(f"DecoupleCSS: {folder / CONFIG_FILE}: {name} is {lora[name]!r}, the run has {wanted!r}")
     for name, place in places.items():  # views of the adapter's own parameters

@@ -27,7 +27,8 @@ class PromptGenerator(nn.Module):
         super().__init__()
         self.prompt_dim = prompt_dim
         width = prompts * prompt_dim
-        self.class_embedding = nn.Parameter(torch.zeros(classes, length))  # L_k
+        # L_k. Not zeros: of a class without tokens it is the whole input, and nothing would pass a ReLU of nothing.
+        self.class_embedding = nn.Parameter(torch.empty(classes, length).normal_(std=0.02))
         self.weight_1 = nn.Parameter(torch.empty(classes, length, hidden))
         self.bias_1 = nn.Parameter(torch.zeros(classes, hidden))
         self.weight_2 = nn.Parameter(torch.empty(classes, hidden, width))

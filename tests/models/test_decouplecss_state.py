@@ -114,7 +114,7 @@ def test_the_newest_task_is_what_there_is_to_train():
     model, given = build((2, 1)), pictures(1)
     task = model.add_task(["new"], phrases(1))
     embedded = model.detector.get_base_model().embed_phrases(task.input_ids, task.attention_mask)
-    found = model._select(model.detector(given["pixel_values"], phrases=embedded))
+    found = model.select(model.detector(given["pixel_values"], phrases=embedded))
     prompts = task.generator(found.tokens[0], torch.tensor([0]))
     masks = model.segmenter.decode(model.segmenter.embed(given["sam_pixel_values"])[0], prompts)
     (masks.masks.square().mean() + found.presence.sum()).backward()

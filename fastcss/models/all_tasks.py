@@ -1,0 +1,67 @@
+"""Every task of a DecoupleCSS model on one batch: side by side in one pass, or one after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..one_pass import OnePass
+from ..ops import SelectedTokens
+from .class_detector import DetectedClasses
+from .prompt_generator import pack
+
+if TYPE_CHECKING:
+    from .class_detector import ClassDetector
+    from .decouplecss import DecoupleCSS
+
+
+class AllTasks:
+    """Every task's part of a trained model, packed for one pass; made anew when a task is added or changed."""
+
+    def __init__(self, model: DecoupleCSS) -> None:
+        self._model, self._tasks = model, list(model.tasks)
+        self._stamp = self._stamp_now()
+        detector: ClassDetector = model.detector.get_base_model()
+        self._phrases = [detector.embed_phrases(task.input_ids, task.attention_mask) for task in self._tasks]
+        self._runner = OnePass(model.detector)
+        widest = max(map(len, self._phrases))
+        self._padded = {
+            "phrases": torch.stack([_pad(phrases, widest) for phrases in self._phrases]),
+            "class_mask": torch.stack([_pad(p.new_zeros(len(p), dtype=torch.bool), widest, 1) for p in self._phrases]),
+        }
+        self.generator = pack([task.generator for task in self._tasks])
+        self.thresholds = torch.cat([task.thresholds for task in self._tasks])
+
+    def is_stale(self) -> bool:
+        """What was packed has changed since; the runner sees to the rest of the detector itself."""
+        return self._stamp != self._stamp_now()
+
+    def _stamp_now(self) -> tuple:
+        detector: ClassDetector = self._model.detector.get_base_model()
+        modules = (*self._tasks, detector.text_backbone, detector.text_projection)
+        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+    def detect(self, pixel_values: Tensor) -> SelectedTokens:
+        """All tasks' classes, side by side."""
+        names = [task.name for task in self._tasks]
+        detected = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
+        # One call for all tasks: no token is given to a row of zeros, whose cosine is below any threshold.
+        found = self._model.select(DetectedClasses(*(x.flatten(0, 1) for x in detected)))
+        of_class = ~self._padded["class_mask"].flatten()
+        shape = (len(names), len(pixel_values))
+        return SelectedTokens(*(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2)[:, of_class] for x in found))
+
+    def detect_in_turn(self, pixel_values: Tensor) -> SelectedTokens:
+        """The same with the adapters switched."""
+        detector, found = self._model.detector, []
+        for task, phrases in zip(self._tasks, self._phrases, strict=True):
+            detector.set_adapter(task.name)
+            found.append(self._model.select(detector(pixel_values, phrases=phrases)))
+        return SelectedTokens(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
+
+
+def _pad(rows: Tensor, count: int, value: float = 0) -> Tensor:
+    return torch.cat([rows, rows.new_full((count - len(rows), *rows.shape[1:]), value)])
