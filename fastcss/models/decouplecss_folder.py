@@ -22,7 +22,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GroundingDinoConfig, GroundingDinoModel, PreTrainedConfig, SamConfig, SamModel
+from transformers import (
+    GroundingDinoConfig,
+    GroundingDinoModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    SamConfig,
+    SamModel,
+)
 
 from .._files import read_tensors, standing_folder, whole_file, whole_folder
 from .._read_adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -36,7 +43,12 @@ FORMAT, VERSION = "fastcss DecoupleCSS", 1
 
 
 def save_base(
-    model: DecoupleCSS, folder: str | Path, detector: str | Path | None = None, segmenter: str | Path | None = None
+    model: DecoupleCSS,
+    folder: str | Path,
+    detector: str | Path | None = None,
+    segmenter: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    training: dict | None = None,
 ) -> None:
     """Begin a run: its configuration, and the frozen models' weights.
 
@@ -45,6 +57,8 @@ def save_base(
         folder: of the run; may exist if there is no run in it.
         detector, segmenter: the checkpoint folders that the model was loaded from, if the run is to name them instead
             of keeping copies.
+        tokenizer: of the class phrases, kept beside a copied detector; a folder that is named has its own.
+        training: how the tasks are learned, ready for JSON; ``read_training`` gives it back.
 
     Raises:
         FileExistsError: there is a run already, or a ``base`` of something else.
@@ -63,10 +77,12 @@ def save_base(
             if detector is None:
                 shell = empty(GroundingDinoModel, bases["detector"])
                 save_pretrained(shell, base / "detector", _without_adapters(dino.state_dict()))
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(base / "detector")
             if segmenter is None:
                 sam = model.segmenter.model
                 save_pretrained(sam, base / "segmenter", sam.state_dict())
-    config = {"format": FORMAT, "version": VERSION, "settings": _settings(model)}
+    config = {"format": FORMAT, "version": VERSION, "settings": _settings(model), "training": training}
     for part, place in places.items():
         where = f"base/{part}" if place is None else str(Path(place).resolve())
         config[part] = {"folder": where, "config": json.loads(bases[part].to_json_string(use_diff=False))}
@@ -120,7 +136,7 @@ def load(folder: str | Path) -> DecoupleCSS:
     with _names(folder / "config.json"):
         dino = GroundingDinoConfig.from_dict(config["detector"]["config"])
         sam = SamConfig.from_dict(config["segmenter"]["config"])
-        bases = [folder / config[part]["folder"] for part in ("detector", "segmenter")]
+        bases = list(checkpoint_folders(folder).values())
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
         detector = ClassDetector(load_pretrained(GroundingDinoModel, bases[0], dino, PARTS))
         segmenter = SamSegmenter(load_pretrained(SamModel, bases[1], sam))
@@ -129,6 +145,18 @@ def load(folder: str | Path) -> DecoupleCSS:
         for t in range(count):
             _load_task(model, standing_folder(folder / f"task_{t}"))
     return model.eval().requires_grad_(False)
+
+
+def read_training(folder: str | Path) -> dict | None:
+    """What ``save_base`` was given as ``training``."""
+    return _read_config(Path(folder)).get("training")
+
+
+def checkpoint_folders(folder: str | Path) -> dict[str, Path]:
+    """Where a run's frozen models are: "detector", which also has the tokenizer, and "segmenter"."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    return {part: folder / config[part]["folder"] for part in ("detector", "segmenter")}
 
 
 def saved_tasks(folder: str | Path) -> int:
