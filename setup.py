@@ -107,7 +107,9 @@ class OptionalBuild(BuildExtension):
 setup(
     packages=[
         "fastcss",
+        "fastcss._fused",
         "fastcss._schema",
+        "fastcss.commands",
         "fastcss.ops",
         "fastcss.reference",
         "fastcss.composed",
@@ -119,7 +121,7 @@ setup(
     ],
     package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels", "fastcss.cuda": "csrc/cuda"},
     # Device code travels as text: where the compiled module is missing it is compiled at first use.
-    package_data={"fastcss.cuda": ["*.cuh"]},
+    package_data={"fastcss.cuda": ["*.cuh"], "fastcss": ["assets/**"]},
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

@@ -1,53 +1,79 @@
-"""``python -m fastcss info``, ``python -m fastcss demo`` and ``python -m fastcss convert-sam``."""
+"""``python -m fastcss COMMAND``: the modules of ``fastcss.commands``, and what their errors mean to a shell."""
+
+from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import importlib
+import sys
+from collections.abc import Sequence
 
-from . import demo
-from ._info import info
+from . import __version__
+
+COMMANDS = ("demo", "info", "convert-sam")
+EXAMPLES = """\
+examples:
+  python -m fastcss info
+  python -m fastcss convert-sam sam_vit_b_01ec64.pth sam-vit-b
+"""
+#: What a user can put right by another argument; any other OSError is the machine's.
+BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # as shells and argparse have them
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastcss", description="Kernels for continual segmentation.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, and which implementations run here")
-    demo.add_arguments(commands.add_parser("demo", help="six adapters on one photograph, in turn and in one pass"))
-    convert = commands.add_parser("convert-sam", help="make segment-anything's checkpoint a folder of transformers")
-    convert.add_argument("checkpoint", help="a sam_vit_*.pth; only tensors are loaded from it, no code is run")
-    convert.add_argument("out", help="the folder to make")
-    options = parser.parse_args()
-    if options.command == "info":
-        _print_info()
-        return
-    if options.command == "convert-sam":
-        _convert_sam(parser, options.checkpoint, options.out)
-        return
-    if options.model and not Path(options.model).is_dir():
-        parser.error(f"--model: no such folder: {options.model}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name, by default those of the process; SystemExit where it fails."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
+        stream.reconfigure(errors="backslashreplace")
+    options = _parser().parse_args(arguments)
     try:
-        demo.run(options.out, options.model, options.tune_malloc)
+        options.run(options)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
-        parser.error(f"the demo needs {error.name}, which is not installed: pip install 'fastcss[demo]'")
+        if (error.name or "fastcss").partition(".")[0] == "fastcss":
+            raise
+        _fail(options.command, _missing(error), USAGE)
+    except BAD_INPUT as error:
+        _fail(options.command, _message(error), USAGE)
+    except (OSError, FloatingPointError) as error:
+        _fail(options.command, _message(error), FAILURE)
 
 
-def _convert_sam(parser: argparse.ArgumentParser, checkpoint: str, out: str) -> None:
-    try:
-        from .models.convert_sam import SIZES, convert_sam
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastcss",
+        description="Every task adapter of a continual-segmentation model in one pass.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
+        command = commands.add_parser(name, help=module.HELP, description=_sentence(module.HELP))
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
 
-        vision = convert_sam(checkpoint, out).vision_config
-    except ModuleNotFoundError as error:
-        parser.error(f"convert-sam needs {error.name}, which is not installed: pip install 'fastcss[peft]'")
-    except (OSError, ValueError) as error:
-        parser.error(f"convert-sam: {error}")
-    name = SIZES.get(vision.hidden_size, "SAM")
-    print(f"{out}: {name}, {vision.num_hidden_layers} layers of width {vision.hidden_size}, {vision.image_size} pixels")
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _print_info() -> None:
-    for section, lines in info().items():
-        print(section)
-        for line in lines.items() if isinstance(lines, dict) else ((line,) for line in lines):
-            print("  " + ": ".join(line))
+def _missing(error: ModuleNotFoundError) -> str:
+    text = str(error)
+    return text if "pip install" in text else f"{error.name} is not installed: pip install 'fastcss[data,demo]'"
+
+
+def _message(error: Exception) -> str:
+    known = isinstance(error, OSError) and error.strerror and error.filename
+    text = f"{error.filename}: {error.strerror}" if known else str(error) or type(error).__name__
+    return " ".join(text.splitlines())
+
+
+def _fail(command: str, message: str, code: int) -> None:
+    print(f"python -m fastcss {command}: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+"""``python -m fastcss info``: what this installation can run."""
+
+from __future__ import annotations
+
+import argparse
+
+from .._info import info
+
+HELP = "versions, devices, and which implementations run here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It takes none."""
+
+
+def run(options: argparse.Namespace) -> None:
+    for section, lines in info().items():
+        print(section)
+        for line in lines.items() if isinstance(lines, dict) else ((line,) for line in lines):
+            print("  " + ": ".join(line))
