@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
-from fastcss.data import CLASSES, DigitScenes, digits
+from fastcss.data import CLASSES, DigitScenes, _scenes, digits
 
 
 def test_items_have_the_promised_form():
@@ -132,7 +132,7 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize("missing", ["sklearn", "PIL"])
 def test_a_missing_package_names_the_extra(missing, monkeypatch):
     digits._handwriting.cache_clear()
-    digits._photographs.cache_clear()
+    _scenes.photographs.cache_clear()
     for module in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, missing, None)
