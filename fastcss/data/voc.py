@@ -54,6 +54,12 @@ class VOC(LabelledPictures):
         )
 
 
+def lists(root: str | Path) -> list[str]:
+    """The splits whose list is there; FileNotFoundError where there is no VOC 2012 at all."""
+    folder = _voc2012(Path(root)) / "ImageSets" / "Segmentation"
+    return [split for split in SPLITS if (folder / f"{split}.txt").is_file()]
+
+
 def _voc2012(root: Path) -> Path:
     candidates = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
     for folder in candidates:

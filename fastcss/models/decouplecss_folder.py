@@ -152,6 +152,11 @@ def read_training(folder: str | Path) -> dict | None:
     return _read_config(Path(folder)).get("training")
 
 
+def read_settings(folder: str | Path) -> dict:
+    """What the run's model was made with, beside the frozen models."""
+    return _read_config(Path(folder))["settings"]
+
+
 def checkpoint_folders(folder: str | Path) -> dict[str, Path]:
     """Where a run's frozen models are: "detector", which also has the tokenizer, and "segmenter"."""
     folder = Path(folder)

@@ -1,0 +1,254 @@
+"""Learning task after task with DecoupleCSS, in a folder that a killed run goes on from.
+
+::
+
+    config.json, base/, task_0/ …    see decouplecss_folder; config.json holds the plan
+    progress/                        what the finished epochs of the task that is being learned came to
+    metrics.jsonl                    {"kind": "task", …} after every task, {"kind": "summary", …} at the end
+
+Every task begins from what the folder holds, also in a run that nothing interrupts: so a run that was interrupted
+reaches the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from ..data import ContinualMetrics, Overlapped, training_set
+from .class_detector import ClassDetector
+from .continual_evaluation import evaluate
+from .continual_plan import Plan, check_same
+from .continual_progress import FOLDER, read_progress, restore, save_progress
+from .continual_watch import Watch
+from .decouplecss import DecoupleCSS
+from .decouplecss_folder import (
+    append_metrics,
+    checkpoint_folders,
+    load,
+    read_metrics,
+    read_settings,
+    read_training,
+    save_base,
+    save_task,
+    saved_tasks,
+)
+from .decouplecss_training import TaskTrainer, calibrate
+from .phrases import describe, encode, load_tokenizer
+from .sam import SamSegmenter
+from .task_pictures import TaskPictures
+
+
+def begin(
+    folder: str | Path, plan: Plan, base: str | Path | tuple[str | Path, str | Path], settings: dict | None = None
+) -> None:
+    """Begin a run; one that was begun with the same plan and settings is left as it is.
+
+    Args:
+        folder: of the run.
+        plan: what it is to do.
+        base: where the frozen models and the tokenizer come from: a run, whose ``base`` is copied, or the folders of
+            Grounding DINO and of SAM, which the run then names. Not looked at if the run is there.
+        settings: of ``DecoupleCSS``.
+
+    Raises:
+        FileNotFoundError: no data, base or tokenizer where they were looked for.
+        ValueError: the run was begun with another plan or settings; a task with no pictures; a base that is not whole.
+        OSError: the run cannot be written.
+    """
+    folder, settings = Path(folder), settings or {}
+    if (folder / "config.json").exists():
+        check_same(read_plan(folder).to_json(), plan.to_json(), str(folder))
+        check_same(kept := read_settings(folder), kept | settings, str(folder))
+        return
+    _check_data(plan)
+    copied = not isinstance(base, tuple)
+    places = checkpoint_folders(base) if copied else dict(zip(("detector", "segmenter"), base, strict=True))
+    tokenizer = load_tokenizer(places["detector"])
+    for t in range(len(plan.tasks)):
+        encode(tokenizer, describe(plan.classes(t), plan.phrases))
+    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+        detector = ClassDetector.from_folder(places["detector"])
+        model = DecoupleCSS(detector, SamSegmenter.from_folder(places["segmenter"]), **settings)
+    named = {} if copied else places
+    save_base(model, folder, **named, tokenizer=tokenizer, training=plan.to_json())
+
+
+def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, device: str = "cpu") -> dict:
+    """Go on with a run until it is finished, from the last epoch that is; returns its summary.
+
+    Args:
+        folder: of a run that was begun.
+        watch: is told what goes on.
+        workers: processes that read pictures, 0 for this one.
+        device: to learn on. On a GPU sums may come in another order, and a run not be the same bit for bit.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or one that is not whole; data that are not there any more.
+        BlockingIOError: another process is training it.
+        FloatingPointError: a loss was not finite.
+        OSError: it cannot be written; what was finished is kept.
+    """
+    folder, watch = Path(folder), watch or Watch()
+    plan = read_plan(folder)
+    with _alone(folder):
+        records = read_metrics(folder)
+        summary = next((record for record in records if record["kind"] == "summary"), None)
+        if summary is None:
+            summary = _Run(folder, plan, watch, workers, device).finish(records)
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    return summary
+
+
+def load_run(folder: str | Path) -> tuple[DecoupleCSS, Plan]:
+    """The model of a run as its method has it so far, and its plan.
+
+    A naive run has one adapter, the last; the folder keeps what it was after every task.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``decouplecss_folder.load``; a run without a plan.
+    """
+    plan = read_plan(folder)
+    model = load(folder)
+    if plan.method == "naive" and model.tasks:
+        share_last_adapter(model)
+    return model, plan
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """The plan that a run was begun with; ValueError where it has none."""
+    content = read_training(folder)
+    if content is None:
+        raise ValueError(f"{folder} is a run without a plan: it was not begun with train")
+    try:
+        return Plan.from_json(content)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from error
+
+
+def share_last_adapter(model: DecoupleCSS) -> None:
+    """Give every task the adapter of the last one, as fine-tuning a single one leaves it."""
+    last = model.tasks[-1].name
+    for task in model.tasks[:-1]:
+        _copy_adapter(model, last, task.name)
+    model.eval()  # what was packed is of the old weights
+
+
+@dataclasses.dataclass
+class _Run:
+    """A run that goes on: where, how, and who is told."""
+
+    folder: Path
+    plan: Plan
+    watch: Watch
+    workers: int
+    device: str
+
+    def finish(self, records: list[dict]) -> dict:
+        """All that is left to do after the lines of ``metrics.jsonl``; returns the summary."""
+        plan, data, test = self.plan, self.plan.training_data(), self.plan.test_data()
+        metrics = ContinualMetrics(plan.tasks, [len(training_set(test, classes)) for classes in plan.tasks])
+        for record in records:
+            metrics.add(record["iou"])
+        for t in range(len(records), len(plan.tasks)):
+            learned = saved_tasks(self.folder)
+            if learned not in (t, t + 1):
+                raise ValueError(f"{self.folder} has {learned} tasks, and its metrics.jsonl {t}")
+            if learned == t:
+                self.learn(t, data)
+            self.measure(t, metrics, test)
+        about = {"method": plan.method, "setting": plan.setting, "data": plan.data, "seed": plan.seed}
+        summary = {"kind": "summary", **metrics.summary(), **about}
+        append_metrics(self.folder, summary)
+        return summary
+
+    def learn(self, t: int, data: Dataset) -> None:
+        """Learn task t and save it, from the last of its epochs that was kept."""
+        plan, model = self.plan, self.with_new_task(t).to(self.device)
+        seen = training_set(data, plan.tasks[t])
+        pictures = TaskPictures(seen, plan.tasks[t], model.segmenter, plan.shortest, plan.longest)
+        recipe = dataclasses.replace(plan.recipe, seed=plan.seed_of(t))
+        trainer, seconds = TaskTrainer(model, model.tasks[t], pictures, recipe, self.workers), 0.0
+        progress = read_progress(self.folder, t)
+        if progress is not None:
+            restore(self.folder, trainer)
+            seconds = progress["seconds"]
+        steps = math.ceil(len(pictures) / recipe.batch_size)
+        self.watch.learning(t, plan.classes(t), len(pictures), steps, trainer.epoch)
+        while trainer.epoch < recipe.epochs:
+            start = time.perf_counter()
+            losses = trainer.run_epoch(self.watch.step)
+            seconds += time.perf_counter() - start
+            save_progress(self.folder, t, trainer, losses, seconds)
+            self.watch.epoch(trainer.epoch, losses)
+        calibrate(model, trainer.task, pictures, recipe.batch_size, self.workers)
+        save_task(model, t, self.folder)
+
+    def with_new_task(self, t: int) -> DecoupleCSS:
+        """The saved model with task t as it is before it learns."""
+        model, names = load(self.folder), self.plan.classes(t)
+        tokenizer = load_tokenizer(checkpoint_folders(self.folder)["detector"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.plan.seed_of(t))
+            task = model.add_task(names, encode(tokenizer, describe(names, self.plan.phrases)))
+        if self.plan.method == "naive" and t > 0:
+            _copy_adapter(model, model.tasks[t - 1].name, task.name)
+        return model
+
+    def measure(self, t: int, metrics: ContinualMetrics, test: Dataset) -> None:
+        """Evaluate all classes up to task t, which is saved, and add its line."""
+        plan, model = self.plan, load_run(self.folder)[0].to(self.device)
+        seen = Overlapped(test, [label for labels in plan.tasks[: t + 1] for label in labels])
+        self.watch.evaluating(t, len(seen))
+        sides = (plan.shortest, plan.longest)
+        iou = evaluate(model, seen, plan.labels, *sides, workers=self.workers, report=self.watch.evaluated)
+        progress = read_progress(self.folder, t) or {}
+        record = {"kind": "task", **metrics.add(iou), "classes": plan.classes(t)}
+        record |= {name: progress.get(name) for name in ("loss", "seconds")}
+        append_metrics(self.folder, record)
+        self.watch.measured(record)
+
+
+def _copy_adapter(model: DecoupleCSS, source: str, target: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    own, places = (
+        get_peft_model_state_dict(model.detector, adapter_name=name, save_embedding_layers=False)
+        for name in (source, target)
+    )
+    with torch.no_grad():
+        for name, place in places.items():  # views of the adapter's own parameters
+            place.copy_(own[name])
+
+
+def _check_data(plan: Plan) -> None:
+    """Before anything is written: the data are there, and show something of every task."""
+    data, _ = plan.training_data(), plan.test_data()
+    for t, classes in enumerate(plan.tasks):
+        if not len(training_set(data, classes)):
+            raise ValueError(f"no training picture shows any class of task {t + 1}: {', '.join(plan.classes(t))}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the system takes the lock back when it ends, be it killed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(errno.EAGAIN, "another process is training this run", str(folder)) from error
+        yield
+    finally:
+        os.close(descriptor)

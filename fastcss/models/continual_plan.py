@@ -1,0 +1,163 @@
+"""What a continual run is to do: which classes when, from what data, by which method and recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+
+from ..data import ADE20K, CLASS_NAMES, VOC, DigitScenes
+from ..data import tasks as tasks_of
+from .decouplecss_training import Recipe
+from .phrases import describe
+
+METHODS = ("decouplecss", "naive", "joint")
+
+
+class Defaults(NamedTuple):
+    """What a data set is learned with unless something else is asked for.
+
+    Attributes:
+        settings: of ``DecoupleCSS``.
+        plan: fields of ``Plan``.
+    """
+
+    settings: dict
+    plan: dict
+
+
+#: The paper's, where it says them; of the digits this project's own.
+DEFAULTS = {
+    "digits": Defaults(
+        {"threshold": 0.3, "length": 256, "prompts": 6, "hidden": 64, "rank": 8, "alpha": 8},
+        {
+            "recipe": Recipe(epochs=10, batch_size=16, learning_rate=2e-3),
+            "shortest": 128,
+            "longest": 128,
+            "train_scenes": 1500,
+            "test_scenes": 300,
+        },
+    ),
+    "voc": Defaults(
+        {"threshold": 0.3, "length": 512, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32},
+        {"recipe": Recipe(epochs=5, batch_size=24, learning_rate=1e-4), "shortest": 800, "longest": 1333},
+    ),
+    "ade": Defaults(
+        {"threshold": 0.2, "length": 1024, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32},
+        {"recipe": Recipe(epochs=20, batch_size=24, learning_rate=1e-4), "shortest": 800, "longest": 1333},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that the outcome of a run follows from, beside the frozen models and the model's settings.
+
+    Attributes:
+        data: "digits", "voc" or "ade".
+        setting: "first-step", see ``fastcss.data.tasks``.
+        method: "decouplecss", each task with an adapter of its own; "naive", one adapter for all tasks, fine-tuned
+            from task to task; "joint", all classes at once from all the data, in one task.
+        root: folder of the data, None for the digits.
+        train_split: "train", or "train_aug" of VOC.
+        train_scenes, test_scenes: how many, of the digits; None for other data.
+        seed: of the digits' scenes, of what is trained before it is, and of the order of the pictures.
+        shortest, longest: sides of the detector's pictures, see ``preprocess``.
+        recipe: how each task is learned; its seed is left 0, the plan's rules.
+        phrases: the user's own for every class, in place of ``fastcss.models.phrases``'.
+
+    Raises:
+        ValueError: names the field that is none.
+    """
+
+    data: str
+    setting: str
+    method: str = "decouplecss"
+    root: str | None = None
+    train_split: str = "train"
+    train_scenes: int | None = None
+    test_scenes: int | None = None
+    seed: int = 0
+    shortest: int = 800
+    longest: int = 1333
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    phrases: dict[str, list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        tasks_of(self.data, self.setting)
+        if self.method not in METHODS:
+            raise ValueError(f"Plan: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        digits = self.data == "digits"
+        if digits != (self.root is None):
+            raise ValueError(f"Plan: root must be {'None' if digits else 'a folder'} for {self.data}, got {self.root}")
+        splits = ("train", "train_aug") if self.data == "voc" else ("train",)
+        if self.train_split not in splits:
+            raise ValueError(f"Plan: train_split must be {' or '.join(splits)}, got {self.train_split!r}")
+        for name in ("train_scenes", "test_scenes"):
+            count = getattr(self, name)
+            if digits != (count is not None) or (digits and count < 1):
+                raise ValueError(f"Plan: {name} must be {'at least 1' if digits else 'None'}, got {count}")
+        for name, least in (("seed", 0), ("shortest", 1), ("longest", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Plan: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.recipe.seed != 0:
+            raise ValueError(f"Plan: recipe must have seed 0, the plan has its own, got {self.recipe.seed}")
+        if self.phrases is not None:
+            describe(self.labels[1:], self.phrases)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Name of each label of the data set, the background first."""
+        return CLASS_NAMES[self.data]
+
+    @property
+    def tasks(self) -> list[tuple[int, ...]]:
+        """Labels of each task that is learned: with "joint" one has all."""
+        if self.method == "joint":
+            return [tuple(range(1, len(self.labels)))]
+        return tasks_of(self.data, self.setting)
+
+    def classes(self, t: int) -> list[str]:
+        """Names of the classes of task t."""
+        return [self.labels[label] for label in self.tasks[t]]
+
+    def seed_of(self, t: int) -> int:
+        """Of what is random in task t."""
+        return 1000 * self.seed + t
+
+    def training_data(self) -> Dataset:
+        """All that is learned from; FileNotFoundError where it is not whole."""
+        if self.data == "digits":
+            return DigitScenes("train", self.train_scenes, seed=self.seed)
+        return (VOC if self.data == "voc" else ADE20K)(self.root, self.train_split)
+
+    def test_data(self) -> Dataset:
+        """All that is evaluated on; FileNotFoundError where it is not whole."""
+        if self.data == "digits":
+            return DigitScenes("test", self.test_scenes, seed=self.seed)
+        return (VOC if self.data == "voc" else ADE20K)(self.root, "val")
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict) -> Plan:
+        """What ``to_json`` gave; ValueError where it is not that."""
+        try:
+            return cls(**content | {"recipe": Recipe(**content["recipe"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"Plan: {error}") from error
+
+
+def check_same(kept: dict, wanted: dict, where: str) -> None:
+    """ValueError, naming the first entry that differs, where a run is to go on otherwise than it was begun."""
+    for name, value in kept.items():
+        if name == "recipe":
+            check_same(value, wanted[name], where)
+        elif value != wanted[name]:
+            raise ValueError(
+                f"{where} was begun with {name} {reprlib.repr(value)}, and is to go on with "
+                f"{reprlib.repr(wanted[name])}"
+            )

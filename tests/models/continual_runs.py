@@ -1,0 +1,49 @@
+"""Small runs on scenes of digits: tiny models with random weights, a vocabulary, a plan of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from decouplecss_models import build
+from transformers import BertTokenizer
+
+from fastcss.data import CLASS_NAMES
+from fastcss.models.continual_plan import Plan
+from fastcss.models.decouplecss_folder import save_base
+from fastcss.models.decouplecss_training import Recipe
+from fastcss.models.phrases import ADJECTIVES
+
+SETTINGS = {"threshold": 0.05, "length": 64, "prompts": 2, "hidden": 16, "rank": 2, "alpha": 2}
+RECIPE = Recipe(epochs=2, batch_size=4, learning_rate=5e-3)
+#: What differs between two runs of one plan.
+TIMES = ("seconds",)
+
+
+def save_models(folder: Path) -> Path:
+    """A run without tasks: the frozen models, and a tokenizer that knows the digits and all adjectives."""
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *ADJECTIVES]
+    folder.mkdir(parents=True)
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join([*words, *CLASS_NAMES["digits"]]), encoding="utf-8")
+    tokenizer = BertTokenizer(vocab=str(vocabulary), model_max_length=32)
+    vocabulary.unlink()
+    save_base(build(()), folder, tokenizer=tokenizer)
+    return folder
+
+
+def plan_of(**fields) -> Plan:
+    """Three tasks of few scenes."""
+    given = {"data": "digits", "setting": "4-3", "train_scenes": 12, "test_scenes": 6, "shortest": 64, "longest": 64}
+    return Plan(**given | {"recipe": RECIPE} | fields)
+
+
+def lines(run: Path) -> list[dict]:
+    """Of ``metrics.jsonl``, without the times."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def learned(run: Path) -> dict[str, bytes]:
+    """Every file of the tasks, byte for byte."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("task_*/*")}
