@@ -88,6 +88,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
         class_centers,
         cost_filter,
         decouplecss,
+        decouplecss_training,
         deformable_attention,
         fuse,
         merge_masks,
@@ -104,7 +105,7 @@ def all_cases(device: str, quick: bool = False) -> list[Case]:
     affinity = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
     selection = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
     fused = (deformable_attention, bi_attention, window_attention, fuse)
-    modules = (multi_lora, one_pass, *affinity, *selection, *fused, decouplecss)
+    modules = (multi_lora, one_pass, *affinity, *selection, *fused, decouplecss, decouplecss_training)
     return [case for module in modules for case in module.cases(device, quick)]
 
 

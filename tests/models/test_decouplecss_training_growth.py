@@ -1,0 +1,75 @@
+"""What learning a task costs however many there are already: work, and memory, both counted and not timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from decouplecss_models import build, pictures
+from torch.utils.flop_counter import FlopCounterMode
+from training_scenes import trainer_for
+
+from benchmarks import decouplecss_training
+
+
+class Cost(NamedTuple):
+    """Of products; of all that was allocated, in bytes and in number; the most that was held at a time."""
+
+    flops: int
+    allocated: int
+    allocations: int
+    peak: int
+
+
+def cost(run: Callable[[], object]) -> Cost:
+    """What compiled ops allocate for themselves counts too."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    allocated = [size for size in sizes if size > 0]
+    held = torch.tensor(sizes).cumsum(0)
+    return Cost(counter.get_total_flops(), sum(allocated), len(allocated), int(held.max()))
+
+
+def training(tasks: int) -> Cost:
+    """Of an epoch of the newest task: reading pictures, losses, gradients, AdamW."""
+    trainer = trainer_for((1,) * (tasks - 1) + (2,), epochs=3)
+    trainer.run_epoch()  # makes AdamW's moments and whatever is kept from one call to the next
+    return cost(trainer.run_epoch)
+
+
+def segmenting(tasks: int) -> Cost:
+    model, given = build((2,) * tasks), pictures(1)
+    model.segment(**given)
+    return cost(lambda: model.segment(**given))
+
+
+def test_an_epoch_costs_the_same_after_one_task_and_after_seven():
+    one = training(1)
+    assert one.flops > 0
+    assert one.allocations > 1000
+    assert one == training(4) == training(8)
+
+
+def test_what_runs_all_tasks_would_be_seen_to_grow():
+    assert all(four > one for one, four in zip(segmenting(1), segmenting(4), strict=True))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_the_benchmark_compares_with_a_model_of_one_task(tasks):
+    model = decouplecss_training.random_model(decouplecss_training.TINY | {"T": tasks, "classes": 2})
+    alone = decouplecss_training.last_task_alone(model)
+    assert (len(model.tasks), len(alone.tasks)) == (tasks, 1)
+    assert list(alone.detector.peft_config) == [alone.tasks[0].name] == [model.tasks[-1].name]
+    whole, rest = dict(model.named_parameters()), dict(alone.named_parameters())
+    adapters = [name for name in rest if ".lora_" in name]
+    assert len(adapters) * tasks == sum(".lora_" in name for name in whole)
+    assert all(torch.equal(rest[name], whole[name]) for name in adapters)
+    generator = dict(model.tasks[-1].generator.named_parameters())
+    assert all(torch.equal(p, generator[name]) for name, p in alone.tasks[0].generator.named_parameters())
