@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from . import __version__
 
-COMMANDS = ("demo", "info", "convert-sam")
+COMMANDS = ("demo", "segment", "info", "convert-sam")
 EXAMPLES = """\
 examples:
-  python -m fastcss info
-  python -m fastcss convert-sam sam_vit_b_01ec64.pth sam-vit-b
+  python -m fastcss segment street.jpg --model runs/voc --out out
+  python -m fastcss convert-sam sam_vit_b_01ec64.pth checkpoints/sam-vit-b
 """
 #: What a user can put right by another argument; any other OSError is the machine's.
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)

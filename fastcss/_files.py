@@ -8,25 +8,32 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of ``path`` when the block ends; nobody, and no kill, ever meets half of it."""
+def whole_file(path: Path, binary: bool = False) -> Iterator[IO]:
+    """A file that takes the place of ``path`` when the block ends; nobody, and no kill, ever meets half of it.
+
+    Raises:
+        OSError: it cannot be written, say for want of space; names ``path``.
+    """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(beside, "x", encoding="utf-8") as file:
+        with open(beside, "xb" if binary else "x", encoding=None if binary else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        if isinstance(error, OSError) and error.filename in (None, str(beside)):
+            error.filename = str(path)
+            del error.filename2
         raise
     _sync(path.parent)
 

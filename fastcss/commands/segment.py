@@ -1,0 +1,177 @@
+"""``python -m fastcss segment``: label maps and overlays of pictures, by the model of a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.progress import Progress
+
+HELP = "label every pixel of pictures with the classes of all tasks"
+MODES = ("one_pass", "shared", "literal")
+KEPT = Path(__file__).parents[1] / "assets" / "digits"
+
+
+class Output(NamedTuple):
+    """What is written for one picture."""
+
+    labels: Path
+    overlay: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="a file of any format that Pillow reads")
+    parser.add_argument(
+        "--model", metavar="RUN", type=Path, default=KEPT,
+        help="folder of a run, as `train` makes it (default: the one in the package, which finds handwritten digits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, required=True,
+        help="folder for <stem>.png, whose palette indices are 0 for background and 1 + k for class k, "
+        "and <stem>_overlay.png",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mode", choices=MODES, default=MODES[0],
+        help="one pass over all tasks; shared: adapters switched, the rest once a picture; literal: everything once a "
+        "task, as published; the labels are the same (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> None:
+    """Segment picture after picture, those that can be read.
+
+    Raises:
+        ValueError: two pictures have one stem, or one would be overwritten; no run, or one without tasks. At the end:
+            some pictures could not be read, all others are done.
+        OSError: a result cannot be written; those before it are there.
+    """
+    from ..data._pictures import read_image
+    from ..models.decouplecss_folder import read_training
+
+    outputs = _outputs(options.pictures, options.out)
+    read_training(options.model)  # refuses what is no run, before a picture is read
+    model, unread = None, []
+    with _progress(len(outputs)) as progress:
+        for picture, output in progress.track(list(zip(options.pictures, outputs, strict=True))):
+            try:
+                image = read_image(picture)
+            except FileNotFoundError:
+                unread.append(f"{picture}: no such file")
+                continue
+            except ValueError as error:
+                unread.append(str(error))
+                continue
+            if model is None:  # not before there is a picture for it
+                model = _Model(options.model, options.mode)
+                options.out.mkdir(parents=True, exist_ok=True)
+            print("\n".join(model.segment(picture, image, output)))
+    if unread:
+        many = f"{len(unread)} of {len(outputs)} pictures could not be read: " if len(outputs) > 1 else ""
+        raise ValueError(many + "; ".join(unread))
+
+
+class _Model:
+    """The model of a run, with what its pictures are prepared by."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        from ..models.decouplecss_folder import load, read_training
+
+        self.mode, self.sides = mode, {}
+        if read_training(folder) is None:
+            self.model = load(folder)
+        else:
+            from ..models.continual import load_run
+
+            self.model, plan = load_run(folder)
+            self.sides = {"shortest": plan.shortest, "longest": plan.longest}
+        if not self.model.tasks:
+            raise ValueError(f"{folder} is a run that has learned no task yet")
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def segment(self, name: str, image: Tensor, output: Output) -> Iterator[str]:
+        """Write the results for ``image``, float32 [3, H, W], and tell of them, line by line."""
+        from .._overlay import label_image, overlay
+
+        start = time.perf_counter()
+        labels, present, presence = self._labels(image)
+        seconds = time.perf_counter() - start
+        classes = self.model.classes
+        _save(label_image(labels, len(classes)), output.labels)
+        _save(overlay(image, labels, classes), output.overlay)
+        yield f"{name}: {image.shape[2]}×{image.shape[1]} pixels, {seconds:.2f} s → {output.labels}, {output.overlay}"
+        yield from self._found(labels, present, presence)
+
+    def _labels(self, image: Tensor) -> tuple[Tensor, list[bool], list[float]]:
+        """The label map of one picture; of every class whether it was found, and how surely."""
+        from ..models.preprocessing import preprocess
+
+        like = next(self.model.segmenter.parameters())
+        picture = preprocess(image, self.model.segmenter.image_size, **self.sides)
+        found = self.model.segment(
+            picture.pixel_values[None].to(like),
+            picture.sam_pixel_values[None].to(like),
+            [picture.size],
+            [picture.crop],
+            self.mode,
+        )
+        return found.labels[0].cpu(), found.present[0].tolist(), found.presence[0].tolist()
+
+    def _found(self, labels: Tensor, present: Sequence[bool], presence: Sequence[float]) -> Iterator[str]:
+        from .._overlay import percent
+
+        counts = labels.flatten().bincount(minlength=len(present) + 1).tolist()
+        first = 0
+        for task in self.model.tasks:
+            texts = [
+                f"{name} (presence {presence[k]:.2f}, {percent(counts[1 + k] / labels.numel())} of pixels)"
+                for k, name in enumerate(task.classes, first)
+                if present[k]
+            ]
+            yield f"  {task.name}: {', '.join(texts) or 'nothing'}"
+            first += len(task.classes)
+
+
+def _outputs(pictures: Sequence[str], out: Path) -> list[Output]:
+    """Where the results of each picture go; ValueError where one would take the place of something given."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out: {out} is no folder")
+    inputs = {Path(picture).resolve() for picture in pictures}
+    outputs, owners = [], {}
+    for picture in pictures:
+        stem = Path(picture).stem
+        outputs.append(Output(out / f"{stem}.png", out / f"{stem}_overlay.png"))
+        for path in outputs[-1]:
+            if path in owners:
+                raise ValueError(f"{owners[path]} and {picture} would both be written to {path}")
+            if path.resolve() in inputs:
+                raise ValueError(f"--out: {path} is one of the pictures, and would be overwritten")
+            owners[path] = picture
+    return outputs
+
+
+def _progress(count: int) -> Progress:
+    """A bar for more than one picture, where somebody is watching."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    printed = sys.stdout.isatty()  # else what is printed goes somewhere else, and must not go through the bar
+    console = Console(stderr=not printed)
+    columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = count < 2 or not console.is_terminal
+    return Progress(*columns, console=console, redirect_stdout=printed, disable=hidden)
+
+
+def _save(picture: Image, path: Path) -> None:
+    from .._files import whole_file
+
+    with whole_file(path, binary=True) as file:
+        picture.save(file, "PNG")
