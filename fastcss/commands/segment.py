@@ -83,14 +83,13 @@ class _Model:
     """The model of a run, with what its pictures are prepared by."""
 
     def __init__(self, folder: Path, mode: str) -> None:
+        from ..models.continual import load_run
         from ..models.decouplecss_folder import load, read_training
 
         self.mode, self.sides = mode, {}
         if read_training(folder) is None:
             self.model = load(folder)
         else:
-            from ..models.continual import load_run
-
             self.model, plan = load_run(folder)
             self.sides = {"shortest": plan.shortest, "longest": plan.longest}
         if not self.model.tasks:
