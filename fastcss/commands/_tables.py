@@ -1,0 +1,44 @@
+"""Tables of what a continual run came to, in per cent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NAMED = 5  # classes of a task; of more some are counted
+
+
+def task_table(records: Sequence[dict], title: str) -> Table:
+    """mIoU of old, new and all classes after every task; a record may have a ``"name"`` of its own."""
+    from rich.table import Table
+
+    table = Table("after task", "new classes", title=title)
+    for column in ("old", "new", "all"):
+        table.add_column(column, justify="right")
+    for record in records:
+        name = record.get("name", str(record["task"]))
+        table.add_row(name, few(record["classes"]), *(percent(record[of]) for of in ("old", "new", "all")))
+    return table
+
+
+def summary_line(summary: dict) -> str:
+    """What all tasks came to."""
+    names = {
+        "first": "first task", "later": "later ones", "all": "all",
+        "last_iou": "Last-IoU", "avg_iou": "Avg-IoU", "ff_iou": "FF-IoU",
+    }  # fmt: skip
+    return "  ".join(f"{name} {percent(summary[key])}" for key, name in names.items())
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def few(names: Sequence[str]) -> str:
+    if len(names) <= NAMED:
+        return ", ".join(names)
+    shown = NAMED - 1
+    return f"{', '.join(names[:shown])} and {len(names) - shown} more"
