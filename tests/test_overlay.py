@@ -7,10 +7,10 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")
-from PIL import Image, ImageDraw  # noqa: E402
+from PIL import Image, ImageDraw
 
-from fastcss import _overlay  # noqa: E402
-from fastcss._overlay import INK, PAPER, Share, label_image, overlay, palette, percent, shares  # noqa: E402
+from fastcss import _overlay
+from fastcss._overlay import INK, PAPER, Share, label_image, overlay, palette, percent, shares
 
 NAMES = ("cat", "dog", "street sign")
 

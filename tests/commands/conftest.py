@@ -37,15 +37,16 @@ def command(capsys):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory) -> Path:
-    """The folder of a run with three tasks of six classes; tests leave it as it is."""
+def tiny_model():
+    """Three tasks of six classes; tests leave it as it is."""
     from decouplecss_models import SIZES, build
 
-    from fastcss.models.decouplecss_folder import save_base, save_task
+    return build(SIZES[:3])
 
-    folder = tmp_path_factory.mktemp("tiny") / "run"
-    model = build(SIZES[:3])
-    save_base(model, folder)
-    for t in range(3):
-        save_task(model, t, folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model, tmp_path_factory) -> Path:
+    """Its folder, with a plan of small pictures; tests leave it as it is."""
+    from saved_runs import PLAN, save_run
+
+    return save_run(tiny_model, tmp_path_factory.mktemp("tiny") / "run", PLAN)
