@@ -121,6 +121,14 @@ def test_an_interrupt_is_130():
     assert process.returncode == 130
 
 
+def test_a_reader_that_has_gone_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    finished = subprocess.run([sys.executable, "-m", "fastcss", "info"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (finished.returncode, finished.stderr) == (1, b"")
+
+
 def test_a_name_that_the_terminal_cannot_show_is_no_error():
     script = (
         "from fastcss import __main__; from fastcss.commands import info\n"
