@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from . import __version__
 
-COMMANDS = ("demo", "segment", "info", "convert-sam")
+COMMANDS = ("demo", "train", "evaluate", "segment", "info", "convert-sam")
 EXAMPLES = """\
 examples:
-  python -m fastcss segment street.jpg --model runs/voc --out out
+  python -m fastcss train --data digits --setting 2-2 --out run
+  python -m fastcss segment scene.png --model run --out out
   python -m fastcss convert-sam sam_vit_b_01ec64.pth checkpoints/sam-vit-b
 """
 #: What a user can put right by another argument; any other OSError is the machine's.

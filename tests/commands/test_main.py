@@ -17,8 +17,10 @@ from fastcss.commands import info
 ARGUMENTS = {
     "convert-sam": ("checkpoint", "out"),
     "demo": ("--out",),
+    "evaluate": ("RUN",),
     "info": ("--help",),
     "segment": ("PICTURE", "--model", "--out", "--mode"),
+    "train": ("--data", "--setting", "--out"),
 }
 
 
