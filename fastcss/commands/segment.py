@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
             some pictures could not be read, all others are done.
         OSError: a result cannot be written; those before it are there.
     """
-    from ..data._pictures import read_image
+    from ..data import read_image
     from ..models.decouplecss_folder import read_training
 
     outputs = _outputs(options.pictures, options.out)
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
             if model is None:  # not before there is a picture for it
                 model = _Model(options.model, options.mode)
                 options.out.mkdir(parents=True, exist_ok=True)
-            print("\n".join(model.segment(picture, image, output)))
+            print("\n".join(model.segment(picture, image, output)), flush=True)
     if unread:
         many = f"{len(unread)} of {len(outputs)} pictures could not be read: " if len(outputs) > 1 else ""
         raise ValueError(many + "; ".join(unread))
