@@ -1,6 +1,8 @@
-"""What every test of the whole systems wants, and a run of DecoupleCSS that is saved once."""
+"""What every test of the whole systems wants, and runs of DecoupleCSS that are made once."""
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,28 @@ def saved(saved_model, tmp_path_factory) -> Path:
 def run(saved, tmp_path) -> Path:
     """A copy of it to spoil."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def digit_models(tmp_path_factory) -> Path:
+    """A run without tasks: frozen models and a tokenizer; tests leave it as it is."""
+    from continual_runs import save_models
+
+    return save_models(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def digit_run(digit_models, tmp_path_factory) -> Callable[[str], Path]:
+    """``digit_run(method)``: a finished run of two tasks; tests leave it as it is."""
+    from continual_runs import SETTINGS, plan_of
+
+    from fastcss.models.continual import begin, train
+
+    @functools.cache
+    def make(method: str) -> Path:
+        folder = tmp_path_factory.mktemp(method) / "run"
+        begin(folder, plan_of(method=method), digit_models, SETTINGS)
+        train(folder)
+        return folder
+
+    return make

@@ -10,6 +10,7 @@ from transformers import BertTokenizer
 
 from fastcss.data import CLASS_NAMES
 from fastcss.models.continual_plan import Plan
+from fastcss.models.continual_watch import Watch
 from fastcss.models.decouplecss_folder import save_base
 from fastcss.models.decouplecss_training import Recipe
 from fastcss.models.phrases import ADJECTIVES
@@ -42,6 +43,19 @@ def lines(run: Path) -> list[dict]:
     """Of ``metrics.jsonl``, without the times."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+class StopAt(Watch):
+    """Stops a run, as Ctrl-C would, when it is told this for the n-th time."""
+
+    def __init__(self, event: str, n: int = 1) -> None:
+        def told(*_) -> None:
+            nonlocal n
+            n -= 1
+            if n == 0:
+                raise KeyboardInterrupt
+
+        setattr(self, event, told)
 
 
 def learned(run: Path) -> dict[str, bytes]:
