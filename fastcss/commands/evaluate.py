@@ -67,7 +67,8 @@ def _evaluate(model: DecoupleCSS, plan: Plan, options: argparse.Namespace) -> Ev
     modes = ("one_pass", "shared") if options.sequential else ("one_pass",)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("pictures", total=len(test))
         return compare(
             model, test, plan.labels, plan.shortest, plan.longest, modes,
@@ -80,7 +81,7 @@ def _result(model: DecoupleCSS, plan: Plan, found: Evaluation, records: list[dic
     from ..data import ContinualMetrics
 
     tasks = plan.tasks[: len(model.tasks)]
-    metrics = ContinualMetrics(tasks, [1] * len(tasks))
+    metrics = ContinualMetrics(plan.tasks, [1] * len(plan.tasks))
     for _ in tasks:  # the last of its rows is of all tasks
         now = metrics.add(found.iou["one_pass"])
     learned = [0, *(label for labels in tasks for label in labels)]

@@ -12,13 +12,12 @@ from ..data.voc import lists
 from ..models.continual_watch import Watch
 from ._arguments import whole
 from ._tables import few, summary_line, task_table
+from .segment import KEPT
 
 if TYPE_CHECKING:
     from ..models.decouplecss_training import Losses
 
 HELP = "learn a data set's classes task after task; the same command goes on where it was stopped"
-#: A run whose frozen models come with the package, pre-trained for small pictures.
-KEPT = Path(__file__).parents[1] / "assets" / "digits"
 EPILOG = """\
 settings, as FIRST-STEP classes; any other that divides the classes will do:
 {settings}

@@ -50,3 +50,23 @@ def tiny_run(tiny_model, tmp_path_factory) -> Path:
     from saved_runs import PLAN, save_run
 
     return save_run(tiny_model, tmp_path_factory.mktemp("tiny") / "run", PLAN)
+
+
+@pytest.fixture(scope="session")
+def digit_models(tmp_path_factory) -> Path:
+    """A run without tasks: frozen models and a tokenizer; tests leave it as it is."""
+    from continual_runs import save_models
+
+    return save_models(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def digit_run(digit_models, tmp_path_factory) -> Path:
+    """What ``train`` makes of ``SMALL_DIGITS``; tests leave it as it is."""
+    from continual_runs import SMALL_DIGITS
+
+    from fastcss.__main__ import main
+
+    run = tmp_path_factory.mktemp("digits") / "run"
+    main(["train", *SMALL_DIGITS, "--base", str(digit_models), "--out", str(run)])
+    return run

@@ -17,6 +17,11 @@ from fastcss.models.phrases import ADJECTIVES
 
 SETTINGS = {"threshold": 0.05, "length": 64, "prompts": 2, "hidden": 16, "rank": 2, "alpha": 2}
 RECIPE = Recipe(epochs=2, batch_size=4, learning_rate=5e-3)
+#: A run of two tasks for the command.
+SMALL_DIGITS = (
+    *("--data", "digits", "--setting", "5-5", "--epochs", "3", "--batch-size", "4"),
+    *("--train-scenes", "12", "--test-scenes", "4"),
+)
 #: What differs between two runs of one plan.
 TIMES = ("seconds",)
 
