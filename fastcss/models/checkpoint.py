@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -82,7 +83,7 @@ def check_tensors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where
 def empty(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
     """The model without memory for its tensors: only their names and shapes."""
     with torch.device("meta"):
-        return model_class(config)
+        return model_class(copy.deepcopy(config))  # which a model writes its dtype into
 
 
 def _raise(problems: list[str], where: str) -> None:
