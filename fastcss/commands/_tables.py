@@ -13,9 +13,10 @@ NAMED = 5  # classes of a task; of more some are counted
 
 def task_table(records: Sequence[dict], title: str) -> Table:
     """mIoU of old, new and all classes after every task; a record may have a ``"name"`` of its own."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("after task", "new classes", title=title)
+    table = Table("after task", "new classes", title=escape(title))
     for column in ("old", "new", "all"):
         table.add_column(column, justify="right")
     for record in records:

@@ -89,8 +89,8 @@ def _result(model: DecoupleCSS, plan: Plan, found: Evaluation, records: list[dic
         "data": plan.data,
         "setting": plan.setting,
         "method": plan.method,
-        "tasks": [record for record in records if record["kind"] == "task"],
-        "summary": next((record for record in records if record["kind"] == "summary"), None),
+        "tasks": [record for record in records if record.get("kind") == "task"],
+        "summary": next((record for record in records if record.get("kind") == "summary"), None),
         "now": {name: now[name] for name in ("task", "old", "new", "all")} | {"classes": plan.classes(len(tasks) - 1)},
         "iou": {plan.labels[label]: now["iou"][label] for label in learned},
     }
@@ -105,8 +105,8 @@ def _print(result: dict, run: str) -> None:
 
     console = Console()
     tasks, now = result["tasks"], result["now"]
-    about = f"{result['method']}, {result['data']} {result['setting']}"
-    console.print(task_table([*tasks, now | {"name": "now"}], f"{run}: mIoU, {about}"))
+    about = f"{run}: {result['method']}, {result['data']} {result['setting']}"
+    console.print(task_table([*tasks, now | {"name": "now"}], f"{about}, mIoU in %"))
     if result["summary"]:
         console.print(summary_line(result["summary"]))
     table = Table("class", title="IoU of each class, in %")

@@ -72,8 +72,9 @@ def run(options: argparse.Namespace) -> None:
     plan = _begun(options) if (options.out / "config.json").exists() else _begin(options)
     device = _device()
     console = Console()
-    console.print(f"{options.out}: {plan.method}, {plan.data} {plan.setting}, tasks: {len(plan.tasks)}, on {device}")
-    records = [record for record in read_metrics(options.out) if record["kind"] == "task"]
+    about = f"{options.out}: {plan.method}, {plan.data} {plan.setting}"
+    console.print(f"{about}, tasks: {len(plan.tasks)}, on {device}", markup=False)
+    records = [record for record in read_metrics(options.out) if record.get("kind") == "task"]
     bars = _Bars(console, len(plan.tasks), plan.recipe.epochs, records)
     try:
         with bars.progress:
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from the last epoch that was finished")
         raise
-    console.print(task_table(records, f"{options.out}: mIoU, {plan.method}, {plan.data} {plan.setting}"))
+    console.print(task_table(records, f"{about}, mIoU in %"))
     console.print(summary_line(summary))
 
 
@@ -196,7 +197,7 @@ class _Bars(Watch):
         self._records.append(record)
         self.progress.advance(self._all)
         if len(self._records) < self._tasks:
-            self.progress.console.print(task_table(self._records, "mIoU so far"))
+            self.progress.console.print(task_table(self._records, "mIoU so far, in %"))
 
     def _name_epoch(self, finished: int) -> None:
         now = min(finished + 1, self._epochs)

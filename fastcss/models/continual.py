@@ -17,7 +17,6 @@ import dataclasses
 import errno
 import fcntl
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -102,12 +101,11 @@ def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, devi
     """
     folder, watch = Path(folder), watch or Watch()
     plan = read_plan(folder)
-    with _alone(folder):
-        records = read_metrics(folder)
-        summary = next((record for record in records if record["kind"] == "summary"), None)
-        if summary is None:
-            summary = _Run(folder, plan, watch, workers, device).finish(records)
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    summary = _summary(folder)
+    if summary is None:
+        with _alone(folder):
+            summary = _summary(folder) or _Run(folder, plan, watch, workers, device).finish()
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
     return summary
 
 
@@ -145,6 +143,11 @@ def share_last_adapter(model: DecoupleCSS) -> None:
     model.eval()  # what was packed is of the old weights
 
 
+def _summary(folder: Path) -> dict | None:
+    """What a finished run came to."""
+    return next((record for record in read_metrics(folder) if record.get("kind") == "summary"), None)
+
+
 @dataclasses.dataclass
 class _Run:
     """A run that goes on: where, how, and who is told."""
@@ -155,13 +158,14 @@ class _Run:
     workers: int
     device: str
 
-    def finish(self, records: list[dict]) -> dict:
-        """All that is left to do after the lines of ``metrics.jsonl``; returns the summary."""
+    def finish(self) -> dict:
+        """All that is left to do; returns the summary."""
         plan, data, test = self.plan, self.plan.training_data(), self.plan.test_data()
         metrics = ContinualMetrics(plan.tasks, [len(training_set(test, classes)) for classes in plan.tasks])
-        for record in records:
-            metrics.add(record["iou"])
-        for t in range(len(records), len(plan.tasks)):
+        for record in read_metrics(self.folder):
+            if record.get("kind") == "task":
+                metrics.add(record["iou"])
+        for t in range(len(metrics.rows), len(plan.tasks)):
             learned = saved_tasks(self.folder)
             if learned not in (t, t + 1):
                 raise ValueError(f"{self.folder} has {learned} tasks, and its metrics.jsonl {t}")
@@ -242,13 +246,13 @@ def _check_data(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the system takes the lock back when it ends, be it killed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    """One process at a time; the system takes the lock back when it ends, be it killed.
+
+    Not the ``flock`` of the folder itself: processes that read pictures would share it, and outlive a killed one.
+    """
+    with open(folder / ".lock", "wb") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(errno.EAGAIN, "another process is training this run", str(folder)) from error
         yield
-    finally:
-        os.close(descriptor)

@@ -27,11 +27,12 @@ TIMES = ("seconds",)
 
 
 def save_models(folder: Path) -> Path:
-    """A run without tasks: the frozen models, and a tokenizer that knows the digits and all adjectives."""
+    """A run without tasks: frozen models, and a tokenizer that knows all adjectives and most classes."""
     words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *ADJECTIVES]
     folder.mkdir(parents=True)
     vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join([*words, *CLASS_NAMES["digits"]]), encoding="utf-8")
+    names = [word for data in ("digits", "voc") for name in CLASS_NAMES[data] for word in name.split()]
+    vocabulary.write_text("\n".join(dict.fromkeys([*words, *names])), encoding="utf-8")
     tokenizer = BertTokenizer(vocab=str(vocabulary), model_max_length=32)
     vocabulary.unlink()
     save_base(build(()), folder, tokenizer=tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from continual_runs import RECIPE, SETTINGS, StopAt, learned, lines, plan_of
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from fastcss.data import Overlapped, training_set
+from fastcss.data import CLASS_NAMES, DigitScenes, Overlapped, training_set
 from fastcss.models.continual import begin, load_run, read_plan, share_last_adapter, train
 from fastcss.models.continual_evaluation import evaluate
 from fastcss.models.decouplecss_folder import load, read_settings
-from fastcss.models.decouplecss_training import Recipe
+from fastcss.models.decouplecss_training import Recipe, TaskTrainer, calibrate
+from fastcss.models.phrases import describe, encode, load_tokenizer
+from fastcss.models.task_pictures import TaskPictures
 
 
 def adapters(model) -> list[dict[str, torch.Tensor]]:
@@ -42,7 +45,9 @@ def iou_now(run) -> list[float | None]:
 
 def test_a_run_is_its_tasks_and_its_lines(digit_run):
     run = digit_run("decouplecss")
-    assert {path.name for path in run.iterdir()} == {"config.json", "base", "task_0", "task_1", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {
+        *("config.json", "base", "task_0", "task_1", "metrics.jsonl", ".lock"),
+    }
     first, second, summary = lines(run)
     names = ["zero", "one", "two", "three", "four"], ["five", "six", "seven", "eight", "nine"]
     assert (first["kind"], first["task"], first["classes"]) == ("task", 1, names[0])
@@ -74,10 +79,30 @@ def test_every_task_learns_on_its_own(digit_run, digit_models, tmp_path):
     assert learned(tmp_path / "run") == {
         name: content for name, content in learned(digit_run("decouplecss")).items() if name.startswith("task_0")
     }
+    assert iou_now(tmp_path / "run") == lines(tmp_path / "run")[0]["iou"]
     first, second = adapters(load(digit_run("decouplecss")))
     assert not equal(first, second)
     for adapter in (first, second):
         assert all((x != 0).any() for name, x in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("t", "labels", "scenes"), [(0, range(1, 6), 6), (1, range(6, 11), 8)])
+def test_a_task_is_learned_as_by_hand(digit_run, tmp_path, t, labels, scenes):
+    run, later = digit_run("decouplecss"), ("task_0", "task_1")[t:]
+    model = load(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(*later)))
+    names = [CLASS_NAMES["digits"][label] for label in labels]
+    torch.manual_seed(t)
+    task = model.add_task(names, encode(load_tokenizer(run / "base/detector"), describe(names)))
+    seen = training_set(DigitScenes("train", 8), labels)
+    assert len(seen) == scenes
+    pictures = TaskPictures(seen, labels, model.segmenter, 64, 64)
+    trainer = TaskTrainer(model, task, pictures, dataclasses.replace(RECIPE, seed=t))
+    losses = [trainer.run_epoch() for _ in range(RECIPE.epochs)][-1]
+    calibrate(model, task, pictures)
+    kept = load(run)
+    assert equal(task.state_dict(), kept.tasks[t].state_dict())
+    assert equal(adapters(model)[t], adapters(kept)[t])
+    assert lines(run)[t]["loss"] == {"masks": losses.masks.item(), "presence": losses.presence.item()}
 
 
 def test_the_same_again_and_another_seed(digit_run, digit_models, tmp_path):

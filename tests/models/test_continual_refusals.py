@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import json
-import os
+import multiprocessing
 import shutil
 
 import pytest
@@ -77,13 +77,27 @@ def test_no_run_no_plan_and_no_sense_are_named(digit_models, digit_run, tmp_path
         load_run(run)
 
 
+def train_and_wait(run, begun, enough) -> None:
+    class Waiting(Watch):
+        def learning(self, *_):
+            begun.set()
+            enough.wait(60)
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        train(run, Waiting())
+
+
 def test_two_do_not_train_one_run(digit_models, tmp_path):
-    run = tmp_path / "run"
+    run, fork = tmp_path / "run", multiprocessing.get_context("fork")
     begin(run, plan_of(), digit_models, SETTINGS)
-    descriptor = os.open(run, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    begun, enough = fork.Event(), fork.Event()
+    other = fork.Process(target=train_and_wait, args=(run, begun, enough))
+    other.start()
+    assert begun.wait(60)
     with pytest.raises(BlockingIOError, match="another process is training this run"):
         train(run)
-    os.close(descriptor)
+    enough.set()
+    other.join()
     with pytest.raises(KeyboardInterrupt):
         train(run, StopAt("learning"))

@@ -1,0 +1,55 @@
+"""``train`` and ``evaluate`` on pictures of PASCAL VOC's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from continual_runs import lines
+from PIL import Image
+
+from fastcss.models.continual import read_plan
+
+
+@pytest.fixture
+def voc(tmp_path, monkeypatch) -> Path:
+    """Three pictures to train on, one of them of the Semantic Boundaries Dataset, and two to test on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, random = tmp_path / "VOC2012", np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for split, names in (("train", "ab"), ("train_aug", "abc"), ("val", "de")):
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+    for number, (name, label) in enumerate(zip("abcde", (3, 20, 12, 3, 20), strict=True)):
+        shape = (30, 40) if number % 2 else (40, 30)
+        labels = np.zeros(shape, np.uint8)
+        labels[5:25, 5:25], labels[25] = label, 255
+        Image.fromarray(random.integers(0, 256, (*shape, 3), np.uint8)).save(root / f"JPEGImages/{name}.jpg")
+        for folder in ("SegmentationClass", "SegmentationClassAug"):
+            Image.fromarray(labels).save(root / f"{folder}/{name}.png")
+    return root
+
+
+def test_voc_from_its_folder(command, digit_models, voc, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--data", "voc", "--setting", "10-10", "--root", voc, "--base", digit_models, "--rank", 2)
+    finished = command("train", *arguments, "--epochs", "1", "--out", run)
+    assert (finished.code, finished.err) == (0, "")
+    plan = read_plan(run)
+    assert (plan.root, plan.train_split, plan.train_scenes) == (str(voc.resolve()), "train_aug", None)
+    assert (plan.recipe.batch_size, plan.shortest, plan.longest) == (24, 800, 1333)
+    first, last, summary = lines(run)
+    assert first["classes"][2] == "bird"
+    assert last["classes"][-1] == "tv monitor"
+    assert {label for label, value in enumerate(last["iou"]) if value is not None} >= {0, 3, 20}
+    assert summary["data"] == "voc"
+
+    (elsewhere := tmp_path / "moved").mkdir()
+    voc.rename(elsewhere / "VOC2012")
+    finished = command("evaluate", run)
+    assert finished.code == 2
+    assert f"no pictures of VOC 2012 at {voc}" in finished.err
+    got = json.loads(command("evaluate", run, "--root", elsewhere, "--json").out)
+    assert list(got["iou"].values()) == last["iou"]
