@@ -48,6 +48,8 @@ from .phrases import describe, encode, load_tokenizer
 from .sam import SamSegmenter
 from .task_pictures import TaskPictures
 
+LOCK = ".lock"
+
 
 def begin(
     folder: str | Path, plan: Plan, base: str | Path | tuple[str | Path, str | Path], settings: dict | None = None
@@ -105,6 +107,7 @@ def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, devi
     if summary is None:
         with _alone(folder):
             summary = _summary(folder) or _Run(folder, plan, watch, workers, device).finish()
+            (folder / LOCK).unlink(missing_ok=True)  # who finds another now, finds a finished run
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     return summary
 
@@ -250,7 +253,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
     Not the ``flock`` of the folder itself: processes that read pictures would share it, and outlive a killed one.
     """
-    with open(folder / ".lock", "wb") as file:
+    with open(folder / LOCK, "wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

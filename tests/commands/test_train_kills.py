@@ -40,7 +40,7 @@ def test_killed_and_taken_up_again(digit_models, digit_run, tmp_path):
     ]
     for path, text, how in moments:
         process = stop_when(path, text, how, *SMALL_DIGITS, "--base", str(digit_models), "--out", str(run))
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=300)
         assert process.returncode == (130 if how == signal.SIGINT else -how), out
     assert "the same command goes on" in out
     assert not any(line["kind"] == "summary" for line in lines(run))
