@@ -1,6 +1,6 @@
 # Every target works from a fresh clone with python3, g++ and make; what is made once is not made again.
 #
-#   make demo    six adapters on one photograph, in turn and in one pass    → out/demo.png
+#   make demo    handwritten digits in photographs, six tasks in one pass   → out/demo.png
 #   make test    lint and the whole test suite
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
 #   make gpu     on a CUDA machine whose PYTHON has torch: build, tests, benchmarks → $OUT or benchmarks/results
@@ -23,7 +23,7 @@ export FASTCSS_REQUIRE_COMPILED := 1
 .PHONY: demo test lint bench gpu wheel clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m fastcss demo --tune-malloc --out out/demo.png
+	$(BIN)/python -m fastcss demo --out out/demo.png
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal

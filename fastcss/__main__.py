@@ -68,7 +68,7 @@ def _sentence(text: str) -> str:
 
 def _missing(error: ModuleNotFoundError) -> str:
     text = str(error)
-    return text if "pip install" in text else f"{error.name} is not installed: pip install 'fastcss[data,demo]'"
+    return text if "pip install" in text else f"{error.name} is not installed: pip install 'fastcss[commands]'"
 
 
 def _message(error: Exception) -> str:

@@ -72,12 +72,21 @@ def label_image(labels: Tensor, classes: int) -> Image.Image:
 
 
 def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Image:
-    """The picture, each class in a translucent colour with an outline, and beside it a legend of the classes it shows.
+    """The picture with its labels, and beside it a legend of the classes it shows.
+
+    Args:
+        image, labels: see ``painted``.
+        classes: names of all classes.
+    """
+    return _beside(painted(image, labels), shares(labels, classes))
+
+
+def painted(image: Tensor, labels: Tensor) -> Image.Image:
+    """The picture, each class in a translucent colour with an outline; a small one is enlarged.
 
     Args:
         image: ``[3, H, W]`` in 0…1.
-        labels: int64 ``[H, W]``: 0 for background, 1 + k for class k.
-        classes: their names. Colours repeat after 255.
+        labels: int64 ``[H, W]``: 0 for background, 1 + k for class k. Colours repeat after 255.
     """
     factor = max(1, round(SIDE / max(labels.shape)))
     size = (labels.shape[1] * factor, labels.shape[0] * factor)
@@ -87,7 +96,7 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
     colours = _coloured(enlarged).convert("RGB")
     picture.paste(Image.blend(picture, colours, 0.5), mask=Image.fromarray(enlarged.numpy() > 0))
     picture.paste(colours, mask=Image.fromarray(_outlines(enlarged, max(3, round(max(size) / 400)))))
-    return _beside(picture, shares(labels, classes))
+    return picture
 
 
 def _perceived(colours: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_info_tells_versions_and_implementations(command):
         (FloatingPointError("the loss is nan"), 1, "the loss is nan"),
         (
             ModuleNotFoundError("No module named 'rich'", name="rich"), 2,
-            "rich is not installed: pip install 'fastcss[data,demo]'",
+            "rich is not installed: pip install 'fastcss[commands]'",
         ),
         (
             ModuleNotFoundError("pictures want Pillow: pip install 'fastcss[data]'", name="PIL"), 2,
@@ -146,7 +146,7 @@ def test_a_name_that_the_terminal_cannot_show_is_no_error():
 def test_no_command_imports_what_only_some_want():
     script = (
         "import sys; from fastcss import __main__; __main__._parser()\n"
-        "print([name for name in ('transformers', 'peft', 'PIL', 'rich', 'sklearn', 'torchmetrics') "
+        "print([name for name in ('transformers', 'peft', 'PIL', 'rich', 'sklearn', 'torchmetrics', 'matplotlib') "
         "if name in sys.modules])"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

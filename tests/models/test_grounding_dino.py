@@ -1,37 +1,13 @@
-"""The demo, and the encoder that it and the benchmarks run."""
-
-import subprocess
-import sys
+"""The detector's encoder: the model's own arithmetic, its checkpoints, and where adapters sit."""
 
 import pytest
 import torch
 
 pytest.importorskip("peft")
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-from fastcss import demo  # noqa: E402
 from fastcss.models import grounding_dino  # noqa: E402
 from fastcss.models.grounding_dino import GroundingDinoEncoder, add_adapters, phrases_to_ids  # noqa: E402
-
-
-def test_the_demo_writes_a_picture_and_both_ways_agree(tmp_path, capsys):
-    figures = demo.run(tmp_path / "out" / "demo.png", size="tiny", height=96)
-    assert figures["difference"] < 1e-5
-    assert figures["gflop_shared"] > 0 < figures["gflop_per_task"]
-    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["demo.png"]
-    printed = capsys.readouterr().out
-    for words in ("random weights", "switching adapters", "largest difference"):
-        assert words in printed
-
-
-def test_a_missing_model_folder_is_named():
-    command = [sys.executable, "-m", "fastcss", "demo", "--model", "/no/such/folder"]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 2
-    assert "no such folder: /no/such/folder" in finished.stderr
 
 
 @pytest.fixture(scope="module")
