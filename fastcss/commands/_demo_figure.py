@@ -16,7 +16,7 @@ from .demo import WAYS, Figures, Scene, learned_in
 
 ROWS = ("a photograph with\nhandwritten digits", "what is in it", "what the model\nfinds in one pass")
 OURS, OTHERS, INK = "#1b6ca8", "#b9c4cc", "#555555"
-SIDE, MARGIN, LEGEND = 2.35, 0.6, 3.6  # inches
+SIDE, MARGIN, LEGEND = 2.35, 0.75, 3.6  # inches
 
 
 def draw(scenes: Sequence[Scene], figures: Figures, labels: Sequence[str], count: int) -> Figure:
