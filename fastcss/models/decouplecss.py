@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,7 +68,8 @@ class DecoupleCSS(nn.Module):
         prompts: embeddings a class that SAM is prompted with.
         hidden: width of the prompt generators.
         rank, alpha: of the adapters.
-        sites: where they sit, "swin+fusion" or "fusion"; with the latter all tasks share the image encoder.
+        sites: where they sit: "swin+fusion" or "convnext+fusion", as the detector's backbone is, or "fusion", with
+            which all tasks share the image encoder.
 
     Source: DecoupleCSS (seed of the pipeline: sections 3.1 to 3.4).
     """
@@ -88,8 +90,7 @@ class DecoupleCSS(nn.Module):
         super().__init__()
         if not 0 < threshold <= 1:
             raise ValueError(f"DecoupleCSS: threshold must be above 0 and at most 1, got {threshold}")
-        if sites not in LORA_SITES:
-            raise ValueError(f"DecoupleCSS: sites must be one of {', '.join(LORA_SITES)}, got {sites!r}")
+        _check_sites(sites, detector)
         self.detector: nn.Module = detector.requires_grad_(False)  # PEFT's model of it from the first task on
         self.segmenter = segmenter.requires_grad_(False)
         self.tasks = nn.ModuleList()
@@ -250,6 +251,15 @@ class DecoupleCSS(nn.Module):
                 raise ValueError(f"DecoupleCSS.segment: {name} must have one entry an image, got {len(given)}")
         if any(max(crop) > wanted[-1] for crop in crops or ()):
             raise ValueError(f"DecoupleCSS.segment: crops must be within sam_pixel_values, {wanted[2:]}, got {crops}")
+
+
+def _check_sites(sites: str, detector: ClassDetector) -> None:
+    if sites not in LORA_SITES:
+        raise ValueError(f"DecoupleCSS: sites must be one of {', '.join(LORA_SITES)}, got {sites!r}")
+    places = [name for name, _ in detector.named_modules() if re.fullmatch(LORA_SITES[sites], name)]
+    if sites != "fusion" and not any(name.startswith("backbone.") for name in places):
+        backbone = type(detector.backbone.conv_encoder.model).__name__
+        raise ValueError(f"DecoupleCSS: sites {sites!r} has no place in the detector's backbone, a {backbone}")
 
 
 def _merge(masks: Masks, index: Tensor, size: tuple[int, int], crop: tuple[int, int] | None) -> Tensor:

@@ -21,9 +21,11 @@ PARTS = ("backbone", "input_proj_vision", "text_backbone", "text_projection", "e
 
 #: Where DecoupleCSS puts its adapters, as PEFT ``target_modules``. A name is matched from its start, which keeps the
 #: text backbone and the text enhancer out.
+_FUSION = r"encoder\..*\.fusion_layer\.attn\.(values_)?(vision|text)_proj"
 LORA_SITES = {
-    "swin+fusion": r"(backbone\..*\.[qkv]_proj|encoder\..*\.fusion_layer\.attn\.(values_)?(vision|text)_proj)",
-    "fusion": r"encoder\..*\.fusion_layer\.attn\.(values_)?(vision|text)_proj",
+    "swin+fusion": rf"(backbone\..*\.[qkv]_proj|{_FUSION})",
+    "convnext+fusion": rf"(backbone\..*\.pwconv[12]|{_FUSION})",
+    "fusion": _FUSION,
 }
 
 
@@ -54,7 +56,7 @@ class ImageFeatures:
 
 
 class GroundingDinoEncoder(nn.Module):
-    """Swin, BERT and the feature enhancer of a ``GroundingDinoModel``; its decoder and heads are left out.
+    """The backbone, BERT and the feature enhancer of a ``GroundingDinoModel``; its decoder and heads are left out.
 
     The three parts are methods of their own, since a caller may bring its own text features.
     Parameter names are those of ``GroundingDinoModel``.
@@ -119,7 +121,7 @@ class GroundingDinoEncoder(nn.Module):
         return TextFeatures(self.text_projection(hidden), ~attention_mask.bool(), ~readable, position_ids)
 
     def embed_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
-        """Swin's feature maps projected to D channels, and coarser levels made from the last of them."""
+        """The backbone's feature maps projected to D channels, and coarser levels made from the last of them."""
         if pixel_mask is None:
             pixel_mask = torch.ones(
                 pixel_values.shape[0], *pixel_values.shape[-2:], dtype=torch.long, device=pixel_values.device

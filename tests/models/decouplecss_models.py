@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import ConvNextConfig, GroundingDinoConfig, GroundingDinoModel
 
+from fastcss.models import grounding_dino
 from fastcss.models.class_detector import ClassDetector
 from fastcss.models.decouplecss import DecoupleCSS, Phrases, Segmentation
 from fastcss.models.sam import SamSegmenter
@@ -26,13 +28,36 @@ def phrases(classes: int, seed: int = 0, count: int = 5) -> Phrases:
     return Phrases(ids * mask, mask)
 
 
+def convnext_config() -> GroundingDinoConfig:
+    """The tiny detector's, with ConvNeXt in the place of Swin."""
+    config = grounding_dino._config("tiny")
+    config.backbone_config = ConvNextConfig(
+        hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], patch_size=2, out_features=["stage3", "stage4"]
+    )
+    config.num_feature_levels = 2
+    return config
+
+
+def convnext_detector() -> ClassDetector:
+    """Whose blocks and fusion layers count: untrained they are next to nothing beside their residuals."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        detector = ClassDetector(GroundingDinoModel(convnext_config())).eval()
+    for name, parameter in detector.named_parameters():
+        if name.endswith(("vision_param", "text_param")):
+            nn.init.constant_(parameter, 0.5)
+        elif name.endswith("layer_scale_parameter"):
+            nn.init.constant_(parameter, 1.0)
+    return detector
+
+
 def build(sizes: tuple[int, ...] = SIZES, sites: str = "swin+fusion", seed: int = 0) -> DecoupleCSS:
     """In eval mode, with thresholds that some of the classes in a picture of noise are below."""
     torch.manual_seed(seed)
+    detector = convnext_detector() if sites == "convnext+fusion" else ClassDetector.random("tiny")
     model = DecoupleCSS(
-        ClassDetector.random("tiny"), SamSegmenter.random("tiny"), threshold=0.05, length=128, hidden=64, rank=4,
-        sites=sites,
-    ).eval()  # fmt: skip
+        detector, SamSegmenter.random("tiny"), threshold=0.05, length=128, hidden=64, rank=4, sites=sites
+    ).eval()
     for count in sizes:
         add_task(model, count)
     return model

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcss.models.decouplecss import MODES
+from fastcss.models.grounding_dino import LORA_SITES
 from fastcss.ops import select_tokens
 
 
@@ -19,7 +20,7 @@ def models():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("sites", ["swin+fusion", "fusion"])
+@pytest.mark.parametrize("sites", LORA_SITES)
 def test_all_modes_give_the_same_labels(sites, batch, device):
     model, given = build(sites=sites).to(device), pictures(batch, device)
     found = {mode: model.segment(**given, mode=mode) for mode in MODES}

@@ -18,7 +18,11 @@ from fastcss.models.sam import SamSegmenter
     [
         ({"threshold": 0}, "threshold must be above 0 and at most 1, got 0"),
         ({"threshold": 1.5}, "threshold must be above 0 and at most 1, got 1.5"),
-        ({"sites": "bert"}, "sites must be one of swin+fusion, fusion, got 'bert'"),
+        ({"sites": "bert"}, "sites must be one of swin+fusion, convnext+fusion, fusion, got 'bert'"),
+        (
+            {"sites": "convnext+fusion"},
+            "sites 'convnext+fusion' has no place in the detector's backbone, a SwinBackbone",
+        ),
     ],
 )
 def test_bad_settings(arguments, message):

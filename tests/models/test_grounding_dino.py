@@ -6,6 +6,8 @@ import torch
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from decouplecss_models import convnext_detector  # noqa: E402
+
 from fastcss.models import grounding_dino  # noqa: E402
 from fastcss.models.grounding_dino import GroundingDinoEncoder, add_adapters, phrases_to_ids  # noqa: E402
 
@@ -61,6 +63,16 @@ def test_adapters_sit_where_they_should(sites, layers):
     assert len(adapted) == layers
     assert not any("text_backbone" in name or "text_enhancer" in name for name in adapted)
     assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_adapters_sit_where_they_should_in_a_convnext():
+    model = add_adapters(convnext_detector(), tasks=2, rank=4, sites="convnext+fusion").base_model.model
+    backbone = "backbone.conv_encoder.model.encoder.stages.{}.layers.0.pwconv{}"
+    fusion = "encoder.layers.{}.fusion_layer.attn.{}_proj"
+    expected = {backbone.format(stage, layer) for stage in range(4) for layer in (1, 2)}
+    kinds = ("vision", "text", "values_vision", "values_text")
+    expected |= {fusion.format(layer, kind) for layer in range(2) for kind in kinds}
+    assert {name for name, module in model.named_modules() if hasattr(module, "lora_A")} == expected
 
 
 def test_phrases_stand_where_the_spans_say():
