@@ -21,6 +21,7 @@ def models():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sites", LORA_SITES)
+@pytest.mark.filterwarnings("error:one_pass")  # which says so where it runs the tasks in turn
 def test_all_modes_give_the_same_labels(sites, batch, device):
     model, given = build(sites=sites).to(device), pictures(batch, device)
     found = {mode: model.segment(**given, mode=mode) for mode in MODES}
