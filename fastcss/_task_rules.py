@@ -1,9 +1,9 @@
 """How a model's own calls meet the task axis of ``torch.vmap``.
 
 vmap has a rule for nearly every op. ``TaskRules`` adds what it lacks while a model runs: attention, for which it would
-loop over the tasks on CPU; branches on a value, which it refuses even where all tasks agree on the value; and writes of
-the tasks' values into a tensor that the model has just made and that has no task axis yet. Linear layers go to the
-project's own GEMM where that is the faster.
+loop over the tasks on CPU; group normalisation of images with their channels last; branches on a value, which it
+refuses even where all tasks agree on the value; and writes of the tasks' values into a tensor that the model has just
+made and that has no task axis yet. Linear layers go to the project's own GEMM where that is the faster.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
     return on_physical_tensors(lambda _, dims, e: (torch.isin(e, test_elements, **kwargs), dims[0]), elements)
 
 
+def _group_norm(x: Tensor, *args, **kwargs) -> Tensor:
+    """group_norm, which asks for the layout of its input: vmap has no answer for one with its channels last."""
+    return F.group_norm(x.contiguous() if is_mapped(x) else x, *args, **kwargs)
+
+
 def _agreed(function: Callable) -> Callable:
     """``bool(t)``, ``t.item()``, …: the one value that all tasks have."""
 
@@ -139,6 +144,7 @@ _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "
 RULES: dict[Callable, Callable] = {
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
+    F.group_norm: _group_norm,
     torch.isin: _isin,
     **{reader: _agreed(reader) for reader in _READERS},
 }

@@ -130,6 +130,25 @@ def test_branches():
         fastcss.one_pass(model, engine="vmap")(x)
 
 
+class ChannelsLast(nn.Module):
+    """Normalises an image whose channels are last in memory, as ConvNeXt leaves them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.GroupNorm(2, 8)
+
+    def forward(self, x):
+        return self.norm(self.layer(x).permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def test_group_norm_of_channels_last():
+    torch.manual_seed(0)
+    model = adapt(ChannelsLast(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3)))
+    x = torch.randn(2, 5, 6, 8)
+    assert_equal(fastcss.one_pass(model, engine="vmap")(x), loop(model, {"x": x}))
+
+
 class Writer(nn.Module):
     """Writes the tasks' values into a tensor it made, into a view of one, or into what every call shares."""
 
