@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--learning-rate", type=_rate, metavar="X", help="at the first step of a task")
     how.add_argument("--rank", type=whole(1), metavar="N", help="of the adapters, and their alpha")
     how.add_argument(
+        "--sites", metavar="NAME",
+        help="where they sit: swin+fusion or convnext+fusion, as the detector's backbone is, or fusion alone "
+        "(default: as the base has it, else swin+fusion)",
+    )  # fmt: skip
+    how.add_argument(
         "--workers", type=whole(0), default=0, metavar="N", help="processes that read pictures (default: none)"
     )
 
@@ -119,7 +124,7 @@ def _begin(options: argparse.Namespace):
     if options.data == "voc":
         given["train_split"] = "train_aug" if "train_aug" in lists(options.root) else "train"
     plan = Plan(**defaults.plan | given | {"recipe": dataclasses.replace(defaults.plan["recipe"], **given["recipe"])})
-    begin(options.out, plan, _base(options), defaults.settings | _settings(options))
+    begin(options.out, plan, _base(options), _settings(options))
     return plan
 
 
@@ -137,7 +142,9 @@ def _given(options: argparse.Namespace) -> dict:
 
 
 def _settings(options: argparse.Namespace) -> dict:
-    return {} if options.rank is None else {"rank": options.rank, "alpha": options.rank}
+    """Settings of the model that the user asks for."""
+    given = {"rank": options.rank, "alpha": options.rank, "sites": options.sites}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _base(options: argparse.Namespace) -> str | Path | tuple[str, str]:

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from ..data import ContinualMetrics, Overlapped, training_set
 from .class_detector import ClassDetector
 from .continual_evaluation import evaluate
-from .continual_plan import Plan, check_same
+from .continual_plan import DEFAULTS, Plan, check_same
 from .continual_progress import FOLDER, read_progress, restore, save_progress
 from .continual_watch import Watch
 from .decouplecss import DecoupleCSS
@@ -36,6 +36,7 @@ from .decouplecss_folder import (
     append_metrics,
     checkpoint_folders,
     load,
+    read_generator,
     read_metrics,
     read_settings,
     read_training,
@@ -61,11 +62,13 @@ def begin(
         plan: what it is to do.
         base: where the frozen models and the tokenizer come from: a run, whose ``base`` is copied, or the folders of
             Grounding DINO and of SAM, which the run then names. Not looked at if the run is there.
-        settings: of ``DecoupleCSS``.
+        settings: of ``DecoupleCSS``. What is not given is as the base run has it, if it follows from the frozen models
+            (where adapters sit, sizes of an initial generator), and else the data set's ``DEFAULTS``.
 
     Raises:
         FileNotFoundError: no data, base or tokenizer where they were looked for.
-        ValueError: the run was begun with another plan or settings; a task with no pictures; a base that is not whole.
+        ValueError: the run was begun with another plan or settings; a task with no pictures; a base that is not whole,
+            or that the settings do not fit.
         OSError: the run cannot be written.
     """
     folder, settings = Path(folder), settings or {}
@@ -81,7 +84,11 @@ def begin(
         encode(tokenizer, describe(plan.classes(t), plan.phrases))
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
         detector = ClassDetector.from_folder(places["detector"])
-        model = DecoupleCSS(detector, SamSegmenter.from_folder(places["segmenter"]), **settings)
+        segmenter = SamSegmenter.from_folder(places["segmenter"])
+        generator = read_generator(base, segmenter.prompt_dim) if copied else None
+        dictated = _dictated(base, settings, generator is not None) if copied else {}
+        settings = DEFAULTS[plan.data].settings | dictated | settings
+        model = DecoupleCSS(detector, segmenter, **settings, initial_generator=generator)
     named = {} if copied else places
     save_base(model, folder, **named, tokenizer=tokenizer, training=plan.to_json())
 
@@ -237,6 +244,18 @@ def _copy_adapter(model: DecoupleCSS, source: str, target: str) -> None:
     with torch.no_grad():
         for name, place in places.items():  # views of the adapter's own parameters
             place.copy_(own[name])
+
+
+def _dictated(base: str | Path, settings: dict, has_generator: bool) -> dict:
+    """What follows from the frozen models of a run; ValueError where the settings cannot be had with them."""
+    sizes = ("length", "prompts", "hidden") if has_generator else ()
+    dictated = {name: value for name, value in read_settings(base).items() if name in ("sites", *sizes)}
+    for name in sizes:
+        if settings.get(name, dictated[name]) != dictated[name]:
+            raise ValueError(
+                f"{name} must be {dictated[name]}, as the initial generator of {base} has it, got {settings[name]}"
+            )
+    return dictated
 
 
 def _check_data(plan: Plan) -> None:

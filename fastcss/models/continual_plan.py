@@ -20,7 +20,7 @@ class Defaults(NamedTuple):
     """What a data set is learned with unless something else is asked for.
 
     Attributes:
-        settings: of ``DecoupleCSS``.
+        settings: of ``DecoupleCSS``, where the base has none of its own.
         plan: fields of ``Plan``.
     """
 

@@ -14,7 +14,7 @@ from ..ops import SelectedTokens, merge_masks, select_tokens
 from .all_tasks import AllTasks
 from .class_detector import ClassDetector, DetectedClasses
 from .grounding_dino import LORA_SITES
-from .prompt_generator import PromptGenerator
+from .prompt_generator import PromptGenerator, pack
 from .sam import Masks, SamSegmenter
 
 MODES = ("one_pass", "shared", "literal")
@@ -70,6 +70,8 @@ class DecoupleCSS(nn.Module):
         rank, alpha: of the adapters.
         sites: where they sit: "swin+fusion" or "convnext+fusion", as the detector's backbone is, or "fusion", with
             which all tasks share the image encoder.
+        initial_generator: of one class, and of the sizes above: what the generator of every new class begins as. By
+            default that is random, as in the paper.
 
     Source: DecoupleCSS (seed of the pipeline: sections 3.1 to 3.4).
     """
@@ -86,16 +88,22 @@ class DecoupleCSS(nn.Module):
         rank: int = 32,
         alpha: float = 32,
         sites: str = "swin+fusion",
+        initial_generator: PromptGenerator | None = None,
     ) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
             raise ValueError(f"DecoupleCSS: threshold must be above 0 and at most 1, got {threshold}")
         _check_sites(sites, detector)
+        sizes = {"length": length, "prompts": prompts, "hidden": hidden}
+        if initial_generator is not None:
+            _check_sizes(initial_generator, sizes | {"classes": 1, "prompt_dim": segmenter.prompt_dim})
+            initial_generator.requires_grad_(False)
         self.detector: nn.Module = detector.requires_grad_(False)  # PEFT's model of it from the first task on
         self.segmenter = segmenter.requires_grad_(False)
+        self.initial_generator = initial_generator
         self.tasks = nn.ModuleList()
         self.threshold, self.length = threshold, length
-        self.generator_settings = {"length": length, "prompts": prompts, "hidden": hidden}
+        self.generator_settings = sizes
         self.lora_settings = {"r": rank, "lora_alpha": alpha, "target_modules": LORA_SITES[sites]}
         self._all: AllTasks | None = None
 
@@ -122,8 +130,8 @@ class DecoupleCSS(nn.Module):
             self.detector = get_peft_model(self.detector, config, adapter_name=name)
         self.detector.set_adapter(name)
         self.tasks.requires_grad_(False)
-        generator = PromptGenerator(len(classes), prompt_dim=self.segmenter.prompt_dim, **self.generator_settings)
-        self.tasks.append(Task(name, classes, phrases, generator).to(next(self.segmenter.parameters())))
+        task = Task(name, classes, phrases, self._new_generator(len(classes)))
+        self.tasks.append(task.to(next(self.segmenter.parameters())))
         self._all = None
         if not self.training:
             self.eval()  # what is new comes in training mode
@@ -203,6 +211,11 @@ class DecoupleCSS(nn.Module):
         """The tokens of each class, eq. 3 and 4."""
         return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
 
+    def _new_generator(self, classes: int) -> PromptGenerator:
+        if self.initial_generator is not None:
+            return pack([self.initial_generator] * classes).requires_grad_(True)
+        return PromptGenerator(classes, prompt_dim=self.segmenter.prompt_dim, **self.generator_settings)
+
     def train(self, mode: bool = True) -> DecoupleCSS:
         self._all = None  # weights are about to change
         return super().train(mode)
@@ -260,6 +273,13 @@ def _check_sites(sites: str, detector: ClassDetector) -> None:
     if sites != "fusion" and not any(name.startswith("backbone.") for name in places):
         backbone = type(detector.backbone.conv_encoder.model).__name__
         raise ValueError(f"DecoupleCSS: sites {sites!r} has no place in the detector's backbone, a {backbone}")
+
+
+def _check_sizes(generator: PromptGenerator, wanted: dict[str, int]) -> None:
+    differ = [name for name, size in generator.sizes.items() if size != wanted[name]]
+    if differ:
+        first, second = (", ".join(f"{name} {of[name]}" for name in differ) for of in (wanted, generator.sizes))
+        raise ValueError(f"DecoupleCSS: initial_generator must have {first}, got {second}")
 
 
 def _merge(masks: Masks, index: Tensor, size: tuple[int, int], crop: tuple[int, int] | None) -> Tensor:

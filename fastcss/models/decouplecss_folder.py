@@ -4,6 +4,7 @@
 
     config.json          the architecture, and where the frozen models' weights are
     base/detector, base/segmenter    those weights as transformers saves them, where they come from no other folder
+    base/generator       generator.safetensors: what the prompt generator of a new class begins as, where it is given
     task_0/ task_1/ …    adapter_config.json, adapter_model.safetensors: a PEFT adapter
                          task.json: name, classes, phrases; task.safetensors: prompt generators, thresholds
     metrics.jsonl        a line for each thing that was measured
@@ -37,9 +38,11 @@ from .checkpoint import check_tensors, empty, load_pretrained, save_pretrained
 from .class_detector import ClassDetector
 from .decouplecss import DecoupleCSS, Phrases
 from .grounding_dino import LORA_SITES, PARTS
+from .prompt_generator import PromptGenerator
 from .sam import SamSegmenter
 
 FORMAT, VERSION = "fastcss DecoupleCSS", 1
+GENERATOR_FILE = "generator.safetensors"
 
 
 def save_base(
@@ -50,7 +53,7 @@ def save_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     training: dict | None = None,
 ) -> None:
-    """Begin a run: its configuration, and the frozen models' weights.
+    """Begin a run: its configuration, the frozen models' weights, and the initial generator where there is one.
 
     Args:
         model: with any number of tasks, which are left out.
@@ -70,9 +73,10 @@ def save_base(
     dino = model.detector.get_base_model() if model.tasks else model.detector
     places = {"detector": detector, "segmenter": segmenter}
     bases = {"detector": _config_of(dino.encoder), "segmenter": _config_of(model.segmenter.model)}
-    if None in places.values():
+    generator = model.initial_generator
+    if None in places.values() or generator is not None:
         kept = folder / "base"  # of a run whose beginning was cut short, unless it holds something else
-        unfinished = kept.is_dir() and {path.name for path in kept.iterdir()} <= places.keys()
+        unfinished = kept.is_dir() and {path.name for path in kept.iterdir()} <= {*places, "generator"}
         with whole_folder(kept, overwrite=unfinished) as base:
             if detector is None:
                 shell = empty(GroundingDinoModel, bases["detector"])
@@ -82,10 +86,14 @@ def save_base(
             if segmenter is None:
                 sam = model.segmenter.model
                 save_pretrained(sam, base / "segmenter", sam.state_dict())
+            if generator is not None:
+                (base / "generator").mkdir()
+                save_file(generator.state_dict(), base / "generator" / GENERATOR_FILE, {"format": "pt"})
     config = {"format": FORMAT, "version": VERSION, "settings": _settings(model), "training": training}
     for part, place in places.items():
         where = f"base/{part}" if place is None else str(Path(place).resolve())
         config[part] = {"folder": where, "config": json.loads(bases[part].to_json_string(use_diff=False))}
+    config["generator"] = None if generator is None else {"folder": "base/generator"}
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "config.json") as file:  # last: it is what makes the folder a run
         json.dump(config, file, indent=1)
@@ -140,8 +148,9 @@ def load(folder: str | Path) -> DecoupleCSS:
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
         detector = ClassDetector(load_pretrained(GroundingDinoModel, bases[0], dino, PARTS))
         segmenter = SamSegmenter(load_pretrained(SamModel, bases[1], sam))
+        generator = read_generator(folder, segmenter.prompt_dim)
         with _names(folder / "config.json"):
-            model = DecoupleCSS(detector, segmenter, **config["settings"])
+            model = DecoupleCSS(detector, segmenter, **config["settings"], initial_generator=generator)
         for t in range(count):
             _load_task(model, standing_folder(folder / f"task_{t}"))
     return model.eval().requires_grad_(False)
@@ -162,6 +171,27 @@ def checkpoint_folders(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     config = _read_config(folder)
     return {part: folder / config[part]["folder"] for part in ("detector", "segmenter")}
+
+
+def read_generator(folder: str | Path, prompt_dim: int) -> PromptGenerator | None:
+    """What the prompt generator of every new class of a run begins as; None where that is random.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load``.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config.get("generator") is None:
+        return None
+    with _names(folder / "config.json"):
+        path = folder / config["generator"]["folder"] / GENERATOR_FILE
+        sizes = {name: config["settings"][name] for name in ("length", "prompts", "hidden")}
+        with torch.device("meta"):
+            generator = PromptGenerator(1, prompt_dim=prompt_dim, **sizes)
+    tensors = read_tensors(path, "DecoupleCSS")
+    check_tensors(tensors, generator.state_dict(), f"DecoupleCSS: {path}")
+    generator.load_state_dict(tensors, assign=True)
+    return generator
 
 
 def saved_tasks(folder: str | Path) -> int:

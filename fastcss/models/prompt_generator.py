@@ -43,13 +43,21 @@ class PromptGenerator(nn.Module):
         )
         return out.unflatten(1, (-1, self.prompt_dim))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What it was made with."""
+        classes, length, hidden = self.weight_1.shape
+        prompts = self.weight_2.shape[2] // self.prompt_dim
+        return {
+            "classes": classes, "length": length, "prompt_dim": self.prompt_dim, "prompts": prompts, "hidden": hidden
+        }  # fmt: skip
+
     def weights_per_class(self) -> int:
         """What the paper's appendix A.3 counts: the two matrices."""
         return (self.weight_1.numel() + self.weight_2.numel()) // len(self.weight_1)
 
     def extra_repr(self) -> str:
-        classes, length, hidden = self.weight_1.shape
-        return f"classes={classes}, length={length}, hidden={hidden}, prompt_dim={self.prompt_dim}"
+        return ", ".join(f"{name}={size}" for name, size in self.sizes.items())
 
 
 def pack(generators: list[PromptGenerator]) -> PromptGenerator:

@@ -83,4 +83,5 @@ def test_packed_generators_are_the_generators(device):
 
 
 def test_it_says_what_it_is():
-    assert repr(generator(5)) == "PromptGenerator(classes=5, length=10, hidden=12, prompt_dim=8)"
+    assert generator(5).sizes == {"classes": 5, **SIZES}
+    assert repr(generator(5)) == "PromptGenerator(classes=5, length=10, prompt_dim=8, prompts=3, hidden=12)"
