@@ -17,10 +17,12 @@ class DetectedClasses(NamedTuple):
     Attributes:
         tokens: V', ``[B, N, D]``.
         classes: E', ``[B, c, D]``, zeros for classes that are masked.
+        shapes: int64 ``[levels, 2]`` on the CPU, (height, width) of each level; the tokens are theirs in turn.
     """
 
     tokens: Tensor
     classes: Tensor
+    shapes: Tensor
 
 
 class ClassDetector(GroundingDinoEncoder):
@@ -61,7 +63,7 @@ class ClassDetector(GroundingDinoEncoder):
         )
         enhanced = self.enhance(image, text)
         classes = enhanced.last_hidden_state_text.masked_fill(class_mask[:, None], 0)
-        return DetectedClasses(enhanced.last_hidden_state_vision, classes)
+        return DetectedClasses(enhanced.last_hidden_state_vision, classes, torch.tensor(image.shapes))
 
     def embed_phrases(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Word ids ``[c, M, L]`` of M phrases a class → ``[c, M, D]``, the mean over a phrase's words.

@@ -26,12 +26,14 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data import ContinualMetrics, Overlapped, training_set
+from ..fuse import fuse
 from .class_detector import ClassDetector
 from .continual_evaluation import evaluate
 from .continual_plan import DEFAULTS, Plan, check_same
 from .continual_progress import FOLDER, read_progress, restore, save_progress
 from .continual_watch import Watch
 from .decouplecss import DecoupleCSS
+from .decouplecss_calibration import calibrate
 from .decouplecss_folder import (
     append_metrics,
     checkpoint_folders,
@@ -44,7 +46,7 @@ from .decouplecss_folder import (
     save_task,
     saved_tasks,
 )
-from .decouplecss_training import TaskTrainer, calibrate
+from .decouplecss_training import TaskTrainer
 from .phrases import describe, encode, load_tokenizer
 from .sam import SamSegmenter
 from .task_pictures import TaskPictures
@@ -190,6 +192,10 @@ class _Run:
     def learn(self, t: int, data: Dataset) -> None:
         """Learn task t and save it, from the last of its epochs that was kept."""
         plan, model = self.plan, self.with_new_task(t).to(self.device)
+        if torch.device(self.device).type == "cpu":  # where a step gains by it
+            # Here and not in the trainer, whose caller may need the model as it was: this one is nobody else's, and
+            # gone when the task is saved. An interrupted task is fused again, so its bits stay the unbroken run's.
+            fuse(model.detector)
         seen = training_set(data, plan.tasks[t])
         pictures = TaskPictures(seen, plan.tasks[t], model.segmenter, plan.shortest, plan.longest)
         recipe = dataclasses.replace(plan.recipe, seed=plan.seed_of(t))

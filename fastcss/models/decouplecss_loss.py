@@ -12,6 +12,8 @@ from ..ops import SelectedTokens
 IGNORE_INDEX = 255
 #: Probabilities stay this far from 0 and 1, where a logarithm would be infinite.
 _SMALLEST = 1e-6
+#: Share of a token's cell from which on a class is there.
+_THERE = 1 / 8
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -103,6 +105,32 @@ def asymmetric_loss(
     q = (p - clip).clamp(min=_SMALLEST)
     loss = torch.where(present, (1 - p) ** gamma_positive * p.log(), q**gamma_negative * (-q).log1p())
     return -loss.sum(1).mean()
+
+
+def token_loss(cosine: Tensor, share: Tensor, threshold: float, scale: float = 12.0) -> Tensor:
+    """Which tokens are on which class: focal loss on ``scale · (cosine - τ)``.
+
+    It says where in a picture a class is *not*. Eq. A.3 only says which pictures have it, and where a task has a single
+    class, all of its pictures do under the overlapped protocol.
+
+    Args:
+        cosine: ``[n, c]``, of each token of all pictures with each class; computed in float32 at least.
+        share: ``[n, c]``, how much of the token's cell shows the class, NaN where nothing counts. The class is there
+            from an eighth on; of a smaller share nothing is said.
+        threshold: τ.
+        scale: how much a cosine tells.
+
+    Returns:
+        ``[]``, the sum over tokens and classes by the number of those where the class is there.
+
+    Source: focal loss with γ = 2 (Lin et al., 2017), on the similarity of tokens and words as Grounding DINO has it
+    (Liu et al., 2023); DecoupleCSS has no such term.
+    """
+    logits = scale * (_wide(cosine) - threshold)
+    there, elsewhere = share >= _THERE, share == 0
+    missed = there * (-logits).sigmoid().square() * F.softplus(-logits)
+    raised = elsewhere * logits.sigmoid().square() * F.softplus(logits)
+    return (missed + raised).sum() / there.sum().clamp(min=1)
 
 
 def _wide(tensor: Tensor) -> Tensor:

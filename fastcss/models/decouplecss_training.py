@@ -14,15 +14,16 @@ from torch.utils.data import DataLoader
 from ..ops import SelectedTokens, select_tokens
 from .class_detector import DetectedClasses
 from .decouplecss import DecoupleCSS, Task
-from .decouplecss_loss import asymmetric_loss, mask_loss, presence_probability
-from .task_pictures import Batch, TaskPictures, collate
+from .decouplecss_loss import asymmetric_loss, mask_loss, presence_probability, token_loss
+from .task_pictures import Batch, TaskPictures, collate, token_shares
 
 
 class Losses(NamedTuple):
-    """Of the masks (eq. A.1) and of the classes' presence (eq. A.3), both ``[]``."""
+    """Of the masks (eq. A.1), of the classes' presence (eq. A.3) and of their tokens, times its weight; each ``[]``."""
 
     masks: Tensor
     presence: Tensor
+    tokens: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Recipe:
         power: the paper gives none; this is the field's, since DeepLab.
         weight_decay: of AdamW, for every parameter.
         clip: largest norm of the gradient, None for any.
+        token_weight: of ``token_loss``, which is not the paper's; 0 leaves it out.
         seed: of the order of the pictures.
     """
 
@@ -44,6 +46,7 @@ class Recipe:
     power: float = 0.9
     weight_decay: float = 0.05
     clip: float | None = None
+    token_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,13 +70,13 @@ def embed_phrases(model: DecoupleCSS, task: Task) -> Tensor:
     return model.detector.get_base_model().embed_phrases(task.input_ids, task.attention_mask)
 
 
-def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch) -> Losses:
+def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch, token_weight: float = 0.0) -> Losses:
     """What a batch costs; ``activate`` has been called for the task.
 
     SAM is prompted for the classes that the labels show, found or not: a generator also learns from what the detector
     overlooks.
     """
-    found, largest = _detect(model, phrases, batch.pixel_values)
+    found, detected = detect(model, phrases, batch.pixel_values)
     with torch.no_grad():
         embeddings = model.segmenter.embed(batch.sam_pixel_values)
     rows = torch.tensor([b for b, count in enumerate(batch.masks_of) for _ in range(count)], dtype=torch.long)
@@ -81,8 +84,14 @@ def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch)
     prompts = task.generator(tokens, batch.index).split(batch.masks_of)
     pairs = zip(embeddings, prompts, strict=True)
     logits = torch.cat([model.segmenter.decode(embedding, prompt).masks for embedding, prompt in pairs])
+    largest = torch.stack([_largest_cosine(*of) for of in detected])
     probability = presence_probability(found, largest, model.threshold)
-    return Losses(mask_loss(logits, batch.masks), asymmetric_loss(probability, batch.present))
+    on_tokens = largest.new_zeros(())
+    if token_weight:
+        cosine = torch.cat([_cosine(tokens, classes) for tokens, classes, _ in detected])
+        shares = token_shares(batch, [shapes.tolist() for *_, shapes in detected])
+        on_tokens = token_weight * token_loss(cosine, shares, model.threshold)
+    return Losses(mask_loss(logits, batch.masks), asymmetric_loss(probability, batch.present), on_tokens)
 
 
 class TaskTrainer:
@@ -107,7 +116,7 @@ class TaskTrainer:
         >>> trainer = TaskTrainer(model, task, TaskPictures(dataset, labels, model.segmenter))
         >>> while trainer.epoch < trainer.recipe.epochs:
         ...     print(trainer.run_epoch())
-        >>> calibrate(model, task, trainer.pictures)
+        >>> calibrate(model, task, trainer.pictures)  # of decouplecss_calibration
     """
 
     def __init__(
@@ -144,8 +153,8 @@ class TaskTrainer:
         self.model.eval()
         activate(self.model, self.task)
         order = torch.randperm(len(self.pictures), generator=self._order).split(self.recipe.batch_size)
-        total = self._phrases.new_zeros(2)
-        for i, batch in enumerate(_load(self.pictures, order, self.workers)):
+        total = self._phrases.new_zeros(len(Losses._fields))
+        for i, batch in enumerate(load_batches(self.pictures, order, self.workers)):
             losses = self._step(self.epoch * self._steps + i, batch.to(self._phrases.device))
             total += torch.stack(losses)
             if report is not None:
@@ -161,7 +170,7 @@ class TaskTrainer:
         left = 1 - step / (self.recipe.epochs * self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * left**self.recipe.power
-        losses = training_step(self.model, self.task, self._phrases, batch)
+        losses = training_step(self.model, self.task, self._phrases, batch, self.recipe.token_weight)
         self._optimizer.zero_grad()
         sum(losses).backward()
         if self.recipe.clip is not None:
@@ -212,79 +221,39 @@ class TaskTrainer:
         return moments
 
 
-@torch.no_grad()
-def calibrate(model: DecoupleCSS, task: Task, pictures: TaskPictures, batch_size: int = 24, workers: int = 0) -> Tensor:
-    """Set the thresholds of presence of a task that is trained, by what it was trained on; returns them, ``[c]``.
-
-    See ``best_thresholds``. The model is left in eval mode.
-    """
-    model.eval()
-    activate(model, task)
-    phrases, presence, present = embed_phrases(model, task), [], []
-    batches = torch.arange(len(pictures)).split(batch_size)
-    for batch in _load(pictures, batches, workers):
-        batch = batch.to(phrases.device)
-        presence.append(_detect(model, phrases, batch.pixel_values)[0].presence)
-        present.append(batch.present)
-    task.thresholds.copy_(best_thresholds(torch.cat(presence), torch.cat(present)))
-    return task.thresholds
-
-
-def best_thresholds(presence: Tensor, present: Tensor) -> Tensor:
-    """For each class the threshold that tells best, by F1, which pictures show it.
-
-    It lies midway between the two neighbours among the values of r that it separates. Of equally good ones it is the
-    highest: what a task was trained on all shows some class of it, so that elsewhere more is absent. A class that no
-    threshold finds anywhere has infinity: it is never present.
-
-    Args:
-        presence: ``[n, c]``, r of eq. A.2, 0 where no token was selected, which is never present.
-        present: bool ``[n, c]``.
-
-    Returns:
-        ``[c]``.
-    """
-    score, order = presence.sort(dim=0, descending=True)
-    hits = present.gather(0, order).cumsum(0)  # with the threshold just below each score
-    found = torch.arange(1, len(score) + 1, device=score.device)[:, None]
-    f1 = 2 * hits / (found + present.sum(0))
-    below = torch.cat([score[1:], torch.zeros_like(score[:1])])
-    f1 = f1.masked_fill((score <= below) | (score <= 0), 0)  # equal ones are not separated
-    best = f1.argmax(0, keepdim=True)  # the first
-    upper, lower = score.gather(0, best)[0], below.gather(0, best)[0]
-    midway = (upper + lower) / 2
-    midway = torch.where(midway > lower, midway, upper)  # where nothing lies between the two
-    return midway.masked_fill(f1.gather(0, best)[0] == 0, float("inf"))
-
-
-def _detect(model: DecoupleCSS, phrases: Tensor, pictures: Sequence[Tensor]) -> tuple[SelectedTokens, Tensor]:
-    """What the active adapter finds in B pictures, and each class's largest cosine in them, [B, c].
+def detect(
+    model: DecoupleCSS, phrases: Tensor, pictures: Sequence[Tensor]
+) -> tuple[SelectedTokens, list[DetectedClasses]]:
+    """What the active adapter finds in B pictures, selected, and as it is for each.
 
     Pictures of one size run together. Padding would make tokens, and they could be selected.
     """
     groups: dict[torch.Size, list[int]] = {}
     for b, picture in enumerate(pictures):
         groups.setdefault(picture.shape, []).append(b)
-    parts = []
+    selected, detected = [], []
     for members in groups.values():
-        detected = model.detector(torch.stack([pictures[b] for b in members]), phrases=phrases)
-        found = select_tokens(detected.tokens, detected.classes, threshold=model.threshold, length=model.length)
-        parts.append((*found, _largest_cosine(detected)))
-    place = torch.tensor([b for members in groups.values() for b in members], device=phrases.device).argsort()
-    *found, largest = (torch.cat(part)[place] for part in zip(*parts, strict=True))
-    return SelectedTokens(*found), largest
+        of = model.detector(torch.stack([pictures[b] for b in members]), phrases=phrases)
+        selected.append(select_tokens(of.tokens, of.classes, threshold=model.threshold, length=model.length))
+        detected += [DetectedClasses(*each, of.shapes) for each in zip(of.tokens, of.classes, strict=True)]
+    order = torch.tensor([b for members in groups.values() for b in members]).argsort()
+    found = SelectedTokens(*(torch.cat(part)[order.to(phrases.device)] for part in zip(*selected, strict=True)))
+    return found, [detected[place] for place in order.tolist()]
 
 
-def _largest_cosine(detected: DetectedClasses) -> Tensor:
-    """[B, c]; the token is looked for without a graph, so that nothing [B, N, c] is kept for the gradient."""
+def _largest_cosine(tokens: Tensor, classes: Tensor, _) -> Tensor:
+    """Of each class with any token, [c]; looked for without a graph, so that nothing [N, c] is kept."""
     with torch.no_grad():
-        cosine = F.normalize(detected.tokens, dim=-1) @ F.normalize(detected.classes, dim=-1).mT  # [B, N, c]
-        best = cosine.argmax(1)
-    tokens = detected.tokens.gather(1, best[..., None].expand(-1, -1, detected.tokens.shape[-1]))  # [B, c, D]
-    return F.cosine_similarity(tokens, detected.classes, dim=-1)
+        best = _cosine(tokens, classes).argmax(0)
+    return F.cosine_similarity(tokens[best], classes, dim=-1)
 
 
-def _load(pictures: TaskPictures, batches: Sequence[Tensor], workers: int) -> DataLoader:
+def _cosine(tokens: Tensor, classes: Tensor) -> Tensor:
+    """[N, D], [c, D] → [N, c]."""
+    return F.normalize(tokens, dim=-1) @ F.normalize(classes, dim=-1).mT
+
+
+def load_batches(pictures: TaskPictures, batches: Sequence[Tensor], workers: int) -> DataLoader:
     # A generator of its own: the loader draws a seed for its workers, which the global one would miss.
     generator = torch.Generator()
     return DataLoader(

@@ -24,12 +24,14 @@ class Example(NamedTuple):
         classes: int64 ``[m, m]``, at the resolution of SAM's masks: 0 for background, 1 + k for class k of the task,
             255 where nothing counts, and on SAM's padding.
         present: bool ``[c]``, which classes the picture shows, be it in one pixel.
+        crop: (rows, columns) of ``classes`` that are picture.
     """
 
     pixel_values: Tensor
     sam_pixel_values: Tensor
     classes: Tensor
     present: Tensor
+    crop: tuple[int, int]
 
 
 class Batch(NamedTuple):
@@ -42,6 +44,7 @@ class Batch(NamedTuple):
         index: int64 ``[R]``, the class of each mask, picture after picture.
         masks_of: how many of the R each picture has.
         masks: uint8 ``[R, m, m]``, 1 on the object, 0 off it, 255 where nothing counts.
+        crops: (rows, columns) of the masks that are picture, for each picture.
     """
 
     pixel_values: list[Tensor]
@@ -50,6 +53,7 @@ class Batch(NamedTuple):
     index: Tensor
     masks_of: list[int]
     masks: Tensor
+    crops: list[tuple[int, int]]
 
     def to(self, device: torch.device) -> Batch:
         return self._replace(
@@ -106,7 +110,10 @@ class TaskPictures(Dataset):
         rows, columns = (self._under_centres(length, part) for length, part in sizes)
         padded = F.pad(classes, (0, 1, 0, 1), value=IGNORE_INDEX)
         present = classes.flatten().bincount(minlength=IGNORE_INDEX)[1 : len(self.labels) + 1] > 0
-        return Example(picture.pixel_values, picture.sam_pixel_values, padded[rows[:, None], columns], present)
+        crop = tuple(
+            (places < length).sum().item() for places, length in zip((rows, columns), classes.shape, strict=True)
+        )
+        return Example(picture.pixel_values, picture.sam_pixel_values, padded[rows[:, None], columns], present, crop)
 
     def _under_centres(self, length: int, part: int) -> Tensor:
         """Index [m] into ``length`` labels, which fill ``part`` of SAM's side; ``length`` itself on the padding."""
@@ -130,4 +137,26 @@ def collate(examples: Sequence[Example]) -> Batch:
         index=torch.cat(index),
         masks_of=[len(of) for of in index],
         masks=torch.cat(masks),
+        crops=[example.crop for example in examples],
     )
+
+
+def token_shares(batch: Batch, shapes: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """How much of each token's cell shows each class: ``[n, c]`` for the n tokens of all pictures, NaN on what is 255.
+
+    Args:
+        batch: of B pictures and c classes.
+        shapes: (height, width) of every level of each picture's tokens.
+    """
+    parts, first = [], 0
+    for count, (height, width), levels in zip(batch.masks_of, batch.crops, shapes, strict=True):
+        masks = batch.masks[first : first + count, :height, :width].float()
+        masks = masks.masked_fill(masks == IGNORE_INDEX, torch.nan)
+        shown = torch.cat([F.adaptive_avg_pool2d(masks, shape).flatten(1) for shape in levels], 1)  # [R of it, N]
+        shares = shown.new_zeros(shown.shape[1], batch.present.shape[1])
+        if count:
+            shares.masked_fill_(shown[0].isnan()[:, None], torch.nan)
+            shares[:, batch.index[first : first + count]] = shown.T
+        parts.append(shares)
+        first += count
+    return torch.cat(parts)

@@ -12,11 +12,13 @@ from continual_runs import RECIPE, SETTINGS, StopAt, learned, lines, plan_of
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+import fastcss
 from fastcss.data import CLASS_NAMES, DigitScenes, Overlapped, training_set
 from fastcss.models.continual import begin, load_run, read_plan, share_last_adapter, train
 from fastcss.models.continual_evaluation import evaluate
+from fastcss.models.decouplecss_calibration import calibrate
 from fastcss.models.decouplecss_folder import load, read_settings
-from fastcss.models.decouplecss_training import Recipe, TaskTrainer, calibrate
+from fastcss.models.decouplecss_training import Losses, Recipe, TaskTrainer
 from fastcss.models.phrases import describe, encode, load_tokenizer
 from fastcss.models.task_pictures import TaskPictures
 
@@ -52,7 +54,7 @@ def test_a_run_is_its_tasks_and_its_lines(digit_run):
     assert (second["kind"], second["task"], second["classes"]) == ("task", 2, names[1])
     assert load_run(run)[0].classes == tuple(names[0] + names[1])
     for line in (first, second):
-        assert line["loss"].keys() == {"masks", "presence"}
+        assert line["loss"].keys() == set(Losses._fields)
         assert all(math.isfinite(loss) for loss in line["loss"].values())
     about = {"method": "decouplecss", "setting": "5-5", "data": "digits", "seed": 0}
     assert {name: summary[name] for name in about} == about
@@ -91,6 +93,7 @@ def test_a_task_is_learned_as_by_hand(digit_run, tmp_path, t, labels, scenes):
     names = [CLASS_NAMES["digits"][label] for label in labels]
     torch.manual_seed(t)
     task = model.add_task(names, encode(load_tokenizer(run / "base/detector"), describe(names)))
+    fastcss.fuse(model.detector)
     seen = training_set(DigitScenes("train", 8), labels)
     assert len(seen) == scenes
     pictures = TaskPictures(seen, labels, model.segmenter, 64, 64)
@@ -100,7 +103,7 @@ def test_a_task_is_learned_as_by_hand(digit_run, tmp_path, t, labels, scenes):
     kept = load(run)
     assert equal(task.state_dict(), kept.tasks[t].state_dict())
     assert equal(adapters(model)[t], adapters(kept)[t])
-    assert lines(run)[t]["loss"] == {"masks": losses.masks.item(), "presence": losses.presence.item()}
+    assert lines(run)[t]["loss"] == {name: loss.item() for name, loss in losses._asdict().items()}
 
 
 def test_the_same_again_and_another_seed(digit_run, digit_models, tmp_path):

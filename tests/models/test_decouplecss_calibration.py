@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from decouplecss_models import build
 from training_scenes import pictures_for
 
-from fastcss.models.decouplecss_training import activate, best_thresholds, calibrate, embed_phrases
+from fastcss.models.decouplecss_calibration import best_thresholds, calibrate
+from fastcss.models.decouplecss_training import activate, embed_phrases
 from fastcss.ops import select_tokens
 
 
@@ -53,11 +55,19 @@ def test_calibration_sets_the_thresholds_of_its_task():
     after = model.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"tasks.1.thresholds"}
     activate(model, task)
-    phrases, presence = embed_phrases(model, task), []
+    phrases, whole, without = embed_phrases(model, task), [], []
     with torch.no_grad():
         for example in examples:
-            detected = model.detector(example.pixel_values[None], phrases=phrases)
-            presence.append(select_tokens(*detected, threshold=model.threshold, length=1).presence)
+            tokens, classes, shapes = model.detector(example.pixel_values[None], phrases=phrases)
+            rows, columns = example.crop
+            shown = (example.classes[:rows, :columns] != 0)[None].double()
+            shown = torch.cat([F.adaptive_avg_pool2d(shown, shape).flatten() for shape in shapes.tolist()])
+            assert 0 < (shown == 0).sum() < len(shown)
+            for kept, presence in ((shown >= 0, whole), (shown == 0, without)):
+                found = select_tokens(tokens[:, kept], classes, threshold=model.threshold, length=1)
+                presence.append(found.presence)
     present = torch.stack([example.present for example in examples])
-    torch.testing.assert_close(got, best_thresholds(torch.cat(presence), present))
+    assert torch.cat(without).any()
+    expected = best_thresholds(torch.cat([*whole, *without]), torch.cat([present, torch.zeros_like(present)]))
+    torch.testing.assert_close(got, expected)
     assert torch.equal(task.thresholds, got)
