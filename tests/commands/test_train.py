@@ -53,11 +53,13 @@ def test_other_methods_ranks_rates_seeds_and_phrases(command, digit_models, tmp_
     }
     (tmp_path / "phrases.json").write_text(json.dumps(phrases))
     run, given = tmp_path / "run", (*SMALL_DIGITS, "--base", digit_models, "--phrases", tmp_path / "phrases.json")
-    given += ("--method", "joint", "--rank", "3", "--learning-rate", "1e-3", "--seed", "4")
+    given += ("--method", "joint", "--rank", "3", "--learning-rate", "1e-3", "--seed", "4", "--sites", "fusion")
     assert command("train", *given, "--epochs", "1", "--workers", "1", "--out", run).code == 0
     plan = read_plan(run)
     assert (plan.method, plan.recipe.learning_rate, plan.seed, plan.phrases) == ("joint", 1e-3, 4, phrases)
-    assert (read_settings(run)["rank"], read_settings(run)["alpha"]) == (3, 3)
+    assert {name: read_settings(run)[name] for name in ("rank", "alpha", "sites")} == {
+        "rank": 3, "alpha": 3, "sites": "fusion",
+    }  # fmt: skip
     assert len(lines(run)) == 2
 
 
@@ -69,6 +71,7 @@ def test_other_methods_ranks_rates_seeds_and_phrases(command, digit_models, tmp_
         (("--method", "naive"), "was begun with method 'decouplecss', and is to go on with 'naive'"),
         (("--epochs", "9"), "was begun with epochs 3, and is to go on with 9"),
         (("--rank", "2"), "was begun with rank 8, and is to go on with 2"),
+        (("--sites", "fusion"), "was begun with sites 'swin+fusion', and is to go on with 'fusion'"),
         (("--seed", "1"), "was begun with seed 0, and is to go on with 1"),
     ],
 )
