@@ -31,11 +31,11 @@ class Defaults(NamedTuple):
 #: The paper's, where it says them; of the digits this project's own.
 DEFAULTS = {
     "digits": Defaults(
-        {"threshold": 0.3, "length": 256, "prompts": 6, "hidden": 64, "rank": 8, "alpha": 8},
+        {"threshold": 0.3, "length": 1024, "prompts": 6, "hidden": 32, "rank": 8, "alpha": 16},
         {
-            "recipe": Recipe(epochs=10, batch_size=16, learning_rate=2e-3),
-            "shortest": 128,
-            "longest": 128,
+            "recipe": Recipe(epochs=12, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
+            "shortest": 64,
+            "longest": 64,
             "train_scenes": 1500,
             "test_scenes": 300,
         },
