@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("what it starts from; a run that is there has it already")
     models.add_argument("--detector", metavar="FOLDER", help="Grounding DINO, as transformers saves it")
     models.add_argument("--sam", metavar="FOLDER", help="SAM, as transformers saves it (see convert-sam)")
-    models.add_argument("--base", metavar="RUN", help="a run whose frozen models are taken; for digits the package's")
+    models.add_argument(
+        "--base", metavar="RUN",
+        help="a run whose frozen models are taken, and its initial prompt generator if it has one; for digits the "
+        "package's",
+    )  # fmt: skip
     models.add_argument("--phrases", metavar="FILE", help="JSON: {class: [phrases]}, in place of the package's phrases")
     how = parser.add_argument_group("how; the defaults are the paper's, or for digits the package's")
     how.add_argument("--seed", type=whole(0), metavar="N", help="of all that is random (default 0)")

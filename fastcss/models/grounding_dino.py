@@ -132,7 +132,7 @@ class GroundingDinoEncoder(nn.Module):
         for level, project in enumerate(self.input_proj_vision):
             if level < len(maps):
                 source, mask = maps[level]
-                source = project(source.contiguous())  # ConvNeXt's have the channels last, which vmap refuses
+                source = project(source)
             else:
                 source = project(last if level == len(maps) else levels[-1])
                 mask = nn.functional.interpolate(pixel_mask[None].float(), size=source.shape[-2:])[0].bool()
