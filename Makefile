@@ -2,6 +2,7 @@
 #
 #   make demo    handwritten digits in photographs, six tasks in one pass   → out/demo.png
 #   make test    lint and the whole test suite
+#   make train-digits   the demo's model anew, from a seed (an hour)        → fastcss/assets/digits
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
 #   make gpu     on a CUDA machine whose PYTHON has torch: build, tests, benchmarks → $OUT or benchmarks/results
 #   make wheel   the abi3 wheel, checked in an empty environment            → dist
@@ -20,7 +21,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 # Kernels that do not compile are an error here, not a slower package.
 export FASTCSS_REQUIRE_COMPILED := 1
 
-.PHONY: demo test lint bench gpu wheel clean
+.PHONY: demo test lint train-digits bench gpu wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --out out/demo.png
@@ -31,6 +32,13 @@ test: lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Both commands go on from where they were killed; the kept model is replaced when there is another.
+train-digits: $(VENV)/installed
+	test -e out/digits-base/config.json || $(BIN)/python -m benchmarks.pretrain out/digits-base
+	$(BIN)/python -m fastcss train --data digits --setting 5-1 --base out/digits-base --out out/digits
+	rm -rf fastcss/assets/digits
+	cp -r out/digits fastcss/assets/digits
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --out benchmarks/results/
