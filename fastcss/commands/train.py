@@ -191,7 +191,7 @@ class _Bars(Watch):
         self._name_epoch(epoch)
 
     def step(self, losses: Losses) -> None:
-        note = f"masks {losses.masks.item():.3f}, presence {losses.presence.item():.3f}"
+        note = ", ".join(f"{name} {loss:.3f}" for name, loss in losses._asdict().items() if loss)
         self.progress.update(self._learning, advance=1, note=note)
 
     def epoch(self, epoch: int, losses: Losses) -> None:
