@@ -3,6 +3,7 @@
 from ._pictures import read_image
 from .ade import ADE20K
 from .digits import CLASSES, DigitScenes
+from .glyphs import GlyphScenes
 from .metrics import ContinualMetrics, class_iou
 from .protocol import CLASS_NAMES, SETTINGS, Overlapped, tasks, training_set
 from .voc import VOC
@@ -15,6 +16,7 @@ __all__ = [
     "VOC",
     "ContinualMetrics",
     "DigitScenes",
+    "GlyphScenes",
     "Overlapped",
     "class_iou",
     "read_image",

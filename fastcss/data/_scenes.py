@@ -13,7 +13,7 @@ SIZE = 128  # of a scene, both ways
 
 
 def put(image: Tensor, labels: Tensor, label: int, opacity: Tensor, random: np.random.Generator) -> None:
-    """Lay a warped digit on the scene, in place, where it covers little of those before it."""
+    """Lay a warped drawing on the scene, in place, where it covers little of those before it."""
     height, width = opacity.shape
     ink = opacity > 0.5
     places = [(random.integers(SIZE - height + 1), random.integers(SIZE - width + 1)) for _ in range(24)]

@@ -22,11 +22,11 @@ class GlyphScenes(Dataset):
 
     A glyph is a few curves, or for one in five a filled outline, drawn at random: figures that nobody has a name for.
     Its drawings differ a little, as handwriting does. A scene has at most three glyphs, some of them more than once.
-    Scene i follows from ``(seed, i)`` alone.
+    With as many glyphs, scene i follows from ``(seed, i)`` alone: in any order or worker process it is the same.
 
     Args:
         count: scenes, numbered from 0.
-        glyphs: how many there are, labelled from 1.
+        glyphs: how many there are, labelled from 1; whatever the seed they are the same.
         seed: of the scenes.
 
     Raises:
@@ -50,9 +50,7 @@ class GlyphScenes(Dataset):
         return self.count
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= item < self.count:
-            raise IndexError(f"GlyphScenes: there is no scene {item} of {self.count}")
-        random = np.random.default_rng([self.seed, item])
+        random = np.random.default_rng([self.seed, range(self.count)[item]])
         image = background(random)
         labels = torch.zeros(SIZE, SIZE, dtype=torch.int64)
         few = random.integers(1, self.glyphs + 1, size=3)
@@ -108,7 +106,7 @@ def _render(curves: list[np.ndarray], blob: bool, width: float, stretch: float) 
 
 
 def _closed(corners: np.ndarray) -> np.ndarray:
-    """A smooth closed outline [n, 2] about the corners' middle, which passes each of them in turn."""
+    """An outline [96, 2] about the middle of the corners: as far from it as they are, and a bit, at equal angles."""
     centre = corners.mean(0)
     angle = np.linspace(0, 2 * np.pi, len(corners), endpoint=False)
     radius = 0.3 + np.linalg.norm(corners - centre, axis=1)

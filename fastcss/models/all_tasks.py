@@ -47,9 +47,9 @@ class AllTasks:
     def detect(self, pixel_values: Tensor) -> SelectedTokens:
         """All tasks' classes, side by side."""
         names = [task.name for task in self._tasks]
-        detected = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
+        tokens, classes, shapes = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
         # One call for all tasks: no token is given to a row of zeros, whose cosine is below any threshold.
-        found = self._model.select(DetectedClasses(*(x.flatten(0, 1) for x in detected)))
+        found = self._model.select(DetectedClasses(tokens.flatten(0, 1), classes.flatten(0, 1), shapes[0]))
         of_class = ~self._padded["class_mask"].flatten()
         shape = (len(names), len(pixel_values))
         return SelectedTokens(*(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2)[:, of_class] for x in found))

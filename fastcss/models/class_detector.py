@@ -63,7 +63,7 @@ class ClassDetector(GroundingDinoEncoder):
         )
         enhanced = self.enhance(image, text)
         classes = enhanced.last_hidden_state_text.masked_fill(class_mask[:, None], 0)
-        return DetectedClasses(enhanced.last_hidden_state_vision, classes, torch.tensor(image.shapes))
+        return DetectedClasses(enhanced.last_hidden_state_vision, classes, torch.tensor(image.shapes, device="cpu"))
 
     def embed_phrases(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Word ids ``[c, M, L]`` of M phrases a class → ``[c, M, D]``, the mean over a phrase's words.

@@ -17,9 +17,9 @@ from .task_pictures import Batch, TaskPictures, token_shares
 def calibrate(model: DecoupleCSS, task: Task, pictures: TaskPictures, batch_size: int = 24, workers: int = 0) -> Tensor:
     """Set the thresholds of presence of a task that is trained, by what it was trained on; returns them, ``[c]``.
 
-    All of these pictures show some class of the task, and where it has a single one, all show that. So each counts once
-    more as it is without them: without the tokens whose cells show any. See ``best_thresholds``. The model is left in
-    eval mode.
+    Each of these pictures shows some class of the task; where it has a single one, none is without it. So each counts
+    twice: as it is, and as one that shows no class, with the tokens left out whose cells show any or have pixels that
+    do not count. See ``best_thresholds``. The model is left in eval mode.
     """
     model.eval()
     activate(model, task)
@@ -35,7 +35,7 @@ def calibrate(model: DecoupleCSS, task: Task, pictures: TaskPictures, batch_size
 
 
 def _presence_elsewhere(model: DecoupleCSS, batch: Batch, detected: Sequence[DetectedClasses]) -> Tensor:
-    """r of eq. A.2 without the tokens on any of the task's classes, [B, c]."""
+    """r of eq. A.2 by the tokens that are on none of the task's classes, [B, c]."""
     levels = [of.shapes.tolist() for of in detected]
     elsewhere = (token_shares(batch, levels) == 0).all(1).split([len(of.tokens) for of in detected])
     return torch.cat(

@@ -110,18 +110,18 @@ def asymmetric_loss(
 def token_loss(cosine: Tensor, share: Tensor, threshold: float, scale: float = 12.0) -> Tensor:
     """Which tokens are on which class: focal loss on ``scale · (cosine - τ)``.
 
-    It says where in a picture a class is *not*. Eq. A.3 only says which pictures have it, and where a task has a single
-    class, all of its pictures do under the overlapped protocol.
+    It says where in a picture a class is *not*. Eq. A.3 only says which pictures show it; and since each picture of a
+    task shows one of its classes, all do where it has a single one.
 
     Args:
         cosine: ``[n, c]``, of each token of all pictures with each class; computed in float32 at least.
-        share: ``[n, c]``, how much of the token's cell shows the class, NaN where nothing counts. The class is there
-            from an eighth on; of a smaller share nothing is said.
+        share: ``[n, c]``, how much of the token's cell shows the class: from an eighth on the class is there, at 0 it
+            is not, and nothing is said between the two and where it is NaN.
         threshold: τ.
-        scale: how much a cosine tells.
+        scale: of the cosines, which by themselves make no logits: they are in -1…1.
 
     Returns:
-        ``[]``, the sum over tokens and classes by the number of those where the class is there.
+        ``[]``, the sum over tokens and classes, divided by how many of the pairs have the class there, at least 1.
 
     Source: focal loss with γ = 2 (Lin et al., 2017), on the similarity of tokens and words as Grounding DINO has it
     (Liu et al., 2023); DecoupleCSS has no such term.

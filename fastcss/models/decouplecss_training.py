@@ -50,9 +50,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("token_weight", 0)):
+            if not getattr(self, name) >= least:  # nor is NaN
+                raise ValueError(f"Recipe: {name} must be at least {least}, got {getattr(self, name)}")
 
 
 def activate(model: DecoupleCSS, task: Task) -> dict[str, nn.Parameter]:
@@ -84,12 +84,12 @@ def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch,
     prompts = task.generator(tokens, batch.index).split(batch.masks_of)
     pairs = zip(embeddings, prompts, strict=True)
     logits = torch.cat([model.segmenter.decode(embedding, prompt).masks for embedding, prompt in pairs])
-    largest = torch.stack([_largest_cosine(*of) for of in detected])
+    largest = torch.stack([_largest_cosine(of) for of in detected])
     probability = presence_probability(found, largest, model.threshold)
     on_tokens = largest.new_zeros(())
     if token_weight:
-        cosine = torch.cat([_cosine(tokens, classes) for tokens, classes, _ in detected])
-        shares = token_shares(batch, [shapes.tolist() for *_, shapes in detected])
+        cosine = torch.cat([_cosine(of.tokens, of.classes) for of in detected])
+        shares = token_shares(batch, [of.shapes.tolist() for of in detected])
         on_tokens = token_weight * token_loss(cosine, shares, model.threshold)
     return Losses(mask_loss(logits, batch.masks), asymmetric_loss(probability, batch.present), on_tokens)
 
@@ -224,7 +224,7 @@ class TaskTrainer:
 def detect(
     model: DecoupleCSS, phrases: Tensor, pictures: Sequence[Tensor]
 ) -> tuple[SelectedTokens, list[DetectedClasses]]:
-    """What the active adapter finds in B pictures, selected, and as it is for each.
+    """What the active adapter makes of B pictures: the tokens of each class, and for each picture all, ``[N, D]``.
 
     Pictures of one size run together. Padding would make tokens, and they could be selected.
     """
@@ -241,11 +241,11 @@ def detect(
     return found, [detected[place] for place in order.tolist()]
 
 
-def _largest_cosine(tokens: Tensor, classes: Tensor, _) -> Tensor:
+def _largest_cosine(of: DetectedClasses) -> Tensor:
     """Of each class with any token, [c]; looked for without a graph, so that nothing [N, c] is kept."""
     with torch.no_grad():
-        best = _cosine(tokens, classes).argmax(0)
-    return F.cosine_similarity(tokens[best], classes, dim=-1)
+        best = _cosine(of.tokens, of.classes).argmax(0)
+    return F.cosine_similarity(of.tokens[best], of.classes, dim=-1)
 
 
 def _cosine(tokens: Tensor, classes: Tensor) -> Tensor:

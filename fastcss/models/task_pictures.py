@@ -24,7 +24,8 @@ class Example(NamedTuple):
         classes: int64 ``[m, m]``, at the resolution of SAM's masks: 0 for background, 1 + k for class k of the task,
             255 where nothing counts, and on SAM's padding.
         present: bool ``[c]``, which classes the picture shows, be it in one pixel.
-        crop: (rows, columns) of ``classes`` that are picture.
+        crop: (rows, columns) of ``classes`` that are picture, at least one: of a picture so thin that it is under no
+            centre, a row or column of padding.
     """
 
     pixel_values: Tensor
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
         index: int64 ``[R]``, the class of each mask, picture after picture.
         masks_of: how many of the R each picture has.
         masks: uint8 ``[R, m, m]``, 1 on the object, 0 off it, 255 where nothing counts.
+        ignored: bool ``[B, m, m]``, where nothing counts: some pictures have no mask to say so.
         crops: (rows, columns) of the masks that are picture, for each picture.
     """
 
@@ -53,13 +55,12 @@ class Batch(NamedTuple):
     index: Tensor
     masks_of: list[int]
     masks: Tensor
+    ignored: Tensor
     crops: list[tuple[int, int]]
 
     def to(self, device: torch.device) -> Batch:
-        return self._replace(
-            pixel_values=[picture.to(device) for picture in self.pixel_values],
-            **{name: getattr(self, name).to(device) for name in ("sam_pixel_values", "present", "index", "masks")},
-        )
+        tensors = {name: value.to(device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(pixel_values=[picture.to(device) for picture in self.pixel_values], **tensors)
 
 
 class TaskPictures(Dataset):
@@ -110,9 +111,8 @@ class TaskPictures(Dataset):
         rows, columns = (self._under_centres(length, part) for length, part in sizes)
         padded = F.pad(classes, (0, 1, 0, 1), value=IGNORE_INDEX)
         present = classes.flatten().bincount(minlength=IGNORE_INDEX)[1 : len(self.labels) + 1] > 0
-        crop = tuple(
-            (places < length).sum().item() for places, length in zip((rows, columns), classes.shape, strict=True)
-        )
+        pairs = zip((rows, columns), classes.shape, strict=True)
+        crop = tuple(max(1, (under < length).sum().item()) for under, length in pairs)
         return Example(picture.pixel_values, picture.sam_pixel_values, padded[rows[:, None], columns], present, crop)
 
     def _under_centres(self, length: int, part: int) -> Tensor:
@@ -137,26 +137,33 @@ def collate(examples: Sequence[Example]) -> Batch:
         index=torch.cat(index),
         masks_of=[len(of) for of in index],
         masks=torch.cat(masks),
+        ignored=torch.stack([example.classes == IGNORE_INDEX for example in examples]),
         crops=[example.crop for example in examples],
     )
 
 
 def token_shares(batch: Batch, shapes: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """How much of each token's cell shows each class: ``[n, c]`` for the n tokens of all pictures, NaN on what is 255.
+    """How much of each token's cell shows each class.
+
+    The cells of a level are taken to divide the picture evenly. (A detector pads pictures that its strides do not
+    divide: there the last cells reach beyond, by less than one.) They are counted in whole pixels of the masks, so that
+    neighbouring cells share those between them.
 
     Args:
         batch: of B pictures and c classes.
         shapes: (height, width) of every level of each picture's tokens.
+
+    Returns:
+        float32 ``[n, c]`` in 0…1 for the n tokens of all pictures, level after level; NaN for cells with pixels that do
+        not count.
     """
     parts, first = [], 0
-    for count, (height, width), levels in zip(batch.masks_of, batch.crops, shapes, strict=True):
-        masks = batch.masks[first : first + count, :height, :width].float()
-        masks = masks.masked_fill(masks == IGNORE_INDEX, torch.nan)
-        shown = torch.cat([F.adaptive_avg_pool2d(masks, shape).flatten(1) for shape in levels], 1)  # [R of it, N]
-        shares = shown.new_zeros(shown.shape[1], batch.present.shape[1])
-        if count:
-            shares.masked_fill_(shown[0].isnan()[:, None], torch.nan)
-            shares[:, batch.index[first : first + count]] = shown.T
-        parts.append(shares)
+    for b, (count, (height, width), levels) in enumerate(zip(batch.masks_of, batch.crops, shapes, strict=True)):
+        rows = slice(first, first + count)
+        planes = torch.cat([batch.ignored[b, None], batch.masks[rows] == 1])[:, :height, :width].float()
+        means = torch.cat([F.adaptive_avg_pool2d(planes, shape).flatten(1) for shape in levels], 1)  # [1 + R of it, N]
+        shares = means.new_zeros(means.shape[1], batch.present.shape[1])
+        shares[:, batch.index[rows]] = means[1:].T
+        parts.append(shares.masked_fill(means[0, :, None] > 0, torch.nan))
         first += count
     return torch.cat(parts)

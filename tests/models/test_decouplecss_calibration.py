@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from decouplecss_models import build
-from training_scenes import pictures_for
+from training_scenes import LABELS, SIDES, pictures_for, single_class_trainer
 
+from fastcss.models.class_detector import DetectedClasses
 from fastcss.models.decouplecss_calibration import best_thresholds, calibrate
-from fastcss.models.decouplecss_training import activate, embed_phrases
+from fastcss.models.decouplecss_training import TaskTrainer, activate, embed_phrases
+from fastcss.models.task_pictures import TaskPictures, collate, token_shares
 from fastcss.ops import select_tokens
 
 
@@ -71,3 +74,44 @@ def test_calibration_sets_the_thresholds_of_its_task():
     expected = best_thresholds(torch.cat([*whole, *without]), torch.cat([present, torch.zeros_like(present)]))
     torch.testing.assert_close(got, expected)
     assert torch.equal(task.thresholds, got)
+
+
+@torch.no_grad()
+def presence_of(trainer: TaskTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """r in each picture of a single class, [n], as the picture is and without the tokens on the object."""
+    task, both = trainer.task, ([], [])
+    activate(trainer.model, task)
+    phrases = embed_phrases(trainer.model, task)
+    for i in range(len(trainer.pictures)):
+        example = trainer.pictures[i]
+        tokens, classes, shapes = trainer.model.detector(example.pixel_values[None], phrases=phrases)
+        off = (token_shares(collate([example]), [shapes.tolist()]) == 0)[:, 0]
+        for presence, some in zip(both, (tokens, tokens[:, off]), strict=True):
+            presence.append(trainer.model.select(DetectedClasses(some, classes, shapes)).presence[0, 0])
+    return torch.stack(both[0]), torch.stack(both[1])
+
+
+def test_a_class_that_all_pictures_show_has_a_threshold_between_its_presence_on_and_off_the_objects():
+    trainer = single_class_trainer(2.0)
+    while trainer.epoch < 30:
+        trainer.run_epoch()
+    assert all(trainer.pictures[i].present.all() for i in range(len(trainer.pictures)))
+    whole, without = presence_of(trainer)
+    assert 0 < without.max() < 0.5 * whole.min()  # it has learnt where the class is, and sees it elsewhere too
+    (threshold,) = calibrate(trainer.model, trainer.task, trainer.pictures, batch_size=2)
+    torch.testing.assert_close(threshold, (without.max() + whole.min()) / 2)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_picture_that_the_class_covers_has_nothing_without_it(ignored):
+    """Nor has one whose other half does not count: the threshold is the lowest above nothing."""
+    trainer = single_class_trainer(0.0)
+    labels = torch.full((48, 64), LABELS[0])
+    labels[:, 32:] = 255 if ignored else LABELS[0]
+    covered = [(trainer.pictures.dataset[i][0], labels) for i in range(3)]
+    trainer.pictures = TaskPictures(covered, LABELS[:1], trainer.model.segmenter, **SIDES)
+    whole, without = presence_of(trainer)
+    assert (whole > 0).all()
+    assert (without == 0).all()
+    (threshold,) = calibrate(trainer.model, trainer.task, trainer.pictures)
+    torch.testing.assert_close(threshold, whole.min() / 2)

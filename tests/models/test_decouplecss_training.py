@@ -257,3 +257,6 @@ def test_labels_and_classes_must_be_as_many():
     for name in ("epochs", "batch_size"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             Recipe(**{name: 0})
+    for weight in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"token_weight must be at least 0, got {weight}"):
+            Recipe(token_weight=weight)
