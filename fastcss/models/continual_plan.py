@@ -33,7 +33,7 @@ DEFAULTS = {
     "digits": Defaults(
         {"threshold": 0.3, "length": 1024, "prompts": 6, "hidden": 32, "rank": 8, "alpha": 16},
         {
-            "recipe": Recipe(epochs=12, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
+            "recipe": Recipe(epochs=20, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
             "shortest": 64,
             "longest": 64,
             "train_scenes": 1500,
