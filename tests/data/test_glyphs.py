@@ -61,18 +61,19 @@ def test_torchs_generator_is_left_alone():
 def test_labels_are_where_a_picture_differs_from_its_background(monkeypatch):
     scenes = GlyphScenes(40, glyphs=30, seed=2)
     whole = list(scenes)
-    monkeypatch.setattr(glyphs, "put", lambda *_: None)  # what it draws does not change the background
-    areas, contrasts = [], []
+    monkeypatch.setattr(glyphs, "put", lambda *_: None)  # the background is drawn before it is called
+    labelled, areas, contrasts = [], [], []
     for (image, labels), (behind, _) in zip(whole, scenes, strict=True):
-        changed = (image - behind).abs().amax(0)
-        ink = labels > 0
+        changed, ink = (image - behind).abs().amax(0), labels > 0
         near = torch.nn.functional.max_pool2d(ink.float()[None, None], 9, 1, 4)[0, 0].bool()  # edges are soft
-        assert (changed[~near] == 0).float().mean() > 0.99
-        assert (changed[ink] > 0.1).float().mean() > 0.85  # a colour is to stand out in nine of ten pixels
+        labelled.append(near[changed > 0].float().mean())
+        assert labelled[-1] > 0.9  # where it is faintest, a thin stroke has no label
+        assert (changed[ink] > 0.1).float().mean() > 0.9  # a colour is chosen to stand out in so many pixels
         contrasts.append(changed[ink].mean())
         areas += labels.flatten().bincount()[1:].tolist()
-    assert min(area for area in areas if area) >= 20
+    assert torch.stack(labelled).mean() > 0.99
     assert torch.stack(contrasts).mean() > 0.35
+    assert min(area for area in areas if area) >= 20
 
 
 def test_drawings_of_a_glyph_are_alike_and_no_two_the_same():
