@@ -257,6 +257,11 @@ def pretrain(out: Path, work: Path, seed: int = 0) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for chain in [pool.submit(of, work, seed) for of in (_detector_chain, _points_chain)]:
             chain.result()
+    finish(out, work, seed)
+
+
+def finish(out: Path, work: Path, seed: int) -> None:
+    """The last step, and ``out``, from what the others have left in the work folder."""
     found = run("detector", work, seed, detector, small_models.detector())["model"]
     sam = run("points", work, seed, points)["sam"]
     last = run("generator", work, seed, generator, found, sam)
