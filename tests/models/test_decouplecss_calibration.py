@@ -11,8 +11,8 @@ from decouplecss_models import build
 from training_scenes import LABELS, SIDES, pictures_for, single_class_trainer
 
 from fastcss.models.class_detector import DetectedClasses
-from fastcss.models.decouplecss_calibration import best_thresholds, calibrate
-from fastcss.models.decouplecss_training import TaskTrainer, activate, embed_phrases
+from fastcss.models.decouplecss_calibration import _presence_elsewhere, best_thresholds, calibrate
+from fastcss.models.decouplecss_training import TaskTrainer, activate, detect, embed_phrases
 from fastcss.models.task_pictures import TaskPictures, collate, token_shares
 from fastcss.ops import select_tokens
 
@@ -113,5 +113,8 @@ def test_a_picture_that_the_class_covers_has_nothing_without_it(ignored):
     whole, without = presence_of(trainer)
     assert (whole > 0).all()
     assert (without == 0).all()
+    batch, phrases = collate([trainer.pictures[i] for i in range(3)]), embed_phrases(trainer.model, trainer.task)
+    detected = detect(trainer.model, phrases, batch.pixel_values)[1]
+    assert (_presence_elsewhere(trainer.model, batch, detected) == 0).all()
     (threshold,) = calibrate(trainer.model, trainer.task, trainer.pictures)
     torch.testing.assert_close(threshold, whole.min() / 2)
