@@ -31,7 +31,7 @@ class Defaults(NamedTuple):
 #: The paper's, where it says them; of the digits this project's own.
 DEFAULTS = {
     "digits": Defaults(
-        {"threshold": 0.3, "length": 1024, "prompts": 6, "hidden": 32, "rank": 8, "alpha": 16},
+        {"threshold": 0.3, "length": 1024, "prompts": 6, "hidden": 32, "rank": 8, "alpha": 16, "confidence": "sam"},
         {
             "recipe": Recipe(epochs=20, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
             "shortest": 64,
@@ -41,11 +41,11 @@ DEFAULTS = {
         },
     ),
     "voc": Defaults(
-        {"threshold": 0.3, "length": 512, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32},
+        {"threshold": 0.3, "length": 512, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32, "confidence": "sam"},
         {"recipe": Recipe(epochs=5, batch_size=24, learning_rate=1e-4), "shortest": 800, "longest": 1333},
     ),
     "ade": Defaults(
-        {"threshold": 0.2, "length": 1024, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32},
+        {"threshold": 0.2, "length": 1024, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32, "confidence": "sam"},
         {"recipe": Recipe(epochs=20, batch_size=24, learning_rate=1e-4), "shortest": 800, "longest": 1333},
     ),
 }

@@ -18,6 +18,8 @@ from .prompt_generator import PromptGenerator, pack
 from .sam import Masks, SamSegmenter
 
 MODES = ("one_pass", "shared", "literal")
+#: By what a pixel that two masks claim goes to one: SAM's estimate of the mask's IoU, or that times r of eq. A.2.
+CONFIDENCES = ("sam", "sam*presence")
 
 
 class Segmentation(NamedTuple):
@@ -70,6 +72,7 @@ class DecoupleCSS(nn.Module):
         rank, alpha: of the adapters.
         sites: where they sit: "swin+fusion" or "convnext+fusion", as the detector's backbone is, or "fusion", with
             which all tasks share the image encoder.
+        confidence: one of ``CONFIDENCES``; the paper's is "sam", which knows nothing of classes.
         initial_generator: of one class, and of the sizes above: what the generator of every new class begins as. By
             default that is random, as in the paper.
 
@@ -88,11 +91,14 @@ class DecoupleCSS(nn.Module):
         rank: int = 32,
         alpha: float = 32,
         sites: str = "swin+fusion",
+        confidence: str = "sam",
         initial_generator: PromptGenerator | None = None,
     ) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
             raise ValueError(f"DecoupleCSS: threshold must be above 0 and at most 1, got {threshold}")
+        if confidence not in CONFIDENCES:
+            raise ValueError(f"DecoupleCSS: confidence must be one of {', '.join(CONFIDENCES)}, got {confidence!r}")
         _check_sites(sites, detector)
         sizes = {"length": length, "prompts": prompts, "hidden": hidden}
         if initial_generator is not None:
@@ -102,7 +108,7 @@ class DecoupleCSS(nn.Module):
         self.segmenter = segmenter.requires_grad_(False)
         self.initial_generator = initial_generator
         self.tasks = nn.ModuleList()
-        self.threshold, self.length = threshold, length
+        self.threshold, self.length, self.confidence = threshold, length, confidence
         self.generator_settings = sizes
         self.lora_settings = {"r": rank, "lora_alpha": alpha, "target_modules": LORA_SITES[sites]}
         self._all: AllTasks | None = None
@@ -167,7 +173,7 @@ class DecoupleCSS(nn.Module):
         embeddings, labels = self.segmenter.embed(sam_pixel_values), []
         for b, size in enumerate(sizes):
             index = present[b].nonzero()[:, 0]
-            masks = self.segmenter.decode(embeddings[b], self._all.generator(found.tokens[b, index], index))
+            masks = self._decode(embeddings[b], self._all.generator, found, b, index)
             labels.append(_merge(masks, index, size, crops and crops[b]))
         return Segmentation(labels, present, found.presence)
 
@@ -190,8 +196,7 @@ class DecoupleCSS(nn.Module):
             embeddings = self.segmenter.embed(sam_pixel_values)
             for b in batch:
                 for k in present[b].nonzero()[:, 0].split(1):
-                    prompt = task.generator(found.tokens[b, k], k)
-                    masks[b].append(self.segmenter.decode(embeddings[b], prompt))
+                    masks[b].append(self._decode(embeddings[b], task.generator, found, b, k))
                     indices[b].append(first + k)
             presents.append(present), presences.append(found.presence)
             first += len(task.classes)
@@ -210,6 +215,15 @@ class DecoupleCSS(nn.Module):
     def select(self, detected: DetectedClasses) -> SelectedTokens:
         """The tokens of each class, eq. 3 and 4."""
         return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
+
+    def _decode(
+        self, embedding: Tensor, generator: PromptGenerator, found: SelectedTokens, b: int, index: Tensor
+    ) -> Masks:
+        """The masks of the classes ``index`` in picture b."""
+        masks = self.segmenter.decode(embedding, generator(found.tokens[b, index], index))
+        if self.confidence == "sam":
+            return masks
+        return masks._replace(scores=masks.scores * found.presence[b, index])
 
     def _new_generator(self, classes: int) -> PromptGenerator:
         if self.initial_generator is not None:

@@ -233,7 +233,7 @@ def _settings(model: DecoupleCSS) -> dict:
     sites = next(name for name, pattern in LORA_SITES.items() if pattern == lora["target_modules"])
     return {
         "threshold": model.threshold, **model.generator_settings, "rank": lora["r"], "alpha": lora["lora_alpha"],
-        "sites": sites,
+        "sites": sites, "confidence": model.confidence,
     }  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from decouplecss_models import EXACT, SIZES, add_task, agreement, assert_alike, assert_close, build, pictures
+from decouplecss_models import AGREE, EXACT, SIZES, add_task, agreement, assert_alike, assert_close, build, pictures
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcss.models.decouplecss import MODES
+from fastcss.models.decouplecss import CONFIDENCES, MODES
 from fastcss.models.grounding_dino import LORA_SITES
 from fastcss.ops import select_tokens
 
@@ -42,9 +44,11 @@ def test_all_modes_give_the_same_labels(sites, batch, device):
 
 
 @torch.no_grad()
-def test_literal_is_what_the_parts_make(models):
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_literal_is_what_the_parts_make(models, confidence):
     """PEFT's model of each task, SAM's own decoder, and every mask at full size."""
-    model, given = models["swin+fusion"], pictures(1)
+    model, given = copy.deepcopy(models["swin+fusion"]), pictures(1)
+    model.confidence = confidence
     sam = model.segmenter.model
     expected, score_of_best, k = torch.zeros(64, 96, dtype=torch.long), torch.full((64, 96), -torch.inf), 0
     embedding = sam.get_image_embeddings(given["sam_pixel_values"])
@@ -63,9 +67,13 @@ def test_literal_is_what_the_parts_make(models):
             masks, scores = sam.mask_decoder(embedding, places, prompt[None], dense, multimask_output=False)[:2]
             padded = F.interpolate(masks[:, 0], (256, 256), mode="bilinear")  # two pixels for each of SAM's 128
             logits = F.interpolate(padded[..., :170, :256], (64, 96), mode="bilinear")[0, 0]
-            wins = (logits > 0) & (scores.item() > score_of_best)
-            expected[wins], score_of_best[wins] = k, scores.item()
-    assert agreement(model.segment(**given, mode="literal").labels, [expected]) == 1
+            score = scores.item() * (found.presence[0, own].item() if confidence == "sam*presence" else 1)
+            wins = (logits > 0) & (score > score_of_best)
+            expected[wins], score_of_best[wins] = k, score
+    for mode in MODES:
+        assert agreement(model.segment(**given, mode=mode).labels, [expected]) >= (1 if mode == "literal" else AGREE)
+    model.confidence = next(other for other in CONFIDENCES if other != confidence)
+    assert agreement(model.segment(**given).labels, [expected]) < AGREE  # it matters
 
 
 def test_a_crop_is_the_corner_of_the_padded_picture(models):
