@@ -31,7 +31,15 @@ class Defaults(NamedTuple):
 #: The paper's, where it says them; of the digits this project's own.
 DEFAULTS = {
     "digits": Defaults(
-        {"threshold": 0.3, "length": 1024, "prompts": 6, "hidden": 32, "rank": 8, "alpha": 16, "confidence": "sam"},
+        {
+            "threshold": 0.3,
+            "length": 1024,
+            "prompts": 6,
+            "hidden": 32,
+            "rank": 8,
+            "alpha": 16,
+            "confidence": "presence",
+        },
         {
             "recipe": Recipe(epochs=20, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
             "shortest": 64,

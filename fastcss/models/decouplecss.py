@@ -18,8 +18,9 @@ from .prompt_generator import PromptGenerator, pack
 from .sam import Masks, SamSegmenter
 
 MODES = ("one_pass", "shared", "literal")
-#: By what a pixel that two masks claim goes to one: SAM's estimate of the mask's IoU, or that times r of eq. A.2.
-CONFIDENCES = ("sam", "sam*presence")
+#: By what a pixel that two masks claim goes to one: SAM's estimate of the mask's IoU; or how far r of eq. A.2 is above
+#: the class's threshold, as a share of what it could be: ``(r - θ) / (1 - θ)``.
+CONFIDENCES = ("sam", "presence")
 
 
 class Segmentation(NamedTuple):
@@ -72,7 +73,8 @@ class DecoupleCSS(nn.Module):
         rank, alpha: of the adapters.
         sites: where they sit: "swin+fusion" or "convnext+fusion", as the detector's backbone is, or "fusion", with
             which all tasks share the image encoder.
-        confidence: one of ``CONFIDENCES``; the paper's is "sam", which knows nothing of classes.
+        confidence: one of ``CONFIDENCES``. The paper's is "sam", which knows nothing of classes: where two tasks take
+            one object for theirs, "presence" asks which is the surer.
         initial_generator: of one class, and of the sizes above: what the generator of every new class begins as. By
             default that is random, as in the paper.
 
@@ -173,7 +175,8 @@ class DecoupleCSS(nn.Module):
         embeddings, labels = self.segmenter.embed(sam_pixel_values), []
         for b, size in enumerate(sizes):
             index = present[b].nonzero()[:, 0]
-            masks = self._decode(embeddings[b], self._all.generator, found, b, index)
+            masks = self.segmenter.decode(embeddings[b], self._all.generator(found.tokens[b, index], index))
+            masks = self._rated(masks, found.presence[b, index], self._all.thresholds[index])
             labels.append(_merge(masks, index, size, crops and crops[b]))
         return Segmentation(labels, present, found.presence)
 
@@ -196,7 +199,9 @@ class DecoupleCSS(nn.Module):
             embeddings = self.segmenter.embed(sam_pixel_values)
             for b in batch:
                 for k in present[b].nonzero()[:, 0].split(1):
-                    masks[b].append(self._decode(embeddings[b], task.generator, found, b, k))
+                    prompt = task.generator(found.tokens[b, k], k)
+                    mask = self.segmenter.decode(embeddings[b], prompt)
+                    masks[b].append(self._rated(mask, found.presence[b, k], task.thresholds[k]))
                     indices[b].append(first + k)
             presents.append(present), presences.append(found.presence)
             first += len(task.classes)
@@ -216,14 +221,10 @@ class DecoupleCSS(nn.Module):
         """The tokens of each class, eq. 3 and 4."""
         return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
 
-    def _decode(
-        self, embedding: Tensor, generator: PromptGenerator, found: SelectedTokens, b: int, index: Tensor
-    ) -> Masks:
-        """The masks of the classes ``index`` in picture b."""
-        masks = self.segmenter.decode(embedding, generator(found.tokens[b, index], index))
+    def _rated(self, masks: Masks, presence: Tensor, thresholds: Tensor) -> Masks:
         if self.confidence == "sam":
             return masks
-        return masks._replace(scores=masks.scores * found.presence[b, index])
+        return masks._replace(scores=(presence - thresholds) / (1 - thresholds).clamp(min=1e-6))
 
     def _new_generator(self, classes: int) -> PromptGenerator:
         if self.initial_generator is not None:

@@ -67,7 +67,9 @@ def test_literal_is_what_the_parts_make(models, confidence):
             masks, scores = sam.mask_decoder(embedding, places, prompt[None], dense, multimask_output=False)[:2]
             padded = F.interpolate(masks[:, 0], (256, 256), mode="bilinear")  # two pixels for each of SAM's 128
             logits = F.interpolate(padded[..., :170, :256], (64, 96), mode="bilinear")[0, 0]
-            score = scores.item() * (found.presence[0, own].item() if confidence == "sam*presence" else 1)
+            threshold, score = task.thresholds[own].item(), scores.item()
+            if confidence == "presence":
+                score = (found.presence[0, own].item() - threshold) / (1 - threshold)
             wins = (logits > 0) & (score > score_of_best)
             expected[wins], score_of_best[wins] = k, score
     for mode in MODES:
