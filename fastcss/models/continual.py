@@ -102,7 +102,8 @@ def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, devi
         folder: of a run that was begun.
         watch: is told what goes on.
         workers: processes that read pictures, 0 for this one.
-        device: to learn on. On a GPU sums may come in another order, and a run not be the same bit for bit.
+        device: to learn on. On a GPU, or with another number of threads, sums may come in another order, and a run not
+            be the same bit for bit.
 
     Raises:
         FileNotFoundError, ValueError: no run, or one that is not whole; data that are not there any more.

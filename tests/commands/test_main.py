@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import started
 
 import fastcss
 from fastcss import __main__ as frame
@@ -114,9 +115,7 @@ def test_an_interrupt_is_130():
         "info.run = lambda options: (print('ready', flush=True), time.sleep(60))\n"
         "__main__.main(['info'])"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = started("-c", script, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "")

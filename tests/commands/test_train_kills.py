@@ -6,11 +6,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from continual_runs import SMALL_DIGITS, learned, lines
+from processes import started
 
 from fastcss.__main__ import main
 
@@ -18,10 +18,7 @@ from fastcss.__main__ import main
 def stop_when(path: Path, text: str, how: signal.Signals, *arguments: str) -> subprocess.Popen:
     """Start the command, and send it a signal as soon as this text stands in a file."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastcss", "train", *arguments],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = started("-m", "fastcss", "train", *arguments, env=environment, stderr=subprocess.STDOUT)
     while process.poll() is None:
         with contextlib.suppress(OSError):
             if text in path.read_text():

@@ -13,6 +13,10 @@ from training_scenes import trainer_for
 
 from benchmarks import decouplecss_training
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+#: Bytes, of the peak. When Python lets go of a small tensor is not the same in every run; a task has over 50 times it.
+SLACK = 2048
+
 
 class Cost(NamedTuple):
     """Of products; of all that was allocated, in bytes and in number; the most that was held at a time."""
@@ -54,7 +58,10 @@ def test_an_epoch_costs_the_same_after_one_task_and_after_seven():
     one = training(1)
     assert one.flops > 0
     assert one.allocations > 1000
-    assert one == training(4) == training(8)
+    assert sum(p.nbytes for p in trainer_for((2,)).task.parameters()) > 50 * SLACK
+    for more in (training(4), training(8)):
+        assert more[:3] == one[:3]
+        assert abs(more.peak - one.peak) <= SLACK
 
 
 def test_what_runs_all_tasks_would_be_seen_to_grow():
