@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from continual_runs import SETTINGS, StopAt, learned, lines, plan_of
+from killed_process import killing
 from safetensors.torch import load_file, save_file
 
 from fastcss.models import continual_progress
@@ -46,17 +47,7 @@ def test_stopped_at_every_turn(digit_models, digit_run, tmp_path):
 
 def train_until_killed(run: Path, calls: int) -> None:
     """In a process of its own, which kills itself at a certain call of those that make things last."""
-
-    def dying(function):
-        def call(*args, **kwargs):
-            nonlocal calls
-            if calls == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls -= 1
-            return function(*args, **kwargs)
-
-        return call
-
+    dying = killing(calls)
     for module, name in ((os, "rename"), (os, "rmdir"), (os, "fsync")):
         setattr(module, name, dying(getattr(module, name)))
     train(run)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from decouplecss_models import SIZES, add_task, build, pictures
+from killed_process import killing
 from safetensors.torch import load_file, save_file
 
 from fastcss import _files, one_pass
@@ -142,16 +143,7 @@ def test_a_full_disk_begins_no_run(saved_model, tmp_path, monkeypatch):
 
 def save_until_killed(model, t: int, folder: Path, calls: int) -> None:
     """In a process of its own, which kills itself at a certain call of those that touch the disk."""
-
-    def dying(function):
-        def call(*args, **kwargs):
-            nonlocal calls
-            if calls == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls -= 1
-            return function(*args, **kwargs)
-
-        return call
+    dying = killing(calls)
 
     def half(tensors, path, metadata):
         Path(path).write_bytes(b"half")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from continual_runs import StopAt, plan_of
 from decouplecss_models import phrases
+from killed_process import killing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from training_scenes import pictures_for
@@ -178,17 +179,7 @@ def test_what_is_not_whole_is_named(kept, tmp_path):
 
 def save_until_killed(model: DecoupleCSS, kept: Path, folder: Path, calls: int) -> None:
     """In a process of its own, which kills itself at a certain call of those that touch the disk."""
-
-    def dying(function):
-        def call(*args, **kwargs):
-            nonlocal calls
-            if calls == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls -= 1
-            return function(*args, **kwargs)
-
-        return call
-
+    dying = killing(calls)
     for name in ("mkdir", "fsync", "rename", "replace"):
         setattr(os, name, dying(getattr(os, name)))
     save_base(model, folder, detector=kept / "base/detector", segmenter=kept / "base/segmenter")
