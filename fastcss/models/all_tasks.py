@@ -10,6 +10,7 @@ from torch import Tensor
 from ..one_pass import OnePass
 from ..ops import SelectedTokens
 from .class_detector import DetectedClasses
+from .phrase_features import phrase_features
 from .prompt_generator import pack
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class AllTasks:
         self._model, self._tasks = model, list(model.tasks)
         self._stamp = self._stamp_now()
         detector: ClassDetector = model.detector.get_base_model()
-        self._phrases = [detector.embed_phrases(task.input_ids, task.attention_mask) for task in self._tasks]
+        self._phrases = phrase_features(detector, self._tasks)
         self._runner = OnePass(model.detector)
         widest = max(map(len, self._phrases))
         self._padded = {

@@ -55,6 +55,7 @@ class Task(nn.Module):
         self.register_buffer("attention_mask", phrases.attention_mask, persistent=False)
         self.register_buffer("thresholds", torch.zeros(len(classes)))  # of presence
         self.generator = generator
+        self.phrase_features: dict[str, Tensor] | None = None  # see the module of that name
 
 
 class DecoupleCSS(nn.Module):

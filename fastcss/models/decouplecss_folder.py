@@ -7,6 +7,7 @@
     base/generator       generator.safetensors: what the prompt generator of a new class begins as, where it is given
     task_0/ task_1/ …    adapter_config.json, adapter_model.safetensors: a PEFT adapter
                          task.json: name, classes, phrases; task.safetensors: prompt generators, thresholds
+                         phrases.safetensors: what the text encoder makes of the phrases, where it has read them
     metrics.jsonl        a line for each thing that was measured
 """
 
@@ -38,6 +39,7 @@ from .checkpoint import check_tensors, empty, load_pretrained, save_pretrained
 from .class_detector import ClassDetector
 from .decouplecss import DecoupleCSS, Phrases
 from .grounding_dino import LORA_SITES, PARTS
+from .phrase_features import load_phrase_features, save_phrase_features
 from .prompt_generator import PromptGenerator
 from .sam import SamSegmenter
 
@@ -128,6 +130,7 @@ def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = 
         adapter = get_peft_model_state_dict(model.detector, adapter_name=task.name, save_embedding_layers=False)
         save_file({name: x.contiguous() for name, x in adapter.items()}, new / WEIGHTS_FILE, {"format": "pt"})
         save_file(task.state_dict(), new / "task.safetensors", {"format": "pt"})
+        save_phrase_features(task, new)
         (new / "task.json").write_text(json.dumps(about), encoding="utf-8")
 
 
@@ -304,3 +307,4 @@ def _load_task(model: DecoupleCSS, folder: Path) -> None:
     for name, place in places.items():  # views of the adapter's own parameters
         place.copy_(adapter[name])
     task.load_state_dict(tensors)
+    load_phrase_features(task, folder)

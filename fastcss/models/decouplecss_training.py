@@ -15,6 +15,7 @@ from ..ops import SelectedTokens, select_tokens
 from .class_detector import DetectedClasses
 from .decouplecss import DecoupleCSS, Task
 from .decouplecss_loss import asymmetric_loss, mask_loss, presence_probability, token_loss
+from .phrase_features import phrase_features
 from .task_pictures import Batch, TaskPictures, collate, token_shares
 
 
@@ -64,10 +65,9 @@ def activate(model: DecoupleCSS, task: Task) -> dict[str, nn.Parameter]:
     return adapter | {f"generator.{name}": p for name, p in task.generator.named_parameters()}
 
 
-@torch.no_grad()
 def embed_phrases(model: DecoupleCSS, task: Task) -> Tensor:
     """The phrases of a task's classes, ``[c, M, D]``: the text encoder is frozen and runs once a task."""
-    return model.detector.get_base_model().embed_phrases(task.input_ids, task.attention_mask)
+    return phrase_features(model.detector.get_base_model(), [task])[0]
 
 
 def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch, token_weight: float = 0.0) -> Losses:

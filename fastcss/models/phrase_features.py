@@ -1,0 +1,80 @@
+"""Phrases as the frozen text encoder reads them: computed once a model, and kept on disk beside what was learned."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._files import read_tensors
+
+if TYPE_CHECKING:
+    from .class_detector import ClassDetector
+    from .decouplecss import Task
+
+FILE = "phrases.safetensors"
+
+
+@torch.no_grad()
+def phrase_features(detector: ClassDetector, tasks: Sequence[Task]) -> list[Tensor]:
+    """``[c, M, D]`` for each task's phrases.
+
+    A task keeps its own with the digest of what they follow from, and has new ones where that is another: a text
+    encoder that was changed, exchanged or cast, other phrases.
+    """
+    encoder = _text_encoder(detector)
+    for task in tasks:
+        digest = _digest(encoder, task)
+        if task.phrase_features is None or not torch.equal(task.phrase_features["digest"], digest):
+            features = detector.embed_phrases(task.input_ids, task.attention_mask)
+            task.phrase_features = {"digest": digest, "features": features}
+        task.phrase_features["features"] = task.phrase_features["features"].to(task.input_ids.device)
+    return [task.phrase_features["features"] for task in tasks]
+
+
+def save_phrase_features(task: Task, folder: Path) -> None:
+    """Write what the task keeps, if anything was computed yet."""
+    if task.phrase_features is not None:
+        save_file(task.phrase_features, folder / FILE, {"format": "pt"})
+
+
+def load_phrase_features(task: Task, folder: Path) -> None:
+    """Read it back, if it is there; ValueError where it is not whole, or of other phrases."""
+    path = folder / FILE
+    if not path.exists():
+        return
+    kept = read_tensors(path, "DecoupleCSS")
+    shapes = {name: list(tensor.shape) for name, tensor in kept.items()}
+    shape = list(task.input_ids.shape[:2])
+    if shapes.keys() != {"digest", "features"} or shapes["digest"] != [32] or shapes["features"][:-1] != shape:
+        raise ValueError(
+            f"DecoupleCSS: {path} must hold digest [32] and features [{shape[0]}, {shape[1]}, D]: {shapes}"
+        )
+    task.phrase_features = kept
+
+
+def _text_encoder(detector: ClassDetector) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    for part in (detector.text_backbone, detector.text_projection):
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest
+
+
+def _digest(encoder: hashlib._Hash, task: Task) -> Tensor:
+    """uint8 [32]."""
+    digest = encoder.copy()
+    for tensor in (task.input_ids, task.attention_mask):
+        digest.update(f"{list(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
