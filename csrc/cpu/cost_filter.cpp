@@ -109,9 +109,10 @@ int64_t images_at_a_time(int64_t images, int64_t floats_each) {
   return std::clamp<int64_t>(kFloats / std::max<int64_t>(floats_each, 1), 1, std::max<int64_t>(images, 1));
 }
 
-std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Tensor& text_in, const Tensor& scale,
-                                               const Tensor& panels, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Tensor& text_in, const Tensor& scale_in,
+                                               const Tensor& panels_in, int64_t k) {
   const Tensor image = as_pixels(image_in), text = as_rows(text_in);
+  const Tensor scale = torch::stable::contiguous(scale_in), panels = torch::stable::contiguous(panels_in);
   const int64_t B = image.size(0), H = image.size(1), W = image.size(2), D = image.size(3);
   const int64_t T = text.size(1), P = text.size(2);
   const DType dtype = dtype_of(image, kCostFilter);
@@ -119,6 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Ten
   Tensor index = torch::stable::new_empty(image, shape({B, k}), ScalarType::Long);
   Tensor score = torch::stable::new_empty(image, shape({B, k}));
   const int64_t padded = ceil_div(T * P, kMaxRows) * kMaxRows;
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && panels.scalar_type() == ScalarType::Float, kCostFilter,
+                  ": scale and panels must be float32");
   STD_TORCH_CHECK(scale.numel() == 0 || scale.numel() == text.size(0) * T * P, kCostFilter, ": scale is not of text");
   STD_TORCH_CHECK(panels.numel() == 0 || panels.numel() == text.size(0) * padded * D, kCostFilter,
                   ": panels are not of text");

@@ -9,7 +9,7 @@ from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
 from ..composed import affinity_attention as composed
 from ..reference import affinity_attention as reference
-from ._arguments import autocast, check_alike, check_shapes
+from ._arguments import autocast, check_alike, check_flag, check_number, check_shapes
 
 FORWARD = kernels("affinity_attention")
 BACKWARD = kernels("affinity_attention_backward")
@@ -45,6 +45,8 @@ def affinity_attention(
     op = "affinity_attention"
     check_shapes(op, q=(q, "B N K"), k=(k, "B N K"), v=(v, "B N D"))
     check_alike(op, q=q, k=k, v=v)
+    scale = check_number(op, "scale", scale)
+    check_flag(op, "mean", mean)
     q, k, v = autocast(q, k, v)
     impl = _backends.choose(op, impl, q)
     if impl == "reference":

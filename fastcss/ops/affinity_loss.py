@@ -9,7 +9,7 @@ from .. import _backends
 from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
 from ..composed import affinity_loss as composed
 from ..reference import affinity_loss as reference
-from ._arguments import autocast, check_alike, check_labels, check_shapes
+from ._arguments import autocast, check_alike, check_count, check_integer, check_labels, check_number, check_shapes
 
 FORWARD = kernels("affinity_loss")
 BACKWARD = kernels("affinity_loss_backward")
@@ -33,7 +33,7 @@ def affinity_loss(
         k: ``[B, N, K]``, a key for each pixel, dtype of ``q``.
         labels: integer ``[B, N]``, or ``[B, h, w]`` with h·w = N; the class of each pixel, on the device of ``q``.
         scale: factor of the products ``q_i · k_j``.
-        ignore_index: pixels of this label are in no pair.
+        ignore_index: pixels of this label are in no pair; any number of 32 bits.
         num_classes: where given, labels are checked against it (on CPU; on CUDA reading them would stall).
         impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
 
@@ -55,6 +55,8 @@ def affinity_loss(
     op = "affinity_loss"
     sizes = check_shapes(op, q=(q, "B N K"), k=(k, "B N K"))
     check_alike(op, q=q, k=k)
+    scale = check_number(op, "scale", scale)
+    check_integer(op, "ignore_index", ignore_index, least=-LARGEST_LABEL - 1, most=LARGEST_LABEL)
     labels = _labels(q, labels, sizes["B"], sizes["N"], ignore_index, num_classes)
     q, k = autocast(q, k)
     impl = _backends.choose(op, impl, q)
@@ -97,7 +99,9 @@ register_vmap("affinity_loss_backward", loop_vmap)
 
 def _labels(q: Tensor, labels: Tensor, batch: int, pixels: int, ignore_index: int, num_classes: int | None) -> Tensor:
     """As int32 [B, N]."""
-    most = LARGEST_LABEL + 1 if num_classes is None else num_classes
+    most = LARGEST_LABEL + 1
+    if num_classes is not None:
+        most = min(most, check_count("affinity_loss", "num_classes", num_classes))
     check_labels("affinity_loss", "q", q, labels, ignore_index, most)
     flat = labels.flatten(1) if labels.dim() == 3 else labels
     if flat.shape != (batch, pixels):

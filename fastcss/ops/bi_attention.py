@@ -12,7 +12,7 @@ from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, reg
 from .._one_call import one_call
 from ..composed import bi_attention as composed
 from ..reference import bi_attention as reference
-from ._arguments import autocast, check_alike, check_device, check_shapes, no_autocast
+from ._arguments import autocast, check_alike, check_device, check_number, check_shapes, no_autocast
 
 FORWARD = kernels("bi_attention")
 BACKWARD = kernels("bi_attention_backward")
@@ -90,7 +90,7 @@ def bi_attention(
             check_device(op, "q", q, name, mask)
             if mask.dtype != torch.bool:
                 raise TypeError(f"{op}: {name} must be bool, True where a token is not read, got {mask.dtype}")
-    scale = max(1, q.shape[3]) ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[3]) ** -0.5 if scale is None else check_number(op, "scale", scale)
     q, k, v_image, v_text = autocast(q, k, v_image, v_text)
     impl = _backends.choose(op, impl, q)
     if impl in ("reference", "composed"):

@@ -9,7 +9,7 @@ from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
 from ..composed import class_affinity as composed
 from ..reference import class_affinity as reference
-from ._arguments import autocast, check_alike, check_shapes
+from ._arguments import autocast, check_alike, check_flag, check_number, check_shapes
 from .affinity_attention import affinity_attention
 
 FORWARD = kernels("class_affinity")
@@ -56,6 +56,8 @@ def class_affinity(
     if sizes["C"] == 0:
         raise ValueError(f"{op}: centers must have at least one class, got {list(centers.shape)}")
     check_alike(op, q=q, k=k, feats=feats, centers=centers)
+    scale = check_number(op, "scale", scale)
+    check_flag(op, "mean", mean)
     q, k, feats, centers = autocast(q, k, feats, centers)
     impl = _backends.choose(op, impl, q)
     if impl == "reference":

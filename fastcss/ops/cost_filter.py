@@ -11,7 +11,16 @@ from .. import _backends
 from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
 from ..composed import cost_filter as composed
 from ..reference import cost_filter as reference
-from ._arguments import autocast, check_alike, check_count, check_device, check_shapes, readable
+from ._arguments import (
+    autocast,
+    check_alike,
+    check_count,
+    check_device,
+    check_number,
+    check_shapes,
+    check_tensor,
+    readable,
+)
 
 FORWARD = kernels("cost_filter")
 BACKWARD = kernels("cost_filter_backward")
@@ -75,10 +84,8 @@ def cost_filter(image: Tensor, text: Tensor | PackedText, k: int, *, impl: str =
     op = "cost_filter"
     packed = text if isinstance(text, PackedText) else None
     text = _text(op, packed.text if packed else text)
-    if packed and packed.scale.numel() and packed.scale.shape != text.shape[:3]:
-        raise ValueError(
-            f"{op}: text.scale must be of text.text, {list(text.shape[:3])}, got {list(packed.scale.shape)}"
-        )
+    if packed:
+        _packed(op, packed, text)
     sizes = check_shapes(op, image=(image, "B H W D"))
     wanted = "T P D" if len(text) == 1 else "B T P D"
     sizes |= check_shapes(op, image=(image, "B H W D"), text=(text[0] if len(text) == 1 else text, wanted))
@@ -213,9 +220,12 @@ def scatter_cost(filtered: FilteredCost, classes: int, fill: float = -100.0) -> 
     cost, index = _filtered(op, filtered)
     if check_count(op, "classes", classes) < index.shape[1]:
         raise ValueError(f"{op}: classes must be at least the {index.shape[1]} kept ones, got {classes}")
-    if readable(index) and int(index.max()) >= classes:
-        raise IndexError(f"{op}: filtered.index must be below classes = {classes}, got {int(index.max())}")
-    whole = cost.new_full((len(cost), classes, *cost.shape[2:]), fill)
+    if readable(index):
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= classes:
+            wanted, got = ("at least 0", low) if low < 0 else (f"below classes = {classes}", high)
+            raise IndexError(f"{op}: filtered.index must be {wanted}, got {got}")
+    whole = cost.new_full((len(cost), classes, *cost.shape[2:]), check_number(op, "fill", fill))
     return whole.scatter(1, index.reshape(*index.shape, *(1,) * (cost.dim() - 2)).expand_as(cost), cost)
 
 
@@ -241,15 +251,26 @@ def filtered_argmax(filtered: FilteredCost) -> Tensor:
 
 def _text(op: str, text: Tensor) -> Tensor:
     """As [1 or B, T, P, D]."""
-    if not isinstance(text, Tensor) or text.dim() not in (3, 4):
-        got = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
-        raise (ValueError if isinstance(text, Tensor) else TypeError)(
-            f"{op}: text must be [T, P, D] or [B, T, P, D], got {got}"
-        )
+    wanted = "[T, P, D] or [B, T, P, D]"
+    check_tensor(op, "text", text, wanted)
+    if text.dim() not in (3, 4):
+        raise ValueError(f"{op}: text must be {wanted}, got {list(text.shape)}")
     text = text if text.dim() == 4 else text[None]
     if 0 in text.shape[1:3]:
         raise ValueError(f"{op}: text must have at least one class and one prompt, got {list(text.shape)}")
     return text
+
+
+def _packed(op: str, packed: PackedText, text: Tensor) -> None:
+    for name, tensor in (("text.scale", packed.scale), ("text.panels", packed.panels)):
+        check_tensor(op, name, tensor, "from pack_text")
+        check_device(op, "text.text", text, name, tensor)
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{op}: {name} must be float32 from pack_text, got {tensor.dtype}")
+    if packed.scale.numel() and packed.scale.shape != text.shape[:3]:
+        raise ValueError(
+            f"{op}: text.scale must be of text.text, {list(text.shape[:3])}, got {list(packed.scale.shape)}"
+        )
 
 
 def _filtered(op: str, filtered: FilteredCost) -> tuple[Tensor, Tensor]:
@@ -257,8 +278,11 @@ def _filtered(op: str, filtered: FilteredCost) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{op}: filtered must be a FilteredCost, got {type(filtered).__name__}")
     cost, index = filtered.cost, filtered.index
     check_shapes(op, **{"filtered.index": (index, "B k")})
-    if not isinstance(cost, Tensor) or cost.shape[:2] != index.shape:
-        got = list(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
-        raise ValueError(f"{op}: filtered.cost must be [B, k, …] with [B, k] = {list(index.shape)}, got {got}")
+    check_tensor(op, "filtered.cost", cost, "[B, k, …]")
+    if cost.shape[:2] != index.shape:
+        wanted = f"[B, k, …] with [B, k] = {list(index.shape)}"
+        raise ValueError(f"{op}: filtered.cost must be {wanted}, got {list(cost.shape)}")
     check_device(op, "filtered.cost", cost, "filtered.index", index)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{op}: filtered.index must be int64, got {index.dtype}")
     return cost, index

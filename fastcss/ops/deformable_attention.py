@@ -12,7 +12,7 @@ from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, reg
 from .._one_call import one_call
 from ..composed import deformable_attention as composed
 from ..reference import deformable_attention as reference
-from ._arguments import autocast, check_alike, check_device, check_shapes, no_autocast
+from ._arguments import autocast, check_alike, check_device, check_floating, check_shapes, no_autocast
 
 FORWARD = kernels("deformable_attention")
 BACKWARD = kernels("deformable_attention_backward")
@@ -72,8 +72,7 @@ def deformable_attention(
     shapes = _shapes(op, spatial_shapes, sizes)
     check_alike(op, value=value, offsets=offsets, logits=logits)
     check_device(op, "value", value, "reference_points", reference_points)
-    if not reference_points.is_floating_point():
-        raise TypeError(f"{op}: reference_points must be a floating-point tensor, got {reference_points.dtype}")
+    check_floating(op, "reference_points", reference_points)
     value, offsets, logits = autocast(value, offsets, logits)
     impl = _backends.choose(op, impl, value)
     if impl in ("reference", "composed"):

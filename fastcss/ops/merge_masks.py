@@ -11,7 +11,7 @@ from .. import _backends
 from .._autograd import kernels, loop_vmap, register_vmap
 from ..composed import merge_masks as composed
 from ..reference import merge_masks as reference
-from ._arguments import check_count, check_device, check_shapes
+from ._arguments import check_count, check_device, check_flag, check_floating, check_shapes
 
 FORWARD = kernels("merge_masks")
 #: SAM's mask decoder gives a quarter of the resolution that its picture was padded to.
@@ -61,8 +61,7 @@ def merge_masks(
     op = "merge_masks"
     sizes = check_shapes(op, masks=(masks, "K h w"), scores=(scores, "K"))
     for name, tensor in (("masks", masks), ("scores", scores)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")
+        check_floating(op, name, tensor)
     check_device(op, "masks", masks, "scores", scores)
     if sizes["h"] == 0 or sizes["w"] == 0:
         raise ValueError(f"{op}: masks must have at least one pixel, got {list(masks.shape)}")
@@ -73,12 +72,13 @@ def merge_masks(
         raise ValueError(f"{op}: crop must be within {UPSCALE} times masks, {list(padded)}, got {list(crop)}")
     if not isinstance(threshold, float | int) or math.isnan(threshold):
         raise ValueError(f"{op}: threshold must be a number, got {threshold!r}")
+    check_flag(op, "return_score", return_score)
     masks, scores = masks.detach(), scores.detach()
     order = scores.argsort(descending=True, stable=True)
     impl = _backends.choose(op, impl, masks)
     if impl in ("reference", "composed"):
         form = reference if impl == "reference" else composed
-        labels, score = form.merge_masks(masks, scores, order, size, crop, threshold)
+        labels, score = form.merge_masks(masks, scores, order, size, crop, float(threshold))
     else:
         wide = scores.dtype not in _backends.KERNEL_DTYPES
         given = (masks, scores.float() if wide else scores, order)

@@ -12,6 +12,7 @@ from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, reg
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
+from ._arguments import autocasts, check_floating, check_tensor
 
 MODES = ("shared", "diverged", "routed")
 FORWARD = kernels("multi_lora")
@@ -58,9 +59,8 @@ def multi_lora(
         >>> multi_lora(torch.randn(100, 8), torch.randn(16, 8), lora).shape
         torch.Size([6, 100, 16])
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    _check(x, weight, lora, bias, mode, index, autocast)
-    if autocast:
+    _check(x, weight, lora, bias, mode, index)
+    if autocasts(x):
         x, weight, bias, lora = _autocast(x, weight, bias, lora)
     impl = _backends.choose("multi_lora", impl, x)
     inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
@@ -164,14 +164,17 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
 
 
-def _check(
-    x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None, autocast: bool
-) -> None:
+def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None) -> None:
     if mode not in MODES:
         raise ValueError(f"multi_lora: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not isinstance(lora, PackedLora):
         raise TypeError(f"multi_lora: lora must be a PackedLora (see PackedLora.pack), got {type(lora).__name__}")
     wanted = {"shared": "[*, K]", "diverged": "[T, *, K]", "routed": "[S, *, K]"}[mode]
+    given = {"x": (x, wanted), "weight": (weight, "[N, K]"), "bias": (bias, "[N]"), "index": (index, "[S]")}
+    given |= {"lora.a": (lora.a, "[Σr, K]"), "lora.b": (lora.b, "[Σr, N]")}
+    for name, (tensor, shape) in given.items():
+        if tensor is not None or name not in ("bias", "index"):
+            check_tensor("multi_lora", name, tensor, shape)
     least = 1 if mode == "shared" else 2
     if x.dim() < least or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -193,9 +196,8 @@ def _check(
     for name, tensor in (("weight", weight), ("bias", bias), ("lora.a", lora.a), ("lora.b", lora.b), ("index", index)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"multi_lora: {name} must be on the device of x, {x.device}, got {tensor.device}")
-    if not x.is_floating_point():
-        raise TypeError(f"multi_lora: x must be a floating-point tensor, got {x.dtype}")
-    if not autocast:
+    check_floating("multi_lora", "x", x)
+    if not autocasts(x):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
                 raise TypeError(f"multi_lora: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")

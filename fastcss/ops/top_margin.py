@@ -11,7 +11,7 @@ from .. import _backends
 from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
 from ..composed import top_margin as composed
 from ..reference import top_margin as reference
-from ._arguments import check_alike, check_labels
+from ._arguments import check_alike, check_integer, check_labels, check_tensor
 
 FORWARD = kernels("top_margin")
 BACKWARD = kernels("top_margin_backward")
@@ -65,7 +65,9 @@ def top_margin(
         torch.Size([1, 64, 64])
     """
     op = "top_margin"
-    check_alike(op, logits=logits) if isinstance(logits, Tensor) else _not_logits(logits)
+    check_tensor(op, "logits", logits, "[B, C, …]")
+    check_alike(op, logits=logits)
+    check_integer(op, "ignore_index", ignore_index)
     if logits.dim() < 2 or logits.shape[1] < 2:
         raise ValueError(f"{op}: logits must be [B, C, …] with at least two classes, got {list(logits.shape)}")
     pixels = (len(logits), *logits.shape[2:])
@@ -113,7 +115,3 @@ class TopMarginFunction(torch.autograd.Function):
 
 register_vmap("top_margin", fold_vmap)
 register_vmap("top_margin_backward", fold_vmap)
-
-
-def _not_logits(logits) -> None:
-    raise TypeError(f"top_margin: logits must be a tensor [B, C, …], got {type(logits).__name__}")

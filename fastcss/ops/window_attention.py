@@ -12,7 +12,7 @@ from .._autograd import fold_vmap, kernels, loop_vmap, needs_grad, once_differen
 from .._one_call import one_call
 from ..composed import window_attention as composed
 from ..reference import window_attention as reference
-from ._arguments import autocast, check_alike, check_count, check_shapes, no_autocast
+from ._arguments import autocast, check_alike, check_count, check_number, check_shapes, no_autocast
 
 FORWARD = kernels("window_attention")
 BACKWARD = kernels("window_attention_backward")
@@ -76,7 +76,7 @@ def window_attention(
         wanted = [q.shape[3], window**2, window**2]
         raise ValueError(f"{op}: bias must be [heads, window², window²] = {wanted}, got {list(bias.shape)}")
     check_alike(op, q=q, k=k, v=v, bias=bias, **{name: x for name, (x, _) in pads.items()})
-    scale = max(1, q.shape[4]) ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[4]) ** -0.5 if scale is None else check_number(op, "scale", scale)
     pad_key, pad_value = (
         (k.new_zeros(k.shape[3:]) if x is None else x).expand(k.shape[0], -1, -1) for x in (pad_key, pad_value)
     )
