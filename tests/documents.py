@@ -38,6 +38,11 @@ def sections(path: Path) -> list[Section]:
     return [Section(match[1], text[match.start() : end]) for match, end in zip(headings, ends, strict=True)]
 
 
+def anchor(heading: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def prose(path: Path) -> str:
     return FENCE.sub("", path.read_text(encoding="utf-8"))
 

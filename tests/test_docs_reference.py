@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from documents import REFERENCE, ROOT, inline_code, name_of, readers_data, readers_program, sections
+from documents import REFERENCE, ROOT, anchor, inline_code, name_of, readers_data, readers_program, sections
 
 import fastcss
 from docs import make_reference
@@ -34,7 +34,7 @@ def test_every_public_name_is_there(page):
 
 @pytest.mark.parametrize("page", REFERENCE, ids=name_of)
 def test_a_name_has_a_heading_of_its_own(page):
-    headings = [make_reference._anchor(section.heading.strip("`")) for section in sections(page)]
+    headings = [anchor(section.heading) for section in sections(page)]
     assert len(headings) == len(set(headings))
 
 
