@@ -41,10 +41,10 @@ DEFAULTS = {
             "confidence": "presence",
         },
         {
-            "recipe": Recipe(epochs=20, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
+            "recipe": Recipe(epochs=2, batch_size=16, learning_rate=3e-3, clip=1.0, token_weight=1.0),
             "shortest": 64,
             "longest": 64,
-            "train_scenes": 1500,
+            "train_scenes": 10_000,
             "test_scenes": 300,
         },
     ),
