@@ -41,12 +41,12 @@ FASTCSS_INLINE void scatter(T* map, int64_t stride, int64_t D, int64_t n, const 
 
 Tensor with_tokens(const Tensor& x) {
   const bool channels = x.size(4) <= 1 || x.stride(4) == 1;
-  const bool tokens = x.size(1) <= 1 || x.stride(1) == x.size(2) * x.stride(2);
+  const bool tokens = x.size(1) <= 1 || x.size(2) <= 1 || x.stride(1) == x.size(2) * x.stride(2);
   return channels && tokens ? x : torch::stable::contiguous(x);
 }
 
 Matrix head_of(const Tensor& x, int64_t b, int64_t h) {
-  return matrix(x, 2, 4, kOp).offset(b * x.stride(0) + h * x.stride(3));
+  return matrix(x, x.size(2) > 1 ? 2 : 1, 4, kOp).offset(b * x.stride(0) + h * x.stride(3));
 }
 
 void read_padding(float* dst, const Tensor& pad, int64_t b, int64_t h, int64_t D) {

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BOXES = pytest.mark.parametrize("box", [False, True], ids=["points", "boxes"])
 
 
-def assert_as_good_as_eager(call: Call, impl: str, tolerance: float) -> None:
+def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) -> None:
     """Better: in 16 bits that code reads its values from other places. No location is rounded here, results are."""
-    calls.assert_as_good_as_eager(dataclasses.replace(call, op=rounded_once), impl, tolerance)
+    calls.assert_as_good_as_eager(dataclasses.replace(call, op=rounded_once), impl, tolerance, **options)
 
 
 @BOXES

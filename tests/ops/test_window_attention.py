@@ -206,6 +206,16 @@ def test_any_shape_and_stride(impl, examples, pads, device, tolerances):
     calls.check_any_shape_and_stride(padded, shapes, impl, tolerances[torch.float32], examples, assert_as_good_as_eager)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_map_of_one_column(impl, device, tolerances):
+    """That was a row: as contiguous as any, with a stride from column to column that leads out of it."""
+    call = make(2, 7, 1, 2, 5, 3, 1, device=device)
+    turned = {name: call.tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    assert turned["q"].is_contiguous()
+    assert turned["q"].stride(2) == 7 * turned["q"].stride(1)
+    assert_as_good_as_eager(call.having(**turned), runs(window_attention, impl, device), tolerances[torch.float32])
+
+
 # --- what others compute ---------------------------------------------------------------------------------------------
 
 

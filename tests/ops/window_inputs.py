@@ -47,11 +47,11 @@ def make(
     return Call(window_attention, tensors, {"window": window, "shift": shift}).map(lambda tensor: tensor.to(device))
 
 
-def assert_as_good_as_eager(call: Call, impl: str, tolerance: float) -> None:
+def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) -> None:
     """``calls.assert_as_good_as_eager``, where a gradient by way of tokens that are no neighbours alone is nothing:
     e^-100 of others, less than a float32 of full precision."""
 
     def counted(name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
         return [exact[name] if exact[name].abs().amax() > 1e-35 else torch.ones(())]
 
-    calls.assert_as_good_as_eager(call, impl, tolerance, peers=counted)
+    calls.assert_as_good_as_eager(call, impl, tolerance, peers=counted, **options)

@@ -1,0 +1,22 @@
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # the inputs are those of the ops' own tests
+
+EXAMPLES = 24
+
+
+@pytest.fixture(scope="session")
+def fuzz(pytestconfig):
+    """``fuzz(share)``: settings for that share of the examples; the same ones each time unless more are asked for."""
+    asked = pytestconfig.getoption("--fuzz-examples")
+    always = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+    def share(part: float) -> settings:
+        return settings(max_examples=math.ceil(part * (asked or EXAMPLES)), derandomize=asked is None, **always)
+
+    return share
