@@ -1,9 +1,11 @@
-"""``python -m benchmarks [OP…] [--case NAME] [--mode fwd|bwd] [--device cpu|cuda] [--quick] [--out FILE.jsonl]``."""
+"""``python -m benchmarks [OP…] [--case NAME] [--mode fwd|bwd] [--device cpu|cuda] [--quick] [--out FILE.jsonl]
+[--compare OLD.jsonl]``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +13,10 @@ from rich.console import Console
 
 from fastcss._malloc import tune_malloc
 
-from . import harness, registry, report
+from . import compare, harness, registry, report
+
+#: On each provider of a case, on average: all cases of a CPU with two cores take less than twenty minutes.
+SECONDS = 0.25
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,41 +24,78 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
+    out = Path(options.out) if options.out else None
+    if out and (out.is_dir() or str(options.out).endswith("/")):
+        out = out / report.file_name(harness.device_name(options.device))
+    if options.malloc == "tuned" and not tune_malloc():
+        options.malloc = "default"
     try:
         cases = registry.select(registry.all_cases(options.device, options.quick), options.op, options.case)
-    except ValueError as error:
+        old = _old_rows(options) if options.compare else []
+        if out and out.exists():
+            report.read(out)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if options.list:
         print(*(case.name for case in cases), sep="\n")
         return 0
 
-    malloc = options.malloc
-    if malloc == "tuned" and not tune_malloc():
-        malloc = "default"
-    out = Path(options.out) if options.out else None
-    if out and (out.is_dir() or str(options.out).endswith("/")):
-        out = out / report.file_name(harness.device_name(options.device))
     console = Console(width=None if sys.stdout.isatty() else 140)
-    right = True
+    rows = _run(cases, options, out, console)
+    ours = [row for row in rows if row["provider"] == registry.OURS]
+    right = all(row["verified"] for row in ours) and len(ours) == len({(row["case"], row["mode"]) for row in rows})
+    if out:
+        console.print(f"rows are in {out}", markup=False)
+    if options.compare:
+        found = compare.compare(rows, old)
+        compare.show(found, console)
+        right &= not found.worse
+    return 0 if right else 1
+
+
+def _run(cases: Sequence[registry.Case], options: argparse.Namespace, out: Path | None, console: Console) -> list[dict]:
+    """The rows of all cases, shown and written as they come."""
+    rows = []
     for case in cases:
         for mode in [options.mode] if options.mode else case.modes:
             if mode not in case.modes:
                 console.print(f"{case.name} has no mode {mode}", markup=False)
                 continue
-            outcome = harness.run(case, mode, options.device, malloc, seconds=0.1 if options.quick else 1.0)
+            outcome = harness.run(case, mode, options.device, options.malloc, SECONDS / 5 if options.quick else SECONDS)
             report.show(outcome, console)
-            right &= any(row["provider"] == registry.OURS and row["verified"] for row in outcome.rows)
+            rows += outcome.rows
             if out:
                 report.merge_into(out, outcome.rows)
-    if out:
-        console.print(f"rows are in {out}", markup=False)
-    return 0 if right else 1
+    return rows
+
+
+def _old_rows(options: argparse.Namespace) -> list[dict]:
+    """Of the file to compare with, read before a run that may write it: what this run is to measure anew.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it has no such rows.
+    """
+    here = {"device": options.device, "device_name": harness.device_name(options.device), "malloc": options.malloc}
+    found = [
+        row
+        for row in report.read(Path(options.compare))
+        if all(row[name] == value for name, value in here.items())
+        and registry.matches(row["op"], row["case"], options.op, options.case)
+        and options.mode in (None, row["mode"])
+        and row["case"].endswith("-quick") == options.quick
+    ]
+    if not any(row["provider"] == registry.OURS and row["verified"] for row in found):
+        wanted = ", ".join(f"{name} {value!r}" for name, value in here.items())
+        raise ValueError(f"--compare: {options.compare} has no rows of these cases with {wanted}")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Verify, time and tabulate every provider of each case. Exit code 1: fastcss was wrong somewhere.",
+        description="Verify, time and tabulate every provider of each case. Exit code 1: fastcss was wrong somewhere, "
+        "or slower than in the rows to compare with.",
     )
     parser.add_argument("op", nargs="*", help="ops to run (default: all)")
     parser.add_argument("--case", action="append", default=[], help="run the cases whose name starts so; repeatable")
@@ -67,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the C library's setting, for all providers",
     )
     parser.add_argument("--out", help="JSONL file for the rows, or a folder: then named after the device")
+    parser.add_argument("--compare", metavar="OLD", help="JSONL file of older rows: what is slower, beyond noise?")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     return parser
 

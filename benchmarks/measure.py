@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 MIB = 1 << 20
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler below would print two lines at every use
 
 
+#: Rounds of all providers at the least; but a provider whose calls took this long together sits out what is left.
+ROUNDS, PATIENCE_MS = 3, 6000.0
+
+
 def times_ms(
-    steps: Mapping[str, Callable[[], object]], device: str, seconds: float, least_rounds: int = 5
+    steps: Mapping[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    earlier: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, all providers in turn (A B A B …), so that a slow moment of the machine hits them all.
 
-    ``seconds`` is the time to spend on each provider on average; ``least_rounds`` are run in any case.
+    Args:
+        steps: name → what to call; each has run before.
+        device: "cpu" or "cuda".
+        seconds: to spend on each provider on average, beyond which there are ROUNDS in any case.
+        earlier: times of calls that count as rounds already.
     """
     time_once = _cuda_ms if device == "cuda" else _cpu_ms
-    for step in steps.values():
-        step()
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    samples = {name: list((earlier or {}).get(name, ())) for name in steps}
     end = time.perf_counter() + seconds * len(steps)
-    rounds = 0
-    while rounds < least_rounds or time.perf_counter() < end:
-        for name, step in steps.items():
-            samples[name].append(time_once(step))
-        rounds += 1
-    return samples
+    for rounds in itertools.count():
+        due = [name for name, times in samples.items() if sum(times) < PATIENCE_MS]
+        if not due or (rounds >= ROUNDS and time.perf_counter() >= end):
+            return samples
+        for name in due:
+            if len(samples[name]) <= rounds:
+                samples[name].append(time_once(steps[name]))
 
 
 def _cpu_ms(step: Callable[[], object]) -> float:
@@ -88,8 +101,18 @@ def captured(step: Callable[[], object], constants: AbstractContextManager | Non
     return replay
 
 
-def peak_mib(step: Callable[[], object], device: str) -> float:
-    """Most memory one call holds at a time beyond what was there before it; its result counts, kept state does not.
+@dataclasses.dataclass
+class Watched:
+    """One call: what it returned, the most memory it held, and how long it took under watch."""
+
+    result: Sequence[Tensor]
+    peak_mib: float
+    ms: float
+
+
+def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
+    """Call ``step`` and record the most memory it holds at a time beyond what was there before it; its result counts,
+    kept state does not.
 
     On CPU from the profiler's record of torch's allocator. It sees temporaries inside compiled ops too, but not the
     workspace that our C++ ops keep for each thread, which is state like any other.
@@ -98,16 +121,23 @@ def peak_mib(step: Callable[[], object], device: str) -> float:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
         result = step()
         torch.cuda.synchronize()
-        del result
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+        ms = (time.perf_counter() - start) * 1e3
+        return Watched(result, (torch.cuda.max_memory_allocated() - before) / MIB, ms)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        start = time.perf_counter()
         result = step()
-    del result
+        ms = (time.perf_counter() - start) * 1e3
     held = peak = 0
     events = profile.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak / MIB
+    return Watched(result, peak / MIB, ms)
+
+
+def peak_mib(step: Callable[[], object], device: str) -> float:
+    """Most memory one call holds at a time, as ``watched`` records it."""
+    return watched(step, device).peak_mib

@@ -34,21 +34,25 @@ def cases(device: str, quick: bool) -> list[Case]:
         height, width, dtype = 800, 1066, torch.bfloat16
     if quick:
         size, height, width = "tiny", 96, 128
-    name = f"one_pass/grounding-dino-{height}x{width}-t{TASKS}"
+    points = [(TASKS, "swin+fusion", ""), (TASKS, "fusion", "-fusion")]
+    if device == "cuda":  # what each further task costs where launches do not
+        points += [(tasks, "swin+fusion", "") for tasks in (1, 2, 4, 8)]
     found = []
-    for sites, ending in (("swin+fusion", ""), ("fusion", "-fusion")):
-        shape = {"model": size, "sites": sites, "H": height, "W": width, "T": TASKS, "r": RANK}
-        build = functools.partial(_problem, shape, dtype)
-        found.append(Case("one_pass", name + ending + "-quick" * quick, shape, dtype, build, SOURCES, modes=("fwd",)))
+    for tasks, sites, ending in points:
+        name = f"one_pass/grounding-dino-{height}x{width}-t{tasks}{ending}" + "-quick" * quick
+        shape = {"model": size, "sites": sites, "H": height, "W": width, "T": tasks, "r": RANK}
+        build = functools.partial(_problem, shape, dtype, quick)
+        found.append(Case("one_pass", name, shape, dtype, build, SOURCES, modes=("fwd",)))
     return found
 
 
-def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem:
+def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: str) -> Problem:
     system = System.random(shape, dtype, device)
+    peft_loop = system.peft_loop()
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": system.one_pass,
         "fastcss-unfused": functools.partial(system.one_pass, fuse=False),
-        "peft-loop": system.peft_loop,
+        "peft-loop": lambda: peft_loop,
         "merged": system.merged_loop,
         "vmap": system.vmapped,
         "vmap-merged": system.vmapped_merged,
@@ -57,12 +61,14 @@ def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem
         providers["peft-mixed"] = system.peft_mixed
     if device == "cuda":
         providers["triton"] = lambda: _steps.on("triton", system.one_pass(fuse=True))
+        if not quick:
+            providers["compiled"] = functools.partial(system.merged_loop, torch.compile)
     shared, per_task = split_flops(system.model, system.inputs, shape["sites"])
     shape |= {"gflop_shared": shared / 1e9, "gflop_per_task": per_task / 1e9}
     weights = sum(p.numel() * p.itemsize for p in system.model.parameters())
     capture = _steps.capture_with(system.constants())
     flops = shared + shape["T"] * per_task
-    return Problem(providers, system.peft_loop(), TOLERANCE[dtype], flops, weights, capture=capture)
+    return Problem(providers, peft_loop, TOLERANCE[dtype], flops, weights, capture=capture)
 
 
 @dataclasses.dataclass
@@ -116,12 +122,11 @@ class System:
 
         return _without_grad(step)
 
-    def merged_loop(self) -> Step:
+    def merged_loop(self, wrap: Callable[[Callable], Callable] = lambda run: run) -> Step:
         """A loop over T models whose adapters are merged; the weights that no adapter touches are kept once."""
         states = [self._merged(name) for name in self.names]
-        return _without_grad(
-            lambda: _stacked([_tensors(functional_call(self.bare, state, (), self.inputs)) for state in states])
-        )
+        run = wrap(lambda state: _tensors(functional_call(self.bare, state, (), self.inputs)))
+        return _without_grad(lambda: _stacked([run(state) for state in states]))
 
     def vmapped(self) -> Step:
         """``torch.vmap`` over stacked adapters: the six lines that share work without this package."""

@@ -42,7 +42,7 @@ class Problem:
         providers: name → a function that prepares the provider and returns its step. A step does the work once and
             returns its tensors: the output, and in mode "bwd" the gradients after it, in the order of ``expected``.
             Preparing may raise where a provider does not exist on this machine.
-        expected: computes what every step must return.
+        expected: computes what every step must return; a provider whose step it is has that for its first call.
         tolerance: largest error, of what ``error`` measures.
         flops: that the work needs at least.
         bytes: that must be moved between memory and chip at least.
@@ -63,8 +63,7 @@ class Problem:
 class Case:
     """One point of the benchmark.
 
-    ``build(device, mode)`` makes its inputs, ``sources`` are patterns of what runs, and every provider is timed in at
-    least ``rounds``: fewer where one call takes a minute.
+    ``build(device, mode)`` makes its inputs, ``sources`` are patterns of what runs.
     """
 
     op: str
@@ -74,7 +73,6 @@ class Case:
     build: Callable[[str, str], Problem]
     sources: tuple[str, ...]
     modes: tuple[str, ...] = MODES
-    rounds: int = 5
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
@@ -119,13 +117,15 @@ def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] 
     for op in ops:
         if op not in known:
             raise ValueError(f"no op {op!r}; there are: {', '.join(known)}")
-    cases = [case for case in cases if not ops or case.op in ops]
+    cases = [case for case in cases if matches(case.op, case.name, ops)]
     for name in names:
-        if not any(_matches(case, name) for case in cases):
+        if not any(matches(case.op, case.name, prefixes=[name]) for case in cases):
             listed = "\n  ".join(case.name for case in cases)
             raise ValueError(f"no case starts with {name!r}; there are:\n  {listed}")
-    return [case for case in cases if not names or any(_matches(case, name) for name in names)]
+    return [case for case in cases if matches(case.op, case.name, prefixes=names)]
 
 
-def _matches(case: Case, name: str) -> bool:
-    return case.name.startswith(name) or case.name.removeprefix(case.op + "/").startswith(name)
+def matches(op: str, case: str, ops: Sequence[str] = (), prefixes: Sequence[str] = ()) -> bool:
+    """Whether a case is one of these ops' and starts so, with or without the op in front."""
+    starts = tuple(prefixes) or ("",)
+    return (not ops or op in ops) and (case.startswith(starts) or case.removeprefix(op + "/").startswith(starts))

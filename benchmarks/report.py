@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from fastcss._files import whole_file
 
 from .harness import Outcome
 from .registry import OURS
@@ -55,8 +56,28 @@ def _cells(row: dict, ours: float | None) -> list[str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a results file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The rows of a results file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is none of our rows; names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+            lacking = [name for name in (*KEY, "op", "median_ms", "verified") if name not in rows[-1]]
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:40]!r}") from None
+        if lacking:
+            raise ValueError(f"{path}, line {number} is no row of a benchmark: it lacks {', '.join(lacking)}")
+    return rows
 
 
 def merge_into(path: Path, rows: Sequence[dict]) -> None:
@@ -65,12 +86,8 @@ def merge_into(path: Path, rows: Sequence[dict]) -> None:
     # A strict JSON reader knows no Infinity: the error of a wrong shape becomes null.
     lines = [json.dumps({k: None if v == float("inf") else v for k, v in row.items()}) for row in merged.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        whole.write_text("".join(line + "\n" for line in lines))
-        whole.replace(path)
-    finally:
-        whole.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 def file_name(device_name: str) -> str:

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
 
 from benchmarks import __main__ as command_line
-from benchmarks import harness, limits, measure, plot, registry, report
+from benchmarks import harness, limits, measure, registry, report
 
 FIELDS = {
-    "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mib", "gflops",
-    "gbps", "limit_ms", "error", "verified", "torch", "triton", "commit", "source_sha", "malloc", "date", "device_name",
+    "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "calls", "peak_mib",
+    "gflops", "gbps", "limit_ms", "error", "verified", "torch", "triton", "commit", "source_sha", "malloc", "date",
+    "device_name",
 }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def test_rows_have_the_fields_and_their_values(outcome):
     assert row["limit_ms"] == pytest.approx(2.0)
     assert row["gflops"] == pytest.approx(2e6 / row["median_ms"] / 1e6)
     assert row["peak_mib"] == pytest.approx(1.0, abs=0.01)
+    assert row["calls"] == measure.ROUNDS
     assert (row["dtype"], row["malloc"], row["device"]) == ("float32", "default", "cpu")
     json.dumps(row)
 
@@ -116,15 +117,74 @@ def test_peak_memory_counts_temporaries_and_the_result():
     assert measure.peak_mib(lambda: kept.add_(1), "cpu") == pytest.approx(0, abs=0.01)
 
 
-def test_providers_are_timed_in_turn():
+@pytest.fixture
+def called():
+    """Steps that note their names and take some milliseconds."""
     order = []
-    steps = {
-        name: lambda name=name: order.append(name) or time.sleep(0.002 * (name == "slow")) for name in ("fast", "slow")
-    }
-    samples = measure.times_ms(steps, "cpu", seconds=0.0, least_rounds=4)
-    assert order == ["fast", "slow"] * 5  # one round warms up
-    assert [len(times) for times in samples.values()] == [4, 4]
+
+    def steps(**milliseconds):
+        return {
+            name: lambda name=name, ms=ms: order.append(name) or time.sleep(ms / 1e3)
+            for name, ms in milliseconds.items()
+        }
+
+    return order, steps
+
+
+def test_providers_are_timed_in_turn(called):
+    order, steps = called
+    samples = measure.times_ms(steps(fast=0, slow=2), "cpu", seconds=0.0)
+    assert order == ["fast", "slow"] * 3
+    assert [len(times) for times in samples.values()] == [3, 3]
     assert min(samples["slow"]) >= 2 > min(samples["fast"])
+
+
+def test_rounds_go_on_until_the_time_is_over(called):
+    order, steps = called
+    samples = measure.times_ms(steps(one=10, two=10), "cpu", seconds=0.5)
+    assert 4 <= len(samples["one"]) <= 50
+    assert order == ["one", "two"] * len(samples["one"])
+
+
+def test_a_provider_that_takes_long_sits_out(called, monkeypatch):
+    monkeypatch.setattr(measure, "PATIENCE_MS", 300)
+    order, steps = called
+    samples = measure.times_ms(steps(fast=0, slow=200, slowest=400), "cpu", seconds=0.0)
+    assert order == ["fast", "slow", "slowest", "fast", "slow", "fast"]
+    assert [len(times) for times in samples.values()] == [3, 2, 1]
+
+
+def test_calls_timed_earlier_are_rounds(called):
+    order, steps = called
+    samples = measure.times_ms(steps(fast=0, slow=0), "cpu", seconds=0.0, earlier={"slow": [7.0]})
+    assert order == ["fast", "fast", "slow", "fast", "slow"]
+    assert samples["slow"][0] == 7
+    assert [len(times) for times in samples.values()] == [3, 3]
+
+
+def test_a_long_call_is_timed_while_its_memory_is_recorded(case, monkeypatch):
+    """Here every call is long, and one of them is all that a provider gets."""
+    monkeypatch.setattr(harness, "LONG_MS", 0)
+    monkeypatch.setattr(measure, "PATIENCE_MS", 0)
+    rows = [row for row in harness.run(case, "fwd", "cpu", malloc="default", seconds=0.1).rows if row["verified"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert (row["calls"], row["peak_mib"]) == (1, pytest.approx(1.0, abs=0.01))
+        assert row["p20_ms"] == row["median_ms"] == row["p80_ms"] > 0
+
+
+def test_a_provider_that_is_the_oracle_is_not_run_twice_to_verify_it(called):
+    order, steps = called
+    step = steps(oracle=0)["oracle"]
+    got = (torch.ones(3),)
+
+    def oracle():
+        step()
+        return got
+
+    problem = registry.Problem({"oracle": lambda: oracle}, oracle, 1e-6, flops=1, bytes=1)
+    harness.verify(problem.providers, problem.expected(), problem)
+    assert order == ["oracle"]
 
 
 @pytest.mark.parametrize(
@@ -187,16 +247,3 @@ def test_the_source_hash_follows_the_sources(tmp_path, monkeypatch):
     assert harness.source_sha([]) == before
     kernel.write_text("b")
     assert harness.source_sha([]) != before
-
-
-def test_plots_are_drawn_from_rows(outcome, tmp_path):
-    grid = [
-        row | {"case": f"multi_lora/grid-{form}-m{m}", "shape": {"form": form, "M": m, "T": 2, "r": 8}}
-        for row in outcome.rows
-        for form in ("shared", "diverged")
-        for m in (1, 64)
-    ]
-    file = tmp_path / "cpu.jsonl"
-    report.merge_into(file, [*outcome.rows, *grid])
-    assert plot.main([str(file), "--out", str(tmp_path)]) == 0
-    assert {picture.name for picture in tmp_path.glob("*.png")} == {"cpu-toy-fwd.png", "cpu-toy-fwd-grid.png"}
