@@ -5,6 +5,7 @@ installs; ``python -m fastcss info`` then says which implementations are missing
 """
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
+WITH_CUDA = os.environ.get("FASTCSS_CUDA") == "1"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
 CXX_FLAGS = [
     "-O3",
@@ -25,13 +27,15 @@ CXX_FLAGS = [
     "-Wno-psabi",
     *STABLE_ABI,
 ]
+# GCC's own conversions of 16-bit floats, for CPUs without: from libgcc.a, as no libgcc_s before GCC 12's has them.
+LINK_FLAGS = ["-lgcc"]
+# Compiled into both modules: without it they need glibc 2.32.
+OLD_GLIBC = "csrc/old_glibc.cpp"
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_100,code=[sm_100,compute_100]",
 ]
-
-
 NVCC_FLAGS = [
     "-O3",
     "-std=c++20",
@@ -47,18 +51,38 @@ def sources(folder: str, *suffixes: str) -> list[str]:
 
 
 def extensions() -> list:
-    found = [CppExtension("fastcss._cpu", sources("cpu", ".cpp"), py_limited_api=True, extra_compile_args=CXX_FLAGS)]
-    if os.environ.get("FASTCSS_CUDA") == "1":
-        found.append(Extension("fastcss._cuda", [], depends=sources("cuda", ".cu", ".cuh", ".h"), py_limited_api=True))
-    return found
+    cpu = CppExtension(
+        "fastcss._cpu",
+        [*sources("cpu", ".cpp"), OLD_GLIBC],
+        depends=sources("cpu", ".h"),
+        py_limited_api=True,
+        extra_compile_args=CXX_FLAGS,
+        extra_link_args=LINK_FLAGS,
+    )
+    if not WITH_CUDA:
+        return [cpu]
+    return [cpu, Extension("fastcss._cuda", [], depends=sources("cuda", ".cu", ".cuh", ".h"), py_limited_api=True)]
 
 
-def build_cuda(module: Path, temporary: Path) -> None:
-    """nvcc by itself: torch's CUDAExtension wants a CUDA build of torch, which the stable ABI does not need."""
+def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=home and str(Path(home, "bin"))) or shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("FASTCSS_CUDA=1 asks for the CUDA module, but no nvcc was found (set CUDA_HOME)")
+    return nvcc
+
+
+def local_version() -> str:
+    """What follows the version: +cu130 where nvcc of CUDA 13.0 builds the CUDA module."""
+    if not WITH_CUDA:
+        return ""
+    printed = subprocess.run([find_nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    return "+cu" + "".join(re.search(r"release (\d+)\.(\d+)", printed).groups())
+
+
+def build_cuda(module: Path, temporary: Path) -> None:
+    """nvcc by itself: torch's CUDAExtension wants a CUDA build of torch, which the stable ABI does not need."""
+    nvcc = find_nvcc()
     temporary.mkdir(parents=True, exist_ok=True)
     module.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in include_paths()]
@@ -69,7 +93,7 @@ def build_cuda(module: Path, temporary: Path) -> None:
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources("cuda", ".cu")))
+        objects = list(pool.map(compile_one, [*sources("cuda", ".cu"), OLD_GLIBC]))
     # What only a CUDA build of torch has is found through libtorch when the module is loaded.
     libraries = [*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(module)], check=True)
@@ -82,7 +106,7 @@ class OptionalBuild(BuildExtension):
         try:
             super().build_extensions()
         except Exception as error:
-            if os.environ.get("FASTCSS_REQUIRE_COMPILED") == "1" or os.environ.get("FASTCSS_CUDA") == "1":
+            if WITH_CUDA or os.environ.get("FASTCSS_REQUIRE_COMPILED") == "1":
                 raise
             print(f"fastcss: the compiled kernels were not built, the package will run without them: {error}")
             self.extensions = []
@@ -118,6 +142,7 @@ setup(
         "fastcss.data",
         "fastcss.kernels",
         "fastcss.cuda",
+        "fastcss.selftest",
     ],
     package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels", "fastcss.cuda": "csrc/cuda"},
     # Device code travels as text: where the compiled module is missing it is compiled at first use.
@@ -125,5 +150,5 @@ setup(
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "egg_info": {"tag_build": local_version()}},
 )

@@ -1,0 +1,113 @@
+"""A call of an op with its inputs, and its comparison with the float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# How much further from the float64 reference than the literal eager code of the same dtype a result may be, as a
+# fraction of the reference: both in the 2-norm of the tensor and in its largest element.
+TOLERANCES = {
+    torch.float64: 1e-14,  # another order of the same sums
+    torch.float32: 1e-6,  # another order of the same sums: a few units in the last place, 6e-8
+    torch.float16: 2.5e-4,  # half a unit roundoff (2⁻¹¹): what one rounding of the result costs on average
+    torch.bfloat16: 2e-3,  # the same, of 2⁻⁸
+}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of an op: the tensors it is differentiated in, and its other arguments."""
+
+    op: Callable
+    tensors: dict[str, Tensor]
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def having(self, **changes) -> Call:
+        """With other tensors or other options."""
+        tensors = {name: changes.pop(name, tensor) for name, tensor in self.tensors.items()}
+        return Call(self.op, tensors, self.options | changes)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> Call:
+        """New leaves that require gradients, with the strides these have."""
+        return self.having(**{n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in self.tensors.items()})
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """Every tensor changed, also those that are no input of the gradient (labels)."""
+        options = {n: change(v) if isinstance(v, Tensor) else v for n, v in self.options.items()}
+        return Call(self.op, {n: change(t) for n, t in self.tensors.items()}, options)
+
+    def __call__(self, impl: str) -> tuple[Tensor, ...]:
+        return tuple(self.outputs(impl).values())
+
+    def outputs(self, impl: str) -> dict[str, Tensor]:
+        """By name: those of a named tuple, or the op's own."""
+        results = self.op(**self.tensors, **self.options, impl=impl)
+        if isinstance(results, Tensor):
+            return {self.op.__name__: results}
+        return dict(zip(getattr(results, "_fields", ("intra", "inter")), results, strict=True))
+
+    def output_gradients(self) -> tuple[Tensor, ...]:
+        """Random numbers that the dtype of the call can hold; zeros for an output that has no gradient."""
+        dtype = next(iter(self.tensors.values())).dtype
+        outputs = self.leaves()("reference")
+        gradients = (normal(*y.shape, seed=9 + i, dtype=dtype, device=y.device) for i, y in enumerate(outputs))
+        return tuple(dy if y.requires_grad else 0 * dy for y, dy in zip(outputs, gradients, strict=True))
+
+    def results(self, impl: str, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The outputs and, where these have any, the gradient of every tensor."""
+        outputs, found = self.outputs(impl), {}
+        pairs = [(y, dy.to(y.dtype)) for y, dy in zip(outputs.values(), gradients, strict=True) if y.requires_grad]
+        if pairs:
+            leaves = list(self.tensors.values())
+            differentiable, dys = zip(*pairs, strict=True)
+            grads = torch.autograd.grad(differentiable, leaves, dys, materialize_grads=True)
+            found = {f"d{name}": grad for name, grad in zip(self.tensors, grads, strict=True)}
+        return {name: y.detach() for name, y in outputs.items()} | found
+
+
+#: Of which tensors an error of ``name`` is a fraction: ``(name, exact, gradients) → tensors``; the largest counts.
+Peers = Callable[[str, dict[str, Tensor], tuple[Tensor, ...]], list[Tensor]]
+
+
+def assert_as_good_as_eager(
+    call: Call,
+    impl: str,
+    tolerance: float,
+    *,
+    gradients: tuple[Tensor, ...] | None = None,
+    peers: Peers = lambda name, exact, dys: [exact[name]],
+) -> None:
+    """Values and gradients are no further from the float64 reference than those of the literal eager code, and
+    indices and counts are its own."""
+    dys = call.output_gradients() if gradients is None else gradients
+    exact = call.leaves(torch.float64).results("reference", dys)
+    eager = call.leaves().results("reference", dys)
+    ours = call.leaves().results(impl, dys)
+    assert set(exact) <= set(ours)  # a loop over no images has no gradient
+    if impl == "composed" and dys[0].dtype.itemsize == 2:
+        tolerance *= 2  # torch's products round each half of a result before the halves are added, and round again
+    for name, want in exact.items():
+        assert ours[name].shape == want.shape, name
+        assert ours[name].dtype == eager[name].dtype, name
+        if not want.is_floating_point():
+            assert torch.equal(ours[name], want), name
+        elif want.numel():
+            sized = [peer for peer in peers(name, exact, dys) if peer.numel()]
+            for order in (2, math.inf):
+                size = max(torch.linalg.vector_norm(peer, order).item() for peer in sized) or 1.0
+                theirs, error = (
+                    torch.linalg.vector_norm(x[name].double() - want, order).item() / size for x in (eager, ours)
+                )
+                # What is lucky in one element and unlucky in the next averages over many, not over a few.
+                limit = 1.2 * theirs + tolerance * (1 if want.numel() >= 32 else 2)
+                assert math.isfinite(limit), (name, order)  # or nothing would be tested
+                assert error <= limit, f"{name}: {error:.1e} of the reference off, {limit:.1e} allowed (norm {order})"

@@ -1,0 +1,70 @@
+"""Every op on every implementation that can run here: values, gradients, and the same bits again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcss import _backends
+from fastcss.selftest.comparison import TOLERANCES, Call, assert_as_good_as_eager
+from fastcss.selftest.inputs import CALLS
+
+#: Which implementation is to run, and on which device.
+PLACES = [
+    ("composed", "cpu"),
+    ("cpu", "cpu"),
+    ("composed", "cuda"),
+    ("triton", "cpu" if _backends.interpreting() else "cuda"),
+    ("cuda", "cuda"),
+]
+
+
+def why_not(impl: str, device: str, op: str) -> str | None:
+    """None where ``impl`` can run ``op`` on ``device``; else the reason."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return _backends.UNAVAILABLE[impl] or "there is no CUDA device"
+    return _backends.why_not(impl, torch.empty(0, device=device), op)
+
+
+def make(name: str, impl: str, device: str, dtype: torch.dtype, record_property) -> Call:
+    """The call, or skip this test with the reason why it cannot run; a column of the table after the tests."""
+    record_property("cell", (name, f"{impl} on {device}"))
+    reason = why_not(impl, device, name.partition(",")[0])
+    if reason:
+        pytest.skip(reason)
+    return CALLS[name]().map(lambda tensor: tensor.to(device)).leaves(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("impl", "device"), PLACES)
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_gradients(name, impl, device, dtype, record_property):
+    assert_as_good_as_eager(make(name, impl, device, dtype, record_property), impl, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(("impl", "device"), PLACES)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_same_bits_again(name, impl, device, record_property):
+    """The C++ kernels' on one thread, too."""
+    call = make(name, impl, device, torch.float32, record_property)
+    dys, threads = call.output_gradients(), torch.get_num_threads()
+    first = call.results(impl, dys)
+    torch.set_num_threads(1 if impl == "cpu" else threads)
+    try:
+        again = call.leaves().results(impl, dys)
+    finally:
+        torch.set_num_threads(threads)
+    for result, tensor in first.items():
+        assert torch.equal(again[result], tensor), result
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"), [("_cpu", _backends.UNAVAILABLE["cpu"]), ("_cuda", _backends._NO_CUDA_MODULE)]
+)
+def test_a_compiled_module_that_is_there_loads(module, reason):
+    there = Path(_backends.__file__).with_name(f"{module}.abi3.so").exists()
+    if not there or (module == "_cuda" and torch.version.cuda is None):
+        pytest.skip(reason)
+    assert reason is None
