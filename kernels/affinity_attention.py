@@ -38,6 +38,7 @@ from .affinity_tiles import (
 )
 from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot, load_tile, store_tile
+from .tuned import tuned
 
 
 @triton.jit
@@ -133,6 +134,7 @@ def affinity_kernel(
             store_tile(partial, tail, row, column + BLOCK_D, N, D, D)
 
 
+@tuned("BLOCK_M", "BLOCK_N")
 def affinity_tile(key_width: int, columns: Columns, dtype: torch.dtype) -> dict[str, int]:
     block_k = triton.next_power_of_2(key_width)
     peeled = dtype != torch.float32 and (block_k <= 64 or _operands_stay_in_shared_memory())

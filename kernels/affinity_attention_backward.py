@@ -27,6 +27,7 @@ from .affinity_device import tanh
 from .affinity_tiles import Columns, aligned, column_sums, combine, key_blocks_of_split, key_columns, split_cost
 from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot, load_tile, store_tile
+from .tuned import tuned
 
 
 @triton.jit
@@ -116,6 +117,7 @@ def affinity_gradient_kernel(
             store_tile(dv, v_tail, row, column + BLOCK_D, N, D, D)
 
 
+@tuned("BLOCK_M", "BLOCK_N")
 def gradient_tile(key_width: int, columns: Columns, dtype: torch.dtype, with_dv: bool) -> dict[str, int]:
     block_k = triton.next_power_of_2(key_width)
     in_shared_memory = dtype != torch.float32 and _operands_stay_in_shared_memory()

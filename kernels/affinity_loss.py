@@ -26,6 +26,7 @@ from .affinity_device import exp2, reciprocal
 from .affinity_tiles import aligned, combine, key_blocks_of_split, key_columns, split_cost
 from .multi_lora import precision
 from .multi_lora_device import dot, load_tile, store_tile
+from .tuned import tuned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -139,6 +140,7 @@ def affinity_loss_gradient_kernel(
     store_tile(dx + (tl.cast(split, tl.int64) * batches + batch) * N * K, acc, row, 0, N, K, K)
 
 
+@tuned("BLOCK_M", "BLOCK_N")
 def loss_tile(key_width: int, dtype: torch.dtype, accumulates_keys: bool) -> dict[str, int]:
     block_k = triton.next_power_of_2(key_width)
     if dtype == torch.float32:

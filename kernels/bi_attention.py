@@ -25,6 +25,7 @@ from .class_centers import exp, finite_or_zero
 from .cost_filter import largest, nan_or_larger
 from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot, store_tile
+from .tuned import tuned
 
 MAX_WIDTH = 256  # a head's row is one operand tile
 MAX_STRIDE = 2**24  # times a tile's rows it has 32 bits
@@ -125,6 +126,7 @@ def attend_kernel(
         )  # fmt: skip
 
 
+@tuned("BLOCK_R", "BLOCK_K")
 def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """``rows`` and ``keys`` are how many there are."""
     block_d = max(triton.next_power_of_2(width), 16)

@@ -27,6 +27,7 @@ from .bi_attention_device import bounded, load_read, load_rows, place_of, produc
 from .class_centers import exp
 from .multi_lora import precision
 from .multi_lora_device import dot, store_tile
+from .tuned import tuned
 
 
 @triton.jit
@@ -183,6 +184,7 @@ def at_once(rows: int, keys: int, dtype: torch.dtype) -> bool:
     return min(rows, keys) <= 32 or dtype == torch.float32
 
 
+@tuned("BLOCK_R", "BLOCK_K")
 def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """``rows`` and ``keys`` are how many there are."""
     block_d = max(triton.next_power_of_2(width), 16)

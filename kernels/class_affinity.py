@@ -22,6 +22,7 @@ from .affinity_device import column_total, exp2
 from .affinity_tiles import MAX_CHUNKS, aligned, column_sums, key_columns
 from .multi_lora import precision
 from .multi_lora_device import dot, load_tile
+from .tuned import tuned
 
 PIXELS = tl.constexpr(32)
 LOG2_E = 1.4426950408889634
@@ -75,6 +76,12 @@ def attend_classes_kernel(
     tl.store(inter + offset, result, mask=there & (rows >= PIXELS)[:, None])
 
 
+@tuned("BLOCK_C", "BLOCK_D")
+def classes_tile(depth: int, dtype: torch.dtype) -> dict[str, int]:
+    d = 64 if dtype == torch.float32 else min(max(triton.next_power_of_2(depth), 16), 512)
+    return {"BLOCK_C": 32, "BLOCK_D": d, "num_warps": 8, "num_stages": 2}
+
+
 def class_affinity(
     q: Tensor, k: Tensor, feats: Tensor, centers: Tensor, scale: float, mean: bool, save_tp: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,13 +101,11 @@ def class_affinity(
         sums, _ = column_sums(scores, None, columns.total, copy=False)
         q, k = aligned(q, key_width), aligned(k, key_width)
         partial = attend(q, k, scores, sums, columns, scale, factor, None)
-        narrow = feats.dtype == torch.float32
-        block_d = 64 if narrow else min(max(triton.next_power_of_2(depth), 16), 512)
-        attend_classes_kernel[batches * triton.cdiv(pixels, PIXELS.value), triton.cdiv(depth, block_d)](
+        tile = classes_tile(depth, feats.dtype)
+        attend_classes_kernel[batches * triton.cdiv(pixels, PIXELS.value), triton.cdiv(depth, tile["BLOCK_D"])](
             partial, sums, centers, intra, inter, tp if save_tp else None,
             pixels, classes, depth, columns.total, batches, sums.shape[0], *centers.stride(), factor * LOG2_E,
-            PARTS=partial.shape[0], CHUNKS=MAX_CHUNKS, PRECISION=precision(q.dtype), BLOCK_C=32, BLOCK_D=block_d,
-            num_warps=8, num_stages=2,
+            PARTS=partial.shape[0], CHUNKS=MAX_CHUNKS, PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
     return intra, inter, tp
 

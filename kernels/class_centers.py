@@ -19,6 +19,7 @@ from .affinity_device import exp2
 from .affinity_tiles import key_blocks_of_split
 from .multi_lora import precision
 from .multi_lora_device import dot, load_tile, store_tile
+from .tuned import tuned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -136,10 +137,11 @@ def combine_centers_kernel(
         tl.store(class_lse + batch64 * C + classes, base + tl.log(mass), mask=classes < C)
 
 
-def centers_tile(classes: int, pixels: int, dtype: torch.dtype) -> dict[str, int]:
+@tuned("BLOCK_C", "BLOCK_N", "BLOCK_D")
+def centers_tile(classes: int, rows_are_aligned: bool, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         c, n, d, stages = 32, 32, 128, 2
-    elif pixels % 16:  # rows of pixels begin anywhere: an address for every element is held in registers
+    elif not rows_are_aligned:  # rows of pixels begin anywhere: an address for every element is held in registers
         c, n, d, stages = 64, 32, 64, 2
     else:
         c, n, (d, stages) = 64, 64, (64, 3) if classes <= 64 else (128, 2)
@@ -161,7 +163,7 @@ def class_centers(logits: Tensor, feats: Tensor, over_classes: bool) -> tuple[Te
     (batches, classes, pixels), depth = logits.shape, feats.shape[2]
     centers = feats.new_empty(batches, classes, depth)
     class_lse = logits.new_empty(batches, classes, dtype=torch.float32)
-    tile = centers_tile(classes, pixels, feats.dtype)
+    tile = centers_tile(classes, pixels % 16 == 0, feats.dtype)
     blocks = triton.cdiv(classes, tile["BLOCK_C"]) * max(triton.cdiv(depth, tile["BLOCK_D"]), 1)
     # A split's sums are 8 C D bytes, the features 2 N D.
     split_blocks = key_blocks_of_split(blocks, triton.cdiv(pixels, tile["BLOCK_N"]), classes / pixels)

@@ -142,7 +142,7 @@ def class_centers_backward(
     if not dlogits.numel():
         return dlogits, dfeats
     over_classes = pixel_lse.shape == (batches, pixels)
-    tile = centers_tile(classes, pixels, feats.dtype)
+    tile = centers_tile(classes, pixels % 16 == 0, feats.dtype)
     blocks_c, blocks, blocks_d = (
         triton.cdiv(size, tile[name])
         for size, name in ((classes, "BLOCK_C"), (pixels, "BLOCK_N"), (depth, "BLOCK_D"))

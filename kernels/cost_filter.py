@@ -28,6 +28,7 @@ from .affinity_tiles import aligned, round_up
 from .multi_lora import precision
 from .multi_lora_device import INTERPRETING, dot, load_tile, store_tile, tile_of
 from .top_classes import best_of_rows
+from .tuned import tuned
 
 CHUNK = tl.constexpr(64)
 SMALLEST = tl.constexpr(1e-12)
@@ -171,6 +172,7 @@ def kept_cost_kernel(
     store_tile(cost + batch64 * k * P * N, acc, row, column, k * P, N, N)
 
 
+@tuned("BLOCK_M", "BLOCK_N", "BLOCK_K")
 def cost_tile(rows: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         m, n, k, warps, stages = 64, 64, 32, 8, 3

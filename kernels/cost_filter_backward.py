@@ -22,6 +22,7 @@ from .affinity_tiles import round_up
 from .cost_filter import SMALLEST, inverse_length
 from .multi_lora import precision
 from .multi_lora_device import dot, load_tile, store_tile, tile_of
+from .tuned import tuned
 
 
 @triton.jit
@@ -108,6 +109,7 @@ def text_gradient_kernel(
     tl.store(out, total.to(dtext.dtype.element_ty), mask=column < size)
 
 
+@tuned("BLOCK_M", "BLOCK_N", "BLOCK_D")
 def gradient_tile(rows: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         m, n, d, warps, stages = 64, 32, 64, 8, 2

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .._schema import LIBRARY
 from .class_centers import exp
+from .tuned import tuned
 
 TILE = 1024  # elements, 32 of each thread of one warp, which waits for no other when its threads exchange
 
@@ -144,6 +145,14 @@ def deformable_attention_kernel(
     tl.store(out + place[:, None] + channels[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
+@tuned("BLOCK_Q")
+def query_tile(points: int, width: int, elements: int) -> dict[str, int]:
+    """``elements`` of a tile, or one query where its points are more."""
+    of_query = triton.next_power_of_2(points) * triton.next_power_of_2(width)
+    queries = max(1, min(elements // of_query, 128))
+    return {"BLOCK_Q": queries, "num_warps": max(1, min(queries * of_query // 1024, 16))}
+
+
 class Operands(NamedTuple):
     """What the kernels read, in layouts they read: whatever is not dense where it must be is copied."""
 
@@ -160,15 +169,12 @@ class Operands(NamedTuple):
         return *self.value.stride()[:3], *self.reference.stride(), *self.offsets.stride()[:2], *self.logits.stride()[:2]
 
     def block(self, elements: int) -> dict[str, int]:
-        """The compile-time sizes of a kernel with tiles of ``elements``, or of one query where its points are more."""
+        """The compile-time sizes of a kernel: see query_tile."""
         levels, points = self.logits.shape[3:]
-        width = self.value.shape[3]
-        block_p, block_d = triton.next_power_of_2(points), triton.next_power_of_2(width)
-        block_q = max(1, min(elements // (block_p * block_d), 128))
-        tile = {"BLOCK_P": block_p, "BLOCK_Q": block_q, "BLOCK_D": block_d}
-        warps = max(1, min(block_p * block_q * block_d // 1024, 16))
+        width, next_power = self.value.shape[3], triton.next_power_of_2
         own = {"LEVELS": levels, "POINTS": points, "WIDTH": width, "BOX": self.reference.shape[3] == 4}
-        return {**own, **tile, "BLOCK_A": triton.next_power_of_2(levels * points), "num_warps": warps}
+        blocks = {"BLOCK_A": next_power(levels * points), "BLOCK_P": next_power(points), "BLOCK_D": next_power(width)}
+        return {**own, **blocks, **query_tile(points, width, elements)}
 
     def programs(self, block: dict[str, int]) -> tuple[int]:
         batch, queries, heads = self.logits.shape[:3]

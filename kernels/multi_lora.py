@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .._schema import LIBRARY
 from .multi_lora_device import expand_kernel, fused_kernel, shrink_kernel
+from .tuned import tuned
 
 SMALL_M = 64
 # Up to so many columns, over all column blocks, the shrink is cheaper inside the base GEMM than reading x again.
@@ -84,6 +85,7 @@ def _operands_stay_in_shared_memory() -> bool:
     return not triton.knobs.runtime.interpret and 90 <= triton.runtime.driver.active.get_current_target().arch < 120
 
 
+@tuned("BLOCK_M", "BLOCK_N", "BLOCK_K")
 def fused_tile(rows: int, max_rank: int, dtype: torch.dtype) -> dict[str, int]:
     block_r = rank_block(max_rank, 128)
     if dtype == torch.float32:
@@ -97,11 +99,13 @@ def fused_tile(rows: int, max_rank: int, dtype: torch.dtype) -> dict[str, int]:
     return _tile(m, n, k, block_r, warps, stages)
 
 
+@tuned("BLOCK_M", "BLOCK_K")
 def shrink_tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     k, stages = (32, 2) if dtype == torch.float32 else (64, 4)
     return {"BLOCK_M": 64, "BLOCK_R": rank_block(width, 64), "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
 
 
+@tuned("BLOCK_M", "BLOCK_N", "BLOCK_K")
 def expand_tile(rows: int, width: int, max_rank: int, dtype: torch.dtype, over_slots: str) -> dict[str, int]:
     if dtype == torch.float32:
         m, n, k, warps, stages = 64, 64, 32, 8, 3

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._schema import LIBRARY
 from .multi_lora import Adapters, expand, linear, precision, rank_block, shrink, slot_strides
 from .multi_lora_device import dot, load_tile, store_tile
+from .tuned import tuned
 
 # Rows of one slot that one program reduces. Fixed, so that a gradient does not depend on the number of adapters.
 CHUNK = 512
@@ -75,6 +76,12 @@ def gradient_kernel(
     store_tile(out, tl.trans(acc), first_rank, column, rank, C, C)
 
 
+@tuned("BLOCK_C", "BLOCK_M")
+def gradient_tile(ranks: int, dtype: torch.dtype) -> dict[str, int]:
+    c, m = (64, 32) if dtype == torch.float32 else (128, 64)
+    return {"BLOCK_C": c, "BLOCK_R": rank_block(ranks, 64), "BLOCK_M": m, "num_warps": 8, "num_stages": 3}
+
+
 def gradient(h: Tensor, v: Tensor, adapters: Adapters, dtype: torch.dtype) -> Tensor:
     """[Σr, C]: Σ over an adapter's slots of h_sᵀ v_s, for ``v`` [M, C] or [S, M, C]."""
     (rows, width), total = v.shape[-2:], adapters.down.shape[0]
@@ -82,15 +89,13 @@ def gradient(h: Tensor, v: Tensor, adapters: Adapters, dtype: torch.dtype) -> Te
     chunks = max(triton.cdiv(rows, CHUNK), 1)
     out = v.new_empty(chunks, total, width, dtype=dtype if chunks == 1 else torch.float32)
     ranks = total if stacked else adapters.max_rank
-    block_r = rank_block(ranks, 64)
-    block_c, block_m = (64, 32) if v.dtype == torch.float32 else (128, 64)
+    tile = gradient_tile(ranks, v.dtype)
     if out.numel():
-        programs = (1 if stacked else adapters.count) * chunks * triton.cdiv(width, block_c)
-        gradient_kernel[programs, triton.cdiv(ranks, block_r)](
+        programs = (1 if stacked else adapters.count) * chunks * triton.cdiv(width, tile["BLOCK_C"])
+        gradient_kernel[programs, triton.cdiv(ranks, tile["BLOCK_R"])](
             h, v, out, adapters.offsets, adapters.index,
             rows, width, adapters.slots, chunks, total, *adapters.hidden_strides(rows), *slot_strides(v),
-            STACKED=stacked, CHUNK=CHUNK, PRECISION=precision(v.dtype),
-            BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_M=block_m, num_warps=8, num_stages=3,
+            STACKED=stacked, CHUNK=CHUNK, PRECISION=precision(v.dtype), **tile,
         )  # fmt: skip
     return out[0] if chunks == 1 else out.sum(0).to(dtype)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._schema import LIBRARY
 from .multi_lora import precision, rank_block
 from .multi_lora_device import dot, load_tile
+from .tuned import tuned
 
 SMALLEST = tl.constexpr(1e-12)  # shorter rows count as this long
 BLOCK_N = 64  # tokens of one count
@@ -126,6 +127,7 @@ def copy_selected_kernel(
         tl.store(presence + per_class, mean.to(presence.dtype.element_ty))
 
 
+@tuned("BLOCK_C", "BLOCK_D")
 def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
     c, d, stages = (32, 16, 3) if dtype == torch.float32 else (128, 64, 3)
     block_c = rank_block(classes, c)

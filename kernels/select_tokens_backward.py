@@ -21,6 +21,7 @@ from .affinity_tiles import round_up
 from .multi_lora import rank_block
 from .multi_lora_device import dot, load_tile, store_tile
 from .select_tokens import SMALLEST, clamped_root
+from .tuned import tuned
 
 MAX_SPLITS = 32
 
@@ -159,6 +160,7 @@ def classes_gradient_kernel(
     store_tile(dclasses + batch64 * C * D, dc, c, column, C, D, D)
 
 
+@tuned("BLOCK_N", "BLOCK_C", "BLOCK_D")
 def sums_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
     largest = 32 if dtype == torch.float32 else 64
     return {"BLOCK_N": 32, "BLOCK_C": rank_block(classes, largest), "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}

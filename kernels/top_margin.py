@@ -20,6 +20,7 @@ from torch import Tensor
 from .._schema import LIBRARY
 from .affinity_device import exp2
 from .class_centers import exp, finite_or_zero
+from .tuned import tuned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -173,6 +174,7 @@ def top_margin_gradient_kernel(
         block = following
 
 
+@tuned("BLOCK_N")
 def pixel_block(dtype: torch.dtype) -> dict[str, int]:
     """16 bytes of pixels a thread, and registers for 512² pixels on 132 multiprocessors at once."""
     return {"BLOCK_N": 64 * (16 // dtype.itemsize), "num_warps": 2, "maxnreg": 255 if dtype.itemsize == 2 else 128}

@@ -18,6 +18,7 @@ from .cost_filter import largest, nan_or_larger
 from .multi_lora import precision
 from .multi_lora_device import dot, load_tile
 from .top_classes import best_of_rows
+from .tuned import tuned
 
 
 @triton.jit
@@ -56,6 +57,7 @@ def gather_rows_kernel(features, index, queries, k, D, stride_b, stride_n, strid
         tl.store(queries + place * D + depth, row, mask=depth < D)
 
 
+@tuned("BLOCK_N", "BLOCK_C", "BLOCK_D")
 def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
     depth, stages = (32, 3) if dtype == torch.float32 else (64, 4)
     block_c = min(max(triton.next_power_of_2(classes), 16), 64)  # 150 classes are 192 columns

@@ -30,6 +30,7 @@ from .affinity_tiles import MULTIPROCESSORS
 from .class_centers import LOG2_E, finite_or_zero
 from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot
+from .tuned import tuned
 from .window_attention_device import (
     exp_above,
     load_bias,
@@ -135,6 +136,18 @@ def block_sizes(window: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK": min(max(triton.next_power_of_2(window**2), 16), largest), "BLOCK_D": block_d}
 
 
+@tuned()
+def warps_and_stages(window: int, width: int, dtype: torch.dtype) -> dict[str, int | None]:
+    """And registers of a thread, where a limit lets more programs run on a multiprocessor."""
+    tile = block_sizes(window, width, dtype)
+    if dtype == torch.float32 or tile["BLOCK_D"] > 128:
+        return {"num_warps": 8, "num_stages": 1, "maxnreg": None}
+    # With three stages the next window is on its way while this one is computed.
+    stages = 3 if _operands_stay_in_shared_memory() else 2
+    whole = window**2 <= tile["BLOCK"] and tile["BLOCK_D"] <= 32
+    return {"num_warps": 4, "num_stages": stages, "maxnreg": REGISTERS if whole else None}
+
+
 def windows_of_program(windows: int, heads: int, per_multiprocessor: int) -> int:
     """Windows that one program takes for all programs to run at once."""
     return triton.cdiv(windows * heads, MULTIPROCESSORS * per_multiprocessor)
@@ -152,16 +165,11 @@ def window_attention(
     tile = block_sizes(window, channels, q.dtype)
     blocks, windows = triton.cdiv(window**2, tile["BLOCK"]), operands.windows(window)
     per_program = windows_of_program(windows, heads, PER_MULTIPROCESSOR) if blocks == 1 else 1
-    # With three stages the next window is on its way while this one is computed.
-    warps, stages = 4, 3 if _operands_stay_in_shared_memory() else 2
-    if q.dtype == torch.float32 or tile["BLOCK_D"] > 128:
-        warps, stages = 8, 1
-    registers = REGISTERS if blocks == 1 and tile["BLOCK_D"] <= 32 and warps == 4 else None
     with torch.cuda.device_of(q):
         window_attention_kernel[(triton.cdiv(windows, per_program) * blocks * heads,)](
             *operands, out, *operands.strides(), *operands.sizes(window), shift, windows, per_program, scale,
             WINDOW=window, D=channels, PRECISION=precision(q.dtype), **tile,
-            WIDE=operands.wide(), num_warps=warps, num_stages=stages, maxnreg=registers,
+            WIDE=operands.wide(), **warps_and_stages(window, channels, q.dtype),
         )  # fmt: skip
     return out
 
