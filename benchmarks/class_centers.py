@@ -54,6 +54,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     if not quick:
         providers["compiled"] = lambda: step(torch.compile(_literal))
     if device == "cuda":
+        providers["composed"] = lambda: step(_with("composed"))
         providers["triton"] = lambda: step(_with("triton"))
 
     def expected():

@@ -68,7 +68,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["compiled"] = lambda: step(torch.compile(_literal))
         providers["amax-compiled"] = lambda: step(torch.compile(_amax))
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton"):
             providers[impl] = lambda impl=impl: step(functools.partial(cost_filter, impl=impl))
 
     def expected():
@@ -172,7 +172,7 @@ def _top_problem(shape: dict, device: str, mode: str) -> Problem:
         "sort": lambda: step(lambda x, k: tuple(y[:, :k] for y in x.sort(dim=1, descending=True, stable=True))),
     }
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton", "cuda"):
             providers[impl] = lambda impl=impl: step(functools.partial(top_classes, impl=impl))
 
     def expected():

@@ -59,7 +59,7 @@ def _problem(shape: dict, noise: bool, quick: bool, device: str, mode: str) -> P
     if not quick:
         providers["compiled"] = lambda: step(torch.compile(_literal))
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton", "cuda"):
             providers[impl] = lambda impl=impl: step(functools.partial(merge_masks, impl=impl))
 
     def expected():

@@ -66,6 +66,7 @@ def _problem(shape: dict, dtype: torch.dtype, compiled: bool, device: str, mode:
     if mode == "fwd" and not data.shared:
         providers["peft-mixed"] = lambda: _peft_mixed(data)
     if device == "cuda":
+        providers["composed"] = lambda: _ours(data, mode, "composed")
         providers["triton"] = lambda: _ours(data, mode, "triton")
         if mode == "fwd" and hasattr(torch, "_grouped_mm"):
             providers["grouped-mm"] = lambda: _grouped(data)

@@ -48,7 +48,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     if not quick:
         providers["compiled"] = lambda: step(torch.compile(_literal))
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton"):
             providers[impl] = lambda impl=impl: step(functools.partial(phrase_pool, impl=impl))
 
     def expected():

@@ -64,7 +64,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     if not quick:
         providers["compiled"] = lambda: step(torch.compile(_index_select))
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton", "cuda"):
             providers[impl] = lambda impl=impl: step(functools.partial(prompt_mlp, impl=impl))
 
     def expected():

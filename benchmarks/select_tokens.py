@@ -49,7 +49,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     if not quick:  # the literal form's lengths depend on the data, which a graph cannot hold
         providers["compiled"] = lambda: step(torch.compile(_sorted))
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton", "cuda"):
             providers[impl] = lambda impl=impl: step(functools.partial(select_tokens, impl=impl))
 
     def expected():

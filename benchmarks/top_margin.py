@@ -51,7 +51,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["compiled"] = lambda: step(torch.compile(_literal))
         providers["max-compiled"] = lambda: step(torch.compile(_max))
     if device == "cuda":
-        for impl in ("triton", "cuda"):
+        for impl in ("composed", "triton"):
             providers[impl] = lambda impl=impl: step(functools.partial(top_margin, impl=impl))
 
     def expected():
