@@ -52,7 +52,8 @@ def build(kept: Path, rows: Path) -> Units:
     """
     install = " ".join(python("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."))
     cuda = "FASTCSS_CUDA=1" if shutil.which("nvcc") else ""
-    whole_or_not = f"{cuda} {install} || {{ FASTCSS_REQUIRE_COMPILED=0 {install}; exit 1; }}"
+    info = " ".join(python("-m", "fastcss", "info"))
+    whole_or_not = f"{cuda} {install} && {info} || {{ FASTCSS_REQUIRE_COMPILED=0 {install}; {info}; exit 1; }}"
     machine = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]  # another one has nothing installed
     return {f"install {sha('csrc', 'setup.py', 'pyproject.toml')} on {machine}": ["sh", "-c", whole_or_not]}
 
@@ -108,7 +109,7 @@ def bench(kept: Path, rows: Path) -> Units:
 STAGES = {
     "build": Stage(build),
     "test": Stage(test),
-    "check": Stage(check, at_a_time=8, limit=300),
+    "check": Stage(check, at_a_time=8, limit=500),
     "verify": Stage(verify, at_a_time=6, limit=300),
     "tune": Stage(tune, at_a_time=max(CORES - 2, 1), limit=500),
     "bench": Stage(bench, limit=300),

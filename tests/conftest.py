@@ -22,6 +22,8 @@ def pytest_configure(config):
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before fastcss is imported: it decides there what is available
         _mend_triton_interpreter()
+    else:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default it is "tf32", which has 11 bits
 
 
 def _mend_triton_interpreter() -> None:
