@@ -72,12 +72,13 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def local_version() -> str:
-    """What follows the version: +cu130 where nvcc of CUDA 13.0 builds the CUDA module."""
+def version() -> str:
+    """The package's own; with the CUDA module it names the CUDA of the nvcc that builds it, as in 0.1.0+cu130."""
+    own = re.search(r'__version__ = "(.+)"', Path("fastcss/__init__.py").read_text())[1]
     if not WITH_CUDA:
-        return ""
+        return own
     printed = subprocess.run([find_nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
-    return "+cu" + "".join(re.search(r"release (\d+)\.(\d+)", printed).groups())
+    return f"{own}+cu" + "".join(re.search(r"release (\d+)\.(\d+)", printed).groups())
 
 
 def build_cuda(module: Path, temporary: Path) -> None:
@@ -129,6 +130,7 @@ class OptionalBuild(BuildExtension):
 
 
 setup(
+    version=version(),
     packages=[
         "fastcss",
         "fastcss._fused",
@@ -150,5 +152,5 @@ setup(
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}, "egg_info": {"tag_build": local_version()}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
