@@ -16,7 +16,7 @@ from fastcss._malloc import tune_malloc
 from . import compare, harness, registry, report
 
 #: On each provider of a case, on average: all cases of a CPU with two cores take less than twenty minutes.
-SECONDS = 0.25
+SECONDS = 0.15
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def _run(cases: Sequence[registry.Case], options: argparse.Namespace, out: Path 
             if mode not in case.modes:
                 console.print(f"{case.name} has no mode {mode}", markup=False)
                 continue
-            outcome = harness.run(case, mode, options.device, options.malloc, SECONDS / 5 if options.quick else SECONDS)
+            outcome = harness.run(case, mode, options.device, options.malloc, SECONDS / 3 if options.quick else SECONDS)
             report.show(outcome, console)
             rows += outcome.rows
             if out:

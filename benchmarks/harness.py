@@ -20,8 +20,6 @@ from . import limits, measure
 from .registry import Case, Problem, Step
 
 ROOT = Path(__file__).parent.parent
-#: A call this long is timed while its memory is recorded.
-LONG_MS = 1000
 
 
 @dataclasses.dataclass
@@ -37,25 +35,26 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
 
     All cases together are to take minutes, so a call of seconds is made no oftener than it must be: once to verify it,
     once for its memory, which gives its first time too, and more often while it is short of ``measure.PATIENCE_MS``.
+    One call of the oracle, where that is a provider's step, is all of this.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
     problem = case.build(device, mode)
-    expected = problem.expected()
-    steps, errors, remarks = verify(problem.providers, expected, problem)
+    oracle = measure.watched(problem.expected, device)
+    steps, errors, remarks = verify(problem.providers, oracle.result, problem)
     right = {name: step for name, step in steps.items() if errors[name] <= problem.tolerance}
     if device == "cuda":  # beside what a caller waits, what the GPU does: each provider as a CUDA graph
         graphs = {f"{name}+graph": functools.partial(problem.capture, name, step) for name, step in right.items()}
-        graphs, graph_errors, graph_remarks = verify(graphs, expected, problem)
+        graphs, graph_errors, graph_remarks = verify(graphs, oracle.result, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
         errors, remarks = errors | graph_errors, remarks | graph_remarks
     peaks, long_times = {}, {}
     for name, step in right.items():
-        seen = measure.watched(step, device)
+        seen = oracle if step is problem.expected else measure.watched(step, device)
         peaks[name] = seen.peak_mib
-        if device == "cpu" and seen.ms >= LONG_MS:  # beside it the profiler's microseconds for each op are nothing
+        if seen.ms is not None:
             long_times[name] = [seen.ms]
-        errors[name] = max(errors[name], problem.error(seen.result, expected))
+        errors[name] = max(errors[name], problem.error(seen.result, oracle.result))
         if not errors[name] <= problem.tolerance:
             remarks[name] = f"refused: its error became {errors[name]:.2g} beside the others"
     right = {name: step for name, step in right.items() if errors[name] <= problem.tolerance}

@@ -162,29 +162,40 @@ def test_calls_timed_earlier_are_rounds(called):
     assert [len(times) for times in samples.values()] == [3, 3]
 
 
-def test_a_long_call_is_timed_while_its_memory_is_recorded(case, monkeypatch):
-    """Here every call is long, and one of them is all that a provider gets."""
-    monkeypatch.setattr(harness, "LONG_MS", 0)
-    monkeypatch.setattr(measure, "PATIENCE_MS", 0)
-    rows = [row for row in harness.run(case, "fwd", "cpu", malloc="default", seconds=0.1).rows if row["verified"]]
-    assert len(rows) == 2
-    for row in rows:
-        assert (row["calls"], row["peak_mib"]) == (1, pytest.approx(1.0, abs=0.01))
-        assert row["p20_ms"] == row["median_ms"] == row["p80_ms"] > 0
-
-
-def test_a_provider_that_is_the_oracle_is_not_run_twice_to_verify_it(called):
+def test_a_long_call_is_timed_while_its_memory_is_recorded(called, monkeypatch):
+    """Here it is one call of everything, that of the oracle: verified, its memory and its time."""
+    monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
+    monkeypatch.setattr(measure, "PATIENCE_MS", 100)
     order, steps = called
-    step = steps(oracle=0)["oracle"]
-    got = (torch.ones(3),)
+    notes = steps(oracle=110, fastcss=1)
 
-    def oracle():
-        step()
-        return got
+    def step(name):
+        return lambda: (notes[name](), torch.ones(2**18))[1:]
 
-    problem = registry.Problem({"oracle": lambda: oracle}, oracle, 1e-6, flops=1, bytes=1)
-    harness.verify(problem.providers, problem.expected(), problem)
-    assert order == ["oracle"]
+    oracle, fast = step("oracle"), step("fastcss")
+    case = registry.Case(
+        "toy", "toy/long", {}, torch.float32, sources=(),
+        build=lambda device, mode: registry.Problem(
+            {"oracle": lambda: oracle, "fastcss": lambda: fast}, oracle, 1e-6, flops=1, bytes=1
+        ),
+    )  # fmt: skip
+    slow, ours = harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0).rows
+    assert order == ["oracle"] + ["fastcss"] * (1 + 1 + 3)
+    assert (slow["calls"], slow["peak_mib"], slow["error"]) == (1, pytest.approx(1.0, abs=0.01), 0)
+    assert slow["p20_ms"] == slow["median_ms"] == slow["p80_ms"] >= 110
+    assert (ours["calls"], ours["peak_mib"]) == (3, pytest.approx(1.0, abs=0.01))
+
+
+def test_a_call_of_many_ops_is_not_timed_under_watch():
+    x = torch.ones(1)
+
+    def step():
+        for _ in range(2000):
+            x.add_(1)
+        time.sleep(0.1)
+
+    assert measure.watched(step, "cpu").ms is None
+    assert measure.watched(lambda: time.sleep(0.1), "cpu").ms >= 100
 
 
 @pytest.mark.parametrize(
