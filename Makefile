@@ -3,6 +3,7 @@
 #   make demo    handwritten digits in photographs, six tasks in one pass   → out/demo.png
 #   make test    lint and the whole test suite
 #   make train-digits   the demo's model anew, from a seed (an hour)        → fastcss/assets/digits
+#   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
 #   make gpu     on a CUDA machine whose PYTHON has torch: all its stages, or one (make gpu-test); with LIMIT=540 it
 #                stops after so many seconds, and the next call goes on        → out/gpu and $OUT, benchmarks/results
@@ -24,7 +25,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 # Kernels that do not compile are an error here, not a slower package.
 export FASTCSS_REQUIRE_COMPILED := 1
 
-.PHONY: demo test lint train-digits bench gpu wheel clean
+.PHONY: demo test lint sanitize train-digits bench gpu wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --out out/demo.png
@@ -35,6 +36,25 @@ test: lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A package of its own, next to whose module no other is loaded. What Python itself leaks is not looked at.
+SANITIZED := build/sanitize
+SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
+TORCH_PATH = $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")
+
+$(SANITIZED)/%.o: csrc/cpu/%.cpp $(wildcard csrc/cpu/*.h) | $(VENV)/torch
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -D_GLIBCXX_ASSERTIONS -std=gnu++20 -ffp-contract=fast -fno-wrapv -fvisibility=hidden -fPIC \
+	    -Wno-psabi -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $(TORCH_PATH)/include -c $< -o $@
+
+sanitize: $(patsubst csrc/cpu/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/*.cpp)) | $(VENV)/installed
+	$(BIN)/python setup.py -q build_py --build-lib $(SANITIZED)
+	$(CXX) $(SANITIZE) -shared $^ -o $(SANITIZED)/fastcss/_cpu.abi3.so -L$(TORCH_PATH)/lib -ltorch -ltorch_cpu -lc10
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	    $(BIN)/python -m pytest -o pythonpath=$(SANITIZED) tests/ops tests/hardening $(SANITIZE_TESTS)
+# On a CPU; what compiles has a compiler to run, and what measures memory measures the sanitizer.
+SANITIZE_TESTS ?= -k "(cpu or threads) and not compile and not memory"
 
 # Both commands go on from where they were killed; the kept model is replaced when there is another.
 train-digits: $(VENV)/installed
