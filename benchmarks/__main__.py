@@ -61,7 +61,7 @@ def _run(cases: Sequence[registry.Case], options: argparse.Namespace, out: Path 
             if mode not in case.modes:
                 console.print(f"{case.name} has no mode {mode}", markup=False)
                 continue
-            outcome = harness.run(case, mode, options.device, options.malloc, SECONDS / 3 if options.quick else SECONDS)
+            outcome = harness.run(case, mode, options.device, options.malloc, SECONDS)
             report.show(outcome, console)
             rows += outcome.rows
             if out:
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", action="append", default=[], help="run the cases whose name starts so; repeatable")
     parser.add_argument("--mode", choices=registry.MODES, help="bwd is forward and backward (default: every mode)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small shapes, short runs: is it right, not how fast")
+    parser.add_argument("--quick", action="store_true", help="small shapes, for what is right, not for what is fast")
     parser.add_argument(
         "--malloc",
         choices=("tuned", "default"),
