@@ -57,11 +57,11 @@ def compare(new: Sequence[dict], old: Sequence[dict]) -> Comparison:
     """Our rows in ``new`` against those in ``old``, of the same machine, case, mode and dtype.
 
     On a CPU, whose clock and neighbours change between runs, what is compared is our median ÷ the geometric mean of the
-    medians of all P peers that are verified in both files; on a GPU, our median itself, and that of our CUDA graph. It
-    regressed if it grew by more than the factor 1.1 · exp(2u). There u² is the sum over both files of s² of ours and,
-    on a CPU, of Σ s² ÷ P² of the peers, with s = ½ ln(p80 ÷ p20), some 0.84 standard deviations of single calls: of
-    calls, not of medians, as all calls of a run share its moment. The tenth is for what no run shows of itself: memory
-    laid out differently, and the spread of what was called once.
+    medians of all P peers that are verified in both files, variants of ours not counted; on a GPU, our median itself,
+    and that of our CUDA graph. It regressed if it grew by more than the factor 1.1 · exp(2u). There u² is the sum over
+    both files of s² of ours and, on a CPU, of Σ s² ÷ P² of the peers, with s = ½ ln(p80 ÷ p20), some 0.84 standard
+    deviations of single calls: of calls, not of medians, as all calls of a run share its moment. The tenth is for what
+    no run shows of itself: memory laid out differently, and the spread of what was called once.
 
     Raises:
         ValueError: they have nothing in common; says what each is of.
@@ -92,7 +92,8 @@ def compare(new: Sequence[dict], old: Sequence[dict]) -> Comparison:
 def _change(name: str, ours: str, new: dict[str, dict], old: dict[str, dict]) -> Change | None:
     peers = []
     if new[ours]["device"] == "cpu":
-        peers = [peer for peer in old if peer != ours and _verified(old, peer) and _verified(new, peer)]
+        others = [peer for peer in old if not peer.startswith(OURS)]
+        peers = [peer for peer in others if _verified(old, peer) and _verified(new, peer)]
         if not peers:
             return None
     growth = {peer: math.log(new[peer]["median_ms"] / old[peer]["median_ms"]) for peer in (ours, *peers)}

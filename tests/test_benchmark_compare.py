@@ -77,6 +77,12 @@ def test_only_peers_that_are_right_in_both_count():
     assert compare.compare(new[:1], old).alone == ["toy/sum fwd float32"]
 
 
+def test_variants_of_ours_are_no_peers():
+    medians = MEDIANS | {"fastcss-packed": 10.0}
+    slower = medians | {"fastcss": 20.0, "fastcss-packed": 20.0}
+    assert only(compare.compare(rows(medians=slower), rows(medians=medians))).factor == pytest.approx(2)
+
+
 def test_a_gpu_is_its_own_measure():
     """The peers do not count there, and a CUDA graph is a row of ours like the other."""
     gpu = {"device": "cuda", "device_name": "GPU"}
