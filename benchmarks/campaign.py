@@ -110,7 +110,7 @@ STAGES = {
     "build": Stage(build),
     "test": Stage(test),
     "check": Stage(check, at_a_time=8, limit=500),
-    "verify": Stage(verify, at_a_time=6, limit=300),
+    "verify": Stage(verify, at_a_time=6, limit=500),
     "tune": Stage(tune, at_a_time=max(CORES - 2, 1), limit=500),
     "bench": Stage(bench, limit=500),
 }

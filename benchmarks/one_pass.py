@@ -61,7 +61,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["peft-mixed"] = system.peft_mixed
     if device == "cuda":
         providers["triton"] = lambda: _steps.on("triton", system.one_pass(fuse=True))
-        if not quick:
+        if shape["T"] == TASKS and not quick:  # minutes each
             providers["compiled"] = functools.partial(system.merged_loop, torch.compile)
     shared, per_task = split_flops(system.model, system.inputs, shape["sites"])
     shape |= {"gflop_shared": shared / 1e9, "gflop_per_task": per_task / 1e9}

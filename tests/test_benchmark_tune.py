@@ -40,6 +40,7 @@ def test_the_longest_case_decides():
         row("g 64", "long", 2.0, 0.0, TILE),
     ]
     assert tune.table_of(rows) == tune.table_of(rows[::-1]) == {90: {"f 64": better}}
+    assert tune.table_of(rows[2:]) == {}
 
 
 def test_the_table_is_a_module(tmp_path):
