@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -43,10 +42,13 @@ class Widest(TorchFunctionMode):
 
 def group_size(tasks: int, bytes_of_one: int) -> int:
     """Tasks to run side by side, of ``tasks`` whose widest tensor has ``bytes_of_one`` bytes each."""
-    limit = WIDEST_MAPPED if _maps_large_tensors() else WIDEST_KEPT
-    size = max(1, limit // max(1, bytes_of_one))
-    groups = -(-tasks // size)
-    return -(-tasks // groups)  # groups of equal size
+    if_mapped, if_kept = (_equal_groups(tasks, limit // max(1, bytes_of_one)) for limit in (WIDEST_MAPPED, WIDEST_KEPT))
+    return if_mapped if if_mapped == if_kept or _maps_large_tensors() else if_kept
+
+
+def _equal_groups(tasks: int, largest: int) -> int:
+    groups = -(-tasks // max(1, largest))
+    return -(-tasks // groups)
 
 
 def _maps_large_tensors() -> bool:
@@ -55,9 +57,16 @@ def _maps_large_tensors() -> bool:
     if not hasattr(libc, "mallinfo2"):
         return False
     libc.mallinfo2.restype = _MallocInfo
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
     before = libc.mallinfo2().mappings
-    tensor = torch.empty(PROBE, dtype=torch.uint8)
-    return libc.mallinfo2().mappings > before and tensor.numel() > 0
+    probe = libc.malloc(PROBE)
+    mapped = libc.mallinfo2().mappings > before
+    libc.free(probe)
+    return mapped
 
 
 class _MallocInfo(ctypes.Structure):
