@@ -71,9 +71,9 @@ void Points::set_head(const float* offsets, const float* logits) {
       locate(base_.data(), step_.data(), size_.data(), offsets, 0, count_, left_.data(), right_.data(), inside_.data());
   const bool y = locate(base_.data() + padded_, step_.data() + padded_, size_.data() + padded_, offsets, 1, count_,
                         top_.data(), bottom_.data(), inside_.data());
-  lost_ = !x || !y;
   bilinear(right_.data(), bottom_.data(), padded_, share_.data());
   softmax(logits, count_, padded_, attention_.data());
+  lost_ = !x || !y || (count_ > 0 && attention_[0] != attention_[0]);  // a logit that is NaN makes all of them so
   list_corners();
 }
 

@@ -56,7 +56,7 @@ class Points {
   float share(int64_t slot) const { return share_[slot]; }  // bilinear weight
   float right_share(int64_t p) const { return right_[p]; }
   float bottom_share(int64_t p) const { return bottom_[p]; }
-  // Some location is NaN or infinite: then so is the result.
+  // Some location is NaN or infinite, or some logit NaN: then the result is NaN, also where nothing is read.
   bool lost() const { return lost_; }
 
   // Cells by which a location moves with its offset, and with its reference point's coordinate i.

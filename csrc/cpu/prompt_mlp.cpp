@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_mlp_backward(const Ten
   layer_backward(groups, dout, h, w2, dh, need_weights ? &dw2 : nullptr);
   for (const Group& group : groups)
     for (int64_t i : group.rows)
-      for (int64_t j = 0; j < H; ++j) dh[i * H + j] = h[i * H + j] > 0 ? dh[i * H + j] : 0.f;
+      for (int64_t j = 0; j < H; ++j) dh[i * H + j] = h[i * H + j] <= 0 ? 0.f : dh[i * H + j];
   layer_backward(groups, dh, x, w1, need_dz ? dx : nullptr, need_weights ? &dw1 : nullptr);
   if (need_weights) bias_backward(groups, dout, db2), bias_backward(groups, dh, db1);
   for (int64_t r = 0; need_dz && r < R; ++r) write_row(image(dz, r, dtype), dtype, dx + r * L, L);

@@ -16,6 +16,7 @@ from ._arguments import (
     check_alike,
     check_count,
     check_device,
+    check_floating,
     check_number,
     check_shapes,
     check_tensor,
@@ -279,6 +280,7 @@ def _filtered(op: str, filtered: FilteredCost) -> tuple[Tensor, Tensor]:
     cost, index = filtered.cost, filtered.index
     check_shapes(op, **{"filtered.index": (index, "B k")})
     check_tensor(op, "filtered.cost", cost, "[B, k, …]")
+    check_floating(op, "filtered.cost", cost)
     if cost.shape[:2] != index.shape:
         wanted = f"[B, k, …] with [B, k] = {list(index.shape)}"
         raise ValueError(f"{op}: filtered.cost must be {wanted}, got {list(cost.shape)}")

@@ -172,9 +172,11 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
     wanted = {"shared": "[*, K]", "diverged": "[T, *, K]", "routed": "[S, *, K]"}[mode]
     given = {"x": (x, wanted), "weight": (weight, "[N, K]"), "bias": (bias, "[N]"), "index": (index, "[S]")}
     given |= {"lora.a": (lora.a, "[Σr, K]"), "lora.b": (lora.b, "[Σr, N]")}
+    given |= {"lora.offsets": (lora.offsets, "[T + 1]"), "lora.scales": (lora.scales, "[T]")}
     for name, (tensor, shape) in given.items():
         if tensor is not None or name not in ("bias", "index"):
             check_tensor("multi_lora", name, tensor, shape)
+    _check_ranks(lora)
     least = 1 if mode == "shared" else 2
     if x.dim() < least or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -184,7 +186,8 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
         raise ValueError(
             f"multi_lora: x must be [T, *, K] with T = {lora.num_adapters} in mode 'diverged', got {list(x.shape)}"
         )
-    if lora.a.shape[1] != weight.shape[1] or lora.b.shape[1] != weight.shape[0]:
+    (outputs, inputs), rows = weight.shape, sum(lora.ranks)
+    if lora.a.shape != (rows, inputs) or lora.b.shape != (rows, outputs):
         raise ValueError(
             f"multi_lora: lora must fit weight {list(weight.shape)} = [N, K]: wants a [Σr, {weight.shape[1]}] and "
             f"b [Σr, {weight.shape[0]}], got {list(lora.a.shape)} and {list(lora.b.shape)}"
@@ -210,6 +213,19 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
                 f"multi_lora: index must be int32 or int64 [S] = [{x.shape[0]}], got {index.dtype} {list(index.shape)}"
             )
         _check_index_range(index, lora.num_adapters)
+
+
+def _check_ranks(lora: PackedLora) -> None:
+    ranks, count = lora.ranks, lora.num_adapters if isinstance(lora.ranks, tuple) else 0
+    if count == 0 or not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
+        raise TypeError(f"multi_lora: lora.ranks must be a tuple of one rank or more, got {ranks!r}")
+    for name, tensor, dtype, size in (
+        ("lora.offsets", lora.offsets, torch.int32, count + 1),
+        ("lora.scales", lora.scales, torch.float32, count),
+    ):
+        if tensor.dtype != dtype or tensor.shape != (size,):
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"multi_lora: {name} must be {dtype} [{size}] for {count} adapters, got {got}")
 
 
 def _check_index_range(index: Tensor, num_adapters: int) -> None:

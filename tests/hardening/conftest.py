@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # the inputs are those of the ops' own tests
+# The inputs and the models are those of the ops' and the models' own tests.
+sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("ops", "one_pass", "fuse")]
 
 EXAMPLES = 24
 

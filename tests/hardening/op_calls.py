@@ -206,3 +206,28 @@ OPS = {
         options={"bias": FLAGS, "lora_dtype": sampled_from([None, torch.float32])},
     ),
 }
+
+#: Of each op a call that is shared out among threads, and does not take long.
+SHAPES = {
+    "affinity_attention": (2, 200, 33, 40),
+    "class_affinity": (2, 200, 33, 40, 21),
+    "affinity_loss": (2, 200, 33, 5),
+    "class_centers": (2, 21, 200, 40),
+    "cost_filter": (2, 12, 13, 40, 59, 2, 9),
+    "packed_filter": (2, 12, 13, 40, 59, 2, 9),
+    "top_classes": (5, 500, 40),
+    "phrase_pool": (3, 21, 7, 40),
+    "select_tokens": (3, 200, 21, 40, 150),
+    "prompt_mlp": (20, 5, 65, 33, 97),
+    "merge_masks": (5, ((33, 31), (100, 124)), (137, 121)),
+    "topk_queries": (3, 200, 40, 21, 30),
+    "top_margin": (3, 21, 200),
+    "deformable_attention": (2, ((9, 13), (5, 7)), 70, 3, 33, 4),
+    "bi_attention": (3, 130, 20, 2, 33),
+    "window_attention": (2, 14, 21, 3, 32, 7, 3),
+    "multi_lora": ("routed", [40], 60, 50, [8, 0, 24, 3]),
+}
+
+
+def example(op: str, dtype: torch.dtype = torch.float32) -> Call:
+    return OPS[op].make(*SHAPES[op], dtype=dtype)

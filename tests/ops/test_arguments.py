@@ -36,6 +36,29 @@ def test_no_tensor(op, name):
         getattr(ops, op)(**ARGUMENTS[op] | {name: [[[1.0]]]})
 
 
+def test_numbers_and_flags():
+    for op in ("affinity_attention", "class_affinity", "affinity_loss", "bi_attention", "window_attention"):
+        for wrong in ("1", torch.ones(())):
+            refused(op, TypeError, f"scale must be a number, got {type(wrong).__name__}", scale=wrong)
+    for op in ("affinity_attention", "class_affinity"):
+        refused(op, TypeError, "mean must be True or False, got int", mean=1)
+    refused("merge_masks", TypeError, "return_score must be True or False, got str", return_score="no")
+    for op in ("affinity_loss", "top_margin"):
+        refused(op, TypeError, "ignore_index must be an integer, got float", ignore_index=255.0)
+    # Labels are counted in 32 bits: a larger number would be that of a class.
+    refused("affinity_loss", ValueError, f"ignore_index must be at most {2**31 - 1}, got {2**32}", ignore_index=2**32)
+    refused("affinity_loss", ValueError, "num_classes must be at least 1, got 0", num_classes=0)
+
+
+@pytest.mark.parametrize(("op", "name"), FLOATS)
+def test_tensors_that_are_not_dense(op, name):
+    right = ARGUMENTS[op][name]
+    sparse, nested = right.to_sparse(), torch.nested.nested_tensor([right])
+    for wrong, kind in ((sparse, "a torch.sparse_coo one"), (nested, "a nested one")):
+        with pytest.raises(TypeError, match=rf"^{op}: {name} must be a dense tensor .*, got {kind}"):
+            getattr(ops, op)(**ARGUMENTS[op] | {name: wrong})
+
+
 @pytest.mark.parametrize(("op", "name"), [one for one in EVERY if one not in OF_ANY_RANK and one[1] != "labels"])
 def test_number_of_dimensions(op, name):
     for wrong in (ARGUMENTS[op][name][0], ARGUMENTS[op][name][None]):

@@ -50,6 +50,24 @@ def test_packed_text_gives_the_same_bits(impl, dtype, shared, device):
         assert torch.equal(torch.autograd.grad(found.cost.sum(), image)[0], slope)
 
 
+@pytest.mark.parametrize("impl", COMPILED)
+def test_packed_text_of_any_strides(impl, device):
+    """As torch.vmap hands it on, where another dimension than the first is mapped."""
+    image, text = embeddings(torch.float32, device)
+    packed = pack_text(text, impl=runs(cost_filter, impl, device))
+    strided = packed._replace(
+        **{
+            name: getattr(packed, name).mT.contiguous().mT
+            for name in ("scale", "panels")
+            if getattr(packed, name).dim() > 1
+        }
+    )
+    for one, other in zip(
+        cost_filter(image, strided, 6, impl=impl), cost_filter(image, packed, 6, impl=impl), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("packed_for", IMPLEMENTATIONS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_text_packed_for_another_implementation(impl, packed_for, device):

@@ -153,6 +153,17 @@ def test_nan_and_inf_propagate(impl, name, value, device):
     assert not want.isfinite().all()
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+def test_the_gradient_of_a_hidden_value_that_is_nan(impl, device):
+    """Goes through the rectifier, as in torch."""
+    call = make(7, 2, 9, 5, 4, device=device)
+    call.tensors["b1"][:, 3] = math.nan
+    dys = call.output_gradients()
+    want, got = (call.leaves().results(name, dys) for name in ("reference", runs(prompt_mlp, impl, device)))
+    torch.testing.assert_close(got["dz"], want["dz"])
+    torch.testing.assert_close(got["db1"], want["db1"])
+
+
 # --- strides ---------------------------------------------------------------------------------------------------------
 
 #: Weights as they lie in a larger tensor, or class by class in a checkpoint.

@@ -1,0 +1,72 @@
+"""``python children.py KIND``: every op in this process, on its threads, and then in children of KIND, to the same
+bits. Ends with an error where a child gives others, or does not end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1] / "ops"), str(Path(__file__).parents[2])]
+
+import numpy as np
+import torch
+from op_calls import OPS, example
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Results = dict[str, Tensor]
+
+
+def forward(op: str) -> Results:
+    with torch.no_grad():
+        return example(op).outputs("cpu")
+
+
+def forward_and_backward(op: str) -> Results:
+    call = example(op)
+    return call.leaves().results("cpu", call.output_gradients())
+
+
+class Calls(Dataset):
+    def __len__(self) -> int:
+        return len(OPS)
+
+    def __getitem__(self, i: int) -> Results:
+        return forward_and_backward(list(OPS)[i])
+
+
+def assert_same(op: str, got: Results, want: Results) -> None:
+    for name in want:  # by NumPy: torch's own comparison may want threads, which a forked process does not have
+        assert np.array_equal(got[name].float().numpy(), want[name].float().numpy()), (op, name)
+
+
+def in_a_fork(want: dict[str, Results]) -> None:
+    """The ops as they are, then all of them as torch itself wants it in a fork: on one thread."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        for op in OPS:
+            assert_same(op, forward(op), want[op])
+        torch.set_num_threads(1)
+        for op in OPS:
+            assert_same(op, forward_and_backward(op), want[op])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def in_workers(want: dict[str, Results], kind: str) -> None:
+    loader = DataLoader(Calls(), batch_size=None, num_workers=1, multiprocessing_context=kind, timeout=60)
+    for op, got in zip(OPS, loader, strict=True):
+        assert_same(op, got, want[op])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    want = {op: forward_and_backward(op) for op in OPS}
+    if sys.argv[1] == "os.fork":
+        in_a_fork(want)
+    else:
+        in_workers(want, sys.argv[1])

@@ -1,0 +1,34 @@
+"""The same bits on any number of threads: what the ops' own tests ask of some shapes, of random ones."""
+
+from __future__ import annotations
+
+import checks
+import pytest
+from calls import DTYPES, runs
+from hypothesis import given
+from hypothesis import strategies as st
+from op_calls import OPS, make_lora
+from test_fuzz import draw_call
+
+from fastcss import ops
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_shape_on_any_number_of_threads(op, fuzz):
+    runs(getattr(ops, op, ops.cost_filter), "cpu", "cpu")
+
+    @fuzz(1 / 4)
+    @given(st.data())
+    def check(data):
+        dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+        checks.assert_same_on_any_number_of_threads(draw_call(data, op, "cpu", dtype, "cpu"))
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [[40], [3, 130]], ids=str)
+@pytest.mark.parametrize("mode", ["shared", "diverged", "routed"])
+def test_multi_lora(mode, rows, dtype):
+    runs(ops.multi_lora, "cpu", "cpu")
+    checks.assert_same_on_any_number_of_threads(make_lora(mode, rows, 130, 70, [32, 0, 5, 17], dtype=dtype))

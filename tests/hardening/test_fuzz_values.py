@@ -1,0 +1,68 @@
+"""Every op at random with elements that are hard: NaN, infinite, nearly nothing, or as large as a product can take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from calls import Call, runs
+from hypothesis import given
+from hypothesis import strategies as st
+from op_calls import OPS
+from test_fuzz import draw_call
+
+from fastcss import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = {"nan": [math.nan], "infinite": [math.inf, -math.inf], "extreme": [1e15, -1e15, 1e-42, -1e-42, -0.0]}
+#: What the op's own tests know to differ from the literal code, and say why.
+KNOWN = {
+    ("nan", "merge_masks"): "a tap of weight 0 may count",
+    ("infinite", "merge_masks"): "a tap of weight 0 may count",
+    ("infinite", "class_affinity"): "an infinite centre is another one in the other order of the products",
+    ("extreme", "class_affinity"): "what is read of unlike pixels is exact at the size of all of them",
+}
+
+
+def with_elements(data: st.DataObject, call: Call, values: list[float]) -> Call:
+    """Up to three elements are among ``values``."""
+    tensors = {name: tensor.contiguous().clone() for name, tensor in call.tensors.items() if tensor.numel()}
+    for _ in range(data.draw(st.integers(1, 3), "elements") if tensors else 0):
+        tensor = tensors[data.draw(st.sampled_from(sorted(tensors)), "name")].view(-1)
+        tensor[data.draw(st.integers(0, len(tensor) - 1), "at")] = data.draw(st.sampled_from(values), "value")
+    return call.having(**tensors)
+
+
+def assert_like_eager(call: Call, impl: str) -> None:
+    """Finite where the literal code is, with its values, and no NaN of its results is lost.
+
+    Its gradients may be NaN where ours are not: 0 times what is read by nobody is not computed.
+    """
+    gradients = call.output_gradients()
+    want, got = (call.leaves().results(name, gradients) for name in ("reference", impl))
+    for name in want:
+        theirs, ours = want[name], got[name]
+        finite = theirs.isfinite()
+        assert ours[finite].isfinite().all(), name
+        assert name in [f"d{tensor}" for tensor in call.tensors] or not ours[theirs.isnan()].isfinite().any(), name
+        if finite.any() and (theirs.is_floating_point() or all(tensor.isfinite().all() for tensor in want.values())):
+            size = max(1, theirs[finite].abs().max().item())
+            torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-3, atol=1e-4 * size, msg=name)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_elements(kind, op, device, fuzz):
+    runs(getattr(ops, op, ops.cost_filter), "cpu", device)
+    if (kind, op) in KNOWN:
+        pytest.skip(KNOWN[kind, op])
+
+    @fuzz(1 / 3)
+    @given(st.data())
+    def check(data):
+        call = draw_call(data, op, "cpu", torch.float32, device)
+        assert_like_eager(with_elements(data, call, KINDS[kind]), "cpu")
+
+    check()

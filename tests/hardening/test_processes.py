@@ -1,0 +1,21 @@
+"""Ops in the children of a process that has used them, forked or spawned: the same bits, and none waits for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from calls import runs
+
+from fastcss import ops
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("kind", ["os.fork", "fork", "spawn"])
+def test_children(kind):
+    """By hand, and as workers of a DataLoader."""
+    runs(ops.cost_filter, "cpu", "cpu")
+    subprocess.run([sys.executable, Path(__file__).with_name("children.py"), kind], check=True, timeout=240)

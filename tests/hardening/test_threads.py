@@ -1,0 +1,95 @@
+"""Every op, and the models that run on them, called from 8 Python threads at once: the bits of a call alone."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+
+import checks
+import pytest
+import torch
+from adapted_models import build_adapted, inputs, vit
+from calls import runs
+from fused_models import encoder, encoder_inputs
+from op_calls import OPS, example
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import fastcss
+from fastcss import ops
+
+THREADS, TIMES = 8, 3
+
+
+def at_once(work: Callable[[int], None]) -> None:
+    """``work(i)`` in each of the threads, all of which begin together."""
+    start, failures = threading.Barrier(THREADS), []
+
+    def run(i: int) -> None:
+        try:
+            start.wait(timeout=60)
+            for _ in range(TIMES):
+                work(i)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_op(op):
+    runs(getattr(ops, op, ops.cost_filter), "cpu", "cpu")
+    call = example(op)
+    gradients = call.output_gradients()
+    want = call.leaves().results("cpu", gradients)
+    at_once(lambda i: checks.assert_bitwise(call.leaves().results("cpu", gradients), want))
+
+
+def test_all_ops():
+    """Another one in each thread, in turn: what one keeps from call to call is in nobody's way."""
+    runs(ops.cost_filter, "cpu", "cpu")
+    calls = {op: example(op, torch.bfloat16) for op in OPS}
+    gradients = {op: call.output_gradients() for op, call in calls.items()}
+    want = {op: call.leaves().results("cpu", gradients[op]) for op, call in calls.items()}
+
+    def work(i: int) -> None:
+        for op in itertools.islice(itertools.cycle(OPS), 2 * i, 2 * i + len(OPS)):
+            checks.assert_bitwise(calls[op].leaves().results("cpu", gradients[op]), want[op])
+
+    at_once(work)
+
+
+def floats(output: object) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+@pytest.mark.parametrize("kind", ["one_pass", "fuse"])
+def test_one_model(kind, one_thread):
+    """Of several tasks, or on fused ops; its outputs, and the gradient of its image."""
+    if kind == "one_pass":
+        model, given = fastcss.one_pass(build_adapted(vit)), inputs(vit, 2)
+    else:
+        model, given = encoder().eval(), encoder_inputs(1)
+        assert fastcss.fuse(model).replaced
+
+    def results() -> list[Tensor]:
+        image = given["pixel_values"].clone().requires_grad_()
+        outputs = [output for output in floats(model(**given | {"pixel_values": image})) if output.requires_grad]
+        return [*outputs, *torch.autograd.grad(sum(output.square().sum() for output in outputs), image)]
+
+    want = results()
+    assert len(want) > 1
+
+    def work(_: int) -> None:
+        for one, other in zip(results(), want, strict=True):
+            assert torch.equal(one, other)
+
+    at_once(work)
