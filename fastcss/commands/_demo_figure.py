@@ -17,6 +17,7 @@ from .demo import WAYS, Figures, Scene, learned_in
 ROWS = ("a photograph with\nhandwritten digits", "what is in it", "what the model\nfinds in one pass")
 OURS, OTHERS, INK = "#1b6ca8", "#b9c4cc", "#555555"
 SIDE, MARGIN, LEGEND = 2.35, 0.75, 3.6  # inches
+SPECK = 0.005  # of the picture: what is no larger gets no name
 
 
 def draw(scenes: Sequence[Scene], figures: Figures, labels: Sequence[str], count: int) -> Figure:
@@ -45,8 +46,8 @@ def _scenes(panels: np.ndarray, scenes: Sequence[Scene], labels: Sequence[str]) 
         pale = 0.5 + 0.5 * scene.image.mean(0, keepdim=True).expand(3, -1, -1)
         for panel, of in zip(column[1:], (scene.labels, scene.found), strict=True):
             panel.imshow(painted(pale, of), extent=(0, of.shape[1], of.shape[0], 0))
-            for label in of.unique().tolist():
-                if label:
+            for label, count in zip(*(found.tolist() for found in of.unique(return_counts=True)), strict=True):
+                if label and count > SPECK * of.numel():
                     _name(panel, (of == label).numpy(), labels[label], _colour(label))
     for row, title in zip(panels, ROWS, strict=True):
         row[0].set_ylabel(title, fontsize=12)
