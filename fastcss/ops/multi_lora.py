@@ -12,7 +12,7 @@ from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, reg
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
-from ._arguments import autocasts, check_floating, check_tensor
+from ._arguments import autocasts, check_device, check_floating, check_tensor
 
 MODES = ("shared", "diverged", "routed")
 FORWARD = kernels("multi_lora")
@@ -196,9 +196,9 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
         raise ValueError(f"multi_lora: bias must be [N] = [{weight.shape[0]}], got {list(bias.shape)}")
     if (index is not None) != (mode == "routed"):
         raise ValueError(f"multi_lora: index goes with mode 'routed' and only with it, got mode {mode!r}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora.a", lora.a), ("lora.b", lora.b), ("index", index)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"multi_lora: {name} must be on the device of x, {x.device}, got {tensor.device}")
+    for name, (tensor, _) in given.items():
+        if tensor is not None:
+            check_device("multi_lora", "x", x, name, tensor)
     check_floating("multi_lora", "x", x)
     if not autocasts(x):
         for name, tensor in (("weight", weight), ("bias", bias)):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import checks
 import pytest
-from calls import DTYPES, runs
+from calls import DTYPES, Call, runs
 from hypothesis import given
 from hypothesis import strategies as st
-from op_calls import OPS, make_lora
+from op_calls import OPS, lora, make_lora
 from test_fuzz import draw_call
 
 from fastcss import ops
+
+
+def assert_same_bits(call: Call) -> None:
+    """But for the gradient of a layer's weight, a product of torch's own: MKL sums in another order on more threads."""
+    tensors = dict(call.tensors)
+    weight = {"weight": tensors.pop("weight")} if call.op is lora else {}
+    checks.assert_same_on_any_number_of_threads(Call(call.op, tensors, call.options | weight))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -21,7 +28,7 @@ def test_any_shape_on_any_number_of_threads(op, fuzz):
     @given(st.data())
     def check(data):
         dtype = data.draw(st.sampled_from(DTYPES), "dtype")
-        checks.assert_same_on_any_number_of_threads(draw_call(data, op, "cpu", dtype, "cpu"))
+        assert_same_bits(draw_call(data, op, "cpu", dtype, "cpu"))
 
     check()
 
@@ -31,4 +38,4 @@ def test_any_shape_on_any_number_of_threads(op, fuzz):
 @pytest.mark.parametrize("mode", ["shared", "diverged", "routed"])
 def test_multi_lora(mode, rows, dtype):
     runs(ops.multi_lora, "cpu", "cpu")
-    checks.assert_same_on_any_number_of_threads(make_lora(mode, rows, 130, 70, [32, 0, 5, 17], dtype=dtype))
+    assert_same_bits(make_lora(mode, rows, 130, 70, [32, 0, 5, 17], dtype=dtype))
