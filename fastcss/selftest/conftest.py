@@ -1,4 +1,4 @@
-"""The table after the tests: which op ran on which implementation, and why the others did not."""
+"""Threads, and the table after the tests: which op ran on which implementation, and why the others did not."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import platform
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastcss
 
 _outcomes: dict[tuple[str, str], Counter] = defaultdict(Counter)
 _reasons: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """How many torch has; each test begins with one, as waiting for others takes longer than tensors this small."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield count
+    torch.set_num_threads(count)
 
 
 def pytest_runtest_logreport(report):
