@@ -41,7 +41,7 @@ struct Counted {
       std::vector<float> row(K + kLanes);
       for (int64_t i = item * kCols; i < std::min(N, (item + 1) * kCols); ++i) {
         pack(row.data(), static_cast<int>(K), static_cast<int>(K), 1, turned.at(0, pixels[i]));
-        std::memcpy(&rows[i * K], row.data(), K * sizeof(float));
+        std::memcpy(rows.data() + i * K, row.data(), K * sizeof(float));
       }
     });
     return {rows.data(), DType::f32, K, 1};

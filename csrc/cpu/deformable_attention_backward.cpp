@@ -124,11 +124,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deformable_attention_backward(const T
       write_row(image(dlogits, 0, dtype) + at * size_of(dtype), dtype, scores.data(), count);
     }
     for (int64_t s = 0; s < S; ++s)
-      write_row(image(dvalue, b, dtype) + (s * heads + h) * D * size_of(dtype), dtype, &sums[s * D], D);
+      write_row(image(dvalue, b, dtype) + (s * heads + h) * D * size_of(dtype), dtype, sums.data() + s * D, D);
   });
   for (int64_t item = 0; need_reference && item < B * heads; ++item)
     add_scaled(static_cast<float*>(dreference.mutable_data_ptr()) + item / heads * Q * coordinates, 1.f,
-               &by_head[item * Q * coordinates], Q * coordinates);
+               by_head.data() + item * Q * coordinates, Q * coordinates);
   return {dvalue, dreference, doffsets, dlogits};
 }
 

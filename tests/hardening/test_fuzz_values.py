@@ -23,6 +23,7 @@ KNOWN = {
     ("infinite", "merge_masks"): "a tap of weight 0 may count",
     ("infinite", "class_affinity"): "an infinite centre is another one in the other order of the products",
     ("extreme", "class_affinity"): "what is read of unlike pixels is exact at the size of all of them",
+    ("extreme", "class_centers"): "a gradient is what is left of two of the features' size",
 }
 
 
