@@ -54,7 +54,7 @@ sanitize: $(patsubst csrc/cpu/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/*.cpp))
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 	    $(BIN)/python -m pytest -o pythonpath=$(SANITIZED) tests/ops tests/hardening $(SANITIZE_TESTS)
 # On a CPU; what compiles has a compiler to run, and what measures memory measures the sanitizer.
-SANITIZE_TESTS ?= -k "(cpu or threads) and not compile and not memory"
+SANITIZE_TESTS ?= -k "(cpu or threads or hard_elements) and not compile and not memory"
 
 # Both commands go on from where they were killed; the kept model is replaced when there is another.
 train-digits: $(VENV)/installed
