@@ -136,7 +136,7 @@ def test_the_figure_shows_it(shown, figures):
     assert f"mIoU {100 * figures.miou['one_pass']:.1f}% on 3 scenes" in figure.get_suptitle()
 
 
-def test_every_picture_names_what_it_shows(shown, figures):
+def test_every_picture_names_what_it_shows_but_specks(shown, figures):
     figure = draw(shown, figures, LABELS, COUNT)
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 3 * len(shown)
@@ -149,7 +149,8 @@ def test_every_picture_names_what_it_shows(shown, figures):
             labels = scene.labels if k < 2 * len(shown) else scene.found
             grey = 0.5 + 0.5 * scene.image.mean(0, keepdim=True).expand(3, -1, -1)
             assert (panel.images[0].get_array().data == np.asarray(painted(grey, labels))).all()
-            names = [LABELS[label] for label in labels.unique().tolist() if label]
+            counts = labels.flatten().bincount(minlength=len(LABELS)).tolist()
+            names = [LABELS[label] for label, count in enumerate(counts) if label and count > labels.numel() / 200]
             assert [text.get_text() for text in panel.texts] == names
 
 
