@@ -18,6 +18,7 @@ TRITON ?= triton==3.6.0
 VENV ?= .venv
 OUT ?=
 LIMIT ?=
+CUDA ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
