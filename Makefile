@@ -81,7 +81,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 # No network there and no environment of our own: PYTHON has torch, pytest and, for all benchmark providers, peft.
-GPU_STAGES := gpu-build gpu-test gpu-check gpu-verify gpu-tune gpu-bench
+GPU_STAGES := gpu-build gpu-test gpu-check gpu-verify gpu-tune gpu-bench gpu-count
 .PHONY: $(GPU_STAGES)
 gpu $(GPU_STAGES):
 	$(PYTHON) -m benchmarks.campaign $(patsubst gpu-%,%,$(filter gpu-%,$@)) \

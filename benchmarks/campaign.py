@@ -106,6 +106,21 @@ def bench(kept: Path, rows: Path) -> Units:
     )
 
 
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+
+
+def count(kept: Path, rows: Path) -> Units:
+    """The hardware's counters over the kernels of each op's first case: why one is as far from its limit as it is."""
+    from fastcss import _backends
+
+    ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--target-processes", "all"]
+    ncu += [word for section in SECTIONS for word in ("--section", section)]
+    units = of_each_case(lambda name: with_environment([*ncu, *python("-m", "benchmarks.counted", name)]))
+    first = {name.split("/")[0]: name for name in reversed(units)}.values()
+    counted = ("list", *_backends.KERNELS["triton"])
+    return {name: units[name] for name in reversed(first) if name.split("/")[0] in counted}
+
+
 STAGES = {
     "build": Stage(build),
     "test": Stage(test),
@@ -113,6 +128,7 @@ STAGES = {
     "verify": Stage(verify, at_a_time=6, limit=500),
     "tune": Stage(tune, at_a_time=max(CORES - 2, 1), limit=500),
     "bench": Stage(bench, limit=500),
+    "count": Stage(count, limit=500),
 }
 
 

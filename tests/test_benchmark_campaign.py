@@ -78,8 +78,21 @@ def test_every_op_with_a_kernel_is_checked(tmp_path):
 
 
 def test_without_cuda_a_stage_of_cases_says_so(tmp_path):
-    (name,) = campaign.verify(tmp_path, tmp_path)
-    assert name == "list"
+    for stage in ("verify", "count"):
+        (name,) = campaign.STAGES[stage].units(tmp_path, tmp_path)
+        assert name == "list"
+
+
+def test_every_op_with_a_kernel_is_counted_once(tmp_path, monkeypatch):
+    from benchmarks import registry
+    from fastcss import _backends
+
+    names = [case.name for case in registry.all_cases("cuda")]
+    monkeypatch.setattr(campaign, "of_each_case", lambda command: {name: command(name) for name in names})
+    units = campaign.count(tmp_path, tmp_path)
+    ops = {op for op in _backends.KERNELS["triton"] if not op.endswith("_backward")}
+    assert sorted(name.split("/")[0] for name in units) == sorted(ops & {name.split("/")[0] for name in names})
+    assert all(command[-1] == name for name, command in units.items())
 
 
 def test_an_unknown_stage(capsys):

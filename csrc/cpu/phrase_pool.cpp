@@ -13,14 +13,18 @@ namespace {
 
 constexpr const char* kOp = "phrase_pool";
 
-// Rows [count][width] of length one, and 1 / the lengths they had.
-void read_unit_rows(Matrix m, int64_t count, int64_t width, float* rows, float* inverse) {
+// Rows [count][width], and 1 / their lengths.
+void read_rows(Matrix m, int64_t count, int64_t width, float* rows, float* inverse) {
   for (int64_t i = 0; i < count; ++i) {
-    float* row = rows + i * width;
-    read_row(row, m.at(i, 0), width);
-    inverse[i] = inverse_length(row, width);
-    for (int64_t d = 0; d < width; ++d) row[d] *= inverse[i];
+    read_row(rows + i * width, m.at(i, 0), width);
+    inverse[i] = inverse_length(rows + i * width, width);
   }
+}
+
+void read_unit_rows(Matrix m, int64_t count, int64_t width, float* rows, float* inverse) {
+  read_rows(m, count, width, rows, inverse);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < width; ++d) rows[i * width + d] *= inverse[i];
 }
 
 // weight = softmax(cosine), both [M]
@@ -34,18 +38,17 @@ void softmax(const float* cosine, int64_t M, float* weight) {
 // The phrases of one class, and how close image b is to each.
 struct Phrases {
   int64_t M, D;
-  float *unit, *inverse, *cosine, *weight;
+  float *row, *inverse, *cosine, *weight;
 
   static int64_t size(int64_t M, int64_t D) { return M * D + 3 * M; }
   Phrases(Matrix phrases, int64_t M, int64_t D, float* memory)
-      : M(M), D(D), unit(memory), inverse(unit + M * D), cosine(inverse + M), weight(cosine + M) {
-    read_unit_rows(phrases, M, D, unit, inverse);
+      : M(M), D(D), row(memory), inverse(row + M * D), cosine(inverse + M), weight(cosine + M) {
+    read_rows(phrases, M, D, row, inverse);
   }
-  void weigh(const float* cls) {
-    for (int64_t m = 0; m < M; ++m) cosine[m] = dot(unit + m * D, cls, D);
+  void weigh(const float* unit_cls) {
+    for (int64_t m = 0; m < M; ++m) cosine[m] = dot(row + m * D, unit_cls, D) * inverse[m];
     softmax(cosine, M, weight);
   }
-  float length(int64_t m) const { return 1.f / inverse[m]; }
 };
 
 Tensor phrase_pool(const Tensor& cls, const Tensor& phrases) {
@@ -60,7 +63,7 @@ Tensor phrase_pool(const Tensor& cls, const Tensor& phrases) {
     for (int64_t b = 0; b < B; ++b) {
       own.weigh(images + b * D);
       std::fill_n(sum, D, 0.f);
-      for (int64_t m = 0; m < M; ++m) add_scaled(sum, own.weight[m] * own.length(m), own.unit + m * D, D);
+      for (int64_t m = 0; m < M; ++m) add_scaled(sum, own.weight[m], own.row + m * D, D);
       write_row(image(pooled, b, dtype) + c * D * size_of(dtype), dtype, sum, D);
     }
   });
@@ -90,16 +93,16 @@ std::tuple<Tensor, Tensor> phrase_pool_backward(const Tensor& dpooled, const Ten
       read_row(given, matrix(dpooled, 1, 2, kOp).offset(b * dpooled.stride(0)).at(c, 0), D);
       own.weigh(image);
       for (int64_t m = 0; m < M; ++m) {
-        slope[m] = dot(given, own.unit + m * D, D) * own.length(m);
+        slope[m] = dot(given, own.row + m * D, D);
         mean += own.weight[m] * slope[m];
       }
       for (int64_t m = 0; m < M; ++m) {
-        const float ds = own.weight[m] * (slope[m] - mean);
+        const float ds = own.weight[m] * (slope[m] - mean), ds_by_length = ds * own.inverse[m];
         float* to = dphrase + m * D;
         add_scaled(to, own.weight[m], given, D);
-        add_scaled(to, ds * own.inverse[m], image, D);
-        add_scaled(to, -ds * own.inverse[m] * own.cosine[m], own.unit + m * D, D);
-        add_scaled(part, ds, own.unit + m * D, D);
+        add_scaled(to, ds_by_length, image, D);
+        add_scaled(to, -ds_by_length * own.cosine[m] * own.inverse[m], own.row + m * D, D);
+        add_scaled(part, ds_by_length, own.row + m * D, D);
         along += ds * own.cosine[m];
       }
       add_scaled(part, -along, image, D);

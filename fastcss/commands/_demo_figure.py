@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .._overlay import painted, palette
-from ._tables import percent
+from ._tables import counted, percent
 from .demo import WAYS, Figures, Scene, learned_in
 
 ROWS = ("a photograph with\nhandwritten digits", "what is in it", "what the model\nfinds in one pass")
@@ -28,7 +28,7 @@ def draw(scenes: Sequence[Scene], figures: Figures, labels: Sequence[str], count
     classes = sum(len(task.classes) for task in figures.tasks)
     figure.suptitle(
         f"{learned_in(classes, len(figures.tasks))}\n"
-        f"mIoU {percent(figures.miou['one_pass'])}% on {count} scenes, in handwriting it has not seen",
+        f"mIoU {percent(figures.miou['one_pass'])}% on {counted(count, 'scene')}, in handwriting it has not seen",
         fontsize=13,
     )
     left, right = figure.subfigures(1, 2, width_ratios=widths)

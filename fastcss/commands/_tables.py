@@ -38,6 +38,10 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def few(names: Sequence[str]) -> str:
     if len(names) <= NAMED:
         return ", ".join(names)

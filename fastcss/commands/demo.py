@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ._arguments import whole
-from ._tables import percent
+from ._tables import counted, percent
 from .segment import KEPT, MODES
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     console.print(
-        f"[bold]{learned_in(len(model.classes), len(model.tasks))}[/bold]; looked for in {len(scenes)} scenes, in "
-        "handwriting they were not learned from"
+        f"[bold]{learned_in(len(model.classes), len(model.tasks))}[/bold]; "
+        f"looked for in {counted(len(scenes), 'scene')}, in handwriting they were not learned from"
     )
     with _progress(console) as progress:
         figures = measure(model, plan, scenes, progress)
@@ -144,7 +144,8 @@ def measure(model: DecoupleCSS, plan: Plan, scenes: DigitScenes, progress: Progr
 
 
 def learned_in(classes: int, tasks: int) -> str:
-    return f"{classes} classes, learned in {f'{tasks} tasks, one after the other' if tasks > 1 else 'one task'}"
+    name = "class" if classes == 1 else "classes"
+    return f"{classes} {name}, learned in {f'{tasks} tasks, one after the other' if tasks > 1 else 'one task'}"
 
 
 def scenes_of(plan: Plan, count: int) -> DigitScenes:
@@ -238,4 +239,5 @@ def _print(console: Console, figures: Figures, scenes: int) -> None:
         ratio = figures.times[mode].median / figures.times["one_pass"].median
         table.add_row(name, f"{median:.1f}", f"{least:.1f}…{most:.1f}", f"{ratio:.2f}", percent(figures.miou[mode]))
     console.print(table)
-    console.print(f"the same label in all three on {100 * figures.equal:.4f}% of the pixels of {scenes} scenes")
+    equal = f"{100 * figures.equal:.4f}% of the pixels of {counted(scenes, 'scene')}"
+    console.print(f"the same label in all three on {equal}")

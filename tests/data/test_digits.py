@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from scene_checks import assert_item_form, assert_same_in_worker_processes
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
@@ -17,13 +17,8 @@ def test_items_have_the_promised_form():
         scenes = DigitScenes(split, 20)
         assert len(scenes) == 20
         for image, labels in scenes:
-            assert image.shape == (3, 128, 128)
-            assert image.dtype == torch.float32
-            assert labels.shape == (128, 128)
-            assert labels.dtype == torch.int64
-            assert image.is_contiguous()
-            assert 0 <= image.min() <= image.max() <= 1
-            assert 0 <= labels.min() < labels.max() < len(CLASSES) == 11
+            assert_item_form(image, labels, len(CLASSES))
+    assert len(CLASSES) == 11
 
 
 def test_a_scene_follows_from_seed_split_and_number_alone():
@@ -38,10 +33,7 @@ def test_a_scene_follows_from_seed_split_and_number_alone():
 
 
 def test_worker_processes_give_the_same_scenes():
-    scenes = DigitScenes("train", 7)
-    loaded = DataLoader(scenes, batch_size=3, num_workers=2, multiprocessing_context="fork")
-    images = torch.cat([images for images, _ in loaded])
-    assert torch.equal(images, torch.stack([image for image, _ in scenes]))
+    assert_same_in_worker_processes(DigitScenes("train", 7))
 
 
 def test_torchs_generator_is_left_alone():

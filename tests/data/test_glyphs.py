@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from scene_checks import assert_item_form, assert_same_in_worker_processes
 
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
@@ -17,13 +17,8 @@ def test_items_have_the_promised_form():
     assert len(scenes) == 40
     seen, counts = set(), set()
     for image, labels in scenes:
-        assert image.shape == (3, 128, 128)
-        assert image.dtype == torch.float32
-        assert labels.shape == (128, 128)
-        assert labels.dtype == torch.int64
-        assert image.is_contiguous()
-        assert 0 <= image.min() <= image.max() <= 1
-        assert 0 == labels.min() < labels.max() <= 30
+        assert_item_form(image, labels, classes=31)
+        assert labels.min() == 0
         shown = set(labels.unique().tolist()) - {0}
         counts.add(len(shown))
         seen |= shown
@@ -44,10 +39,7 @@ def test_a_scene_follows_from_seed_and_number_alone():
 
 
 def test_worker_processes_give_the_same_scenes():
-    scenes = GlyphScenes(7, glyphs=30, seed=1)
-    loaded = list(DataLoader(scenes, batch_size=3, num_workers=2, multiprocessing_context="fork"))
-    for part in (0, 1):
-        assert torch.equal(torch.cat([batch[part] for batch in loaded]), torch.stack([item[part] for item in scenes]))
+    assert_same_in_worker_processes(GlyphScenes(7, glyphs=30, seed=1))
 
 
 def test_torchs_generator_is_left_alone():

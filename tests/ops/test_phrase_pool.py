@@ -124,6 +124,19 @@ def test_lengths_whose_squares_no_dtype_holds(impl, dtype, device, tolerances):
     assert (ours - exact).norm() <= 4 * max(tolerances[dtype], 1e-6) * exact.norm()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under Triton's interpreter
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_phrases_whose_length_is_infinite_have_cosine_0(impl, device):
+    """The squares of these elements are beyond float32; the phrases themselves are not."""
+    call = make(2, 5, 7, 33, device=device)
+    mean = call.tensors["phrases"][3].mean(0)
+    call.tensors["phrases"][3] *= 1e30
+    want, found = (call.outputs(name)["phrase_pool"] for name in ("reference", runs(phrase_pool, impl, device)))
+    for pooled in (want, found):
+        torch.testing.assert_close(pooled[:, 3] / 1e30, mean.expand(2, -1))
+    torch.testing.assert_close(found[:, :3], want[:, :3])
+
+
 # --- strides ---------------------------------------------------------------------------------------------------------
 
 
