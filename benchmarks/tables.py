@@ -1,0 +1,280 @@
+"""``python -m benchmarks.tables``: what README.md and docs/measurements.md say was measured, from the rows of that CPU.
+
+What stands there between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is made here. A number without a unit is a
+provider's median ÷ fastcss's.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastcss._files import whole_file
+
+from . import report
+from .points import NONE, Point, finer, ratio, table
+from .registry import OURS
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads.jsonl"
+CPU = "AMD EPYC (Zen 5, AVX-512)"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
+
+# --- the parts of the pages ------------------------------------------------------------------------------------------
+
+#: Column → provider.
+ONE_PASS = {
+    "PEFT loop": "peft-loop",
+    "PEFT mixed batch": "peft-mixed",
+    "loop over merged models": "merged",
+    "`torch.vmap`, stacked adapters": "vmap",
+    "`torch.vmap`, merged": "vmap-merged",
+    "`one_pass(fuse=False)`": "fastcss-unfused",
+}
+
+
+def stamp(rows: Sequence[dict]) -> str:
+    """Where and when."""
+    threads = {row["device_name"].split(", ")[-1] for row in rows}
+    torches = {row["torch"].split("+")[0] for row in rows}
+    dates = sorted({row["date"] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{CPU}, {'/'.join(sorted(threads))}, torch {'/'.join(sorted(torches))}, {when}."
+
+
+def _one_pass(rows: Sequence[dict]) -> dict[str, Point]:
+    """Where the adapters are → its case."""
+    names = {"Swin and fusion": "t6", "fusion only": "t6-fusion"}
+    return {sites: Point(rows, f"one_pass/grounding-dino-480x640-{name}") for sites, name in names.items()}
+
+
+def six_tasks(rows: Sequence[dict]) -> str:
+    lines = [
+        [sites, *(finer(point.times(name)) for name in ONE_PASS.values())] for sites, point in _one_pass(rows).items()
+    ]
+    return table(["adapters on", *ONE_PASS], lines)
+
+
+def six_tasks_memory(rows: Sequence[dict]) -> str:
+    names = {"`one_pass`": OURS} | ONE_PASS
+    lines = [[sites, *(point.peak(name) for name in names.values())] for sites, point in _one_pass(rows).items()]
+    return table(["adapters on", *names], lines)
+
+
+def six_tasks_memory_in_words(rows: Sequence[dict]) -> str:
+    both, fusion = _one_pass(rows).values()
+    return (
+        f"Beyond weights and inputs the pass holds {both.peak(OURS)} MiB (Swin and fusion) or {fusion.peak(OURS)} "
+        f"(fusion only) at a time, PEFT's loop {both.peak('peft-loop')}."
+    )
+
+
+def multi_lora(rows: Sequence[dict]) -> str:
+    columns = {
+        "PEFT loop": "peft-loop",
+        "`baddbmm`": "baddbmm",
+        "best torch composition": "torch-best",
+        "`torch.compile` of it": "compiled",
+        "merged weights": "merged",
+    }
+    lines = []
+    for kind in ("shared", "diverged"):
+        for mode, words in (("fwd", "forward"), ("bwd", "forward and backward")):
+            point = Point(rows, f"multi_lora/{kind}-m1024-k768-n768-t6-r32", mode)
+            ratios = [finer(point.times(name)) for name in columns.values()]
+            lines.append([f"{kind}, {words}", point.limit(), *ratios])
+    return table(["mode", "of the limit", *columns], lines)
+
+
+BACKWARD = "… forward and backward"
+
+
+def affinity(rows: Sequence[dict]) -> str:
+    points = [
+        ("`class_affinity`, 150 classes, forward", "class_affinity/n4096-k64-d512-c150", "fwd"),
+        (BACKWARD, "class_affinity/n4096-k64-d512-c150", "bwd"),
+        ("… forward, bfloat16", "class_affinity/n4096-k64-d512-c150-bf16", "fwd"),
+        ("`class_affinity`, 21 classes, forward", "class_affinity/n4096-k64-d512-c21", "fwd"),
+        (BACKWARD, "class_affinity/n4096-k64-d512-c21", "bwd"),
+        ("`affinity_attention`, forward", "affinity_attention/n4096-k64-d512", "fwd"),
+        (BACKWARD, "affinity_attention/n4096-k64-d512", "bwd"),
+        ("`affinity_loss`, forward", "affinity_loss/n4096-k64", "fwd"),
+        (BACKWARD, "affinity_loss/n4096-k64", "bwd"),
+        ("CAA head, inference", "caa/head-64x64", "fwd"),
+        ("CAA head, training step", "caa/head-64x64", "bwd"),
+    ]
+    lines = []
+    for label, case, mode in points:
+        point = Point(rows, case, mode)
+        whole = point.times("reassociated", "one-product", "compiled")
+        chunked = point.times("chunked", "chunked-compiled", "composed")
+        peaks = f"{point.peak(OURS)}, {point.peak('literal')}"
+        lines.append([label, point.ms(), point.limit(), *map(ratio, (point.times("literal"), whole, chunked)), peaks])
+    head = ["op", "ms", "of the limit", "literal equations", "whole map, rearranged or compiled"]
+    return table([*head, "best row-chunked form", "peak MiB: ours, literal"], lines)
+
+
+def selection(rows: Sequence[dict]) -> str:
+    points = [
+        ("`cost_filter`, 5 images of 24×24, 847 classes, D=512, k=32", "cost_filter/t847-p1", "fwd"),
+        (BACKWARD, "cost_filter/t847-p1", "bwd"),
+        ("`cost_filter`, one image, 150 classes of 80 prompts", "cost_filter/t150-p80", "fwd"),
+        (BACKWARD, "cost_filter/t150-p80", "bwd"),
+        ("`top_classes`, 64 rows of 16,384, k=32", "cost_filter/topk-64x16384-k32", "fwd"),
+        ("… k=512", "cost_filter/topk-64x16384-k512", "fwd"),
+        ("`phrase_pool`, 20 classes of 31 phrases", "phrase_pool/c20-m31", "fwd"),
+        (BACKWARD, "phrase_pool/c20-m31", "bwd"),
+        ("`select_tokens`, 17,821 tokens, 20 classes", "select_tokens/n17821-c20", "fwd"),
+        (BACKWARD, "select_tokens/n17821-c20", "bwd"),
+        ("`prompt_mlp`, 20 of 150 classes, 512→1024→1536", "prompt_mlp/20of150", "fwd"),
+        ("… 20 of 20, forward and backward", "prompt_mlp/20of20", "bwd"),
+        ("`merge_masks`, 20 masks to 1024²", "merge_masks/k20-1024", "fwd"),
+        ("… 150 masks", "merge_masks/k150-1024", "fwd"),
+        ("… 20 masks of white noise", "merge_masks/k20-1024-noise", "fwd"),
+        ("`topk_queries`, 8,400 tokens, 150 classes, k=100", "topk_queries/n8400-c150", "fwd"),
+        ("`top_margin`, 150×512², labels", "top_margin/c150-512", "fwd"),
+        (BACKWARD, "top_margin/c150-512", "bwd"),
+    ]
+    lines = [
+        [label, Point(rows, case, mode).ms(), *_beside_literal(Point(rows, case, mode))] for label, case, mode in points
+    ]
+    return table(["op", "ms", "of the limit", "literal", "best other", "peak MiB: ours, literal"], lines)
+
+
+LITERAL = ("literal", "eager", "index_select", "topk", "peft-loop")
+
+
+def _beside_literal(point: Point) -> list[str]:
+    literal = next(name for name in LITERAL if name in point.rows)
+    other = point.fastest_besides(literal, "sort")
+    named = {"index_select": " (`index_select`, `bmm`)", "topk": " (`torch.topk`)", "peft-loop": " (PEFT loop)"}.get(
+        literal, ""
+    )
+    best = f"{ratio(point.times(other))} ({other})" if other else NONE
+    peaks = f"{point.peak(OURS)}, {point.peak(literal)}"
+    return [point.limit(), ratio(point.times(literal)) + named, best, peaks]
+
+
+def detector(rows: Sequence[dict]) -> str:
+    points = [
+        ("`deformable_attention`, 17,821 queries of 4 levels, 8 heads", "deformable_attention/n17821", "fwd"),
+        (BACKWARD, "deformable_attention/n17821", "bwd"),
+        ("`bi_attention`, 17,821 tokens, 20 words, 4 heads of 256", "bi_attention/n17821-l20", "fwd"),
+        (BACKWARD, "bi_attention/n17821-l20", "bwd"),
+        ("… 256 words", "bi_attention/n17821-l256", "fwd"),
+        (BACKWARD, "bi_attention/n17821-l256", "bwd"),
+        ("`window_attention`, all 12 layers of Swin-T", "window_attention/swin-t-800x1066", "fwd"),
+        (BACKWARD, "window_attention/swin-t-800x1066", "bwd"),
+        ("… with their projections, `fuse`", "window_attention/swin-t-800x1066-layer", "fwd"),
+        ("Grounding DINO encoder, `fuse`", "fuse/grounding-dino-480x640", "fwd"),
+    ]
+    lines = []
+    for label, case, mode in points:
+        point = Point(rows, case, mode)
+        eager = point.times("eager", "literal")
+        ratios = map(ratio, (eager, point.times("sdpa", "by level"), point.times("compiled")))
+        lines.append(
+            [label, point.ms(), point.limit(), *ratios, f"{point.peak(OURS)}, {point.peak('eager', 'literal')}"]
+        )
+    last = Point(rows, points[-1][1])
+    whole, alone = ratio(last.times("eager")), ratio(last.times("eager") / last.times("attention only"))
+    head = ["", "ms", "of the limit", "eager", "SDPA, or level by level", "`torch.compile`", "peak MiB: ours, eager"]
+    return (
+        f"{table(head, lines)}\n\n(Of the last line's {whole}, the attention ops alone are {alone}; the rest are the "
+        "linear layers on the package's own GEMM.)"
+    )
+
+
+def ops(rows: Sequence[dict]) -> str:
+    """README's."""
+    points = [
+        ("`multi_lora`, M=1024, K=N=768, 6 adapters of rank 32, one input", "multi_lora/shared-m1024-k768-n768-t6-r32"),
+        ("… an input an adapter", "multi_lora/diverged-m1024-k768-n768-t6-r32"),
+        ("`class_affinity`, 64×64 pixels, 150 classes", "class_affinity/n4096-k64-d512-c150"),
+        ("`affinity_loss`, 64×64 pixels, forward and backward", "affinity_loss/n4096-k64", "bwd"),
+        ("CAA head, training step", "caa/head-64x64", "bwd"),
+        ("`cost_filter`, 5 images of 24×24, 847 classes, k=32", "cost_filter/t847-p1"),
+        ("`select_tokens`, 17,821 tokens, 20 classes", "select_tokens/n17821-c20"),
+        ("`prompt_mlp`, 20 of 150 classes", "prompt_mlp/20of150"),
+        ("`merge_masks`, 20 masks to 1024²", "merge_masks/k20-1024"),
+        ("`topk_queries`, 8,400 tokens, 150 classes, k=100", "topk_queries/n8400-c150"),
+        ("`top_margin`, 150×512², labels", "top_margin/c150-512"),
+        ("`deformable_attention`, 17,821 queries of 4 levels", "deformable_attention/n17821"),
+        ("`bi_attention`, 17,821 tokens, 20 words", "bi_attention/n17821-l20"),
+        ("`window_attention`, all 12 layers of Swin-T", "window_attention/swin-t-800x1066"),
+        ("Grounding DINO encoder, `fuse` on against off", "fuse/grounding-dino-480x640"),
+    ]
+    lines = [[label, *_beside_literal(Point(rows, *which))] for label, *which in points]
+    return table(["op", "of the limit", "literal", "best other", "peak MiB: ours, literal"], lines)
+
+
+def decouplecss(rows: Sequence[dict]) -> str:
+    full = Point(rows, "decouplecss/full-t6")
+    return (
+        "At full size (Swin-T and SAM ViT-B, 480×640, six tasks of three classes, random weights; `python -m "
+        f"benchmarks decouplecss`) a picture takes {ratio(full.times('shared'))} times as long with adapters switched "
+        f"and {ratio(full.times('literal'))} times with everything once a task; the process holds 5.5 GiB."
+    )
+
+
+def single_rows(rows: Sequence[dict]) -> str:
+    """Where multi_lora is not the fastest."""
+    peers = ("baddbmm", "torch-best", "peft-loop", "peft-mixed", "compiled")
+    names = sorted({row["case"] for row in rows if "-m1-" in row["case"]})
+    ranges = []
+    for mode in ("fwd", "bwd"):
+        found = [Point(rows, name, mode).times(*peers) for name in names]
+        ranges.append(f"{min(found):.1f} to {max(found):.1f}")
+    return (
+        "A single row (M=1), where reading the weights is all the work: the best unmerged peer takes "
+        f"{ranges[0]} of fastcss's time forward, {ranges[1]} with backward."
+    )
+
+
+PARTS: dict[str, Callable[[Sequence[dict]], str]] = {
+    "stamp": stamp,
+    "six tasks": six_tasks,
+    "six tasks, memory": six_tasks_memory,
+    "six tasks, memory in words": six_tasks_memory_in_words,
+    "ops": ops,
+    "multi_lora": multi_lora,
+    "affinity": affinity,
+    "selection": selection,
+    "detector": detector,
+    "decouplecss": decouplecss,
+    "single rows": single_rows,
+}
+MARKED = re.compile(r"<!-- measured: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def filled(page: str, rows: Sequence[dict]) -> str:
+    """``page`` with its parts made anew.
+
+    Raises:
+        ValueError: there is no such part, or no row that it needs.
+    """
+
+    def made(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in PARTS:
+            raise ValueError(f"nothing is called {name!r}; there are: {', '.join(PARTS)}")
+        return f"<!-- measured: {name} -->\n{PARTS[name](rows)}\n<!-- end -->"
+
+    return MARKED.sub(made, page)
+
+
+def main() -> int:
+    rows = report.read(ROWS)
+    for page in PAGES:
+        text = filled(page.read_text(), rows)
+        if text != page.read_text():
+            with whole_file(page) as file:
+                file.write(text)
+            print(f"{page.relative_to(ROOT)} is new")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
