@@ -20,6 +20,8 @@ from . import limits, measure
 from .registry import Case, Problem, Step
 
 ROOT = Path(__file__).parent.parent
+#: What a call may leave in the caches for the next one does not count beside this.
+LONG_MS = 100.0
 
 
 @dataclasses.dataclass
@@ -34,8 +36,8 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
     """Verify every provider of ``case``, measure its memory, and time it for ``seconds`` on average.
 
     All cases together are to take minutes, so a call of seconds is made no oftener than it must be: once to verify it,
-    once for its memory, which gives its first time too, and more often while it is short of ``measure.PATIENCE_MS``.
-    One call of the oracle, where that is a provider's step, is all of this.
+    once for its memory, which makes the heap what it needs, and to be timed until ``measure.PATIENCE_MS``. One call of
+    the oracle, where that is a provider's step, is the first two.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -48,17 +50,17 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
         graphs, graph_errors, graph_remarks = verify(graphs, oracle.result, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
         errors, remarks = errors | graph_errors, remarks | graph_remarks
-    peaks, long_times = {}, {}
+    peaks, warm = {}, set()
     for name, step in right.items():
         seen = oracle if step is problem.expected else measure.watched(step, device)
         peaks[name] = seen.peak_mib
-        if seen.ms is not None:
-            long_times[name] = [seen.ms]
+        if seen.ms >= LONG_MS:
+            warm.add(name)
         errors[name] = max(errors[name], problem.error(seen.result, oracle.result))
         if not errors[name] <= problem.tolerance:
             remarks[name] = f"refused: its error became {errors[name]:.2g} beside the others"
     right = {name: step for name, step in right.items() if errors[name] <= problem.tolerance}
-    times = measure.times_ms(right, device, seconds, long_times)
+    times = measure.times_ms(right, device, seconds, warm)
     best = limits.measured_limits(device, case.dtype).ms(problem.flops, problem.bytes)
     common = {"op": case.op, "case": case.name, "shape": case.shape, "mode": mode, "device": device}
     rows = []

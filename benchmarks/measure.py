@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,14 +18,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler below would prin
 
 
 #: Rounds of all providers at the least; but a provider whose calls took this long together sits out what is left.
-ROUNDS, PATIENCE_MS = 5, 6000.0
+ROUNDS, PATIENCE_MS = 5, 4000.0
 
 
 def times_ms(
     steps: Mapping[str, Callable[[], object]],
     device: str,
     seconds: float,
-    earlier: Mapping[str, Sequence[float]] | None = None,
+    warm: Container[str] = (),
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, all providers in turn (A B A B …), so that a slow moment of the machine hits them all.
 
@@ -33,21 +33,20 @@ def times_ms(
         steps: name → what to call; each has run before.
         device: "cpu" or "cuda".
         seconds: to spend on each provider on average, beyond which there are ROUNDS in any case.
-        earlier: times of calls that count as rounds already.
+        warm: names of those that need no call before the first that is timed.
     """
     time_once = _cuda_ms if device == "cuda" else _cpu_ms
-    samples = {name: list((earlier or {}).get(name, ())) for name in steps}
-    for name, times in samples.items():
-        if not times:  # after the profiler a first call finds nothing where the others do
-            steps[name]()
+    samples = {name: [] for name in steps}
+    for name, step in steps.items():
+        if name not in warm:  # after the profiler a first call finds nothing where the others do
+            step()
     end = time.perf_counter() + seconds * len(steps)
     for rounds in itertools.count():
         due = [name for name, times in samples.items() if sum(times) < PATIENCE_MS]
         if not due or (rounds >= ROUNDS and time.perf_counter() >= end):
             return samples
         for name in due:
-            if len(samples[name]) <= rounds:
-                samples[name].append(time_once(steps[name]))
+            samples[name].append(time_once(steps[name]))
 
 
 def _cpu_ms(step: Callable[[], object]) -> float:
@@ -106,15 +105,11 @@ def captured(step: Callable[[], object], constants: AbstractContextManager | Non
 
 @dataclasses.dataclass
 class Watched:
-    """One call: what it returned, the most memory it held, and its time where watching it took next to none of it."""
+    """One call: what it returned, the most memory it held, and how long it took, the profiler's share included."""
 
     result: Sequence[Tensor]
     peak_mib: float
-    ms: float | None
-
-
-#: Shorter calls are better timed in turn with the others. The profiler takes some 0.4 µs for an event.
-LONG_MS, EVENT_MS = 100, 5e-4
+    ms: float
 
 
 def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
@@ -124,15 +119,16 @@ def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
     On CPU from the profiler's record of torch's allocator. It sees temporaries inside compiled ops too, but not the
     workspace that our C++ ops keep for each thread, which is state like any other.
     """
+    start = time.perf_counter()
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = step()
         torch.cuda.synchronize()
-        return Watched(result, (torch.cuda.max_memory_allocated() - before) / MIB, None)
+        peak = torch.cuda.max_memory_allocated() - before
+        return Watched(result, peak / MIB, (time.perf_counter() - start) * 1e3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        start = time.perf_counter()
         result = step()
         ms = (time.perf_counter() - start) * 1e3
     held = peak = 0
@@ -140,8 +136,7 @@ def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    own = ms >= LONG_MS and len(events) * EVENT_MS < 0.01 * ms
-    return Watched(result, peak / MIB, ms if own else None)
+    return Watched(result, peak / MIB, ms)
 
 
 def peak_mib(step: Callable[[], object], device: str) -> float:

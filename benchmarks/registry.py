@@ -76,6 +76,7 @@ class Case:
     build: Callable[[str, str], Problem]
     sources: tuple[str, ...]
     modes: tuple[str, ...] = MODES
+    by_name: bool = False  # so long that it runs only where its name was asked for
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
@@ -125,7 +126,7 @@ def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] 
         if not any(matches(case.op, case.name, prefixes=[name]) for case in cases):
             listed = "\n  ".join(case.name for case in cases)
             raise ValueError(f"no case starts with {name!r}; there are:\n  {listed}")
-    return [case for case in cases if matches(case.op, case.name, prefixes=names)]
+    return [case for case in cases if matches(case.op, case.name, prefixes=names) and (names or not case.by_name)]
 
 
 def matches(op: str, case: str, ops: Sequence[str] = (), prefixes: Sequence[str] = ()) -> bool:

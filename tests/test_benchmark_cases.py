@@ -216,5 +216,13 @@ def test_case_names_are_unique_and_selected_by_prefix(device):
     assert {case.name.split("-")[0] for case in shared} == {"multi_lora/shared"}
 
 
+def test_a_case_of_minutes_runs_where_its_name_is_given():
+    cases = registry.all_cases("cpu")
+    assert "decouplecss/full-t6" not in [case.name for case in registry.select(cases)]
+    assert "decouplecss/full-t6" not in [case.name for case in registry.select(cases, ["decouplecss"])]
+    assert [case.name for case in registry.select(cases, names=["decouplecss/full"])] == ["decouplecss/full-t6"]
+    assert "decouplecss/full-t6" in [case.name for case in registry.select(registry.all_cases("cuda"))]
+
+
 def test_the_grid_is_whole():
     assert len(registry.select(registry.all_cases("cpu"), names=["grid"])) == 4 * 3 * 2 * 2
