@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastcss._malloc import tune_malloc
 
-from . import compare, harness, registry, report
+from . import compare, harness, measure, registry, report
 
 #: On each provider of a case, on average: all cases of a CPU with two cores take less than twenty minutes.
 SECONDS = 0.05
@@ -62,6 +62,7 @@ def _run(cases: Sequence[registry.Case], options: argparse.Namespace, out: Path 
                 console.print(f"{case.name} has no mode {mode}", markup=False)
                 continue
             outcome = harness.run(case, mode, options.device, options.malloc, SECONDS)
+            measure.give_memory_back()
             report.show(outcome, console)
             rows += outcome.rows
             if out:

@@ -1,6 +1,9 @@
 """The benchmark harness: what it refuses, what it writes, and its arithmetic."""
 
+import ctypes
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -245,3 +248,25 @@ def test_the_source_hash_follows_the_sources(tmp_path, monkeypatch):
     assert harness.source_sha([]) == before
     kernel.write_text("b")
     assert harness.source_sha([]) != before
+
+
+def test_freed_memory_is_given_back():
+    """In a process of its own, where the C library was told to keep it."""
+    program = """
+import os, torch, fastcss
+from benchmarks import measure
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+assert fastcss.tune_malloc()
+tensors = [torch.ones(16 << 20) for _ in range(4)]
+del tensors[::2], tensors[0]
+kept = resident()
+measure.give_memory_back()
+print(kept - resident())
+"""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the C library is not glibc")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=harness.ROOT)
+    assert int(done.stdout) > 120
