@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,12 +20,18 @@ MIB = 1 << 20
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler below would print two lines at every use
 
 
-def give_memory_back() -> None:
-    """What is free goes to the system, which after ``tune_malloc`` only this does: else pieces of every case add up."""
-    gc.collect()
+def give_memory_back(above: float = 0.25) -> None:
+    """What is free goes to the system, where the process holds more than this part of the machine's memory.
+
+    After ``tune_malloc`` nothing else does that, and pieces of every case add up. The next case then waits for its page
+    faults anew, so it is not done oftener.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(ctypes.c_size_t(0))
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        if resident > above * os.sysconf("SC_PHYS_PAGES"):
+            gc.collect()
+            libc.malloc_trim(ctypes.c_size_t(0))
 
 
 #: Rounds of all providers at the least; but a provider whose calls took this long together sits out what is left.

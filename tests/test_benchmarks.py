@@ -263,10 +263,13 @@ assert fastcss.tune_malloc()
 tensors = [torch.ones(16 << 20) for _ in range(4)]
 del tensors[::2], tensors[0]
 kept = resident()
-measure.give_memory_back()
-print(kept - resident())
+measure.give_memory_back()  # that little is kept
+least = kept - resident()
+measure.give_memory_back(above=0)
+print(least, kept - resident())
 """
     if not hasattr(ctypes.CDLL(None), "malloc_trim"):
         pytest.skip("the C library is not glibc")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=harness.ROOT)
-    assert int(done.stdout) > 120
+    least, given = map(int, done.stdout.split())
+    assert least < 20 < 120 < given
