@@ -13,12 +13,11 @@ def top_margin(
     logits: Tensor, labels: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``logits`` [B, C, N], ``labels`` [B, N] → margin, rival, p_true, p_rival, curvature, all [B, N]."""
-    batch, classes, pixels = logits.shape
+    batch, classes, _ = logits.shape
     size = max(1, ELEMENTS.get(logits.device.type, 1 << 24) // max(1, batch * classes))
-    parts = [
-        _pixels(logits[..., i : i + size], None if labels is None else labels[:, i : i + size], ignore_index)
-        for i in range(0, max(pixels, 1), size)
-    ]
+    pieces = logits.split(size, dim=2)  # not slices: the gradient of each would be as large as all logits
+    ids = [None] * len(pieces) if labels is None else labels.split(size, dim=1)
+    parts = [_pixels(piece, labels, ignore_index) for piece, labels in zip(pieces, ids, strict=True)]
     return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
 
