@@ -64,7 +64,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["attention only"] = lambda: fused(functools.partial(fuse_modules, linears=False))
     else:
         providers["triton"] = lambda: _steps.on("triton", fused(fastcss.fuse))
-    if not quick and device == "cuda":  # a CPU's takes minutes to compile, and then 6 times as long as eager
+    if not quick and device == "cuda":  # a CPU's compiles for a minute, and is slower than eager
         providers["compiled"] = lambda: step(torch.compile(model))
 
     def expected():
