@@ -139,6 +139,17 @@ def test_composed_top_margin():
     assert _composed(ops.top_margin, normal(1, 150, 256, 256)) <= 10
 
 
+def test_composed_top_margin_backward():
+    """The gradient of 37 MiB is in memory once, beside the pieces that it is put together from."""
+    logits = normal(1, 150, 256, 256).requires_grad_()
+
+    def step():
+        y = ops.top_margin(logits, impl="composed")
+        return torch.autograd.grad(y.margin.sum() + y.curvature.sum(), logits)
+
+    assert measure.peak_mib(step, "cpu") <= 85
+
+
 def _composed(op, *arguments) -> float:
     """Most MiB that torch held at a time."""
     return measure.peak_mib(lambda: op(*arguments, impl="composed"), "cpu")
