@@ -20,7 +20,7 @@ def row_chunks(
 ) -> Iterator:
     """``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1); backward computes each chunk again.
 
-    The map has as many ``columns`` as rows unless told.
+    The map has as many ``columns`` as rows unless told. Of no rows there is one chunk.
     """
     batch, n = rows[0].shape[:2]
     size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * (columns or n)))
@@ -29,9 +29,9 @@ def row_chunks(
         torch.compiler.is_compiling()
         or not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (*rows, *whole))
     )
-    for first in range(0, n, size):
-        arguments = (*(tensor[:, first : first + size] for tensor in rows), *whole)
+    pieces = (tensor.split(size, dim=1) for tensor in rows)  # the gradient of a slice would be as large as its tensor
+    for piece in zip(*pieces, strict=True):
         if again:
-            yield checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
+            yield checkpoint(compute, *piece, *whole, use_reentrant=False, preserve_rng_state=False)
         else:
-            yield compute(*arguments)
+            yield compute(*piece, *whole)

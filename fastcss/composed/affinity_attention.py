@@ -18,5 +18,5 @@ def affinity_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mean: bool
     # Each half is rounded once: twice the sum does not fit float16 where its half does.
     wide = torch.promote_types(v.dtype, torch.float32)
     total = v.sum(dim=1, keepdim=True, dtype=wide) * half
-    product = torch.cat([*row_chunks(compute, (q,), (k, v)), v[:, :0]], dim=1).to(wide) * half
+    product = torch.cat([*row_chunks(compute, (q,), (k, v))], dim=1).to(wide) * half
     return (total + product).to(v.dtype), (total - product).to(v.dtype)
