@@ -89,107 +89,100 @@ def multi_lora(rows: Sequence[dict]) -> str:
 
 
 BACKWARD = "… forward and backward"
+#: Of each its label, its case, and its mode where that is not fwd.
+Lines = Sequence[tuple[str, str] | tuple[str, str, str]]
+Cell = Callable[[Point], str]
+
+
+def _ops(rows: Sequence[dict], lines: Lines, columns: dict[str, Cell], head: str = "op") -> str:
+    cells = [[label, *(cell(Point(rows, *which)) for cell in columns.values())] for label, *which in lines]
+    return table([head, *columns], cells)
+
+
+def _times(*providers: str) -> Cell:
+    return lambda point: ratio(point.times(*providers))
+
+
+def _peaks(*providers: str) -> Cell:
+    return lambda point: f"{point.peak(OURS)}, {point.peak(*providers)}"
 
 
 def affinity(rows: Sequence[dict]) -> str:
-    points = [
-        ("`class_affinity`, 150 classes, forward", "class_affinity/n4096-k64-d512-c150", "fwd"),
+    columns = {
+        "ms": Point.ms,
+        "of the limit": Point.limit,
+        "literal equations": _times("literal"),
+        "whole map, rearranged or compiled": _times("reassociated", "one-product", "compiled"),
+        "best row-chunked form": _times("chunked", "chunked-compiled", "composed"),
+        "peak MiB: ours, literal": _peaks("literal"),
+    }
+    lines = [
+        ("`class_affinity`, 150 classes, forward", "class_affinity/n4096-k64-d512-c150"),
         (BACKWARD, "class_affinity/n4096-k64-d512-c150", "bwd"),
-        ("… forward, bfloat16", "class_affinity/n4096-k64-d512-c150-bf16", "fwd"),
-        ("`class_affinity`, 21 classes, forward", "class_affinity/n4096-k64-d512-c21", "fwd"),
+        ("… forward, bfloat16", "class_affinity/n4096-k64-d512-c150-bf16"),
+        ("`class_affinity`, 21 classes, forward", "class_affinity/n4096-k64-d512-c21"),
         (BACKWARD, "class_affinity/n4096-k64-d512-c21", "bwd"),
-        ("`affinity_attention`, forward", "affinity_attention/n4096-k64-d512", "fwd"),
+        ("`affinity_attention`, forward", "affinity_attention/n4096-k64-d512"),
         (BACKWARD, "affinity_attention/n4096-k64-d512", "bwd"),
-        ("`affinity_loss`, forward", "affinity_loss/n4096-k64", "fwd"),
+        ("`affinity_loss`, forward", "affinity_loss/n4096-k64"),
         (BACKWARD, "affinity_loss/n4096-k64", "bwd"),
-        ("CAA head, inference", "caa/head-64x64", "fwd"),
+        ("CAA head, inference", "caa/head-64x64"),
         ("CAA head, training step", "caa/head-64x64", "bwd"),
     ]
-    lines = []
-    for label, case, mode in points:
-        point = Point(rows, case, mode)
-        whole = point.times("reassociated", "one-product", "compiled")
-        chunked = point.times("chunked", "chunked-compiled", "composed")
-        peaks = f"{point.peak(OURS)}, {point.peak('literal')}"
-        lines.append([label, point.ms(), point.limit(), *map(ratio, (point.times("literal"), whole, chunked)), peaks])
-    head = ["op", "ms", "of the limit", "literal equations", "whole map, rearranged or compiled"]
-    return table([*head, "best row-chunked form", "peak MiB: ours, literal"], lines)
+    return _ops(rows, lines, columns)
+
+
+#: A case has one of them.
+LITERAL = ("literal", "eager", "index_select", "topk", "peft-loop")
+#: Those that readers know by another name.
+NAMED = {"index_select": " (`index_select`, `bmm`)", "topk": " (`torch.topk`)", "peft-loop": " (PEFT loop)"}
+
+
+def _literal(point: Point) -> str:
+    name = next(name for name in LITERAL if name in point.rows)
+    return ratio(point.times(name)) + NAMED.get(name, "")
+
+
+def _best_other(point: Point) -> str:
+    name = point.fastest_besides(*LITERAL, "sort")
+    return f"{ratio(point.times(name))} ({name})" if name else NONE
+
+
+BESIDE_LITERAL = {
+    "of the limit": Point.limit,
+    "literal": _literal,
+    "best other": _best_other,
+    "peak MiB: ours, literal": _peaks(*LITERAL),
+}
 
 
 def selection(rows: Sequence[dict]) -> str:
-    points = [
-        ("`cost_filter`, 5 images of 24×24, 847 classes, D=512, k=32", "cost_filter/t847-p1", "fwd"),
+    lines = [
+        ("`cost_filter`, 5 images of 24×24, 847 classes, D=512, k=32", "cost_filter/t847-p1"),
         (BACKWARD, "cost_filter/t847-p1", "bwd"),
-        ("`cost_filter`, one image, 150 classes of 80 prompts", "cost_filter/t150-p80", "fwd"),
+        ("`cost_filter`, one image, 150 classes of 80 prompts", "cost_filter/t150-p80"),
         (BACKWARD, "cost_filter/t150-p80", "bwd"),
-        ("`top_classes`, 64 rows of 16,384, k=32", "cost_filter/topk-64x16384-k32", "fwd"),
-        ("… k=512", "cost_filter/topk-64x16384-k512", "fwd"),
-        ("`phrase_pool`, 20 classes of 31 phrases", "phrase_pool/c20-m31", "fwd"),
+        ("`top_classes`, 64 rows of 16,384, k=32", "cost_filter/topk-64x16384-k32"),
+        ("… k=512", "cost_filter/topk-64x16384-k512"),
+        ("`phrase_pool`, 20 classes of 31 phrases", "phrase_pool/c20-m31"),
         (BACKWARD, "phrase_pool/c20-m31", "bwd"),
-        ("`select_tokens`, 17,821 tokens, 20 classes", "select_tokens/n17821-c20", "fwd"),
+        ("`select_tokens`, 17,821 tokens, 20 classes", "select_tokens/n17821-c20"),
         (BACKWARD, "select_tokens/n17821-c20", "bwd"),
-        ("`prompt_mlp`, 20 of 150 classes, 512→1024→1536", "prompt_mlp/20of150", "fwd"),
+        ("`prompt_mlp`, 20 of 150 classes, 512→1024→1536", "prompt_mlp/20of150"),
         ("… 20 of 20, forward and backward", "prompt_mlp/20of20", "bwd"),
-        ("`merge_masks`, 20 masks to 1024²", "merge_masks/k20-1024", "fwd"),
-        ("… 150 masks", "merge_masks/k150-1024", "fwd"),
-        ("… 20 masks of white noise", "merge_masks/k20-1024-noise", "fwd"),
-        ("`topk_queries`, 8,400 tokens, 150 classes, k=100", "topk_queries/n8400-c150", "fwd"),
-        ("`top_margin`, 150×512², labels", "top_margin/c150-512", "fwd"),
+        ("`merge_masks`, 20 masks to 1024²", "merge_masks/k20-1024"),
+        ("… 150 masks", "merge_masks/k150-1024"),
+        ("… 20 masks of white noise", "merge_masks/k20-1024-noise"),
+        ("`topk_queries`, 8,400 tokens, 150 classes, k=100", "topk_queries/n8400-c150"),
+        ("`top_margin`, 150×512², labels", "top_margin/c150-512"),
         (BACKWARD, "top_margin/c150-512", "bwd"),
     ]
-    lines = [
-        [label, Point(rows, case, mode).ms(), *_beside_literal(Point(rows, case, mode))] for label, case, mode in points
-    ]
-    return table(["op", "ms", "of the limit", "literal", "best other", "peak MiB: ours, literal"], lines)
-
-
-LITERAL = ("literal", "eager", "index_select", "topk", "peft-loop")
-
-
-def _beside_literal(point: Point) -> list[str]:
-    literal = next(name for name in LITERAL if name in point.rows)
-    other = point.fastest_besides(literal, "sort")
-    named = {"index_select": " (`index_select`, `bmm`)", "topk": " (`torch.topk`)", "peft-loop": " (PEFT loop)"}.get(
-        literal, ""
-    )
-    best = f"{ratio(point.times(other))} ({other})" if other else NONE
-    peaks = f"{point.peak(OURS)}, {point.peak(literal)}"
-    return [point.limit(), ratio(point.times(literal)) + named, best, peaks]
-
-
-def detector(rows: Sequence[dict]) -> str:
-    points = [
-        ("`deformable_attention`, 17,821 queries of 4 levels, 8 heads", "deformable_attention/n17821", "fwd"),
-        (BACKWARD, "deformable_attention/n17821", "bwd"),
-        ("`bi_attention`, 17,821 tokens, 20 words, 4 heads of 256", "bi_attention/n17821-l20", "fwd"),
-        (BACKWARD, "bi_attention/n17821-l20", "bwd"),
-        ("… 256 words", "bi_attention/n17821-l256", "fwd"),
-        (BACKWARD, "bi_attention/n17821-l256", "bwd"),
-        ("`window_attention`, all 12 layers of Swin-T", "window_attention/swin-t-800x1066", "fwd"),
-        (BACKWARD, "window_attention/swin-t-800x1066", "bwd"),
-        ("… with their projections, `fuse`", "window_attention/swin-t-800x1066-layer", "fwd"),
-        ("Grounding DINO encoder, `fuse`", "fuse/grounding-dino-480x640", "fwd"),
-    ]
-    lines = []
-    for label, case, mode in points:
-        point = Point(rows, case, mode)
-        eager = point.times("eager", "literal")
-        ratios = map(ratio, (eager, point.times("sdpa", "by level"), point.times("compiled")))
-        lines.append(
-            [label, point.ms(), point.limit(), *ratios, f"{point.peak(OURS)}, {point.peak('eager', 'literal')}"]
-        )
-    last = Point(rows, points[-1][1])
-    whole, alone = ratio(last.times("eager")), ratio(last.times("eager") / last.times("attention only"))
-    head = ["", "ms", "of the limit", "eager", "SDPA, or level by level", "`torch.compile`", "peak MiB: ours, eager"]
-    return (
-        f"{table(head, lines)}\n\n(Of the last line's {whole}, the attention ops alone are {alone}; the rest are the "
-        "linear layers on the package's own GEMM.)"
-    )
+    return _ops(rows, lines, {"ms": Point.ms} | BESIDE_LITERAL)
 
 
 def ops(rows: Sequence[dict]) -> str:
     """README's."""
-    points = [
+    lines = [
         ("`multi_lora`, M=1024, K=N=768, 6 adapters of rank 32, one input", "multi_lora/shared-m1024-k768-n768-t6-r32"),
         ("… an input an adapter", "multi_lora/diverged-m1024-k768-n768-t6-r32"),
         ("`class_affinity`, 64×64 pixels, 150 classes", "class_affinity/n4096-k64-d512-c150"),
@@ -206,8 +199,36 @@ def ops(rows: Sequence[dict]) -> str:
         ("`window_attention`, all 12 layers of Swin-T", "window_attention/swin-t-800x1066"),
         ("Grounding DINO encoder, `fuse` on against off", "fuse/grounding-dino-480x640"),
     ]
-    lines = [[label, *_beside_literal(Point(rows, *which))] for label, *which in points]
-    return table(["op", "of the limit", "literal", "best other", "peak MiB: ours, literal"], lines)
+    return _ops(rows, lines, BESIDE_LITERAL)
+
+
+def detector(rows: Sequence[dict]) -> str:
+    columns = {
+        "ms": Point.ms,
+        "of the limit": Point.limit,
+        "eager": _times("eager", "literal"),
+        "SDPA, or level by level": _times("sdpa", "by level"),
+        "`torch.compile`": _times("compiled"),
+        "peak MiB: ours, eager": _peaks("eager", "literal"),
+    }
+    lines = [
+        ("`deformable_attention`, 17,821 queries of 4 levels, 8 heads", "deformable_attention/n17821"),
+        (BACKWARD, "deformable_attention/n17821", "bwd"),
+        ("`bi_attention`, 17,821 tokens, 20 words, 4 heads of 256", "bi_attention/n17821-l20"),
+        (BACKWARD, "bi_attention/n17821-l20", "bwd"),
+        ("… 256 words", "bi_attention/n17821-l256"),
+        (BACKWARD, "bi_attention/n17821-l256", "bwd"),
+        ("`window_attention`, all 12 layers of Swin-T", "window_attention/swin-t-800x1066"),
+        (BACKWARD, "window_attention/swin-t-800x1066", "bwd"),
+        ("… with their projections, `fuse`", "window_attention/swin-t-800x1066-layer"),
+        ("Grounding DINO encoder, `fuse`", "fuse/grounding-dino-480x640"),
+    ]
+    last = Point(rows, *lines[-1][1:])
+    whole, alone = ratio(last.times("eager")), ratio(last.times("eager") / last.times("attention only"))
+    return (
+        f"{_ops(rows, lines, columns, head='')}\n\n(Of the last line's {whole}, the attention ops alone are {alone}; "
+        "the rest are the linear layers on the package's own GEMM.)"
+    )
 
 
 def decouplecss(rows: Sequence[dict]) -> str:
