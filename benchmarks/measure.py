@@ -43,6 +43,7 @@ def times_ms(
     device: str,
     seconds: float,
     warm: Container[str] = (),
+    thrice: Container[str] = (),
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, all providers in turn (A B A B …), so that a slow moment of the machine hits them all.
 
@@ -51,6 +52,7 @@ def times_ms(
         device: "cpu" or "cuda".
         seconds: to spend on each provider on average, beyond which there are ROUNDS in any case.
         warm: names of those that need no call before the first that is timed.
+        thrice: names of those called three times at the least, however long that takes.
     """
     time_once = _cuda_ms if device == "cuda" else _cpu_ms
     samples = {name: [] for name in steps}
@@ -59,7 +61,9 @@ def times_ms(
             step()
     end = time.perf_counter() + seconds * len(steps)
     for rounds in itertools.count():
-        due = [name for name, times in samples.items() if sum(times) < PATIENCE_MS]
+        due = [
+            name for name, times in samples.items() if sum(times) < PATIENCE_MS or (name in thrice and len(times) < 3)
+        ]
         if not due or (rounds >= ROUNDS and time.perf_counter() >= end):
             return samples
         for name in due:

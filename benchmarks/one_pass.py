@@ -53,13 +53,12 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         "fastcss": system.one_pass,
         "fastcss-unfused": functools.partial(system.one_pass, fuse=False),
         "peft-loop": lambda: peft_loop,
-        "merged": system.merged_loop,
         "vmap-merged": system.vmapped_merged,
     }
     if shape["sites"] == "fusion":  # Swin's windows are a batch of their own, which PEFT's mixed batch cannot match
         providers["peft-mixed"] = system.peft_mixed
-    if shape["sites"] != "fusion" or device == "cuda":  # half a minute there, and slower than over merged weights
-        providers["vmap"] = system.vmapped
+    if shape["sites"] != "fusion" or device == "cuda":  # half a minute each there, and slower than vmap-merged
+        providers |= {"merged": system.merged_loop, "vmap": system.vmapped}
     if device == "cuda":
         providers["triton"] = lambda: _steps.on("triton", system.one_pass(fuse=True))
         if shape["T"] == TASKS and not quick:  # minutes each

@@ -157,6 +157,13 @@ def test_a_provider_that_takes_long_sits_out(called, monkeypatch):
     assert [len(times) for times in samples.values()] == [5, 2, 1]
 
 
+def test_our_long_calls_have_a_spread(called, monkeypatch):
+    monkeypatch.setattr(measure, "PATIENCE_MS", 100)
+    _, steps = called
+    samples = measure.times_ms(steps(fastcss=110, slow=110), "cpu", seconds=0.0, thrice={"fastcss"})
+    assert [len(times) for times in samples.values()] == [3, 1]
+
+
 def test_a_warm_provider_is_timed_at_once(called):
     order, steps = called
     samples = measure.times_ms(steps(fast=0, slow=0), "cpu", seconds=0.0, warm={"slow"})
