@@ -16,10 +16,9 @@ from rich.table import Table
 
 from . import report
 from .registry import OURS
+from .report import MACHINE, POINT
 
-#: What two measurements must agree in to be compared, and with the provider to be of the same thing.
-MACHINE = ("device", "device_name", "malloc")
-POINT = ("case", "mode", "dtype", *MACHINE)
+#: Of what no run shows of itself, see ``compare``.
 FLOOR = 1.1
 
 

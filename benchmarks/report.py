@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +17,10 @@ from fastcss._files import whole_file
 from .harness import Outcome
 from .registry import OURS
 
-#: Rows that agree in these are measurements of the same thing: a newer one takes the older one's place.
-KEY = ("case", "mode", "provider", "device", "dtype", "malloc", "device_name")
+#: Rows that agree in these are of one run's comparison. Newer ones take the place of all older ones, whose times are of
+#: another moment: a provider that was not measured anew has none.
+MACHINE = ("device", "device_name", "malloc")
+POINT = ("case", "mode", "dtype", *MACHINE)
 
 
 def show(outcome: Outcome, console: Console) -> None:
@@ -72,7 +76,7 @@ def read(path: Path) -> list[dict]:
             continue
         try:
             rows.append(json.loads(line))
-            lacking = [name for name in (*KEY, "op", "median_ms", "verified") if name not in rows[-1]]
+            lacking = [name for name in (*POINT, "provider", "op", "median_ms", "verified") if name not in rows[-1]]
         except (ValueError, TypeError):
             raise ValueError(f"{path}, line {number} is no JSON object: {line[:40]!r}") from None
         if lacking:
@@ -82,12 +86,21 @@ def read(path: Path) -> list[dict]:
 
 def merge_into(path: Path, rows: Sequence[dict]) -> None:
     """Put ``rows`` into a results file in place of their older measurements; it is replaced whole or not at all."""
-    merged = {tuple(row[name] for name in KEY): row for row in [*(read(path) if path.exists() else []), *rows]}
+    merged = _points(read(path) if path.exists() else []) | _points(rows)
     # A strict JSON reader knows no Infinity: the error of a wrong shape becomes null.
-    lines = [json.dumps({k: None if v == float("inf") else v for k, v in row.items()}) for row in merged.values()]
+    lines = [
+        json.dumps({k: None if v == float("inf") else v for k, v in row.items()}) for row in chain(*merged.values())
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.writelines(line + "\n" for line in lines)
+
+
+def _points(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
+    points = defaultdict(list)
+    for row in rows:
+        points[tuple(row[name] for name in POINT)].append(row)
+    return points
 
 
 def file_name(device_name: str) -> str:

@@ -225,12 +225,12 @@ def test_newer_rows_replace_older_ones(outcome, tmp_path):
     path = tmp_path / "rows.jsonl"
     report.merge_into(path, outcome.rows)
     other = [row | {"case": "toy/other"} for row in outcome.rows[:1]]
-    newer = [row | {"median_ms": 1.0} for row in outcome.rows[:1]]
+    newer = [row | {"median_ms": 1.0} for row in outcome.rows[:2]]
     report.merge_into(path, other)
     report.merge_into(path, newer)
     rows = report.read(path)
-    assert len(rows) == len(outcome.rows) + 1
-    assert rows[0]["median_ms"] == 1.0
+    assert [row["median_ms"] for row in rows[:2]] == [1.0, 1.0]
+    assert [row["case"] for row in rows] == [*(row["case"] for row in newer), "toy/other"]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
     assert "Infinity" not in path.read_text()
 
