@@ -146,7 +146,7 @@ def test_two_files_on_the_command_line(files, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}\n", "old.jsonl, line 1 is no row of a benchmark: it lacks case, mode, provider"),
+        ("{}\n", "old.jsonl, line 1 is no row of a benchmark: it lacks case, mode, dtype"),
         ('\n{"case": \n', "old.jsonl, line 2 is no JSON object: '{\"case\": '"),
         ("7\n", "old.jsonl, line 1 is no JSON object: '7'"),
         (b"\xff\xfe", "old.jsonl is no text"),
