@@ -50,18 +50,18 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
         graphs, graph_errors, graph_remarks = verify(graphs, oracle.result, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
         errors, remarks = errors | graph_errors, remarks | graph_remarks
-    peaks, warm = {}, set()
+    peaks, before = {}, {}
     for name, step in right.items():
         seen = oracle if step is problem.expected else measure.watched(step, device)
         peaks[name] = seen.peak_mib
         if seen.ms >= LONG_MS:
-            warm.add(name)
+            before[name] = seen.ms
         errors[name] = max(errors[name], problem.error(seen.result, oracle.result))
         if not errors[name] <= problem.tolerance:
             remarks[name] = f"refused: its error became {errors[name]:.2g} beside the others"
     right = {name: step for name, step in right.items() if errors[name] <= problem.tolerance}
     # Of what --compare judges there is a spread in any case.
-    times = measure.times_ms(right, device, seconds, warm, thrice={OURS})
+    times = measure.times_ms(right, device, seconds, before, thrice={OURS})
     best = limits.measured_limits(device, case.dtype).ms(problem.flops, problem.bytes)
     common = {"op": case.op, "case": case.name, "shape": case.shape, "mode": mode, "device": device}
     rows = []

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -36,13 +37,15 @@ def give_memory_back(above: float = 0.25) -> None:
 
 #: Rounds of all providers at the least; but a provider whose calls took this long together sits out what is left.
 ROUNDS, PATIENCE_MS = 5, 4000.0
+#: Beyond this many times what a call took before it met a slow moment, such as page faults of a gigabyte.
+FAR = 1.25
 
 
 def times_ms(
     steps: Mapping[str, Callable[[], object]],
     device: str,
     seconds: float,
-    warm: Container[str] = (),
+    before: Mapping[str, float] = MappingProxyType({}),
     thrice: Container[str] = (),
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, all providers in turn (A B A B …), so that a slow moment of the machine hits them all.
@@ -51,18 +54,22 @@ def times_ms(
         steps: name → what to call; each has run before.
         device: "cpu" or "cuda".
         seconds: to spend on each provider on average, beyond which there are ROUNDS in any case.
-        warm: names of those that need no call before the first that is timed.
-        thrice: names of those called three times at the least, however long that takes.
+        before: of those that need no call before the first that is timed, how long their last one took.
+        thrice: names of those called three times at the least, however long that takes; so is one whose first time is
+            far from that of the call before it.
     """
     time_once = _cuda_ms if device == "cuda" else _cpu_ms
     samples = {name: [] for name in steps}
     for name, step in steps.items():
-        if name not in warm:  # after the profiler a first call finds nothing where the others do
+        if name not in before:  # after the profiler a first call finds nothing where the others do
             step()
     end = time.perf_counter() + seconds * len(steps)
     for rounds in itertools.count():
         due = [
-            name for name, times in samples.items() if sum(times) < PATIENCE_MS or (name in thrice and len(times) < 3)
+            name
+            for name, times in samples.items()
+            if sum(times) < PATIENCE_MS
+            or (len(times) < 3 and (name in thrice or times[0] > FAR * before.get(name, times[0])))
         ]
         if not due or (rounds >= ROUNDS and time.perf_counter() >= end):
             return samples

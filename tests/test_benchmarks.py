@@ -164,9 +164,16 @@ def test_our_long_calls_have_a_spread(called, monkeypatch):
     assert [len(times) for times in samples.values()] == [3, 1]
 
 
+def test_a_slow_moment_is_not_all_there_is_of_a_long_call(called, monkeypatch):
+    monkeypatch.setattr(measure, "PATIENCE_MS", 100)
+    _, steps = called
+    samples = measure.times_ms(steps(met=110, steady=110), "cpu", seconds=0.0, before={"met": 20.0, "steady": 110.0})
+    assert [len(times) for times in samples.values()] == [3, 1]
+
+
 def test_a_warm_provider_is_timed_at_once(called):
     order, steps = called
-    samples = measure.times_ms(steps(fast=0, slow=0), "cpu", seconds=0.0, warm={"slow"})
+    samples = measure.times_ms(steps(fast=0, slow=0), "cpu", seconds=0.0, before={"slow": 0.0})
     assert order == ["fast", *["fast", "slow"] * 5]
     assert [len(times) for times in samples.values()] == [5, 5]
 
