@@ -57,7 +57,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     }
     if shape["sites"] == "fusion":  # Swin's windows are a batch of their own, which PEFT's mixed batch cannot match
         providers["peft-mixed"] = system.peft_mixed
-    if shape["sites"] != "fusion" or device == "cuda":  # half a minute each there, and slower than vmap-merged
+    if shape["sites"] != "fusion" or device == "cuda":  # on a CPU the other sites show that vmap-merged is faster
         providers |= {"merged": system.merged_loop, "vmap": system.vmapped}
     if device == "cuda":
         providers["triton"] = lambda: _steps.on("triton", system.one_pass(fuse=True))

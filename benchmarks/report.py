@@ -17,9 +17,9 @@ from fastcss._files import whole_file
 from .harness import Outcome
 from .registry import OURS
 
+MACHINE = ("device", "device_name", "malloc")
 #: Rows that agree in these are of one run's comparison. Newer ones take the place of all older ones, whose times are of
 #: another moment: a provider that was not measured anew has none.
-MACHINE = ("device", "device_name", "malloc")
 POINT = ("case", "mode", "dtype", *MACHINE)
 
 

@@ -92,6 +92,8 @@ BACKWARD = "… forward and backward"
 #: Of each its label, its case, and its mode where that is not fwd.
 Lines = Sequence[tuple[str, str] | tuple[str, str, str]]
 Cell = Callable[[Point], str]
+LIMIT: dict[str, Cell] = {"of the limit": Point.limit}
+TIME = {"ms": Point.ms} | LIMIT
 
 
 def _ops(rows: Sequence[dict], lines: Lines, columns: dict[str, Cell], head: str = "op") -> str:
@@ -108,9 +110,7 @@ def _peaks(*providers: str) -> Cell:
 
 
 def affinity(rows: Sequence[dict]) -> str:
-    columns = {
-        "ms": Point.ms,
-        "of the limit": Point.limit,
+    columns = TIME | {
         "literal equations": _times("literal"),
         "whole map, rearranged or compiled": _times("reassociated", "one-product", "compiled"),
         "best row-chunked form": _times("chunked", "chunked-compiled", "composed"),
@@ -148,8 +148,7 @@ def _best_other(point: Point) -> str:
     return f"{ratio(point.times(name))} ({name})" if name else NONE
 
 
-BESIDE_LITERAL = {
-    "of the limit": Point.limit,
+BESIDE_LITERAL = LIMIT | {
     "literal": _literal,
     "best other": _best_other,
     "peak MiB: ours, literal": _peaks(*LITERAL),
@@ -177,7 +176,7 @@ def selection(rows: Sequence[dict]) -> str:
         ("`top_margin`, 150×512², labels", "top_margin/c150-512"),
         (BACKWARD, "top_margin/c150-512", "bwd"),
     ]
-    return _ops(rows, lines, {"ms": Point.ms} | BESIDE_LITERAL)
+    return _ops(rows, lines, TIME | BESIDE_LITERAL)
 
 
 def ops(rows: Sequence[dict]) -> str:
@@ -203,9 +202,7 @@ def ops(rows: Sequence[dict]) -> str:
 
 
 def detector(rows: Sequence[dict]) -> str:
-    columns = {
-        "ms": Point.ms,
-        "of the limit": Point.limit,
+    columns = TIME | {
         "eager": _times("eager", "literal"),
         "SDPA, or level by level": _times("sdpa", "by level"),
         "`torch.compile`": _times("compiled"),
