@@ -26,7 +26,9 @@ FLOOR = 1.1
 class Change:
     """One case and mode in both files: our medians, how many times as long it takes, and what noise would explain."""
 
-    point: str
+    case: str
+    mode: str
+    point: str  # both, and the dtype
     old_ms: float
     new_ms: float
     peers: float | None  # how many times as long they take; None where the machine is its own measure
@@ -102,6 +104,8 @@ def _change(name: str, ours: str, new: dict[str, dict], old: dict[str, dict]) ->
         for rows in (new, old)
     )
     return Change(
+        new[ours]["case"],
+        new[ours]["mode"],
         name,
         old[ours]["median_ms"],
         new[ours]["median_ms"],

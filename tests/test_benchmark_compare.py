@@ -182,6 +182,7 @@ def cases(monkeypatch):
 
 
 QUICK = ["--quick", "--malloc", "default"]
+HERE = {"device_name": harness.device_name("cpu"), "malloc": "default"}
 
 
 def test_a_run_is_compared_with_the_file_it_replaces(cases, tmp_path, capsys):
@@ -202,15 +203,39 @@ def test_a_run_is_compared_with_the_file_it_replaces(cases, tmp_path, capsys):
         assert 1e-6 < report.read(Path(file))[0]["median_ms"] < 3.6e6
 
 
+@pytest.mark.parametrize(
+    ("slow", "code", "median", "verdict"),
+    [(1, 0, 10.0, "nothing regressed in 2 cases"), (2, 1, 30.0, "1 of 2 cases")],
+)
+def test_only_what_is_slower_twice_regressed(slow, code, median, verdict, cases, tmp_path, capsys, monkeypatch):
+    """One of two cases meets ``slow`` slow moments; it alone is measured again, and that is what is kept."""
+    file, measured = tmp_path / "rows.jsonl", []
+
+    def run(case, mode, *rest):
+        measured.append(case.name)
+        slower = case.name == "toy/two-quick" and measured.count(case.name) <= slow
+        return harness.Outcome(ours(30.0 if slower else 10.0, case=case.name, mode=mode, **HERE), remarks={})
+
+    monkeypatch.setattr(harness, "run", run)
+    monkeypatch.setattr(report, "show", lambda *outcome: None)
+    report.merge_into(file, rows("toy/one-quick", **HERE) + rows("toy/two-quick", **HERE))
+    assert command_line.main([*QUICK, "--out", str(file), "--compare", str(file)]) == code
+    assert measured == ["toy/one-quick", "toy/two-quick", "toy/two-quick"]
+    printed = capsys.readouterr().out
+    assert "slower than before, so measured again: toy/two-quick fwd\n" in printed
+    assert verdict in printed
+    kept = {row["case"]: row["median_ms"] for row in report.read(file) if row["provider"] == "fastcss"}
+    assert kept == {"toy/one-quick": 10.0, "toy/two-quick": median}
+
+
 def test_only_what_was_selected_can_be_gone(cases, tmp_path, capsys):
     """Of other ops, cases, modes, machines and sizes a run says nothing."""
     file = tmp_path / "rows.jsonl"
-    here = {"device_name": harness.device_name("cpu"), "malloc": "default"}
-    others = rows("toy/one", **here) + rows("toy/lost-quick", mode="bwd", **here) + rows("toy/lost-quick")
-    others += rows("other/lost-quick", op="other", **here)
+    others = rows("toy/one", **HERE) + rows("toy/lost-quick", mode="bwd", **HERE) + rows("toy/lost-quick")
+    others += rows("other/lost-quick", op="other", **HERE)
     command_line.main([*QUICK, "--out", str(file)])
     report.merge_into(file, others)
-    lost = rows("toy/lost-quick", **here)
+    lost = rows("toy/lost-quick", **HERE)
     report.merge_into(file, lost)
     selected = [*QUICK, "toy", "--mode", "fwd", "--compare", str(file)]
     assert command_line.main(selected) == 1
