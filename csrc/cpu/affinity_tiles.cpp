@@ -39,7 +39,7 @@ FASTCSS_INLINE Vec signed_by(Vec t, Bits row_labels, int32_t key_label) {
 template <class Isa, int ROWS, int VECS>
 FASTCSS_INLINE void tanh_body(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
   Vec sum[ROWS][VECS] = {};
-  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+  accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -49,7 +49,7 @@ FASTCSS_INLINE void tanh_body(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
 template <int ROWS, int VECS>
 FASTCSS_INLINE void tanh_slope_body(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {
   Vec sum[ROWS][VECS] = {};
-  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+  accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -63,7 +63,7 @@ template <class Isa, int ROWS, int VECS>
 FASTCSS_INLINE void softplus_body(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,
                                   Vec* twice_hinge, Vec* excess) {
   Vec sum[ROWS][VECS] = {};
-  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+  accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int v = 0; v < VECS; ++v) {
     const Bits labels = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(row_labels) + v * kLanes));
@@ -85,7 +85,7 @@ template <class Isa, int ROWS, int VECS>
 FASTCSS_INLINE void softplus_slope_body(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,
                                         float* slope, int64_t ld) {
   Vec sum[ROWS][VECS] = {};
-  accumulate<ROWS, VECS, ROWS>(sum, k, a, b, kCols);
+  accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int v = 0; v < VECS; ++v) {
     const Bits labels = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(row_labels) + v * kLanes));
@@ -137,7 +137,7 @@ FASTCSS_BF16 inline Vec round_pairs(Vec first, Vec second) {
 }
 FASTCSS_BF16 void tanh_pairs_v4(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
   Vec sum[12][2] = {};
-  accumulate<12, 2, 12, multiply_add_pairs>(sum, k, a, b, kCols);
+  accumulate<12, Vec, 12, 2, multiply_add_pairs>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int i = 0; i < 12; i += 2)
 #pragma GCC unroll 16

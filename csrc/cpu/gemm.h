@@ -26,33 +26,36 @@ constexpr int64_t kDepth = 512;  // words summed before they join the rest: boun
 
 using Tile = void (*)(FASTCSS_TILE_ARGS);
 
-FASTCSS_INLINE Vec multiply_add(Vec sum, Vec x, Vec y) { return sum + x * y; }
+template <class V>
+FASTCSS_INLINE V multiply_add(V sum, V x, V y) {
+  return sum + x * y;
+}
 
 // ROWS × VECS vectors are held in registers; `PANEL` is the row count that `a` was packed for.
-template <int ROWS, int VECS, int PANEL, Vec (*MULTIPLY_ADD)(Vec, Vec, Vec) = multiply_add>
-FASTCSS_INLINE void accumulate(Vec (&sum)[ROWS][VECS], int64_t k, const float* a, const float* b, int64_t ldb) {
+template <int PANEL, class V, int ROWS, int VECS, V (*MULTIPLY_ADD)(V, V, V) = multiply_add<V>>
+FASTCSS_INLINE void accumulate(V (&sum)[ROWS][VECS], int64_t k, const float* a, const float* b, int64_t ldb) {
   for (; k > 0; --k, a += PANEL, b += ldb) {
-    Vec column[VECS];
+    V column[VECS];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) column[v] = load(b + v * kLanes);
+    for (int v = 0; v < VECS; ++v) column[v] = load<V>(b + v * kLanesIn<V>);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const Vec row = a[i] - Vec{};  // a[i] in every lane
+      const V row = a[i] - V{};  // a[i] in every lane
 #pragma GCC unroll 16
       for (int v = 0; v < VECS; ++v) sum[i][v] = MULTIPLY_ADD(sum[i][v], row, column[v]);
     }
   }
 }
 
-template <int ROWS, int VECS, int PANEL, Vec (*MULTIPLY_ADD)(Vec, Vec, Vec) = multiply_add>
+template <class V, int ROWS, int VECS, int PANEL, V (*MULTIPLY_ADD)(V, V, V) = multiply_add<V>>
 FASTCSS_INLINE void tile_body(FASTCSS_TILE_ARGS) {
-  Vec sum[ROWS][VECS] = {};
-  accumulate<ROWS, VECS, PANEL, MULTIPLY_ADD>(sum, k, a, b, ldb);
+  V sum[ROWS][VECS] = {};
+  accumulate<PANEL, V, ROWS, VECS, MULTIPLY_ADD>(sum, k, a, b, ldb);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v)
-      store(c_out + i * ld_out + v * kLanes, load(c_in + i * ld_in + v * kLanes) + sum[i][v]);
+      store(c_out + i * ld_out + v * kLanesIn<V>, load<V>(c_in + i * ld_in + v * kLanesIn<V>) + sum[i][v]);
 }
 
 // One instruction set: its panel height, and a tile for every row count and for one or two vectors of columns.

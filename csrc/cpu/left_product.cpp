@@ -10,16 +10,16 @@ using LeftTile = void (*)(FASTCSS_LEFT_ARGS);
 constexpr int kVecs = kCols / kLanes;
 
 // BY_WORD: the rows lie side by side and the words `stride` apart; else the other way round.
-template <int ROWS, int VECS, bool BY_WORD>
+template <class V, int ROWS, int VECS, bool BY_WORD>
 FASTCSS_INLINE void left_tile(FASTCSS_LEFT_ARGS) {
-  Vec sum[ROWS][VECS] = {};
+  V sum[ROWS][VECS] = {};
   for (; k > 0; --k, a += BY_WORD ? stride : 1, b += ldb) {
-    Vec column[VECS];
+    V column[VECS];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) column[v] = load(b + v * kLanes);
+    for (int v = 0; v < VECS; ++v) column[v] = load<V>(b + v * kLanesIn<V>);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const Vec row = a[BY_WORD ? i : i * stride] - Vec{};  // in every lane
+      const V row = a[BY_WORD ? i : i * stride] - V{};  // in every lane
 #pragma GCC unroll 16
       for (int v = 0; v < VECS; ++v) sum[i][v] = multiply_add(sum[i][v], row, column[v]);
     }
@@ -28,8 +28,8 @@ FASTCSS_INLINE void left_tile(FASTCSS_LEFT_ARGS) {
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) {
-      float* to = c + i * ldc + v * kLanes;
-      store(to, add ? load(to) + sum[i][v] : sum[i][v]);
+      float* to = c + i * ldc + v * kLanesIn<V>;
+      store(to, add ? load<V>(to) + sum[i][v] : sum[i][v]);
     }
 }
 
@@ -43,19 +43,19 @@ struct LeftTiles {
 template <int ROWS, bool BY_WORD>
 FASTCSS_TARGET("arch=x86-64-v4")
 void left_v4(FASTCSS_LEFT_ARGS) {
-  left_tile<ROWS, kVecs, BY_WORD>(k, a, stride, b, ldb, c, ldc, add);
+  left_tile<Vec, ROWS, kVecs, BY_WORD>(k, a, stride, b, ldb, c, ldc, add);
 }
 template <int ROWS, bool BY_WORD>
 FASTCSS_TARGET("arch=x86-64-v3")
-void left_v3(FASTCSS_LEFT_ARGS) {  // a vector at a time
+void left_v3(FASTCSS_LEFT_ARGS) {  // kLanes columns at a time
   for (int v = 0; v < kVecs; ++v)
-    left_tile<ROWS, 1, BY_WORD>(k, a, stride, b + v * kLanes, ldb, c + v * kLanes, ldc, add);
+    left_tile<Vec8, ROWS, 2, BY_WORD>(k, a, stride, b + v * kLanes, ldb, c + v * kLanes, ldc, add);
 }
 #endif
 template <int ROWS, bool BY_WORD>
 void left_baseline(FASTCSS_LEFT_ARGS) {
   for (int v = 0; v < kVecs; ++v)
-    left_tile<ROWS, 1, BY_WORD>(k, a, stride, b + v * kLanes, ldb, c + v * kLanes, ldc, add);
+    left_tile<Vec4, ROWS, 4, BY_WORD>(k, a, stride, b + v * kLanes, ldb, c + v * kLanes, ldc, add);
 }
 
 #define FASTCSS_TILES_2(f, r, w) f<r, w>, f<r + 1, w>

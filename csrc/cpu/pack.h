@@ -18,13 +18,22 @@ constexpr int kLanes = 16;         // floats in a Vec
 constexpr int kCols = 2 * kLanes;  // columns of a tile
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
+// What a register of AVX2 and of SSE holds. GCC keeps no wider vector in registers from one turn of a loop to the next.
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+template <class V>
+constexpr int kLanesIn = sizeof(V) / sizeof(float);
 
-FASTCSS_INLINE Vec load(const float* p) {
-  Vec v;
+template <class V = Vec>
+FASTCSS_INLINE V load(const float* p) {
+  V v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-FASTCSS_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+template <class V>
+FASTCSS_INLINE void store(float* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 // ---- element types -------------------------------------------------------------------------------------------------
 
