@@ -6,10 +6,14 @@ namespace fastcss::cpu {
 namespace {
 
 // sum[i] += Σ_j rows[j][i] for rows of `width` ≤ kLanes, of which the last may be read beyond its end.
-FASTCSS_CLONES void add_rows(double* sum, const float* rows, int width, int count, int64_t n) {
-  Vec part{};
-  for (int64_t j = 0; j < n; ++j) part += load(rows + j * width);
-  for (int i = 0; i < count; ++i) sum[i] += part[i];
+void add_rows(double* sum, const float* rows, int width, int count, int64_t n) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int first = 0; first < count; first += kLanesIn<V>) {
+      V part{};
+      for (int64_t j = 0; j < n; ++j) part += load<V>(rows + j * width + first);
+      for (int i = first; i < std::min(count, first + kLanesIn<V>); ++i) sum[i] += part[i - first];
+    }
+  });
 }
 
 }  // namespace

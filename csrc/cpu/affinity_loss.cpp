@@ -61,12 +61,13 @@ struct Counted {
   }
 };
 
-FASTCSS_CLONES void add_to(double* total, const Softplus& sum) {
-  for (int v = 0; v < kCols / kLanes; ++v) {
-    float x[kLanes];
-    store(x, sum.twice_hinge[v] * (0.5f * kLn2) + log1p(sum.excess[v]));
-    for (int i = 0; i < kLanes; ++i) total[v * kLanes + i] += x[i];
-  }
+void add_to(double* total, const Softplus& sum) {
+  on_widest([total, &sum]<class V>() FASTCSS_LOOP {
+    for (int first = 0; first < kCols; first += kLanesIn<V>) {
+      const V x = load<V>(sum.twice_hinge + first) * (0.5f * kLn2) + log1p(load<V>(sum.excess + first));
+      for (int i = 0; i < kLanesIn<V>; ++i) total[first + i] += x[i];
+    }
+  });
 }
 
 // Σ over all pairs of softplus(∓s).

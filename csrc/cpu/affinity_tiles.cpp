@@ -20,110 +20,114 @@ struct Avx512Rough : Avx512 {
 // ---- what becomes of an element ------------------------------------------------------------------------------------
 
 // tanh(s/2) of t = −s · log₂e: (1 − e) / (1 + e) with e = 2^t, exact at 0 and ±∞.
-template <class Isa>
-FASTCSS_INLINE Vec tanh_half(Vec t) {
-  const Vec e = Isa::exp2(Isa::at_most(t, 80.f));
+template <class Isa, class V>
+FASTCSS_INLINE V tanh_half(V t) {
+  const V e = Isa::exp2(Isa::at_most(t, 80.f));
   return (1.f - e) * Isa::reciprocal(1.f + e);
 }
 
 constexpr uint32_t kSign = 0x80000000;
 
 // −t where both pixels have one label, else t.
-FASTCSS_INLINE Vec signed_by(Vec t, Bits row_labels, int32_t key_label) {
-  const Bits same = reinterpret_cast<Bits>(row_labels == static_cast<uint32_t>(key_label));
-  return reinterpret_cast<Vec>(reinterpret_cast<Bits>(t) ^ (same & kSign));
+template <class V>
+FASTCSS_INLINE V signed_by(V t, BitsOf<V> row_labels, int32_t key_label) {
+  const BitsOf<V> same = reinterpret_cast<BitsOf<V>>(row_labels == static_cast<uint32_t>(key_label));
+  return reinterpret_cast<V>(reinterpret_cast<BitsOf<V>>(t) ^ (same & kSign));
 }
 
-// ---- tiles of ROWS keys by VECS vectors of queries ------------------------------------------------------------------
+// ---- tiles of ROWS keys by VECS vectors V of queries ----------------------------------------------------------------
 
-template <class Isa, int ROWS, int VECS>
+template <class Isa, class V, int ROWS, int VECS>
 FASTCSS_INLINE void tanh_body(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
-  Vec sum[ROWS][VECS] = {};
+  V sum[ROWS][VECS] = {};
   accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) store(map + i * ld + v * kLanes, tanh_half<Isa>(sum[i][v] * factor));
+    for (int v = 0; v < VECS; ++v) store(map + i * ld + v * kLanesIn<V>, tanh_half<Isa>(sum[i][v] * factor));
 }
 
-template <int ROWS, int VECS>
+template <class V, int ROWS, int VECS>
 FASTCSS_INLINE void tanh_slope_body(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {
-  Vec sum[ROWS][VECS] = {};
+  V sum[ROWS][VECS] = {};
   accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) {
-      const Vec t = load(map + i * ld + v * kLanes);
-      store(slope + i * ld + v * kLanes, (factor - factor * t * t) * sum[i][v]);
+      const V t = load<V>(map + i * ld + v * kLanesIn<V>);
+      store(slope + i * ld + v * kLanesIn<V>, (factor - factor * t * t) * sum[i][v]);
     }
 }
 
-template <class Isa, int ROWS, int VECS>
+template <class Isa, class V, int ROWS, int VECS>
 FASTCSS_INLINE void softplus_body(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,
-                                  Vec* twice_hinge, Vec* excess) {
-  Vec sum[ROWS][VECS] = {};
+                                  float* twice_hinge, float* excess) {
+  V sum[ROWS][VECS] = {};
   accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int v = 0; v < VECS; ++v) {
-    const Bits labels = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(row_labels) + v * kLanes));
-    Vec hinge = twice_hinge[v], more = excess[v];
+    const int at = v * kLanesIn<V>;
+    const auto labels = reinterpret_cast<BitsOf<V>>(load<V>(reinterpret_cast<const float*>(row_labels) + at));
+    V hinge = load<V>(twice_hinge + at), more = load<V>(excess + at);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       if (i == keys) break;
-      const Vec x = signed_by(sum[i][v] * factor, labels, key_labels[i]);
-      const Vec minus = reinterpret_cast<Vec>(reinterpret_cast<Bits>(x) | kSign);  // −|x|
+      const V x = signed_by(sum[i][v] * factor, labels, key_labels[i]);
+      const V minus = reinterpret_cast<V>(reinterpret_cast<BitsOf<V>>(x) | kSign);  // −|x|
       hinge += x - minus;
-      const Vec e = Isa::exp2(minus);
+      const V e = Isa::exp2(minus);
       more += e * (1.f + more);
     }
-    twice_hinge[v] = hinge, excess[v] = more;
+    store(twice_hinge + at, hinge), store(excess + at, more);
   }
 }
 
-template <class Isa, int ROWS, int VECS>
+template <class Isa, class V, int ROWS, int VECS>
 FASTCSS_INLINE void softplus_slope_body(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,
                                         float* slope, int64_t ld) {
-  Vec sum[ROWS][VECS] = {};
+  V sum[ROWS][VECS] = {};
   accumulate<ROWS>(sum, k, a, b, kCols);
 #pragma GCC unroll 16
   for (int v = 0; v < VECS; ++v) {
-    const Bits labels = reinterpret_cast<Bits>(load(reinterpret_cast<const float*>(row_labels) + v * kLanes));
+    const int at = v * kLanesIn<V>;
+    const auto labels = reinterpret_cast<BitsOf<V>>(load<V>(reinterpret_cast<const float*>(row_labels) + at));
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const Vec minus = signed_by(sum[i][v] * -factor, labels, key_labels[i]);  // −x
-      const Vec sigmoid = Isa::reciprocal(1.f + Isa::exp2(Isa::at_most(minus, 126.f)));
-      store(slope + i * ld + v * kLanes, signed_by(sigmoid, labels, key_labels[i]));
+      const V minus = signed_by(sum[i][v] * -factor, labels, key_labels[i]);  // −x
+      const V sigmoid = Isa::reciprocal(1.f + Isa::exp2(Isa::at_most(minus, 126.f)));
+      store(slope + i * ld + at, signed_by(sigmoid, labels, key_labels[i]));
     }
   }
 }
 
 // ---- one table an instruction set ----------------------------------------------------------------------------------
 
-#define FASTCSS_TILES(name, target, Isa, ROWS, VECS)                                                             \
-  target void tanh_##name(FASTCSS_MAP_ARGS, float* map, int64_t ld) {                                            \
-    for (int v = 0; v < kCols; v += VECS * kLanes) tanh_body<Isa, ROWS, VECS>(k, a, b + v, factor, map + v, ld); \
-  }                                                                                                              \
-  target void tanh_slope_##name(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {                  \
-    for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
-      tanh_slope_body<ROWS, VECS>(k, a, b + v, factor, map + v, slope + v, ld);                                  \
-  }                                                                                                              \
-  target void softplus_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,  \
-                              Softplus* sum) {                                                                   \
-    for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
-      softplus_body<Isa, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, keys,                      \
-                                     sum->twice_hinge + v / kLanes, sum->excess + v / kLanes);                   \
-  }                                                                                                              \
-  target void softplus_slope_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,      \
-                                    float* slope, int64_t ld) {                                                  \
-    for (int v = 0; v < kCols; v += VECS * kLanes)                                                               \
-      softplus_slope_body<Isa, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, slope + v, ld);      \
+#define FASTCSS_TILES(name, target, Isa, V, ROWS, VECS)                                                            \
+  target void tanh_##name(FASTCSS_MAP_ARGS, float* map, int64_t ld) {                                              \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
+      tanh_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, map + v, ld);                                             \
+  }                                                                                                                \
+  target void tanh_slope_##name(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {                    \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
+      tanh_slope_body<V, ROWS, VECS>(k, a, b + v, factor, map + v, slope + v, ld);                                 \
+  }                                                                                                                \
+  target void softplus_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,    \
+                              Softplus* sum) {                                                                     \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
+      softplus_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, keys, sum->twice_hinge + v, \
+                                        sum->excess + v);                                                          \
+  }                                                                                                                \
+  target void softplus_slope_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,        \
+                                    float* slope, int64_t ld) {                                                    \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
+      softplus_slope_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, slope + v, ld);     \
   }
 #define FASTCSS_TABLE(name, pairs) {tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name}
 
 #if defined(__x86_64__)
-FASTCSS_TILES(v4, FASTCSS_TARGET("arch=x86-64-v4"), Avx512, 12, 2)
-FASTCSS_TILES(v3, FASTCSS_TARGET("arch=x86-64-v3"), Portable, 6, 1)
+FASTCSS_TILES(v4, FASTCSS_TARGET("arch=x86-64-v4"), Avx512, Vec, 12, 2)
+FASTCSS_TILES(v3, FASTCSS_TARGET("arch=x86-64-v3"), Portable, Vec8, 6, 2)
 
 #define FASTCSS_BF16 FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
 // Lane by lane the pair (first, second), rounded to bfloat16.
@@ -146,7 +150,7 @@ FASTCSS_BF16 void tanh_pairs_v4(FASTCSS_MAP_ARGS, float* map, int64_t ld) {
             round_pairs(tanh_half<Avx512Rough>(sum[i][v] * factor), tanh_half<Avx512Rough>(sum[i + 1][v] * factor)));
 }
 #endif
-FASTCSS_TILES(baseline, , Portable, 2, 1)
+FASTCSS_TILES(baseline, , Portable, Vec4, 2, 4)
 
 }  // namespace
 

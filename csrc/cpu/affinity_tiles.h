@@ -9,8 +9,8 @@ namespace fastcss::cpu {
 // Σ softplus(x) over some keys for kCols queries, in pieces: softplus(x) = max(x, 0) + ln(1 + e^−|x|), and the
 // factors of the logarithm are multiplied first. Units of x are log₂e.
 struct Softplus {
-  Vec twice_hinge[kCols / kLanes];  // Σ x + |x|: NaN where x is −∞, as in torch's binary cross-entropy
-  Vec excess[kCols / kLanes];       // Π (1 + e^−|x|) − 1, exact where all factors are close to 1
+  float twice_hinge[kCols];  // Σ x + |x|: NaN where x is −∞, as in torch's binary cross-entropy
+  float excess[kCols];       // Π (1 + e^−|x|) − 1, exact where all factors are close to 1
 };
 
 #define FASTCSS_MAP_ARGS int64_t k, const float *a, const float *b, float factor

@@ -15,42 +15,47 @@ namespace {
 constexpr const char* kOp = "class_centers";
 
 // ln Σ exp of `terms` rows [terms][kCols], lane by lane.
-FASTCSS_CLONES void log_sum_exp(const float* rows, int64_t terms, float* result) {
-  float most[kCols], sum[kCols] = {};
-  for (float& m : most) m = -__builtin_inff();
-  for (int64_t c = 0; c < terms; ++c)
-    for (int i = 0; i < kCols; ++i) most[i] = rows[c * kCols + i] > most[i] ? rows[c * kCols + i] : most[i];
-  for (int64_t c = 0; c < terms; ++c)
-    for (int v = 0; v < kCols; v += kLanes)
-      store(sum + v, load(sum + v) + exp_negative(load(rows + c * kCols + v) - load(most + v)));
-  for (int v = 0; v < kCols; v += kLanes)  // the sum is at least 1, or NaN
-    store(result + v, load(most + v) + log1p(load(sum + v) - 1.f));
+void log_sum_exp(const float* rows, int64_t terms, float* result) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    float most[kCols], sum[kCols] = {};
+    for (float& m : most) m = -__builtin_inff();
+    for (int64_t c = 0; c < terms; ++c)
+      for (int i = 0; i < kCols; ++i) most[i] = rows[c * kCols + i] > most[i] ? rows[c * kCols + i] : most[i];
+    for (int64_t c = 0; c < terms; ++c)
+      for (int v = 0; v < kCols; v += kLanesIn<V>)
+        store(sum + v, load<V>(sum + v) + exp_negative(load<V>(rows + c * kCols + v) - load<V>(most + v)));
+    for (int v = 0; v < kCols; v += kLanesIn<V>)  // the sum is at least 1, or NaN
+      store(result + v, load<V>(most + v) + log1p(load<V>(sum + v) - 1.f));
+  });
 }
 
 // row = exp(row − most) with most the largest of row − shift: the softmax before it is divided by `sum`.
-FASTCSS_CLONES void exponentials(float* row, const float* shift, int64_t n, float* most, float* sum) {
-  float largest = -__builtin_inff(), total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    row[i] -= shift ? shift[i] : 0.f;
-    largest = row[i] > largest ? row[i] : largest;
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec e = exp_negative(load(row + i) - largest);
-    store(row + i, e);
-    const int64_t lanes = std::min<int64_t>(kLanes, n - i);
-    for (int64_t j = 0; j < lanes; ++j) total += row[i + j];
-  }
-  *most = largest, *sum = total;
+void exponentials(float* row, const float* shift, int64_t n, float* most, float* sum) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    float largest = -__builtin_inff(), total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      row[i] -= shift ? shift[i] : 0.f;
+      largest = row[i] > largest ? row[i] : largest;
+    }
+    for (int64_t i = 0; i < n; i += kLanesIn<V>) {
+      const V e = exp_negative(load<V>(row + i) - largest);
+      store(row + i, e);
+      const int64_t lanes = std::min<int64_t>(kLanesIn<V>, n - i);
+      for (int64_t j = 0; j < lanes; ++j) total += row[i + j];
+    }
+    *most = largest, *sum = total;
+  });
 }
 
 // weights = exp(logits − pixel shift − class shift), [C][kCols] with pixels on the lanes
-FASTCSS_CLONES void weigh(const float* logits, const float* pixel_shift, const float* class_shift, int64_t C,
-                          float* weights) {
-  for (int64_t c = 0; c < C; ++c)
-    for (int v = 0; v < kCols; v += kLanes) {
-      const Vec shift = (pixel_shift ? load(pixel_shift + v) : Vec{}) + (class_shift ? class_shift[c] : 0.f);
-      store(weights + c * kCols + v, exp_negative(load(logits + c * kCols + v) - shift));
-    }
+void weigh(const float* logits, const float* pixel_shift, const float* class_shift, int64_t C, float* weights) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int64_t c = 0; c < C; ++c)
+      for (int v = 0; v < kCols; v += kLanesIn<V>) {
+        const V shift = (pixel_shift ? load<V>(pixel_shift + v) : V{}) + (class_shift ? class_shift[c] : 0.f);
+        store(weights + c * kCols + v, exp_negative(load<V>(logits + c * kCols + v) - shift));
+      }
+  });
 }
 
 // dz = weights · (products − means); over the classes also dlogits = dz − probabilities · Σ_c dz.
@@ -93,13 +98,13 @@ FASTCSS_CLONES void combine(const Chunks& s, int64_t c, const float* most, const
   for (int64_t i = 0; i < s.count; ++i) largest = most[i * s.C + c] > largest ? most[i * s.C + c] : largest;
   std::fill_n(out, s.columns, 0.f);
   for (int64_t i = 0; i < s.count; ++i) {
-    const float factor = exp_negative(Vec{} + (most[i * s.C + c] - largest))[0];
+    const float factor = exp_negative(Vec4{} + (most[i * s.C + c] - largest))[0];
     const float* from = centers + (i * s.C + c) * s.columns;
     for (int64_t d = 0; d < s.columns; ++d) out[d] += factor * from[d];
     total += factor * sums[i * s.C + c];
   }
   for (int64_t d = 0; d < s.columns; ++d) out[d] /= total;
-  *class_lse = largest + log1p(Vec{} + (total - 1.f))[0];
+  *class_lse = largest + log1p(Vec4{} + (total - 1.f))[0];
 }
 
 std::tuple<Tensor, Tensor, Tensor> class_centers(const Tensor& logits, const Tensor& feats, bool over_classes) {

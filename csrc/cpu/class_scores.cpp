@@ -43,23 +43,25 @@ void sum_panels(const float* partial, int64_t panels, int64_t C, float* total) {
   });
 }
 
-FASTCSS_CLONES void softmax(const float* sums, const float* total, float half, float sign, int64_t C, float* weights) {
-  float most[kCols], sum[kCols] = {};
-  for (float& m : most) m = -__builtin_inff();
-  for (int64_t c = 0; c < C; ++c)
-    for (int i = 0; i < kCols; ++i) {
-      const float x = half * (total[c] + sign * sums[c * kCols + i]);
-      weights[c * kCols + i] = x;
-      most[i] = x > most[i] ? x : most[i];
-    }
-  for (int64_t c = 0; c < C; ++c)
-    for (int first = 0; first < kCols; first += kLanes) {
-      const Vec e = exp_negative(load(weights + c * kCols + first) - load(most + first));
-      store(weights + c * kCols + first, e);
-      store(sum + first, load(sum + first) + e);
-    }
-  for (int64_t c = 0; c < C; ++c)
-    for (int i = 0; i < kCols; ++i) weights[c * kCols + i] /= sum[i];
+void softmax(const float* sums, const float* total, float half, float sign, int64_t C, float* weights) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    float most[kCols], sum[kCols] = {};
+    for (float& m : most) m = -__builtin_inff();
+    for (int64_t c = 0; c < C; ++c)
+      for (int i = 0; i < kCols; ++i) {
+        const float x = half * (total[c] + sign * sums[c * kCols + i]);
+        weights[c * kCols + i] = x;
+        most[i] = x > most[i] ? x : most[i];
+      }
+    for (int64_t c = 0; c < C; ++c)
+      for (int first = 0; first < kCols; first += kLanesIn<V>) {
+        const V e = exp_negative(load<V>(weights + c * kCols + first) - load<V>(most + first));
+        store(weights + c * kCols + first, e);
+        store(sum + first, load<V>(sum + first) + e);
+      }
+    for (int64_t c = 0; c < C; ++c)
+      for (int i = 0; i < kCols; ++i) weights[c * kCols + i] /= sum[i];
+  });
 }
 
 }  // namespace fastcss::cpu

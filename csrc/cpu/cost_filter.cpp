@@ -186,8 +186,10 @@ std::tuple<Tensor, Tensor> pack_text(const Tensor& text_in, bool want_panels) {
     float inverse[kMaxRows];
     inverse_lengths(panel, static_cast<int>(height), lanes, pairs ? (D + 1) / 2 : D, pairs, inverse);
     std::copy_n(inverse, lanes, static_cast<float*>(scale.mutable_data_ptr()) + b * rows + first);
-    if (want_panels)
-      std::copy_n(panel, D * height, static_cast<float*>(panels.mutable_data_ptr()) + (b * padded + first) * D);
+    if (!want_panels) return;
+    float* to = static_cast<float*>(panels.mutable_data_ptr()) + (b * padded + first) * D;
+    std::copy_n(panel, D * height, to);
+    if (first + height >= rows) std::fill_n(to + D * height, D * (padded - first - height), 0.f);  // no rows there
   });
   return {scale, panels};
 }

@@ -14,54 +14,60 @@ namespace {
 constexpr const char* kOp = "deformable_attention";
 constexpr int64_t kQueries = 64;  // of one item of work
 
-// out [D] = Σ weight · value at the corners; four sums, so that none has to wait for the one before.
-template <class T, int VECS>
+// out [D] = Σ weight · value at the corners, VECS vectors wide; two sums or four, so that none has to wait for the one
+// before.
+template <class V, int VECS, class T>
 FASTCSS_INLINE void gather(const Points& points, const T* value, int64_t stride, float* out) {
-  constexpr int kSums = 4;
-  Vec sum[kSums][VECS] = {};
+  constexpr int kSums = VECS <= 2 ? 4 : 2;
+  V sum[kSums][VECS] = {};
   const int64_t* token = points.token();
   const float* weight = points.weight();
   int64_t i = 0;
   for (; i + kSums <= points.corners(); i += kSums)
 #pragma GCC unroll 4
     for (int n = 0; n < kSums; ++n)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) sum[n][v] += weight[i + n] * load(value + token[i + n] * stride + v * kLanes);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v)
+        sum[n][v] += weight[i + n] * load<V>(value + token[i + n] * stride + v * kLanesIn<V>);
   for (; i < points.corners(); ++i)
-    for (int v = 0; v < VECS; ++v) sum[0][v] += weight[i] * load(value + token[i] * stride + v * kLanes);
-  for (int v = 0; v < VECS; ++v) store(out + v * kLanes, (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]));
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) sum[0][v] += weight[i] * load<V>(value + token[i] * stride + v * kLanesIn<V>);
+#pragma GCC unroll 8
+  for (int v = 0; v < VECS; ++v) {
+    V all = sum[0][v] + sum[1][v];
+    if constexpr (kSums == 4) all += sum[2][v] + sum[3][v];
+    store(out + v * kLanesIn<V>, all);
+  }
 }
 
 // Of any width.
-template <class T>
+template <class V, class T>
 FASTCSS_INLINE void gather_any(const Points& points, const T* value, int64_t stride, int64_t D, float* out) {
   std::fill_n(out, D, 0.f);
   for (int64_t i = 0; i < points.corners(); ++i) {
     const T* at = value + points.token()[i] * stride;
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, D - d);
-      store(out + d, load(out + d, lanes) + points.weight()[i] * load(at + d, lanes), lanes);
+    for (int64_t d = 0; d < D; d += kLanesIn<V>) {
+      const int64_t lanes = std::min<int64_t>(kLanesIn<V>, D - d);
+      store(out + d, load<V>(out + d, lanes) + points.weight()[i] * load<V>(at + d, lanes), lanes);
     }
   }
 }
 
 template <class T>
-FASTCSS_INLINE void gather_width(const Points& points, const void* values, int64_t stride, int64_t D, float* out) {
-  const T* value = static_cast<const T*>(values);
-  if (D == kLanes) return gather<T, 1>(points, value, stride, out);
-  if (D == 2 * kLanes) return gather<T, 2>(points, value, stride, out);
-  if (D == 4 * kLanes) return gather<T, 4>(points, value, stride, out);
-  gather_any(points, value, stride, D, out);
+void gather_head(const Points& points, const Matrix& values, int64_t D, float* out) {
+  on_widest([&points, &values, D, out]<class V>() FASTCSS_LOOP {
+    const T* value = static_cast<const T*>(values.data);
+    const int64_t stride = values.lane_stride;
+    if (D == 16) return gather<V, 16 / kLanesIn<V>>(points, value, stride, out);
+    if (D == 32) return gather<V, 32 / kLanesIn<V>>(points, value, stride, out);
+    if (D == 64)  // as many vectors at a time as registers hold
+      for (int d = 0; d < 64; d += 4 * kLanesIn<V>) gather<V, 4>(points, value + d, stride, out + d);
+    else
+      gather_any<V>(points, value, stride, D, out);
+  });
 }
 
-FASTCSS_CLONES void gather_head(const Points& points, Matrix value, int64_t D, float* out) {
-  if (value.dtype == DType::f32)
-    gather_width<float>(points, value.data, value.lane_stride, D, out);
-  else if (value.dtype == DType::bf16)
-    gather_width<BFloat16>(points, value.data, value.lane_stride, D, out);
-  else
-    gather_width<_Float16>(points, value.data, value.lane_stride, D, out);
-}
+constexpr decltype(&gather_head<float>) kGathers[] = {gather_head<float>, gather_head<BFloat16>, gather_head<_Float16>};
 
 Tensor deformable_attention(const Tensor& value_in, std::vector<int64_t> shapes, const Tensor& reference_in,
                             const Tensor& offsets_in, const Tensor& logits_in) {
@@ -84,8 +90,8 @@ Tensor deformable_attention(const Tensor& value_in, std::vector<int64_t> shapes,
         read_row(moves.data(), Matrix{offsets.const_data_ptr(), dtype, 0, 1}.offset(2 * at), 2 * count);
         read_row(scores.data(), Matrix{logits.const_data_ptr(), dtype, 0, 1}.offset(at), count);
         points.set_head(moves.data(), scores.data());
-        gather_head(points, matrix(value, 1, 3, kOp).offset(b * value.stride(0) + h * value.stride(2)), D,
-                    row.data() + h * D);
+        const Matrix values = matrix(value, 1, 3, kOp).offset(b * value.stride(0) + h * value.stride(2));
+        kGathers[static_cast<int>(dtype)](points, values, D, row.data() + h * D);
         if (points.lost()) std::fill_n(row.data() + h * D, D, __builtin_nanf(""));
       }
       write_row(image(out, b, dtype) + q * heads * D * size_of(dtype), dtype, row.data(), heads * D);

@@ -16,7 +16,7 @@ namespace {
 constexpr const char* kOp = "deformable_attention";
 
 // One corner at a time: dvalue += weight · dout, and dout · value, still a vector of sums.
-template <class T>
+template <class V, class T>
 FASTCSS_INLINE void visit(const Points& points, const T* value, int64_t stride, const float* dout, int64_t D,
                           float* dvalue, float* partial) {
   for (int64_t i = 0; i < points.corners(); ++i) {
@@ -24,44 +24,50 @@ FASTCSS_INLINE void visit(const Points& points, const T* value, int64_t stride, 
     const float weight = points.weight()[i];
     const T* at = value + token * stride;
     float* to = dvalue + token * D;
-    Vec sum = {};
+    V sum = {};
     int64_t d = 0;
-    for (; d + kLanes <= D; d += kLanes) {
-      const Vec g = load(dout + d);
-      sum += g * load(at + d);
-      store(to + d, load(to + d) + weight * g);
+    for (; d + kLanesIn<V> <= D; d += kLanesIn<V>) {
+      const V g = load<V>(dout + d);
+      sum += g * load<V>(at + d);
+      store(to + d, load<V>(to + d) + weight * g);
     }
     if (d < D) {
-      const Vec g = load(dout + d, D - d);
-      sum += g * load(at + d, D - d);
-      store(to + d, load(to + d, D - d) + weight * g, D - d);
+      const V g = load<V>(dout + d, D - d);
+      sum += g * load<V>(at + d, D - d);
+      store(to + d, load<V>(to + d, D - d) + weight * g, D - d);
     }
-    store(partial + i * kLanes, sum);
+    store(partial + i * kLanesIn<V>, sum);
   }
 }
 
-// product [slot] = the sum of each corner's partial sums, 16 corners at a time; 0 where there is no corner.
-FASTCSS_CLONES void add_up(const Points& points, const float* partial, float* product) {
+// product [slot] = the sum of each corner's partial sums, as many corners at a time; 0 where there is no corner.
+template <class V>
+FASTCSS_INLINE void add_up(const Points& points, const float* partial, float* product) {
+  constexpr int kWide = kLanesIn<V>;
   std::fill_n(product, kCorners * points.padded(), 0.f);
-  for (int64_t first = 0; first < points.corners(); first += kLanes) {
-    Vec rows[kLanes], sum = {};
-    for (int i = 0; i < kLanes; ++i) rows[i] = load(partial + (first + i) * kLanes);
-    exchange<8>(rows), exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
-    for (const Vec& row : rows) sum += row;
-    for (int64_t i = first; i < std::min(points.corners(), first + kLanes); ++i)
+  for (int64_t first = 0; first < points.corners(); first += kWide) {
+    V rows[kWide], sum = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < kWide; ++i) rows[i] = load<V>(partial + (first + i) * kWide);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWide; ++i) sum += rows[i];
+    for (int64_t i = first; i < std::min(points.corners(), first + kWide); ++i)
       product[points.slot()[i]] = sum[i - first];
   }
 }
 
-FASTCSS_CLONES void visit_corners(const Points& points, Matrix value, const float* dout, int64_t D, float* dvalue,
-                                  float* partial) {
-  if (value.dtype == DType::f32)
-    visit(points, static_cast<const float*>(value.data), value.lane_stride, dout, D, dvalue, partial);
-  else if (value.dtype == DType::bf16)
-    visit(points, static_cast<const BFloat16*>(value.data), value.lane_stride, dout, D, dvalue, partial);
-  else
-    visit(points, static_cast<const _Float16*>(value.data), value.lane_stride, dout, D, dvalue, partial);
+// dvalue += weight · dout at the corners of one query and head, and product [slot] = dout · value.
+template <class T>
+void visit_corners(const Points& points, const Matrix& values, const float* dout, int64_t D, float* dvalue,
+                   float* partial, float* product) {
+  on_widest([&points, &values, dout, D, dvalue, partial, product]<class V>() FASTCSS_LOOP {
+    visit<V>(points, static_cast<const T*>(values.data), values.lane_stride, dout, D, dvalue, partial);
+    add_up<V>(points, partial, product);
+  });
 }
+constexpr decltype(&visit_corners<float>) kVisits[] = {visit_corners<float>, visit_corners<BFloat16>,
+                                                       visit_corners<_Float16>};
 
 // Of one query and head: dlogits [count], and the gradients of the locations in cells, dat [count, 2].
 void point_gradients(const Points& points, const float* product, float* dlogits, float* dat) {
@@ -112,8 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deformable_attention_backward(const T
       read_row(scores.data(), Matrix{logits.const_data_ptr(), dtype, 0, 1}.offset(at), count);
       read_row(g.data(), Matrix{dout.const_data_ptr(), dtype, 0, 1}.offset(((b * Q + q) * heads + h) * D), D);
       points.set_head(moves.data(), scores.data());
-      visit_corners(points, values, g.data(), D, sums.data(), partial.data());
-      add_up(points, partial.data(), product.data());
+      kVisits[static_cast<int>(dtype)](points, values, g.data(), D, sums.data(), partial.data(), product.data());
       point_gradients(points, product.data(), scores.data(), dat.data());
       for (int64_t i = 0; need_reference && i < count * xy; ++i)
         by_head[(item * Q + q) * coordinates + i / xy / per_level * xy + i % xy] +=

@@ -28,13 +28,15 @@ FASTCSS_CLONES void bilinear(const float* right, const float* bottom, int64_t n,
   }
 }
 
-FASTCSS_CLONES void softmax(const float* logits, int64_t count, int64_t padded, float* weight) {
-  float most = -__builtin_inff(), sum = 0;
-  for (int64_t i = 0; i < count; ++i) most = logits[i] > most ? logits[i] : most;
-  for (int64_t i = 0; i < padded; ++i) weight[i] = i < count ? logits[i] - most : -__builtin_inff();
-  for (int64_t i = 0; i < padded; i += kLanes) store(weight + i, exp_negative(load(weight + i)));
-  for (int64_t i = 0; i < count; ++i) sum += weight[i];
-  for (int64_t i = 0; i < padded; ++i) weight[i] /= sum;
+void softmax(const float* logits, int64_t count, int64_t padded, float* weight) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    float most = -__builtin_inff(), sum = 0;
+    for (int64_t i = 0; i < count; ++i) most = logits[i] > most ? logits[i] : most;
+    for (int64_t i = 0; i < padded; ++i) weight[i] = i < count ? logits[i] - most : -__builtin_inff();
+    for (int64_t i = 0; i < padded; i += kLanesIn<V>) store(weight + i, exp_negative(load<V>(weight + i)));
+    for (int64_t i = 0; i < count; ++i) sum += weight[i];
+    for (int64_t i = 0; i < padded; ++i) weight[i] /= sum;
+  });
 }
 
 }  // namespace

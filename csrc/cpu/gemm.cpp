@@ -58,29 +58,29 @@ namespace {
 
 constexpr int64_t kAhead = 64;  // terms of each lane to fetch ahead: too many streams for the hardware to follow
 
-template <class T, int ROWS>
-FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, const T* src, int64_t lane_stride,
+template <class V, int ROWS>
+FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, const float* src, int64_t lane_stride,
                              const float* c_in, int64_t ld_in, float* c_out, int64_t ld_out) {
-  constexpr int kVecs = kCols / kLanes;
-  Vec total[ROWS][kVecs];
+  constexpr int kWide = kLanesIn<V>, kVecs = kCols / kWide;
+  V total[ROWS][kVecs];
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < kVecs; ++v) total[i][v] = load(c_in + i * ld_in + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) total[i][v] = load<V>(c_in + i * ld_in + v * kWide);
   while (k > 0) {
     const int64_t depth = std::min(k, kDepth);
-    Vec sum[ROWS][kVecs] = {};
-    for (int64_t first = 0; first < depth; first += kLanes)
-      for (int v = 0; v * kLanes < lanes; ++v) {  // two independent sums hide each other's latency
-        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(src + (v * kLanes + i) * lane_stride + first + kAhead);
-        Vec words[kLanes];
-        read_transposed<Single<T>>(words, src + v * kLanes * lane_stride + first, lane_stride,
-                                   std::min(kLanes, lanes - v * kLanes), depth - first);
-        const int terms = static_cast<int>(std::min<int64_t>(kLanes, depth - first));
+    V sum[ROWS][kVecs] = {};
+    for (int64_t first = 0; first < depth; first += kWide)
+      for (int v = 0; v * kWide < lanes; ++v) {  // independent sums hide each other's latency
+        for (int i = 0; i < kWide; ++i) __builtin_prefetch(src + (v * kWide + i) * lane_stride + first + kAhead);
+        V words[kWide];
+        read_transposed<Single<float>>(words, src + v * kWide * lane_stride + first, lane_stride,
+                                       std::min(kWide, lanes - v * kWide), depth - first);
+        const int terms = static_cast<int>(std::min<int64_t>(kWide, depth - first));
 #pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) {
+        for (int j = 0; j < kWide; ++j) {
           if (j == terms) break;
 #pragma GCC unroll 12
           for (int i = 0; i < ROWS; ++i)
-            sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - Vec{}, words[j]);
+            sum[i][v] = multiply_add(sum[i][v], a[(first + j) * panel + i] - V{}, words[j]);
         }
       }
     for (int i = 0; i < ROWS; ++i)
@@ -88,18 +88,20 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
     a += depth * panel, src += depth, k -= depth;
   }
   for (int i = 0; i < ROWS; ++i)
-    for (int v = 0; v < kVecs; ++v) store(c_out + i * ld_out + v * kLanes, total[i][v]);
+    for (int v = 0; v < kVecs; ++v) store(c_out + i * ld_out + v * kWide, total[i][v]);
 }
 
 }  // namespace
 
-FASTCSS_CLONES void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in,
-                             int64_t ld_in, float* c_out, int64_t ld_out) {
+void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
+              float* c_out, int64_t ld_out) {
   const float* src = static_cast<const float*>(m.data);
+  on_widest([=]<class V>() FASTCSS_LOOP {
 #define FASTCSS_FEW(n) \
-  if (rows <= n) return few_body<float, n>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
-  FASTCSS_FEW(1) FASTCSS_FEW(2) FASTCSS_FEW(4) FASTCSS_FEW(6) FASTCSS_FEW(12)
+  if (rows <= n) return few_body<V, n>(lanes, k, a, panel, src, m.lane_stride, c_in, ld_in, c_out, ld_out);
+    FASTCSS_FEW(1) FASTCSS_FEW(2) FASTCSS_FEW(4) FASTCSS_FEW(6) FASTCSS_FEW(12)
 #undef FASTCSS_FEW
+  });
 }
 
 int64_t product_scratch(int64_t M, int64_t k) {

@@ -11,7 +11,6 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define FASTCSS_TARGET(arch) __attribute__((target(arch)))
 #endif
 
 namespace fastcss::cpu {
@@ -82,13 +81,6 @@ struct Kernel {
 FASTCSS_TARGET("arch=x86-64-v4,avx512bf16") inline Vec multiply_add_pairs(Vec sum, Vec x, Vec y) {
   return reinterpret_cast<Vec>(
       _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y)));
-}
-// x86-64-v… of this CPU, as far as a kernel makes use of it.
-inline int level() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return 4;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 3 : 1;
 }
 #endif
 

@@ -17,8 +17,6 @@ namespace {
 constexpr const char* kOp = "merge_masks";
 constexpr int64_t kTileRows = 16, kTileVectors = 4, kTileColumns = kTileVectors * kLanes;
 
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
 // The taps of 16 columns.
 struct Columns {
   int64_t first;           // input of the first tap of the first lane
@@ -102,47 +100,55 @@ struct Tile {
   int64_t stride() const { return ceil_div(end_column() - first_column(), kLanes) * kLanes + 2 * kLanes; }
 };
 
-// The sum over the taps of 16 columns of one row.
-FASTCSS_INLINE Vec interpolate(const Columns& c, const float* row) {
-  Vec sum = {};
-  if (c.offset[kLanes - 1] + kTaps <= 2 * kLanes) {
-    Ints offset;
-    std::memcpy(&offset, c.offset, sizeof(offset));
-    const Vec low = load(row), high = load(row + kLanes);
-    for (int t = 0; t < kTaps; ++t) sum += load(c.weight[t]) * __builtin_shuffle(low, high, offset + t);
+// The sum over the taps of some of the 16 columns of one row, from lane `first` on.
+template <class V>
+FASTCSS_INLINE V interpolate(const Columns& c, int first, const float* row) {
+  constexpr int kWide = kLanesIn<V>;
+  V sum = {};
+  row += c.offset[first];
+  if (c.offset[first + kWide - 1] - c.offset[first] + kTaps <= 2 * kWide) {
+    IntsOf<V> offset;
+    std::memcpy(&offset, c.offset + first, sizeof(offset));
+    offset -= c.offset[first];
+    const V low = load<V>(row), high = load<V>(row + kWide);
+    for (int t = 0; t < kTaps; ++t) sum += load<V>(c.weight[t] + first) * __builtin_shuffle(low, high, offset + t);
     return sum;
   }
   for (int t = 0; t < kTaps; ++t) {
-    Vec tap;
-    for (int lane = 0; lane < kLanes; ++lane) tap[lane] = row[c.offset[lane] + t];
-    sum += load(c.weight[t]) * tap;
+    V tap;
+    for (int lane = 0; lane < kWide; ++lane) tap[lane] = row[c.offset[first + lane] - c.offset[first] + t];
+    sum += load<V>(c.weight[t] + first) * tap;
   }
   return sum;
 }
 
 // Labels the pixels that have none and whose logit is above the threshold; returns how many have none after that.
-FASTCSS_CLONES int64_t paint(Tile& tile, const float* logits, float threshold, int32_t label, float* row) {
-  const int64_t stride = tile.stride();
-  Ints open = {};
-  for (int64_t y = 0; y < tile.rows; ++y) {
-    const float* from = logits + (tile.taps[y].first - tile.first_row()) * stride;
-    for (int64_t x = 0; x < stride; x += kLanes) {
-      Vec sum = {};
-      for (int t = 0; t < kTaps; ++t) sum += tile.taps[y].weight[t] * load(from + t * stride + x);
-      store(row + x, sum);
-    }
-    for (int64_t v = 0; v < tile.vectors; ++v) {
-      const Vec logit = interpolate(tile.columns[v], row + tile.columns[v].first - tile.first_column());
-      int32_t* to = tile.label + y * kTileColumns + v * kLanes;
-      Ints labels;
-      std::memcpy(&labels, to, sizeof(labels));
-      labels = (labels == 0) & (logit > threshold) ? label - Ints{} : labels;
-      std::memcpy(to, &labels, sizeof(labels));
-      open -= labels == 0;
-    }
-  }
+int64_t paint(Tile& tile, const float* logits, float threshold, int32_t label, float* row) {
   int64_t count = 0;
-  for (int lane = 0; lane < kLanes; ++lane) count += open[lane];
+  on_widest([=, &tile, &count]<class V>() FASTCSS_LOOP {
+    constexpr int kWide = kLanesIn<V>;
+    const int64_t stride = tile.stride();
+    IntsOf<V> open = {};
+    for (int64_t y = 0; y < tile.rows; ++y) {
+      const float* from = logits + (tile.taps[y].first - tile.first_row()) * stride;
+      for (int64_t x = 0; x < stride; x += kWide) {
+        V sum = {};
+        for (int t = 0; t < kTaps; ++t) sum += tile.taps[y].weight[t] * load<V>(from + t * stride + x);
+        store(row + x, sum);
+      }
+      for (int64_t x = 0; x < tile.vectors * kLanes; x += kWide) {
+        const Columns& columns = tile.columns[x / kLanes];
+        const V logit = interpolate<V>(columns, x % kLanes, row + columns.first - tile.first_column());
+        int32_t* to = tile.label + y * kTileColumns + x;
+        IntsOf<V> labels;
+        std::memcpy(&labels, to, sizeof(labels));
+        labels = (labels == 0) & (logit > threshold) ? label - IntsOf<V>{} : labels;
+        std::memcpy(to, &labels, sizeof(labels));
+        open -= labels == 0;
+      }
+    }
+    for (int lane = 0; lane < kWide; ++lane) count += open[lane];
+  });
   return count;
 }
 

@@ -3,19 +3,19 @@
 namespace fastcss::cpu {
 namespace {
 
-// Every store is a whole vector: what runs over `lanes` is overwritten by the next word, or by the next 16 lanes, and
-// the buffer has room for the last one.
-template <class Word>
+// Every store is a whole vector: what runs over `lanes` is overwritten by the next word, or by the next lanes, and the
+// buffer has room for the last one.
+template <class Word, class V>
 FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, Matrix m) {
   using T = typename Word::Element;
+  constexpr int kWide = kLanesIn<V>, kBlock = kWide * Word::terms;
   const T* src = static_cast<const T*>(m.data);
-  constexpr int kBlock = kLanes * Word::terms;
   if (m.k_stride == 1 && m.lane_stride != 1) {
-    for (; k > 0; k -= kBlock, src += kBlock, dst += kLanes * width) {
-      Vec words[kLanes];
+    for (; k > 0; k -= kBlock, src += kBlock, dst += kWide * width) {
+      V words[kWide];
       read_transposed<Word>(words, src, m.lane_stride, lanes, k);
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j)
+      for (int j = 0; j < kWide; ++j)
         if (j * Word::terms < k) store(dst + j * width, words[j]);
     }
     return;
@@ -23,84 +23,78 @@ FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, Matr
   for (; k > 0; k -= Word::terms, src += Word::terms * m.k_stride, dst += width) {
     const int n = static_cast<int>(std::min<int64_t>(Word::terms, k));
     if (m.lane_stride == 1) {
-      store(dst, Word::across(src, lanes, m.k_stride, n));
+      store(dst, Word::template across<V>(src, lanes, m.k_stride, n));
     } else {
-      T gathered[Word::terms * kLanes] = {};
+      T gathered[kBlock] = {};
       for (int j = 0; j < n; ++j)
-        for (int i = 0; i < lanes; ++i) gathered[j * kLanes + i] = src[j * m.k_stride + i * m.lane_stride];
-      store(dst, Word::across(gathered, kLanes, kLanes, n));
+        for (int i = 0; i < lanes; ++i) gathered[j * kWide + i] = src[j * m.k_stride + i * m.lane_stride];
+      store(dst, Word::template across<V>(gathered, kWide, kWide, n));
     }
   }
 }
 
-#define FASTCSS_PACK(name, word)                                                    \
+template <class T>
+void pack_words(float* dst, int width, int lanes, int64_t k, Matrix m) {
+  const int end = std::min(width, (lanes + kLanes - 1) / kLanes * kLanes);  // zeros up to there, for any V
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int first = 0; first < end; first += kLanesIn<V>)
+      pack_lanes<Single<T>, V>(dst + first, width, std::clamp(lanes - first, 0, kLanesIn<V>), k, m.at(first, 0));
+  });
+}
+
+#define FASTCSS_PACK_PAIRS(name, T)                                                 \
   FASTCSS_CLONES void name(float* dst, int width, int lanes, int64_t k, Matrix m) { \
-    pack_lanes<word>(dst, width, lanes, k, m);                                      \
+    for (int first = 0; first < lanes; first += kLanes)                             \
+      pack_lanes<Pair<T>, Vec>(dst + first, width, std::min(kLanes, lanes - first), k, m.at(first, 0)); \
   }
-FASTCSS_PACK(pack_f32, Single<float>)
-FASTCSS_PACK(pack_bf16, Single<BFloat16>)
-FASTCSS_PACK(pack_f16, Single<_Float16>)
-FASTCSS_PACK(pack_pairs_f32, Pair<float>)
-FASTCSS_PACK(pack_pairs_bf16, Pair<BFloat16>)
-FASTCSS_PACK(pack_pairs_f16, Pair<_Float16>)
-#undef FASTCSS_PACK
+FASTCSS_PACK_PAIRS(pack_pairs_f32, float)
+FASTCSS_PACK_PAIRS(pack_pairs_bf16, BFloat16)
+FASTCSS_PACK_PAIRS(pack_pairs_f16, _Float16)
+#undef FASTCSS_PACK_PAIRS
 
 // ---- unpacking -----------------------------------------------------------------------------------------------------
 
 template <class T>
-FASTCSS_INLINE void write_rows(T* dst, int64_t ld, int rows, int cols, const float* tile) {
-  for (int i = 0; i < rows; ++i)
-    for (int first = 0; first < cols; first += kLanes) {
-      const Vec v = load(tile + i * kCols + first);
-      const int n = std::min(kLanes, cols - first);
-      n == kLanes ? store(dst + i * ld + first, v) : store(dst + i * ld + first, v, n);
-    }
-}
-FASTCSS_CLONES void write_f32(float* dst, int64_t ld, int rows, int cols, const float* tile) {
-  write_rows(dst, ld, rows, cols, tile);
-}
-FASTCSS_CLONES void write_bf16(BFloat16* dst, int64_t ld, int rows, int cols, const float* tile) {
-  write_rows(dst, ld, rows, cols, tile);
-}
-FASTCSS_CLONES void write_f16(_Float16* dst, int64_t ld, int rows, int cols, const float* tile) {
-  write_rows(dst, ld, rows, cols, tile);
+void write_rows(void* to, int64_t ld, int rows, int cols, const float* tile) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    T* dst = static_cast<T*>(to);
+    for (int i = 0; i < rows; ++i)
+      for (int first = 0; first < cols; first += kLanesIn<V>) {
+        const V v = load<V>(tile + i * kCols + first);
+        const int n = std::min(kLanesIn<V>, cols - first);
+        n == kLanesIn<V> ? store(dst + i * ld + first, v) : store(dst + i * ld + first, v, n);
+      }
+  });
 }
 
 // A tile [cols][kCols], whose rows are on the lanes, as `rows` ≤ kCols rows of `cols` elements.
 template <class T>
-FASTCSS_INLINE void write_lanes(T* dst, int64_t ld, int rows, int64_t cols, const float* tile) {
-  for (int64_t col = 0; col < cols; col += kLanes)
-    for (int row = 0; row < rows; row += kLanes) {
-      Vec block[kLanes];
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, cols - col));
+void write_lanes(void* dst, int64_t ld, int rows, int64_t cols, const float* tile) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    constexpr int kWide = kLanesIn<V>;
+    for (int64_t col = 0; col < cols; col += kWide)
+      for (int row = 0; row < rows; row += kWide) {
+        V block[kWide];
+        const int n = static_cast<int>(std::min<int64_t>(kWide, cols - col));
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) block[j] = j < n ? load(tile + (col + j) * kCols + row) : Vec{};
-      exchange<8>(block), exchange<4>(block), exchange<2>(block), exchange<1>(block);
+        for (int j = 0; j < kWide; ++j) block[j] = j < n ? load<V>(tile + (col + j) * kCols + row) : V{};
+        transpose(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (row + i == rows) break;
-        T* to = dst + (row + i) * ld + col;
-        n == kLanes ? store(to, block[i]) : store(to, block[i], n);
+        for (int i = 0; i < kWide; ++i) {
+          if (row + i == rows) break;
+          T* to = static_cast<T*>(dst) + (row + i) * ld + col;
+          n == kWide ? store(to, block[i]) : store(to, block[i], n);
+        }
       }
-    }
-}
-FASTCSS_CLONES void write_lanes_f32(float* dst, int64_t ld, int rows, int64_t cols, const float* tile) {
-  write_lanes(dst, ld, rows, cols, tile);
-}
-FASTCSS_CLONES void write_lanes_bf16(BFloat16* dst, int64_t ld, int rows, int64_t cols, const float* tile) {
-  write_lanes(dst, ld, rows, cols, tile);
-}
-FASTCSS_CLONES void write_lanes_f16(_Float16* dst, int64_t ld, int rows, int64_t cols, const float* tile) {
-  write_lanes(dst, ld, rows, cols, tile);
+  });
 }
 
 }  // namespace
 
 void pack(float* dst, int width, int lanes, int64_t k, Matrix m, bool pairs) {
-  constexpr decltype(&pack_f32) packers[2][3] = {{pack_f32, pack_bf16, pack_f16},
-                                                 {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
-  for (int first = 0; first < lanes; first += kLanes)
-    packers[pairs][static_cast<int>(m.dtype)](dst + first, width, std::min(kLanes, lanes - first), k, m.at(first, 0));
+  constexpr decltype(&pack_words<float>) packers[2][3] = {{pack_words<float>, pack_words<BFloat16>, pack_words<_Float16>},
+                                                          {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
+  packers[pairs][static_cast<int>(m.dtype)](dst, width, lanes, k, m);
 }
 
 FASTCSS_CLONES void add(float* sum, const float* term, int64_t n) {
@@ -108,15 +102,13 @@ FASTCSS_CLONES void add(float* sum, const float* term, int64_t n) {
 }
 
 void write(void* dst, DType dtype, int64_t ld, int rows, int cols, const float* tile) {
-  if (dtype == DType::f32) write_f32(static_cast<float*>(dst), ld, rows, cols, tile);
-  if (dtype == DType::bf16) write_bf16(static_cast<BFloat16*>(dst), ld, rows, cols, tile);
-  if (dtype == DType::f16) write_f16(static_cast<_Float16*>(dst), ld, rows, cols, tile);
+  constexpr decltype(&write_rows<float>) writers[] = {write_rows<float>, write_rows<BFloat16>, write_rows<_Float16>};
+  writers[static_cast<int>(dtype)](dst, ld, rows, cols, tile);
 }
 
 void write_transposed(void* dst, DType dtype, int64_t ld, int rows, int64_t cols, const float* tile) {
-  if (dtype == DType::f32) write_lanes_f32(static_cast<float*>(dst), ld, rows, cols, tile);
-  if (dtype == DType::bf16) write_lanes_bf16(static_cast<BFloat16*>(dst), ld, rows, cols, tile);
-  if (dtype == DType::f16) write_lanes_f16(static_cast<_Float16*>(dst), ld, rows, cols, tile);
+  constexpr decltype(&write_lanes<float>) writers[] = {write_lanes<float>, write_lanes<BFloat16>, write_lanes<_Float16>};
+  writers[static_cast<int>(dtype)](dst, ld, rows, cols, tile);
 }
 
 }  // namespace fastcss::cpu

@@ -7,6 +7,7 @@
 
 #define FASTCSS_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
+#define FASTCSS_TARGET(arch) __attribute__((target(arch)))
 #define FASTCSS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FASTCSS_CLONES
@@ -17,12 +18,74 @@ namespace fastcss::cpu {
 constexpr int kLanes = 16;         // floats in a Vec
 constexpr int kCols = 2 * kLanes;  // columns of a tile
 
+// ---- vectors: what a register of AVX-512, of AVX2 and of SSE or NEON holds -------------------------------------------
+//
+// GCC keeps a vector wider than those of the CPU in memory, so loops are written for any width V and run through
+// `on_widest`; loops over plain floats are FASTCSS_CLONES, which the compiler makes vectors of.
+
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
-// What a register of AVX2 and of SSE holds. GCC keeps no wider vector in registers from one turn of a loop to the next.
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
+
 template <class V>
 constexpr int kLanesIn = sizeof(V) / sizeof(float);
+
+// As many lanes of other types.
+template <class V>
+struct Lanes {
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+  typedef int32_t Ints __attribute__((vector_size(sizeof(V))));
+  typedef uint16_t HalfBits __attribute__((vector_size(sizeof(V) / 2)));
+  typedef _Float16 Half __attribute__((vector_size(sizeof(V) / 2)));
+};
+template <class V>
+using BitsOf = typename Lanes<V>::Bits;
+template <class V>
+using IntsOf = typename Lanes<V>::Ints;
+using Bits = BitsOf<Vec>;
+using Half16Bits = Lanes<Vec>::HalfBits;
+
+// 0, 1, 2, …
+template <class V>
+FASTCSS_INLINE BitsOf<V> lane_numbers() {
+  if constexpr (kLanesIn<V> == 16)
+    return BitsOf<V>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  else if constexpr (kLanesIn<V> == 8)
+    return BitsOf<V>{0, 1, 2, 3, 4, 5, 6, 7};
+  else
+    return BitsOf<V>{0, 1, 2, 3};
+}
+
+#if defined(__x86_64__)
+// x86-64-v… of this CPU, as far as a kernel makes use of it.
+inline int level() {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return 4;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 3 : 1;
+}
+template <class F>
+FASTCSS_TARGET("arch=x86-64-v4")
+void on_v4(const F& loop) {
+  loop.template operator()<Vec>();
+}
+template <class F>
+FASTCSS_TARGET("arch=x86-64-v3")
+void on_v3(const F& loop) {
+  loop.template operator()<Vec8>();
+}
+#endif
+
+// Runs a loop `[=]<class V>() FASTCSS_LOOP { … }` for the registers of this CPU, compiled for its instruction set.
+#define FASTCSS_LOOP __attribute__((always_inline))
+template <class F>
+void on_widest(const F& loop) {
+#if defined(__x86_64__)
+  if (level() == 4) return on_v4(loop);
+  if (level() == 3) return on_v3(loop);
+#endif
+  loop.template operator()<Vec4>();
+}
 
 template <class V = Vec>
 FASTCSS_INLINE V load(const float* p) {
@@ -43,42 +106,45 @@ inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 struct BFloat16 {
   uint16_t bits;
 };
-typedef uint16_t Half16Bits __attribute__((vector_size(2 * kLanes)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-typedef _Float16 Half16 __attribute__((vector_size(2 * kLanes)));
 
-FASTCSS_INLINE Vec load(const BFloat16* p) {
-  Half16Bits bits;
+template <class V = Vec>
+FASTCSS_INLINE V load(const BFloat16* p) {
+  typename Lanes<V>::HalfBits bits;
   std::memcpy(&bits, p, sizeof(bits));
-  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Bits) << 16);
+  return reinterpret_cast<V>(__builtin_convertvector(bits, BitsOf<V>) << 16);
 }
-FASTCSS_INLINE Vec load(const _Float16* p) {
-  Half16 half;
+template <class V = Vec>
+FASTCSS_INLINE V load(const _Float16* p) {
+  typename Lanes<V>::Half half;
   std::memcpy(&half, p, sizeof(half));
-  return __builtin_convertvector(half, Vec);
+  return __builtin_convertvector(half, V);
 }
-FASTCSS_INLINE void store(BFloat16* p, Vec v) {  // to nearest, ties to even; NaN stays NaN
-  const Bits bits = reinterpret_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits nan = (bits >> 16) | 0x40;
-  const auto narrow = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Half16Bits);
+template <class V>
+FASTCSS_INLINE void store(BFloat16* p, V v) {  // to nearest, ties to even; NaN stays NaN
+  const BitsOf<V> bits = reinterpret_cast<BitsOf<V>>(v);
+  const BitsOf<V> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const BitsOf<V> nan = (bits >> 16) | 0x40;
+  using Narrow = typename Lanes<V>::HalfBits;
+  const Narrow narrow = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Narrow);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
-FASTCSS_INLINE void store(_Float16* p, Vec v) {
-  const Half16 half = __builtin_convertvector(v, Half16);
+template <class V>
+FASTCSS_INLINE void store(_Float16* p, V v) {
+  using Half = typename Lanes<V>::Half;
+  const Half half = __builtin_convertvector(v, Half);
   std::memcpy(p, &half, sizeof(half));
 }
 
 // The first `n` lanes only; the others of a loaded vector are zero.
-template <class T>
-FASTCSS_INLINE Vec load(const T* p, int64_t n) {
-  T whole[kLanes] = {};
+template <class V = Vec, class T>
+FASTCSS_INLINE V load(const T* p, int64_t n) {
+  T whole[kLanesIn<V>] = {};
   std::memcpy(whole, p, n * sizeof(T));
-  return load(whole);
+  return load<V>(whole);
 }
-template <class T>
-FASTCSS_INLINE void store(T* p, Vec v, int64_t n) {
-  T whole[kLanes];
+template <class T, class V>
+FASTCSS_INLINE void store(T* p, V v, int64_t n) {
+  T whole[kLanesIn<V>];
   store(whole, v);
   std::memcpy(p, whole, n * sizeof(T));
 }
@@ -101,24 +167,30 @@ template <class T>
 struct Single {
   using Element = T;
   static constexpr int terms = 1;
-  static FASTCSS_INLINE Vec along(const T* p) { return load(p); }
-  static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t, int) {
-    return lanes == kLanes ? load(p) : load(p, lanes);
+  template <class V>
+  static FASTCSS_INLINE V along(const T* p) {
+    return load<V>(p);
+  }
+  template <class V>
+  static FASTCSS_INLINE V across(const T* p, int lanes, int64_t, int) {
+    return lanes == kLanesIn<V> ? load<V>(p) : load<V>(p, lanes);
   }
 };
-// … or two bfloat16 terms each.
+// … or two bfloat16 terms each, where the CPU multiplies those: of a Vec only.
 template <class T>
 struct Pair {
   using Element = T;
   static constexpr int terms = 2;
+  template <class V>
   static FASTCSS_INLINE Vec along(const T* p) {
     BFloat16 narrow[2 * kLanes];
     store(narrow, load(p)), store(narrow + kLanes, load(p + kLanes));
     return load(reinterpret_cast<const float*>(narrow));
   }
+  template <class V>
   static FASTCSS_INLINE Vec across(const T* p, int lanes, int64_t k_stride, int n) {
-    const Bits first = round(Single<T>::across(p, lanes, 0, 1));
-    const Bits second = n > 1 ? round(Single<T>::across(p + k_stride, lanes, 0, 1)) : Bits{};
+    const Bits first = round(Single<T>::template across<Vec>(p, lanes, 0, 1));
+    const Bits second = n > 1 ? round(Single<T>::template across<Vec>(p + k_stride, lanes, 0, 1)) : Bits{};
     return reinterpret_cast<Vec>((first >> 16) | second);
   }
   static FASTCSS_INLINE Bits round(Vec v) {  // bfloat16 in the high half of each lane
@@ -128,19 +200,26 @@ struct Pair {
   }
 };
 
-// One of the four rounds of a 16×16 transpose: exchanges the off-diagonal blocks of STEP × STEP.
-template <int STEP>
-FASTCSS_INLINE void exchange(Vec (&rows)[kLanes]) {
-  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Bits low = (lane & STEP) != 0 ? lane + kLanes - STEP : lane;
-  const Bits high = (lane & STEP) != 0 ? lane + kLanes : lane + STEP;
+// One round of a transpose: exchanges the off-diagonal blocks of STEP × STEP.
+template <int STEP, class V, int N>
+FASTCSS_INLINE void exchange(V (&rows)[N]) {
+  const BitsOf<V> lane = lane_numbers<V>();
+  const BitsOf<V> low = (lane & STEP) != 0 ? lane + N - STEP : lane;
+  const BitsOf<V> high = (lane & STEP) != 0 ? lane + N : lane + STEP;
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < N; ++i) {
     if (i & STEP) continue;
-    const Vec x = rows[i], y = rows[i + STEP];
+    const V x = rows[i], y = rows[i + STEP];
     rows[i] = __builtin_shuffle(x, y, low);
     rows[i + STEP] = __builtin_shuffle(x, y, high);
   }
+}
+template <class V, int N>
+FASTCSS_INLINE void transpose(V (&rows)[N]) {
+  static_assert(N == kLanesIn<V>);
+  if constexpr (N == 16) exchange<8>(rows);
+  if constexpr (N >= 8) exchange<4>(rows);
+  exchange<2>(rows), exchange<1>(rows);
 }
 
 // A block that ends early, copied to where it can be read whole. Out of line: it is rare, and long when inlined.
@@ -150,19 +229,19 @@ __attribute__((noinline)) void stage(T* block, int width, const T* src, int64_t 
     for (int64_t j = 0; j < width; ++j) block[i * width + j] = j < terms ? src[i * lane_stride + j] : T{};
 }
 
-// 16 words of up to 16 lanes, contiguous in k, as one vector a word.
-template <class Word>
-FASTCSS_INLINE void read_transposed(Vec (&words)[kLanes], const typename Word::Element* src, int64_t lane_stride,
-                                    int lanes, int64_t terms) {
-  constexpr int kBlock = kLanes * Word::terms;
-  typename Word::Element block[kLanes * kBlock];
+// N words of up to N lanes, contiguous in k, as one vector a word.
+template <class Word, class V, int N>
+FASTCSS_INLINE void read_transposed(V (&words)[N], const typename Word::Element* src, int64_t lane_stride, int lanes,
+                                    int64_t terms) {
+  constexpr int kBlock = N * Word::terms;
+  typename Word::Element block[N * kBlock];
   if (terms < kBlock) {
     stage(block, kBlock, src, lane_stride, lanes, terms);
     src = block, lane_stride = kBlock;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) words[i] = i < lanes ? Word::along(src + i * lane_stride) : Vec{};
-  exchange<8>(words), exchange<4>(words), exchange<2>(words), exchange<1>(words);
+  for (int i = 0; i < N; ++i) words[i] = i < lanes ? Word::template along<V>(src + i * lane_stride) : V{};
+  transpose(words);
 }
 
 // A panel of `lanes` ≤ width lanes and k terms. The buffer needs room for kLanes floats past its end.

@@ -40,36 +40,39 @@ std::vector<Group> groups_of(const Tensor& index, int64_t classes) {
 Matrix weights_of(const Tensor& w, int64_t k) { return matrix(w, 1, 2, kOp).offset(k * w.stride(0)); }
 
 // sum [n] += Σ_l x[l] w[l], with `terms` ≤ kAtOnce rows w.
-template <class T>
+template <class V, class T>
 FASTCSS_INLINE void add_rows(const float* x, int64_t terms, const T* w, int64_t ld, int64_t n, float* sum) {
+  constexpr int kWide = kLanesIn<V>;
   if (terms == kAtOnce) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      Vec total = load(sum + i);
-      for (int64_t l = 0; l < kAtOnce; ++l) total += x[l] * load(w + l * ld + i);
+    for (; i + kWide <= n; i += kWide) {
+      V total = load<V>(sum + i);
+      for (int64_t l = 0; l < kAtOnce; ++l) total += x[l] * load<V>(w + l * ld + i);
       store(sum + i, total);
     }
     if (i < n) {
-      Vec total = load(sum + i, n - i);
-      for (int64_t l = 0; l < kAtOnce; ++l) total += x[l] * load(w + l * ld + i, n - i);
+      V total = load<V>(sum + i, n - i);
+      for (int64_t l = 0; l < kAtOnce; ++l) total += x[l] * load<V>(w + l * ld + i, n - i);
       store(sum + i, total, n - i);
     }
     return;
   }
   for (int64_t l = 0; l < terms; ++l)
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, n - i);
-      store(sum + i, load(sum + i, lanes) + x[l] * load(w + l * ld + i, lanes), lanes);
+    for (int64_t i = 0; i < n; i += kWide) {
+      const int64_t lanes = std::min<int64_t>(kWide, n - i);
+      store(sum + i, load<V>(sum + i, lanes) + x[l] * load<V>(w + l * ld + i, lanes), lanes);
     }
 }
 
-FASTCSS_CLONES void add_weighted(const float* x, int64_t terms, Matrix w, int64_t n, float* sum) {
-  if (w.dtype == DType::f32)
-    add_rows(x, terms, static_cast<const float*>(w.data), w.lane_stride, n, sum);
-  else if (w.dtype == DType::bf16)
-    add_rows(x, terms, static_cast<const BFloat16*>(w.data), w.lane_stride, n, sum);
-  else
-    add_rows(x, terms, static_cast<const _Float16*>(w.data), w.lane_stride, n, sum);
+void add_weighted(const float* x, int64_t terms, Matrix w, int64_t n, float* sum) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    if (w.dtype == DType::f32)
+      add_rows<V>(x, terms, static_cast<const float*>(w.data), w.lane_stride, n, sum);
+    else if (w.dtype == DType::bf16)
+      add_rows<V>(x, terms, static_cast<const BFloat16*>(w.data), w.lane_stride, n, sum);
+    else
+      add_rows<V>(x, terms, static_cast<const _Float16*>(w.data), w.lane_stride, n, sum);
+  });
 }
 
 FASTCSS_CLONES void relu(float* x, int64_t n) {

@@ -17,14 +17,14 @@ constexpr const char* kOp = "top_margin";
 constexpr int64_t kPixels = 512;  // 2 KiB of each class at a time: whole pages stream, and the state is 10 KiB
 constexpr float kLeast = -std::numeric_limits<float>::max();
 
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-FASTCSS_INLINE Ints load_ints(const int32_t* p) {
-  Ints v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+template <class V>
+FASTCSS_INLINE IntsOf<V> load_ints(const int32_t* p) {
+  return reinterpret_cast<IntsOf<V>>(load<V>(reinterpret_cast<const float*>(p)));
 }
-FASTCSS_INLINE void store_ints(int32_t* p, Ints v) { std::memcpy(p, &v, sizeof(v)); }
+template <class Ints>
+FASTCSS_INLINE void store_ints(int32_t* p, Ints v) {
+  std::memcpy(p, &v, sizeof(v));
+}
 
 // Of each pixel so far: the largest logit and the next, their classes, and Σ exp(z − largest).
 struct Running {
@@ -32,21 +32,22 @@ struct Running {
   int32_t first_class[kPixels], second_class[kPixels];
 };
 
-// Some classes join the running values of up to 16 pixels. Equal logits leave the lower class in front; NaN and ∞ are
-// seen in the sum.
-template <class Math, int CLASSES, class T>
+// Some classes join the running values of as many pixels as V has lanes. Equal logits leave the lower class in front;
+// NaN and ∞ are seen in the sum.
+template <class V, class Math, int CLASSES, class T>
 FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const T* logits, int64_t class_stride, int64_t lanes) {
-  Vec first = load(r.first + i), second = load(r.second + i), sum = load(r.sum + i);
-  Ints first_class = load_ints(r.first_class + i), second_class = load_ints(r.second_class + i);
+  using Ints = IntsOf<V>;
+  V first = load<V>(r.first + i), second = load<V>(r.second + i), sum = load<V>(r.sum + i);
+  Ints first_class = load_ints<V>(r.first_class + i), second_class = load_ints<V>(r.second_class + i);
 #pragma GCC unroll 4
   for (int n = 0; n < CLASSES; ++n, ++c) {
     const T* at = logits + c * class_stride + i;
     __builtin_prefetch(at + CLASSES * class_stride);
-    const Vec x = lanes == kLanes ? load(at) : load(at, lanes);
+    const V x = lanes == kLanesIn<V> ? load<V>(at) : load<V>(at, lanes);
     // A comparison stands where it is used: gcc has no masks of its own for a variable of comparisons.
-    const Vec lower = x > first ? first : x, upper = x > first ? x : first;
-    const Vec e = Math::exp2((lower - upper) * kLog2e);
-    const Vec rest = x > second ? x : second;
+    const V lower = x > first ? first : x, upper = x > first ? x : first;
+    const V e = Math::exp2((lower - upper) * kLog2e);
+    const V rest = x > second ? x : second;
     const Ints here = c - Ints{}, rest_class = x > second ? here : second_class;
     sum = x > first ? sum * e + 1.f : sum + e;
     second_class = x > first ? first_class : rest_class;
@@ -58,43 +59,27 @@ FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const T* logits, int6
   store_ints(r.first_class + i, first_class), store_ints(r.second_class + i, second_class);
 }
 
-template <class Math, class T>
+template <class V, class Math, class T>
 FASTCSS_INLINE void run_classes(Running& r, const T* logits, int64_t C, int64_t class_stride, int64_t pixels) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 4, kWide = kLanesIn<V>;
   std::fill_n(r.first, kPixels, kLeast), std::fill_n(r.second, kPixels, kLeast), std::fill_n(r.sum, kPixels, 0.f);
   std::fill_n(r.first_class, kPixels, 0), std::fill_n(r.second_class, kPixels, 0);
-  const int64_t whole = pixels / kLanes * kLanes;
+  const int64_t whole = pixels / kWide * kWide;
   int32_t c = 0;
   for (; c + kAtOnce <= C; c += kAtOnce)
-    for (int64_t i = 0; i < whole; i += kLanes) join<Math, kAtOnce>(r, i, c, logits, class_stride, kLanes);
+    for (int64_t i = 0; i < whole; i += kWide) join<V, Math, kAtOnce>(r, i, c, logits, class_stride, kWide);
   for (; c < C; ++c)
-    for (int64_t i = 0; i < whole; i += kLanes) join<Math, 1>(r, i, c, logits, class_stride, kLanes);
-  for (c = 0; whole < pixels && c < C; ++c) join<Math, 1>(r, whole, c, logits, class_stride, pixels - whole);
+    for (int64_t i = 0; i < whole; i += kWide) join<V, Math, 1>(r, i, c, logits, class_stride, kWide);
+  for (c = 0; whole < pixels && c < C; ++c) join<V, Math, 1>(r, whole, c, logits, class_stride, pixels - whole);
 }
 
-template <class Math>
-FASTCSS_INLINE void run_any(Running& r, Matrix logits, int64_t C, int64_t pixels) {
-  if (logits.dtype == DType::f32)
-    run_classes<Math>(r, static_cast<const float*>(logits.data), C, logits.k_stride, pixels);
-  else if (logits.dtype == DType::bf16)
-    run_classes<Math>(r, static_cast<const BFloat16*>(logits.data), C, logits.k_stride, pixels);
-  else
-    run_classes<Math>(r, static_cast<const _Float16*>(logits.data), C, logits.k_stride, pixels);
+template <class T>
+void run(Running& r, Matrix logits, int64_t C, int64_t pixels) {
+  on_widest([=, &r]<class V>() FASTCSS_LOOP {
+    run_classes<V, MathOf<V>>(r, static_cast<const T*>(logits.data), C, logits.k_stride, pixels);
+  });
 }
-#if defined(__x86_64__)
-FASTCSS_V4 void run_v4(Running& r, Matrix logits, int64_t C, int64_t pixels) { run_any<Avx512>(r, logits, C, pixels); }
-__attribute__((target_clones("arch=x86-64-v3", "default")))
-#endif
-void run_portable(Running& r, Matrix logits, int64_t C, int64_t pixels) {
-  run_any<Portable>(r, logits, C, pixels);
-}
-
-void run_all(Running& r, Matrix logits, int64_t C, int64_t pixels) {
-#if defined(__x86_64__)
-  if (level() == 4) return run_v4(r, logits, C, pixels);
-#endif
-  run_portable(r, logits, C, pixels);
-}
+constexpr decltype(&run<float>) kRuns[] = {run<float>, run<BFloat16>, run<_Float16>};
 
 // What the results of each pixel are made of.
 struct Found {
@@ -120,9 +105,11 @@ void careful(Matrix logits, int64_t pixel, int64_t C, Running& r) {
   r.first_class[pixel] = first, r.second_class[pixel] = second;
 }
 
-FASTCSS_CLONES void log_sum_exp(const Running& r, int64_t pixels, float* lse) {
-  for (int64_t i = 0; i < pixels; i += kLanes)  // the sum is at least 1, or NaN
-    store(lse + i, load(r.first + i) + log1p(load(r.sum + i) - 1.f));
+void log_sum_exp(const Running& r, int64_t pixels, float* lse) {
+  on_widest([=, &r]<class V>() FASTCSS_LOOP {
+    for (int64_t i = 0; i < pixels; i += kLanesIn<V>)  // the sum is at least 1, or NaN
+      store(lse + i, load<V>(r.first + i) + log1p(load<V>(r.sum + i) - 1.f));
+  });
 }
 
 // true_class -1: the pixel is ignored; -2: its label is no class.
@@ -145,17 +132,19 @@ void compare(Running& r, Matrix logits, int64_t C, const int64_t* labels, int64_
 }
 
 // margin, p_true, p_rival and curvature, each [kPixels]
-FASTCSS_CLONES void conclude(const Found& found, int64_t pixels, float (&result)[4][kPixels]) {
-  for (int64_t i = 0; i < pixels; i += kLanes) {
-    const Vec own = load(found.true_logit + i), rival = load(found.rival_logit + i), lse = load(found.lse + i);
-    const Vec p = exp_negative(own - lse), q = exp_negative(rival - lse);
-    const Vec values[4] = {own - rival, p, q, (p + q) - (p - q) * (p - q)};
-    for (int n = 0; n < 4; ++n) store(result[n] + i, values[n]);
-  }
-  for (int64_t i = 0; i < pixels; ++i) {
-    if (found.true_class[i] >= 0) continue;
-    for (auto& values : result) values[i] = found.true_class[i] == kIgnored ? 0.f : __builtin_nanf("");
-  }
+void conclude(const Found& found, int64_t pixels, float (&result)[4][kPixels]) {
+  on_widest([=, &found, &result]<class V>() FASTCSS_LOOP {
+    for (int64_t i = 0; i < pixels; i += kLanesIn<V>) {
+      const V own = load<V>(found.true_logit + i), rival = load<V>(found.rival_logit + i), lse = load<V>(found.lse + i);
+      const V p = exp_negative(own - lse), q = exp_negative(rival - lse);
+      const V values[4] = {own - rival, p, q, (p + q) - (p - q) * (p - q)};
+      for (int n = 0; n < 4; ++n) store(result[n] + i, values[n]);
+    }
+    for (int64_t i = 0; i < pixels; ++i) {
+      if (found.true_class[i] >= 0) continue;
+      for (auto& values : result) values[i] = found.true_class[i] == kIgnored ? 0.f : __builtin_nanf("");
+    }
+  });
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -181,7 +170,7 @@ Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore
     Running running;
     Found found;
     float result[4][kPixels];
-    run_all(running, z, C, pixels);
+    kRuns[static_cast<int>(z.dtype)](running, z, C, pixels);
     const auto* label = labels.numel() > 0 ? static_cast<const int64_t*>(labels.const_data_ptr()) + at : nullptr;
     compare(running, z, C, label, ignore_index, pixels, found);
     conclude(found, pixels, result);

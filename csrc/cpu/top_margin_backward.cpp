@@ -19,8 +19,10 @@ struct Slopes {
   int32_t own_class[kPixels], rival_class[kPixels];  // −1 for a pixel without
 };
 
-FASTCSS_CLONES void softmax_at(float* logits, const float* lse) {
-  for (int64_t i = 0; i < kPixels; i += kLanes) store(logits + i, exp_negative(load(logits + i) - load(lse + i)));
+void softmax_at(float* logits, const float* lse) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int64_t i = 0; i < kPixels; i += kLanesIn<V>) store(logits + i, exp_negative(load<V>(logits + i) - load<V>(lse + i)));
+  });
 }
 
 // From p_t and p_r, and the gradients of margin, p_true, p_rival and curvature.
@@ -33,33 +35,31 @@ FASTCSS_CLONES void set_slopes(const float* p, const float* q, const float (&giv
   }
 }
 
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
 // One class's logits → their gradients.
-template <class T>
+template <class V, class T>
 FASTCSS_INLINE void gradients(const Slopes& s, int32_t c, const T* logits, T* result, int64_t pixels) {
-  for (int64_t i = 0; i < pixels; i += kLanes) {
-    const int64_t lanes = std::min<int64_t>(kLanes, pixels - i);
-    const Vec z = lanes == kLanes ? load(logits + i) : load(logits + i, lanes);
-    Ints own, rival;
+  constexpr int kWide = kLanesIn<V>;
+  for (int64_t i = 0; i < pixels; i += kWide) {
+    const int64_t lanes = std::min<int64_t>(kWide, pixels - i);
+    const V z = lanes == kWide ? load<V>(logits + i) : load<V>(logits + i, lanes);
+    IntsOf<V> own, rival;
     std::memcpy(&own, s.own_class + i, sizeof(own)), std::memcpy(&rival, s.rival_class + i, sizeof(rival));
-    Vec dz = -load(s.spread + i) * exp_negative(z - load(s.lse + i));
-    dz += own == c ? load(s.own + i) : Vec{};
-    dz += rival == c ? load(s.rival + i) : Vec{};
-    dz = own < 0 ? Vec{} : dz;
-    lanes == kLanes ? store(result + i, dz) : store(result + i, dz, lanes);
+    V dz = -load<V>(s.spread + i) * exp_negative(z - load<V>(s.lse + i));
+    dz += own == c ? load<V>(s.own + i) : V{};
+    dz += rival == c ? load<V>(s.rival + i) : V{};
+    dz = own < 0 ? V{} : dz;
+    lanes == kWide ? store(result + i, dz) : store(result + i, dz, lanes);
   }
 }
 
-FASTCSS_CLONES void gradients_of_class(const Slopes& s, int32_t c, DType dtype, const void* logits, void* result,
-                                       int64_t pixels) {
-  if (dtype == DType::f32)
-    gradients(s, c, static_cast<const float*>(logits), static_cast<float*>(result), pixels);
-  else if (dtype == DType::bf16)
-    gradients(s, c, static_cast<const BFloat16*>(logits), static_cast<BFloat16*>(result), pixels);
-  else
-    gradients(s, c, static_cast<const _Float16*>(logits), static_cast<_Float16*>(result), pixels);
+template <class T>
+void gradients_of_class(const Slopes& s, int32_t c, const void* logits, void* result, int64_t pixels) {
+  on_widest([=, &s]<class V>() FASTCSS_LOOP {
+    gradients<V>(s, c, static_cast<const T*>(logits), static_cast<T*>(result), pixels);
+  });
 }
+constexpr decltype(&gradients_of_class<float>) kGradients[] = {
+    gradients_of_class<float>, gradients_of_class<BFloat16>, gradients_of_class<_Float16>};
 
 Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const Tensor& dp_rival,
                            const Tensor& dcurvature, const Tensor& logits_in, const Tensor& own, const Tensor& rival,
@@ -93,7 +93,8 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
     set_slopes(p, q, given, slopes);
     char* to = image(dlogits, b, dtype) + first * size_of(dtype);
     for (int64_t c = 0; c < C; ++c)
-      gradients_of_class(slopes, static_cast<int32_t>(c), dtype, z.at(c, 0).data, to + c * N * size_of(dtype), pixels);
+      kGradients[static_cast<int>(dtype)](slopes, static_cast<int32_t>(c), z.at(c, 0).data, to + c * N * size_of(dtype),
+                                          pixels);
   });
   return dlogits;
 }

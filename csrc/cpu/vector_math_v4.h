@@ -1,6 +1,8 @@
 // Portable of vector_math.h with AVX-512. For functions of that target only.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.h"
 #include "vector_math.h"
 
@@ -37,6 +39,11 @@ struct Avx512 {
     return reinterpret_cast<Vec>(_mm512_maskz_min_ps(kAll, _mm512_set1_ps(high), reinterpret_cast<__m512>(x)));
   }
 };
+template <class V>
+using MathOf = std::conditional_t<std::is_same_v<V, Vec>, Avx512, Portable>;
+#else
+template <class V>
+using MathOf = Portable;
 #endif
 
 }  // namespace fastcss::cpu

@@ -9,31 +9,33 @@ namespace {
 constexpr const char* kOp = "window_attention";
 constexpr float kApart = -100.f;
 
-template <class T>
+template <class V, class T>
 FASTCSS_INLINE void gather(float* dst, int64_t width, const T* map, int64_t stride, int64_t D, int64_t n,
                            const int64_t* places, const float* padding) {
+  constexpr int kWide = kLanesIn<V>;
   for (int64_t i = 0; i < n; ++i, dst += width) {
     const T* src = places[i] == kPadding ? map : map + places[i] * stride;
-    for (int64_t d = 0; d < width; d += kLanes) {
-      Vec row = {};
-      const int64_t lanes = std::min<int64_t>(kLanes, D - d);
+    for (int64_t d = 0; d < width; d += kWide) {
+      V row = {};
+      const int64_t lanes = std::min<int64_t>(kWide, D - d);
       if (lanes > 0 && places[i] == kPadding)
-        row = padding == nullptr ? Vec{} : load(padding + d, lanes);
+        row = padding == nullptr ? V{} : load<V>(padding + d, lanes);
       else if (lanes > 0)
-        row = lanes == kLanes ? load(src + d) : load(src + d, lanes);
+        row = lanes == kWide ? load<V>(src + d) : load<V>(src + d, lanes);
       store(dst + d, row);
     }
   }
 }
 
-template <class T>
+template <class V, class T>
 FASTCSS_INLINE void scatter(T* map, int64_t stride, int64_t D, int64_t n, const int64_t* places, const float* src,
                             int64_t width) {
+  constexpr int kWide = kLanesIn<V>;
   for (int64_t i = 0; i < n; ++i, src += width) {
     if (places[i] == kPadding) continue;
     T* to = map + places[i] * stride;
-    for (int64_t d = 0; d < D; d += kLanes)
-      d + kLanes <= D ? store(to + d, load(src + d)) : store(to + d, load(src + d), D - d);
+    for (int64_t d = 0; d < D; d += kWide)
+      d + kWide <= D ? store(to + d, load<V>(src + d)) : store(to + d, load<V>(src + d), D - d);
   }
 }
 
@@ -106,13 +108,15 @@ void Windows::tokens(int64_t index, int64_t* places) const {
   }
 }
 
-FASTCSS_CLONES void gather_rows(float* dst, const Windows& w, Matrix map, const int64_t* places, const float* padding) {
-  if (map.dtype == DType::f32)
-    gather(dst, w.width, static_cast<const float*>(map.data), map.lane_stride, w.D, w.n, places, padding);
-  if (map.dtype == DType::bf16)
-    gather(dst, w.width, static_cast<const BFloat16*>(map.data), map.lane_stride, w.D, w.n, places, padding);
-  if (map.dtype == DType::f16)
-    gather(dst, w.width, static_cast<const _Float16*>(map.data), map.lane_stride, w.D, w.n, places, padding);
+void gather_rows(float* dst, const Windows& w, Matrix map, const int64_t* places, const float* padding) {
+  on_widest([=, width = w.width, D = w.D, n = w.n]<class V>() FASTCSS_LOOP {
+    if (map.dtype == DType::f32)
+      gather<V>(dst, width, static_cast<const float*>(map.data), map.lane_stride, D, n, places, padding);
+    if (map.dtype == DType::bf16)
+      gather<V>(dst, width, static_cast<const BFloat16*>(map.data), map.lane_stride, D, n, places, padding);
+    if (map.dtype == DType::f16)
+      gather<V>(dst, width, static_cast<const _Float16*>(map.data), map.lane_stride, D, n, places, padding);
+  });
 }
 
 void fetch_rows(const Windows& w, Matrix map, const int64_t* places) {
@@ -123,10 +127,12 @@ void fetch_rows(const Windows& w, Matrix map, const int64_t* places) {
   }
 }
 
-FASTCSS_CLONES void scatter_rows(void* map, int64_t stride, const Windows& w, const int64_t* places, const float* src) {
-  if (w.dtype == DType::f32) scatter(static_cast<float*>(map), stride, w.D, w.n, places, src, w.width);
-  if (w.dtype == DType::bf16) scatter(static_cast<BFloat16*>(map), stride, w.D, w.n, places, src, w.width);
-  if (w.dtype == DType::f16) scatter(static_cast<_Float16*>(map), stride, w.D, w.n, places, src, w.width);
+void scatter_rows(void* map, int64_t stride, const Windows& w, const int64_t* places, const float* src) {
+  on_widest([=, dtype = w.dtype, width = w.width, D = w.D, n = w.n]<class V>() FASTCSS_LOOP {
+    if (dtype == DType::f32) scatter<V>(static_cast<float*>(map), stride, D, n, places, src, width);
+    if (dtype == DType::bf16) scatter<V>(static_cast<BFloat16*>(map), stride, D, n, places, src, width);
+    if (dtype == DType::f16) scatter<V>(static_cast<_Float16*>(map), stride, D, n, places, src, width);
+  });
 }
 
 FASTCSS_CLONES void sum_padding(float* sum, const Windows& w, const int64_t* places, const float* rows) {
@@ -147,51 +153,55 @@ void pack_queries(float* packed, const Windows& w, const float* rows, float fact
   }
 }
 
-FASTCSS_CLONES void window_softmax(float* scores, const float* bias, const float* mask, int64_t n, int64_t panels,
-                                   float* inverse) {
-  for (int64_t lane = 0; lane < panels * kCols; lane += kLanes) {
-    const int64_t panel = lane / kCols * n * kCols + lane % kCols;
-    Vec most = -__builtin_inff() - Vec{};
-    for (int64_t key = 0; key < n; ++key) {
-      float* at = scores + panel + key * kCols;
-      Vec t = load(at) + load(bias + panel + key * kCols);
-      if (mask != nullptr) t += load(mask + panel + key * kCols);
-      store(at, t);
-      most = t > most ? t : most;
+void window_softmax(float* scores, const float* bias, const float* mask, int64_t n, int64_t panels, float* inverse) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int64_t lane = 0; lane < panels * kCols; lane += kLanesIn<V>) {
+      const int64_t panel = lane / kCols * n * kCols + lane % kCols;
+      V most = -__builtin_inff() - V{};
+      for (int64_t key = 0; key < n; ++key) {
+        float* at = scores + panel + key * kCols;
+        V t = load<V>(at) + load<V>(bias + panel + key * kCols);
+        if (mask != nullptr) t += load<V>(mask + panel + key * kCols);
+        store(at, t);
+        most = t > most ? t : most;
+      }
+      V sum = {};
+      for (int64_t key = 0; key < n; ++key) {
+        float* at = scores + panel + key * kCols;
+        const V e = exp_negative(load<V>(at) - most);
+        store(at, e);
+        sum += e;
+      }
+      store(inverse + lane, 1.f / sum);
     }
-    Vec sum = {};
-    for (int64_t key = 0; key < n; ++key) {
-      float* at = scores + panel + key * kCols;
-      const Vec e = exp_negative(load(at) - most);
-      store(at, e);
-      sum += e;
-    }
-    store(inverse + lane, 1.f / sum);
-  }
+  });
 }
 
-FASTCSS_CLONES void scale_rows(float* rows, const float* factor, int64_t n, int64_t width) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t d = 0; d < width; d += kLanes) store(rows + i * width + d, load(rows + i * width + d) * factor[i]);
+void scale_rows(float* rows, const float* factor, int64_t n, int64_t width) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t d = 0; d < width; d += kLanesIn<V>) store(rows + i * width + d, load<V>(rows + i * width + d) * factor[i]);
+  });
 }
 
-FASTCSS_CLONES void window_softmax_backward(float* weights, float* dweights, const float* inverse, int64_t n,
-                                            int64_t panels) {
-  for (int64_t lane = 0; lane < panels * kCols; lane += kLanes) {
-    const int64_t panel = lane / kCols * n * kCols + lane % kCols;
-    const Vec share = load(inverse + lane);
-    Vec delta = {};
-    for (int64_t key = 0; key < n; ++key) {
-      float* at = weights + panel + key * kCols;
-      const Vec p = load(at) * share;
-      store(at, p);
-      delta += p * load(dweights + panel + key * kCols);
+void window_softmax_backward(float* weights, float* dweights, const float* inverse, int64_t n, int64_t panels) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int64_t lane = 0; lane < panels * kCols; lane += kLanesIn<V>) {
+      const int64_t panel = lane / kCols * n * kCols + lane % kCols;
+      const V share = load<V>(inverse + lane);
+      V delta = {};
+      for (int64_t key = 0; key < n; ++key) {
+        float* at = weights + panel + key * kCols;
+        const V p = load<V>(at) * share;
+        store(at, p);
+        delta += p * load<V>(dweights + panel + key * kCols);
+      }
+      for (int64_t key = 0; key < n; ++key) {
+        float* at = dweights + panel + key * kCols;
+        store(at, load<V>(weights + panel + key * kCols) * (load<V>(at) - delta));
+      }
     }
-    for (int64_t key = 0; key < n; ++key) {
-      float* at = dweights + panel + key * kCols;
-      store(at, load(weights + panel + key * kCols) * (load(at) - delta));
-    }
-  }
+  });
 }
 
 }  // namespace fastcss::cpu
