@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,20 @@ from . import _backends
 from .ops import multi_lora
 from .packed_lora import PackedLora
 
+
+
+def _mkl_lacks_this_cpu() -> bool:
+    """Whether MKL, torch's GEMM, leaves half of the CPU idle: it takes no AVX-512 path on AMD."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not cpuinfo.exists():
+        return False
+    with cpuinfo.open() as lines:  # the first processor says who made it
+        return any("AuthenticAMD" in line for _, line in zip(range(4), lines, strict=False))
+
+
 # Own micro-kernel against torch's linear, one thread of an AMD EPYC (Zen 5): float32 1.7 to 2.3 times as fast from 96
-# rows on, even at 18, slower at 1; bfloat16 0.5 to 1.0 times as fast.
+# rows on, even at 18, slower at 1; bfloat16 0.5 to 1.0 times as fast. On Zen 3, with AVX2, 0.4 to 1.0 times.
+OWN_GEMM_LEADS = _mkl_lacks_this_cpu()
 FEWEST_ROWS = 16
 
 
@@ -27,7 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        x.device.type == "cpu"
+        OWN_GEMM_LEADS
+        and x.device.type == "cpu"
         and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
         and weight.dim() == 2
         and math.prod(x.shape[:-1]) >= FEWEST_ROWS

@@ -68,10 +68,10 @@ def fuse(model: nn.Module) -> Fusion:
 
     These are, of transformers: multi-scale deformable attention (Grounding DINO, Deformable DETR, RT-DETR, Mask2Former,
     OneFormer and others), Grounding DINO's fusion of image and text, the layers of Swin v1 (also in Donut, MaskFormer
-    and CLAP); and ``torch.nn.Linear``. A replaced module keeps its parameters, names, hooks and submodules, PEFT's
-    layers among them: only its class changes, to a subclass of the one it had. Hooks on Swin's projections get the map
-    in one piece, no longer cut into windows. Results are the same to the rounding of the dtype, and can be
-    differentiated once.
+    and CLAP); and ``torch.nn.Linear``, with another GEMM on AMD CPUs with AVX-512 only. A replaced module keeps its
+    parameters, names, hooks and submodules, PEFT's layers among them: only its class changes, to a subclass of the one
+    it had. Hooks on Swin's projections get the map in one piece, no longer cut into windows. Results are the same to
+    the rounding of the dtype, and can be differentiated once.
 
     Attention weights are never stored, so that no model can return them: asked for them it raises ValueError, but for
     Donut, MaskFormer's Swin and CLAP, which then run as before, and so does a module in training with dropout of

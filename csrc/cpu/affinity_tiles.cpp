@@ -158,8 +158,8 @@ const AffinityTiles& affinity_tiles() {
   static const AffinityTiles baseline FASTCSS_TABLE(baseline, nullptr);
 #if defined(__x86_64__)
   static const AffinityTiles v4 FASTCSS_TABLE(v4, tanh_pairs_v4), v3 FASTCSS_TABLE(v3, nullptr);
-  if (level() == 4) return v4;
-  if (level() == 3) return v3;
+  if (kLevel == 4) return v4;
+  if (kLevel == 3) return v3;
 #endif
   return baseline;
 }

@@ -38,8 +38,8 @@ const Kernel& kernel() {
 #if defined(__x86_64__)
   static const Kernel v3{6, {FASTCSS_TILES_6(tile_v3, 1)}};
   static const Kernel v4{12, {FASTCSS_TILES_6(tile_v4, 1), FASTCSS_TILES_6(tile_v4, 7)}};
-  if (level() == 4) return v4;
-  if (level() == 3) return v3;
+  if (kLevel == 4) return v4;
+  if (kLevel == 3) return v3;
 #endif
   return baseline;
 }

@@ -69,8 +69,8 @@ const LeftTiles& left_tiles() {
   static const LeftTiles v4{12,
                             {FASTCSS_TILES_6(left_v4, 1, false), FASTCSS_TILES_6(left_v4, 7, false)},
                             {FASTCSS_TILES_6(left_v4, 1, true), FASTCSS_TILES_6(left_v4, 7, true)}};
-  if (level() == 4) return v4;
-  if (level() == 3) return v3;
+  if (kLevel == 4) return v4;
+  if (kLevel == 3) return v3;
 #endif
   return baseline;
 }

@@ -1,6 +1,21 @@
 #include "pack.h"
 
+#include <cstdlib>
+
 namespace fastcss::cpu {
+
+#if defined(__x86_64__)
+int find_level() {
+  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+  const auto asked = [&](const char* name) { return set != nullptr && std::strcmp(set, name) == 0; };
+  if (asked("default") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  return avx512 && !asked("avx2") ? 4 : 3;
+}
+#endif
+
 namespace {
 
 // Every store is a whole vector: what runs over `lanes` is overwritten by the next word, or by the next lanes, and the

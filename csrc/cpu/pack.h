@@ -57,13 +57,11 @@ FASTCSS_INLINE BitsOf<V> lane_numbers() {
 }
 
 #if defined(__x86_64__)
-// x86-64-v… of this CPU, as far as a kernel makes use of it.
-inline int level() {
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return 4;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 3 : 1;
-}
+// x86-64-v… of this CPU, as far as a kernel makes use of it; less if ATEN_CPU_CAPABILITY, as torch reads it, asks for
+// "avx2" or "default".
+int find_level();
+inline const int kLevel = find_level();
+
 template <class F>
 FASTCSS_TARGET("arch=x86-64-v4")
 void on_v4(const F& loop) {
@@ -81,8 +79,8 @@ void on_v3(const F& loop) {
 template <class F>
 void on_widest(const F& loop) {
 #if defined(__x86_64__)
-  if (level() == 4) return on_v4(loop);
-  if (level() == 3) return on_v3(loop);
+  if (kLevel == 4) return on_v4(loop);
+  if (kLevel == 3) return on_v3(loop);
 #endif
   loop.template operator()<Vec4>();
 }

@@ -102,7 +102,7 @@ int64_t scan_v4(const float* values, int64_t first, int64_t n, float bar, bool o
 
 Scan scan() {
 #if defined(__x86_64__)
-  if (level() == 4) return scan_v4;
+  if (kLevel == 4) return scan_v4;
 #endif
   return scan_portable;
 }

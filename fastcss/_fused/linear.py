@@ -11,7 +11,7 @@ from .base import Fused
 
 
 class Linear(Fused):
-    """On a CPU in float32, where that GEMM is the faster; elsewhere torch's own."""
+    """In float32 on an AMD CPU with AVX-512, where that GEMM is the faster; elsewhere torch's own."""
 
     op = "linear"
     classes = frozenset(("torch.nn.modules.linear.Linear",))

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import fastcss
+from fastcss import _linear
 from fastcss.fuse import fuse_modules
 
 
@@ -175,7 +176,8 @@ def test_linear_layers_alone_leave_weights_alone():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (50, 7), (2, 40, 7)])
-def test_linear(shape, bias):
+def test_linear(shape, bias, monkeypatch):
+    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
     layer, x = nn.Linear(7, 5, bias=bias), torch.randn(shape, requires_grad=True)
     wanted = [x, *layer.parameters()]
     expected = layer(x), torch.autograd.grad(layer(x).square().sum(), wanted)
@@ -183,7 +185,8 @@ def test_linear(shape, bias):
     assert_equal((layer(x), torch.autograd.grad(layer(x).square().sum(), wanted)), expected, EXACT)
 
 
-def test_base_layers_of_peft():
+def test_base_layers_of_peft(monkeypatch):
+    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
     model = peft.get_peft_model(perceptron(), peft.LoraConfig(r=2, target_modules=["0"]))
     x = torch.randn(50, 8)
     expected = model(x)
