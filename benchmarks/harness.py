@@ -140,7 +140,7 @@ def source_sha(patterns: Sequence[str]) -> str:
 
 
 def device_name(device: str) -> str:
-    """Such as "NVIDIA H200" or "AMD EPYC 9654, 2 threads"."""
+    """Such as "NVIDIA H200" or "AMD EPYC 9654, AVX512, 2 threads", with the widest instructions in use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -148,4 +148,4 @@ def device_name(device: str) -> str:
     if cpuinfo.exists():
         models = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
         name = next(models, name).split(":")[-1].strip()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

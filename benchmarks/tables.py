@@ -18,7 +18,7 @@ from .points import NONE, Point, finer, ratio, table
 from .registry import OURS
 
 ROOT = Path(__file__).parent.parent
-ROWS = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads.jsonl"
+ROWS = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-2-threads.jsonl"
 CPU = "AMD EPYC (Zen 5, AVX-512)"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 

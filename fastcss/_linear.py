@@ -15,7 +15,6 @@ from .ops import multi_lora
 from .packed_lora import PackedLora
 
 
-
 def _mkl_lacks_this_cpu() -> bool:
     """Whether MKL, torch's GEMM, leaves half of the CPU idle: it takes no AVX-512 path on AMD."""
     cpuinfo = Path("/proc/cpuinfo")

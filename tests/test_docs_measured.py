@@ -53,7 +53,7 @@ def test_digits():
 
 def test_the_stamp_of_rows_of_two_days():
     rows = [
-        {"device_name": "AMD EPYC, 2 threads", "torch": "2.13.0+cpu", "date": date}
+        {"device_name": "AMD EPYC, AVX512, 2 threads", "torch": "2.13.0+cpu", "date": date}
         for date in ("2026-11-21", "2026-11-19")
     ]
     assert tables.stamp(rows).endswith(", 2 threads, torch 2.13.0, 2026-11-19 to 2026-11-21.")

@@ -103,25 +103,25 @@ FASTCSS_INLINE void softplus_slope_body(FASTCSS_MAP_ARGS, const int32_t* key_lab
 
 // ---- one table an instruction set ----------------------------------------------------------------------------------
 
-#define FASTCSS_TILES(name, target, Isa, V, ROWS, VECS)                                                            \
-  target void tanh_##name(FASTCSS_MAP_ARGS, float* map, int64_t ld) {                                              \
-    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
-      tanh_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, map + v, ld);                                             \
-  }                                                                                                                \
-  target void tanh_slope_##name(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {                    \
-    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
-      tanh_slope_body<V, ROWS, VECS>(k, a, b + v, factor, map + v, slope + v, ld);                                 \
-  }                                                                                                                \
-  target void softplus_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,    \
-                              Softplus* sum) {                                                                     \
-    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
+#define FASTCSS_TILES(name, target, Isa, V, ROWS, VECS)                                                              \
+  target void tanh_##name(FASTCSS_MAP_ARGS, float* map, int64_t ld) {                                                \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                              \
+      tanh_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, map + v, ld);                                               \
+  }                                                                                                                  \
+  target void tanh_slope_##name(FASTCSS_MAP_ARGS, const float* map, float* slope, int64_t ld) {                      \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                              \
+      tanh_slope_body<V, ROWS, VECS>(k, a, b + v, factor, map + v, slope + v, ld);                                   \
+  }                                                                                                                  \
+  target void softplus_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels, int keys,      \
+                              Softplus* sum) {                                                                       \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                              \
       softplus_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, keys, sum->twice_hinge + v, \
-                                        sum->excess + v);                                                          \
-  }                                                                                                                \
-  target void softplus_slope_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,        \
-                                    float* slope, int64_t ld) {                                                    \
-    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                            \
-      softplus_slope_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, slope + v, ld);     \
+                                        sum->excess + v);                                                            \
+  }                                                                                                                  \
+  target void softplus_slope_##name(FASTCSS_MAP_ARGS, const int32_t* key_labels, const int32_t* row_labels,          \
+                                    float* slope, int64_t ld) {                                                      \
+    for (int v = 0; v < kCols; v += VECS * kLanesIn<V>)                                                              \
+      softplus_slope_body<Isa, V, ROWS, VECS>(k, a, b + v, factor, key_labels, row_labels + v, slope + v, ld);       \
   }
 #define FASTCSS_TABLE(name, pairs) {tanh_##name, pairs, tanh_slope_##name, softplus_##name, softplus_slope_##name}
 

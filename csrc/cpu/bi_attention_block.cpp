@@ -84,7 +84,8 @@ void image_softmax(const float* logits, float* weights, int tokens, int64_t pane
   });
 }
 
-void text_weights(const float* logits, float* weights, int tokens, int64_t panels, const bool* hidden, float* most, float* sum, float* factor) {
+void text_weights(const float* logits, float* weights, int tokens, int64_t panels, const bool* hidden, float* most,
+                  float* sum, float* factor) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     for (int64_t lane = 0; lane < panels * kCols; lane += kLanesIn<V>) {
       const float* read = logits + at(lane);

@@ -111,6 +111,7 @@ FASTCSS_INLINE V interpolate(const Columns& c, int first, const float* row) {
     std::memcpy(&offset, c.offset + first, sizeof(offset));
     offset -= c.offset[first];
     const V low = load<V>(row), high = load<V>(row + kWide);
+#pragma GCC unroll 3
     for (int t = 0; t < kTaps; ++t) sum += load<V>(c.weight[t] + first) * __builtin_shuffle(low, high, offset + t);
     return sum;
   }
@@ -133,6 +134,7 @@ int64_t paint(Tile& tile, const float* logits, float threshold, int32_t label, f
       const float* from = logits + (tile.taps[y].first - tile.first_row()) * stride;
       for (int64_t x = 0; x < stride; x += kWide) {
         V sum = {};
+#pragma GCC unroll 3
         for (int t = 0; t < kTaps; ++t) sum += tile.taps[y].weight[t] * load<V>(from + t * stride + x);
         store(row + x, sum);
       }

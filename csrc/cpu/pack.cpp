@@ -57,9 +57,9 @@ void pack_words(float* dst, int width, int lanes, int64_t k, Matrix m) {
   });
 }
 
-#define FASTCSS_PACK_PAIRS(name, T)                                                 \
-  FASTCSS_CLONES void name(float* dst, int width, int lanes, int64_t k, Matrix m) { \
-    for (int first = 0; first < lanes; first += kLanes)                             \
+#define FASTCSS_PACK_PAIRS(name, T)                                                                     \
+  FASTCSS_CLONES void name(float* dst, int width, int lanes, int64_t k, Matrix m) {                     \
+    for (int first = 0; first < lanes; first += kLanes)                                                 \
       pack_lanes<Pair<T>, Vec>(dst + first, width, std::min(kLanes, lanes - first), k, m.at(first, 0)); \
   }
 FASTCSS_PACK_PAIRS(pack_pairs_f32, float)
@@ -107,8 +107,9 @@ void write_lanes(void* dst, int64_t ld, int rows, int64_t cols, const float* til
 }  // namespace
 
 void pack(float* dst, int width, int lanes, int64_t k, Matrix m, bool pairs) {
-  constexpr decltype(&pack_words<float>) packers[2][3] = {{pack_words<float>, pack_words<BFloat16>, pack_words<_Float16>},
-                                                          {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
+  constexpr decltype(&pack_words<float>) packers[2][3] = {
+      {pack_words<float>, pack_words<BFloat16>, pack_words<_Float16>},
+      {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
   packers[pairs][static_cast<int>(m.dtype)](dst, width, lanes, k, m);
 }
 
@@ -122,7 +123,8 @@ void write(void* dst, DType dtype, int64_t ld, int rows, int cols, const float* 
 }
 
 void write_transposed(void* dst, DType dtype, int64_t ld, int rows, int64_t cols, const float* tile) {
-  constexpr decltype(&write_lanes<float>) writers[] = {write_lanes<float>, write_lanes<BFloat16>, write_lanes<_Float16>};
+  constexpr decltype(&write_lanes<float>) writers[] = {write_lanes<float>, write_lanes<BFloat16>,
+                                                       write_lanes<_Float16>};
   writers[static_cast<int>(dtype)](dst, ld, rows, cols, tile);
 }
 

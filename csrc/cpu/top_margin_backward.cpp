@@ -21,7 +21,8 @@ struct Slopes {
 
 void softmax_at(float* logits, const float* lse) {
   on_widest([=]<class V>() FASTCSS_LOOP {
-    for (int64_t i = 0; i < kPixels; i += kLanesIn<V>) store(logits + i, exp_negative(load<V>(logits + i) - load<V>(lse + i)));
+    for (int64_t i = 0; i < kPixels; i += kLanesIn<V>)
+      store(logits + i, exp_negative(load<V>(logits + i) - load<V>(lse + i)));
   });
 }
 
@@ -54,12 +55,11 @@ FASTCSS_INLINE void gradients(const Slopes& s, int32_t c, const T* logits, T* re
 
 template <class T>
 void gradients_of_class(const Slopes& s, int32_t c, const void* logits, void* result, int64_t pixels) {
-  on_widest([=, &s]<class V>() FASTCSS_LOOP {
-    gradients<V>(s, c, static_cast<const T*>(logits), static_cast<T*>(result), pixels);
-  });
+  on_widest([=, &s]<class V>()
+                FASTCSS_LOOP { gradients<V>(s, c, static_cast<const T*>(logits), static_cast<T*>(result), pixels); });
 }
-constexpr decltype(&gradients_of_class<float>) kGradients[] = {
-    gradients_of_class<float>, gradients_of_class<BFloat16>, gradients_of_class<_Float16>};
+constexpr decltype(&gradients_of_class<float>) kGradients[] = {gradients_of_class<float>, gradients_of_class<BFloat16>,
+                                                               gradients_of_class<_Float16>};
 
 Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const Tensor& dp_rival,
                            const Tensor& dcurvature, const Tensor& logits_in, const Tensor& own, const Tensor& rival,

@@ -180,7 +180,8 @@ void window_softmax(float* scores, const float* bias, const float* mask, int64_t
 void scale_rows(float* rows, const float* factor, int64_t n, int64_t width) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t d = 0; d < width; d += kLanesIn<V>) store(rows + i * width + d, load<V>(rows + i * width + d) * factor[i]);
+      for (int64_t d = 0; d < width; d += kLanesIn<V>)
+        store(rows + i * width + d, load<V>(rows + i * width + d) * factor[i]);
   });
 }
 
