@@ -1,14 +1,14 @@
-"""``python -m benchmarks.tables``: what README.md and docs/measurements.md say was measured, from the rows of that CPU.
+"""``python -m benchmarks.tables``: what README.md and docs/measurements.md say was measured, from the rows of two CPUs.
 
-What stands there between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is made here. A number without a unit is a
-provider's median ÷ fastcss's.
+What stands there between ``<!-- measured: NAME -->``, or ``<!-- measured: NAME on AVX2 -->``, and ``<!-- end -->`` is
+made here. A number without a unit is a provider's median ÷ fastcss's.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fastcss._files import whole_file
@@ -18,8 +18,11 @@ from .points import NONE, Point, finer, ratio, table
 from .registry import OURS
 
 ROOT = Path(__file__).parent.parent
-ROWS = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-2-threads.jsonl"
-CPU = "AMD EPYC (Zen 5, AVX-512)"
+#: By their widest instructions, which the names of the rows' device have: the file's stem, and what a page calls it.
+CPUS = {
+    "AVX512": ("amd-epyc-avx512-2-threads", "AMD EPYC (Zen 5, AVX-512)"),
+    "AVX2": ("amd-epyc-avx2-2-threads", "AMD EPYC (Zen 3, AVX2)"),
+}
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
 
 # --- the parts of the pages ------------------------------------------------------------------------------------------
@@ -37,11 +40,11 @@ ONE_PASS = {
 
 def stamp(rows: Sequence[dict]) -> str:
     """Where and when."""
-    threads = {row["device_name"].split(", ")[-1] for row in rows}
+    _, instructions, threads = rows[0]["device_name"].split(", ")
     torches = {row["torch"].split("+")[0] for row in rows}
     dates = sorted({row["date"] for row in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{CPU}, {'/'.join(sorted(threads))}, torch {'/'.join(sorted(torches))}, {when}."
+    return f"{CPUS[instructions][1]}, {threads}, torch {'/'.join(sorted(torches))}, {when}."
 
 
 def _one_pass(rows: Sequence[dict]) -> dict[str, Point]:
@@ -268,24 +271,30 @@ PARTS: dict[str, Callable[[Sequence[dict]], str]] = {
 MARKED = re.compile(r"<!-- measured: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def filled(page: str, rows: Sequence[dict]) -> str:
-    """``page`` with its parts made anew.
+def read_rows() -> dict[str, list[dict]]:
+    """Of each of ``CPUS``."""
+    results = ROOT / "benchmarks" / "results"
+    return {instructions: report.read(results / f"{stem}.jsonl") for instructions, (stem, _) in CPUS.items()}
+
+
+def filled(page: str, rows: Mapping[str, Sequence[dict]]) -> str:
+    """``page`` with its parts made anew from the rows of each of ``CPUS``.
 
     Raises:
         ValueError: there is no such part, or no row that it needs.
     """
 
     def made(match: re.Match) -> str:
-        name = match.group(1)
+        name, _, instructions = match.group(1).partition(" on ")
         if name not in PARTS:
             raise ValueError(f"nothing is called {name!r}; there are: {', '.join(PARTS)}")
-        return f"<!-- measured: {name} -->\n{PARTS[name](rows)}\n<!-- end -->"
+        return f"<!-- measured: {match.group(1)} -->\n{PARTS[name](rows[instructions or 'AVX512'])}\n<!-- end -->"
 
     return MARKED.sub(made, page)
 
 
 def main() -> int:
-    rows = report.read(ROWS)
+    rows = read_rows()
     for page in PAGES:
         text = filled(page.read_text(), rows)
         if text != page.read_text():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import report, tables
+from benchmarks import tables
 from benchmarks.points import Point, mib, ratio, two_digits
 
 
@@ -12,7 +12,7 @@ from benchmarks.points import Point, mib, ratio, two_digits
 def test_pages_say_what_the_rows_say(page):
     text = page.read_text()
     assert "<!-- measured:" in text
-    assert tables.filled(text, report.read(tables.ROWS)) == text, "python -m benchmarks.tables writes it anew"
+    assert tables.filled(text, tables.read_rows()) == text, "python -m benchmarks.tables writes it anew"
 
 
 def test_every_part_is_on_a_page():
@@ -61,4 +61,4 @@ def test_the_stamp_of_rows_of_two_days():
 
 def test_an_unknown_part():
     with pytest.raises(ValueError, match=r"nothing is called 'tables'; there are: stamp, six tasks"):
-        tables.filled("<!-- measured: tables -->\n<!-- end -->", [])
+        tables.filled("<!-- measured: tables -->\n<!-- end -->", {})
