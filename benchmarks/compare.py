@@ -28,7 +28,7 @@ class Change:
 
     case: str
     mode: str
-    point: str  # both, and the dtype
+    point: str  # both, and the dtype; "+graph" for that of a CUDA graph
     old_ms: float
     new_ms: float
     peers: float | None  # how many times as long they take; None where the machine is its own measure

@@ -18,7 +18,7 @@ from .packed_lora import PackedLora
 def _mkl_lacks_this_cpu() -> bool:
     """Whether MKL, torch's GEMM, leaves half of the CPU idle: it takes no AVX-512 path on AMD."""
     cpuinfo = Path("/proc/cpuinfo")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not cpuinfo.exists():
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not cpuinfo.exists():
         return False
     with cpuinfo.open() as lines:  # the first processor says who made it
         return any("AuthenticAMD" in line for _, line in zip(range(4), lines, strict=False))
