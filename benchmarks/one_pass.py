@@ -68,7 +68,8 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     weights = sum(p.numel() * p.itemsize for p in system.model.parameters())
     capture = _steps.capture_with(system.constants())
     flops = shared + shape["T"] * per_task
-    return Problem(providers, peft_loop, TOLERANCE[dtype], flops, weights, capture=capture)
+    stateless = ("vmap-merged", "peft-mixed", "merged", "vmap") if device == "cpu" else ()  # cuBLAS has a workspace
+    return Problem(providers, peft_loop, TOLERANCE[dtype], flops, weights, capture=capture, stateless=stateless)
 
 
 @dataclasses.dataclass
