@@ -31,8 +31,9 @@ export FASTCSS_REQUIRE_COMPILED := 1
 demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --out out/demo.png
 
+# A process for every core, so a thread for every process: more would wait for each other.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

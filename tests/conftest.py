@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 
@@ -27,14 +28,17 @@ def pytest_configure(config):
 
 
 def _mend_triton_interpreter() -> None:
-    """Two gaps of Triton 3.6's interpreter: numpy 2.4 refuses its int() of an array [1] (triton issue 9171, mended in
-    3.7), and its float32 → bfloat16 truncates, where a GPU rounds to nearest."""
+    """Of Triton 3.6's interpreter: numpy 2.4 refuses its int() of an array [1] (triton issue 9171, mended in 3.7); its
+    float32 → bfloat16 truncates, where a GPU rounds to nearest; and it makes the language's functions its own again at
+    every call of a function from a kernel and builds a table of types for every value, a quarter of its time."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:
         return
     patch, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
+    patch_language, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
+    cached_type = functools.cache(numpy_type)
 
     def patch_lang_tensor(tensor, scope):
         patch(tensor, scope)
@@ -46,7 +50,17 @@ def _mend_triton_interpreter() -> None:
             return interpreter.TensorHandle(rounded, tl.bfloat16)
         return cast(self, src, dst_type)
 
+    def patch_lang(function):
+        used = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+        is_patched = used and not any(tl.core.is_builtin(module.load) for module in used)
+        return interpreter._LangPatchScope() if is_patched else patch_language(function)
+
+    def get_np_dtype(type):
+        return (numpy_type if isinstance(type.scalar, tl.pointer_type) else cached_type)(type.scalar)
+
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patch_lang_tensor, cast_impl
+    interpreter._patch_lang = patch_lang
+    interpreter._get_np_dtype = get_np_dtype
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ namespace fastcss::cpu {
 constexpr int kLanes = 16;         // floats in a Vec
 constexpr int kCols = 2 * kLanes;  // columns of a tile
 
-// ---- vectors: what a register of AVX-512, of AVX2 and of SSE or NEON holds
-// -------------------------------------------
+// ---- vectors: a register of AVX-512, of AVX2, and of SSE or NEON ---------------------------------------------------
 //
 // GCC keeps a vector wider than those of the CPU in memory, so loops are written for any width V and run through
 // `on_widest`; loops over plain floats are FASTCSS_CLONES, which the compiler makes vectors of.

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from fastcss.ops import bi_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from fastcss.ops import bi_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- what others compute ---------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,6 @@ from calls import COMPILED, DTYPES, IMPLEMENTATIONS, normal, runs
 
 from fastcss.ops import bi_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = (2, 5, 4, 2, 3)
 MASKED = pytest.mark.parametrize("masks", [(), MASKS], ids=["all read", "masks"])
 

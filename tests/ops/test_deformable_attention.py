@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fastcss.ops import deformable_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BOXES = pytest.mark.parametrize("box", [False, True], ids=["points", "boxes"])
 
 

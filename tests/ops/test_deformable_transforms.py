@@ -10,8 +10,6 @@ from deformable import CASES, LARGE, make
 
 from fastcss.ops import deformable_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BOXES = pytest.mark.parametrize("box", [False, True], ids=["points", "boxes"])
 TENSORS = ("value", "reference_points", "offsets", "logits")
 SMALL = (2, ((3, 4), (2, 1)), 5, 2, 3, 2)

@@ -15,8 +15,6 @@ from window_inputs import CASES, LARGE, PADS, assert_as_good_as_eager, make
 
 from fastcss.ops import window_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EACH_PAD = pytest.mark.parametrize("pads", [(), *((name,) for name in PADS), PADS], ids=" ".join)
 SHIFTED = pytest.mark.parametrize("case", ["to fill below", "to fill both"], ids=["no shift", "shift"])
 

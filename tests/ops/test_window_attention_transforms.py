@@ -10,8 +10,6 @@ from window_inputs import CASES, LARGE, PADS, TENSORS, make
 
 from fastcss.ops import window_attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = (2, 2, 3, 2, 3, 2, 1)
 SMALLEST = (2, 1, 2, 2, 3, 2, 1)  # one window, of which half is filled up
 PADDED = pytest.mark.parametrize("pads", [(), PADS], ids=["zeros", "pads"])
