@@ -36,7 +36,7 @@ def give_memory_back(above: float = 0.25) -> None:
 
 
 #: Rounds of all providers at the least; but a provider whose calls took this long together sits out what is left.
-ROUNDS, PATIENCE_MS = 5, 4000.0
+ROUNDS, PATIENCE_MS = 5, 2500.0
 #: Beyond this many times what a call took before it met a slow moment, such as page faults of a gigabyte.
 FAR = 1.25
 

@@ -68,8 +68,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
     weights = sum(p.numel() * p.itemsize for p in system.model.parameters())
     capture = _steps.capture_with(system.constants())
     flops = shared + shape["T"] * per_task
-    stateless = ("vmap-merged", "peft-mixed", "merged", "vmap") if device == "cpu" else ()  # cuBLAS has a workspace
-    return Problem(providers, peft_loop, TOLERANCE[dtype], flops, weights, capture=capture, stateless=stateless)
+    return Problem(providers, peft_loop, TOLERANCE[dtype], flops, weights, capture=capture)
 
 
 @dataclasses.dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,8 +51,6 @@ class Problem:
         bytes: that must be moved between memory and chip at least.
         error: how far a step's tensors are from ``expected``.
         capture: provider's name and its step → the step as a CUDA graph.
-        stateless: names of providers of seconds a call that compile and keep nothing in the first one, so that it is as
-            good as any other for what a call holds in memory.
     """
 
     providers: dict[str, Callable[[], Step]]
@@ -62,7 +60,6 @@ class Problem:
     bytes: float
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = largest_error
     capture: Callable[[str, Step], Step] = lambda _, step: measure.captured(step)
-    stateless: Container[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,22 +179,21 @@ def test_a_warm_provider_is_timed_at_once(called):
 
 
 def test_a_long_call_is_made_no_oftener_than_it_must_be(called, monkeypatch):
-    """Here the oracle's and the stateless one's: once for what it returns and its memory, and once to be timed."""
+    """Here the oracle's and a peer's: once for what it returns and its memory, and once to be timed."""
     monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
     monkeypatch.setattr(measure, "PATIENCE_MS", 100)
     order, steps = called
-    names = ("oracle", "stateless", "fastcss")
-    notes = steps(oracle=110, stateless=110, fastcss=1)
+    names = ("oracle", "peer", "fastcss")
+    notes = steps(oracle=110, peer=110, fastcss=1)
     step = {name: lambda name=name: (notes[name](), torch.ones(2**18))[1:] for name in names}
     case = registry.Case(
         "toy", "toy/long", {}, torch.float32, sources=(),
         build=lambda device, mode: registry.Problem(
             {name: lambda name=name: step[name] for name in names}, step["oracle"], 1e-6, flops=1, bytes=1,
-            stateless=["stateless"],
         ),
     )  # fmt: skip
     *slow, ours = harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0).rows
-    assert order == ["oracle", "stateless", *["fastcss"] * (1 + 1 + 1), "oracle", "stateless", *["fastcss"] * 5]
+    assert order == ["oracle", "peer", *["fastcss"] * (1 + 1 + 1), "oracle", "peer", *["fastcss"] * 5]
     for row in slow:
         assert (row["calls"], row["peak_mib"], row["error"]) == (1, pytest.approx(1.0, abs=0.01), 0)
         assert row["p20_ms"] == row["median_ms"] == row["p80_ms"] >= 110
