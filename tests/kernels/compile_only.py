@@ -2,7 +2,7 @@
 
 The ops are called on meta tensors, and a stand-in for Triton's driver turns each launch into a compilation for its
 target. That happens in a process of its own (a test file run as a program), because there Triton must not be
-interpreting.
+interpreting. Its rows are kept (``reports.py``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from reports import ROOT, report
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
@@ -45,8 +46,11 @@ class CompileOnly:
         return 0
 
 
-def compile_all(cases: dict[int, Iterable]) -> list[dict]:
-    """One row for each distinct kernel that a case of an architecture, a NamedTuple with ``call``, launches."""
+def compile_all(cases: dict[int, Sequence]) -> list[dict]:
+    """One row for each distinct kernel that a case of an architecture, a NamedTuple with ``call``, launches.
+
+    Of the first N cases, where that is the program's argument.
+    """
     import triton
 
     launch, compiled = triton.runtime.JITFunction.run, []
@@ -55,10 +59,10 @@ def compile_all(cases: dict[int, Iterable]) -> list[dict]:
         compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
     triton.runtime.JITFunction.run = compile_instead
-    rows, seen = [], set()
+    rows, seen, end = [], set(), int(sys.argv[1]) if len(sys.argv) > 1 else None
     for architecture, calls in cases.items():
         triton.runtime.driver.set_active(CompileOnly(architecture))
-        for case in calls:
+        for case in calls[:end]:
             case.call()
             for kernel in compiled:
                 if kernel.hash not in seen:
@@ -91,12 +95,17 @@ def _resources(kernel, architecture: int) -> dict:
 
 
 def compiled_by(program: str) -> list[dict]:
-    """The rows that the test file ``program`` prints when it is run."""
-    pytest.importorskip("triton")
+    """The rows that the test file ``program`` prints when it is run, or printed when the kernels were the same."""
+    triton = pytest.importorskip("triton")
+    sources = [Path(program), Path(__file__), *ROOT.joinpath("kernels").glob("*.py")]
+    return report(Path(program).stem, sources, f"triton {triton.__version__}", lambda: run(program))
+
+
+def run(program: str, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=900)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -12,11 +12,14 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
+from reports import report
 from torch.utils.cpp_extension import include_paths
 
 from fastcss import _nvrtc
 
-SOURCES = sorted(Path(__file__).parents[2].joinpath("csrc", "cuda").glob("*.cu"))
+FOLDER = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = sorted(FOLDER.glob("*.cu"))
 DEVICE_CODE = [path.with_suffix(".cuh").name for path in SOURCES]
 DEVICE_CODE += ["prompt_mlp_backward.cuh", "select_tokens_backward.cuh"]
 ARCHITECTURES = ("80", "90a", "100")
@@ -30,8 +33,6 @@ SHARED_MEMORY = 48 * 1024  # bytes that a block can have without asking for more
 
 def compile_one(source: Path, folder: Path) -> list[dict]:
     """One row for each kernel and architecture."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
     includes = [f"-I{path}" for path in include_paths()]
     command = ["nvcc", *FLAGS, *includes, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -59,7 +60,12 @@ def _resources(log: str) -> list[dict]:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_compile_without_spills(source, tmp_path, record_table):
-    rows = compile_one(source, tmp_path)
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[-2]
+    sources = [source, Path(__file__), *FOLDER.glob("*.cuh"), *FOLDER.glob("*.h")]
+    compiler = f"nvcc {version}, torch {torch.__version__}"
+    rows = report(f"cuda_{source.stem}", sources, compiler, lambda: compile_one(source, tmp_path))
     files = [file for file in DEVICE_CODE if file.startswith(source.stem)]
     entries = {name for file in files for name in _entries(_nvrtc.source(file))}
     assert {(row["kernel"], row["sm"]) for row in rows} == {(name, sm) for name in entries for sm in ARCHITECTURES}
