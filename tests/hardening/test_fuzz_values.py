@@ -25,6 +25,8 @@ KNOWN = {
     ("extreme", "class_affinity"): "what is read of unlike pixels is exact at the size of all of them",
     ("extreme", "class_centers"): "a gradient is what is left of two of the features' size",
 }
+#: An option with which they do: the text reads no infinite logit of an image token that is masked.
+WITHOUT = {("infinite", "bi_attention"): "image_mask"}
 
 
 def with_elements(data: st.DataObject, call: Call, values: list[float]) -> Call:
@@ -64,6 +66,7 @@ def test_hard_elements(kind, op, device, fuzz):
     @given(st.data())
     def check(data):
         call = draw_call(data, op, "cpu", torch.float32, device)
+        call.options.pop(WITHOUT.get((kind, op)), None)
         assert_like_eager(with_elements(data, call, KINDS[kind]), "cpu")
 
     check()
