@@ -4,7 +4,8 @@
 they are read as they lie, by strides: a copy of an NCHW view would cost twice the op. Every program takes some classes,
 some columns and a share of the pixels with a softmax of its own, rescaled as it goes; a second kernel brings the shares
 to one scale and adds them in a fixed order. Over classes, the softmax over pixels is of logits − pixel_lse, which takes
-a pass over the logits before.
+a pass over the logits before. Every lse is two numbers, the largest logit and the logarithm of the mass: as one, a
+logit of 10⁴ would leave three digits of it.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ def finite_or_zero(largest):
 
 @triton.jit
 def class_logits(
-    logits, pixel_lse, c, n, C, last, stride_lc, stride_ln, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
+    logits, pixel_lse, c, n, C, N, last, stride_lc, stride_ln, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """float32 [BLOCK_C, BLOCK_N]: logits, less pixel_lse where that is given; −∞ outside of C and last."""
     classes, pixels = c + tl.arange(0, BLOCK_C), n + tl.arange(0, BLOCK_N)
     z = load_tile(logits, c, n, C, last, stride_lc, stride_ln, BLOCK_C, BLOCK_N).to(tl.float32)
     if pixel_lse is not None:
         z -= tl.load(pixel_lse + pixels, mask=pixels < last, other=0.0)[None, :]
+        z -= tl.load(pixel_lse + N + pixels, mask=pixels < last, other=0.0)[None, :]
     return tl.where((classes < C)[:, None] & (pixels < last)[None, :], z, float("-inf"))
 
 
@@ -51,20 +53,22 @@ def class_logits(
 def pixel_lse_kernel(
     logits, pixel_lse, C, N, stride_lb, stride_lc, stride_ln, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """pixel_lse [B, N]: log Σ exp over the classes."""
+    """pixel_lse [B, 2, N]: log Σ exp over the classes."""
     blocks = tl.cdiv(N, BLOCK_N)
     n = tl.program_id(0) % blocks * BLOCK_N
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
     largest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_N], tl.float32)
     for c in range(0, C, BLOCK_C):
-        z = class_logits(logits + batch * stride_lb, None, c, n, C, N, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
+        z = class_logits(logits + batch * stride_lb, None, c, n, C, N, N, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
         new_largest = tl.maximum(largest, tl.max(z, 0))
         base = finite_or_zero(new_largest)
         mass = mass * exp(largest - base) + tl.sum(exp(z - base[None, :]), 0)
         largest = new_largest
     pixels = n + tl.arange(0, BLOCK_N)
-    tl.store(pixel_lse + batch * N + pixels, finite_or_zero(largest) + tl.log(mass), mask=pixels < N)
+    to = pixel_lse + batch * 2 * N + pixels
+    tl.store(to, finite_or_zero(largest), mask=pixels < N)
+    tl.store(to + N, tl.log(mass), mask=pixels < N)
 
 
 @triton.jit
@@ -84,14 +88,14 @@ def class_centers_kernel(
     logits += batch64 * stride_lb
     feats += batch64 * stride_fb
     if pixel_lse is not None:
-        pixel_lse += batch64 * N
+        pixel_lse += batch64 * 2 * N
     largest = tl.full([BLOCK_C], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_C], tl.float32)
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     first = split * split_blocks * BLOCK_N
     last = min(first + split_blocks * BLOCK_N, N)
     for n in range(first, last, BLOCK_N):
-        z = class_logits(logits, pixel_lse, c, n, C, last, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
+        z = class_logits(logits, pixel_lse, c, n, C, N, last, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
         f_tile = load_tile(feats, n, column, last, D, stride_fn, stride_fd, BLOCK_N, BLOCK_D)
         new_largest = tl.maximum(largest, tl.max(z, 1))
         base = finite_or_zero(new_largest)
@@ -113,7 +117,7 @@ def combine_centers_kernel(
     partial, partial_largest, partial_mass, centers, class_lse, C, D, batches,
     SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """centers [B, C, D] and class_lse [B, C] from the splits."""
+    """centers [B, C, D] and class_lse [B, 2, C] from the splits."""
     blocks = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks * BLOCK_C
     batch = tl.program_id(0) // blocks
@@ -134,7 +138,9 @@ def combine_centers_kernel(
     batch64 = tl.cast(batch, tl.int64)
     store_tile(centers + batch64 * C * D, acc / mass[:, None], c, column, C, D, D)
     if column == 0:
-        tl.store(class_lse + batch64 * C + classes, base + tl.log(mass), mask=classes < C)
+        to = class_lse + batch64 * 2 * C + classes
+        tl.store(to, base, mask=classes < C)
+        tl.store(to + C, tl.log(mass), mask=classes < C)
 
 
 @tuned("BLOCK_C", "BLOCK_N", "BLOCK_D")
@@ -149,9 +155,9 @@ def centers_tile(classes: int, rows_are_aligned: bool, dtype: torch.dtype) -> di
 
 
 def pixel_log_mass(logits: Tensor) -> Tensor:
-    """[B, N]"""
+    """[B, 2, N]"""
     batches, classes, pixels = logits.shape
-    pixel_lse = logits.new_empty(batches, pixels, dtype=torch.float32)
+    pixel_lse = logits.new_empty(batches, 2, pixels, dtype=torch.float32)
     if pixel_lse.numel():
         pixel_lse_kernel[(batches * triton.cdiv(pixels, 32),)](
             logits, pixel_lse, classes, pixels, *logits.stride(), BLOCK_C=32, BLOCK_N=32, num_warps=4
@@ -162,7 +168,7 @@ def pixel_log_mass(logits: Tensor) -> Tensor:
 def class_centers(logits: Tensor, feats: Tensor, over_classes: bool) -> tuple[Tensor, Tensor, Tensor]:
     (batches, classes, pixels), depth = logits.shape, feats.shape[2]
     centers = feats.new_empty(batches, classes, depth)
-    class_lse = logits.new_empty(batches, classes, dtype=torch.float32)
+    class_lse = logits.new_empty(batches, 2, classes, dtype=torch.float32)
     tile = centers_tile(classes, pixels % 16 == 0, feats.dtype)
     blocks = triton.cdiv(classes, tile["BLOCK_C"]) * max(triton.cdiv(depth, tile["BLOCK_D"]), 1)
     # A split's sums are 8 C D bytes, the features 2 N D.

@@ -29,8 +29,10 @@ def class_weights(
 ):  # fmt: skip
     """(w [BLOCK_C, BLOCK_N], logits less pixel_lse)."""
     classes = c + tl.arange(0, BLOCK_C)
-    z = class_logits(logits, pixel_lse, c, n, C, N, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
-    return exp(z - tl.load(class_lse + classes, mask=classes < C, other=0.0)[:, None]), z
+    z = class_logits(logits, pixel_lse, c, n, C, N, N, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
+    largest = tl.load(class_lse + classes, mask=classes < C, other=0.0)
+    log_mass = tl.load(class_lse + C + classes, mask=classes < C, other=0.0)
+    return exp((z - largest[:, None]) - log_mass[:, None]), z
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def center_gradient_dots_kernel(
     dcenters += batch64 * C * D
     feats += batch64 * stride_fb
     if pixel_lse is not None:
-        pixel_lse += batch64 * N
+        pixel_lse += batch64 * 2 * N
     acc = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
     for column in range(0, D, BLOCK_D):
         dc_tile = load_tile(dcenters, c, column, C, D, D, 1, BLOCK_C, BLOCK_D)
@@ -58,7 +60,7 @@ def center_gradient_dots_kernel(
     g = acc.to(dots.dtype.element_ty)
     store_tile(dots + batch64 * C * N, g, c, n, C, N, N)
     w, _ = class_weights(
-        logits + batch64 * stride_lb, pixel_lse, class_lse + batch64 * C, c, n, C, N, stride_lc, stride_ln,
+        logits + batch64 * stride_lb, pixel_lse, class_lse + batch64 * 2 * C, c, n, C, N, stride_lc, stride_ln,
         BLOCK_C, BLOCK_N,
     )  # fmt: skip
     classes = c + tl.arange(0, BLOCK_C)
@@ -79,9 +81,9 @@ def feats_gradient_kernel(
     batch = tl.cast(tl.program_id(0) // blocks_d // blocks, tl.int64)
     dcenters += batch * C * D
     logits += batch * stride_lb
-    class_lse += batch * C
+    class_lse += batch * 2 * C
     if pixel_lse is not None:
-        pixel_lse += batch * N
+        pixel_lse += batch * 2 * N
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for c in range(0, C, BLOCK_C):
         w, _ = class_weights(logits, pixel_lse, class_lse, c, n, C, N, stride_lc, stride_ln, BLOCK_C, BLOCK_N)
@@ -115,11 +117,11 @@ def logits_gradient_kernel(
     last = min(first + classes_per_program, C)
     dlogits += batch * C * N
     logits += batch * stride_lb
-    class_lse += batch * C
+    class_lse += batch * 2 * C
     delta += batch * C
     total = tl.zeros([BLOCK_N], tl.float32)
     if pixel_lse is not None:
-        pixel_lse += batch * N
+        pixel_lse += batch * 2 * N
         for c in range(first, last, BLOCK_C):
             dz, _ = _score_gradient(
                 dlogits, logits, class_lse, pixel_lse, delta, c, n, C, N, stride_lc, stride_ln, BLOCK_C, BLOCK_N
@@ -141,7 +143,7 @@ def class_centers_backward(
     dlogits, dfeats = logits.new_empty(logits.shape), feats.new_empty(feats.shape)
     if not dlogits.numel():
         return dlogits, dfeats
-    over_classes = pixel_lse.shape == (batches, pixels)
+    over_classes = pixel_lse.dim() == 3
     tile = centers_tile(classes, pixels % 16 == 0, feats.dtype)
     blocks_c, blocks, blocks_d = (
         triton.cdiv(size, tile[name])

@@ -7,7 +7,8 @@ maximum, which is the larger of the two logits kept, moves once a block: one exp
 fetched beforehand: one load a pixel, mostly of a line that is read anyway, in place of two instructions a logit.
 
 Comparisons in that loop pass NaN by. It shows in the sum, and only pixels that have one are gone through again, with
-NaN above all. Backward, p_j = exp(z_j − lse) from the saved lse, one more read and one write.
+NaN above all. Backward, p_j = exp(z_j − z_first) p_first from the saved p_first, one more read and one write: no sum of
+logit and logarithm is rounded on the way, so the softmax is as exact for logits of 10⁴ as for logits of 1.
 """
 
 from __future__ import annotations
@@ -18,12 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._schema import LIBRARY
-from .affinity_device import exp2
 from .class_centers import exp, finite_or_zero
 from .tuned import tuned
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 CLASSES = tl.constexpr(8)  # loads on their way
 
 
@@ -68,7 +66,7 @@ def _meet(z, c, true_logit, true, rival_logit, rival, LABELS: tl.constexpr, NAN:
 
 @triton.jit
 def top_margin_kernel(
-    logits, labels, margin, rival_out, p_true, p_rival, curvature, true_out, lse,
+    logits, labels, margin, rival_out, p_true, p_rival, curvature, true_out, p_first,
     C, N, stride_lb, stride_lc, stride_ln, stride_yb, stride_yn, ignore_index,
     LABELS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +88,7 @@ def top_margin_kernel(
     if LABELS:
         own = logits + label.to(tl.int64) * stride_lc
         true_logit = tl.load(own, mask=there & known, other=float("-inf")).to(tl.float32)
-    base = tl.zeros([BLOCK_N], tl.float32)  # what the softmax subtracts, in base 2
+    base = tl.zeros([BLOCK_N], tl.float32)  # what the softmax subtracts
     mass = tl.zeros([BLOCK_N], tl.float32)
     block = _load_classes(logits, 0, C, stride_lc, there)
     for c in range(0, C, CLASSES):
@@ -99,11 +97,11 @@ def top_margin_kernel(
             true_logit, true, rival_logit, rival = _meet(
                 block[i].to(tl.float32), c + i, true_logit, true, rival_logit, rival, LABELS, False
             )
-        new_base = finite_or_zero(tl.maximum(true_logit, rival_logit)) * LOG2_E
-        mass *= exp2(tl.minimum(base - new_base, 0.0))  # above 0 only where there is no mass yet
+        new_base = finite_or_zero(tl.maximum(true_logit, rival_logit))
+        mass *= exp(tl.minimum(base - new_base, 0.0))  # above 0 only where there is no mass yet
         base = new_base
         for i in tl.static_range(CLASSES):
-            mass += exp2(block[i].to(tl.float32) * LOG2_E - base)
+            mass += exp(block[i].to(tl.float32) - base)
         block = following
     if tl.max((mass != mass).to(tl.int32), 0) > 0:
         true, rival = label, tl.where(label == 0, 1, 0)
@@ -113,14 +111,13 @@ def top_margin_kernel(
             z = tl.load(logits + tl.cast(c, tl.int64) * stride_lc, mask=there, other=0.0).to(tl.float32)
             true_logit, true, rival_logit, rival = _meet(z, c, true_logit, true, rival_logit, rival, LABELS, True)
     rival = tl.where(rival == true, 1, rival)  # class 0 came first and nothing else is above −∞
-    p_t = exp2(true_logit * LOG2_E - base) / mass
-    p_r = exp2(rival_logit * LOG2_E - base) / mass
+    p_t, p_r = exp(true_logit - base) / mass, exp(rival_logit - base) / mass
     floats = (
         true_logit - rival_logit,
         p_t,
         p_r,
         (p_t + p_r) - (p_t - p_r) * (p_t - p_r),
-        (base + tl.log2(mass)) * LN_2,
+        tl.maximum(p_t, p_r),
     )
     out = batch * N + pixels
     if LABELS:
@@ -128,7 +125,7 @@ def top_margin_kernel(
         true, rival = tl.where(valid, true, -1), tl.where(valid, rival, -1)
     tl.store(true_out + out, true.to(tl.int64), mask=there)
     tl.store(rival_out + out, rival.to(tl.int64), mask=there)
-    outputs = (margin, p_true, p_rival, curvature, lse)
+    outputs = (margin, p_true, p_rival, curvature, p_first)
     for i in tl.static_range(5):
         value = floats[i]
         if LABELS:
@@ -138,7 +135,7 @@ def top_margin_kernel(
 
 @triton.jit
 def top_margin_gradient_kernel(
-    dmargin, dp_true, dp_rival, dcurvature, logits, true_class, rival_class, lse, dlogits,
+    dmargin, dp_true, dp_rival, dcurvature, logits, true_class, rival_class, p_first, dlogits,
     C, N, stride_lb, stride_lc, stride_ln, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dlogits [B, C, N] = dm (δ_jy − δ_jr) + a (δ_jy − p_j) + b (δ_jr − p_j), where with Δ = p_y − p_r
@@ -153,22 +150,24 @@ def top_margin_gradient_kernel(
     counted = y >= 0
     logits += batch * stride_lb + pixels.to(tl.int64) * stride_ln
     dlogits += batch * C * N + pixels
-    log_mass = tl.load(lse + offset, mask=there, other=0.0)
-    p_y = exp(tl.load(logits + y * stride_lc, mask=counted, other=0.0).to(tl.float32) - log_mass)
-    p_r = exp(tl.load(logits + r * stride_lc, mask=counted, other=0.0).to(tl.float32) - log_mass)
+    p = tl.load(p_first + offset, mask=there, other=0.0)
+    z_y = tl.load(logits + y * stride_lc, mask=counted, other=0.0).to(tl.float32)
+    z_r = tl.load(logits + r * stride_lc, mask=counted, other=0.0).to(tl.float32)
+    base = tl.maximum(z_y, z_r)
+    p_y, p_r = exp(z_y - base) * p, exp(z_r - base) * p
     dm = tl.load(dmargin + offset, mask=there, other=0.0).to(tl.float32)
     dk = tl.load(dcurvature + offset, mask=there, other=0.0).to(tl.float32)
     difference = p_y - p_r
     a = p_y * (tl.load(dp_true + offset, mask=there, other=0.0).to(tl.float32) + dk * (1.0 - 2.0 * difference))
     b = p_r * (tl.load(dp_rival + offset, mask=there, other=0.0).to(tl.float32) + dk * (1.0 + 2.0 * difference))
-    at_true, at_rival, both = dm + a, b - dm, a + b
+    at_true, at_rival, both = dm + a, b - dm, (a + b) * p
     true, rival = y.to(tl.int32), r.to(tl.int32)
     block = _load_classes(logits, 0, C, stride_lc, there)
     for c in range(0, C, CLASSES):
         following = _load_classes(logits, c + CLASSES, C, stride_lc, there)
         for i in tl.static_range(CLASSES):
             dz = tl.where(true == c + i, at_true, tl.where(rival == c + i, at_rival, 0.0))
-            dz = tl.where(counted, dz - both * exp(block[i].to(tl.float32) - log_mass), 0.0)
+            dz = tl.where(counted, dz - both * exp(block[i].to(tl.float32) - base), 0.0)
             place = dlogits + tl.cast(c + i, tl.int64) * N
             tl.store(place, dz.to(dlogits.dtype.element_ty), mask=there & (c + i < C))
         block = following
@@ -186,17 +185,17 @@ def top_margin(
     batches, classes, pixels = logits.shape
     margin, p_true, p_rival, curvature = (logits.new_empty(batches, pixels) for _ in range(4))
     rival, true = (logits.new_empty(batches, pixels, dtype=torch.int64) for _ in range(2))
-    lse = logits.new_empty(batches, pixels, dtype=torch.float32)
+    p_first = logits.new_empty(batches, pixels, dtype=torch.float32)
     given = labels.dim() == 2
     tile = pixel_block(logits.dtype)
-    if lse.numel():
+    if p_first.numel():
         with torch.cuda.device_of(logits):
             top_margin_kernel[(batches * triton.cdiv(pixels, tile["BLOCK_N"]),)](
-                logits, labels, margin, rival, p_true, p_rival, curvature, true, lse,
+                logits, labels, margin, rival, p_true, p_rival, curvature, true, p_first,
                 classes, pixels, *logits.stride(), *(labels.stride() if given else (0, 0)), ignore_index,
                 LABELS=given, **tile,
             )  # fmt: skip
-    return margin, rival, p_true, p_rival, curvature, true, lse
+    return margin, rival, p_true, p_rival, curvature, true, p_first
 
 
 def top_margin_backward(
@@ -207,14 +206,14 @@ def top_margin_backward(
     logits: Tensor,
     true: Tensor,
     rival: Tensor,
-    lse: Tensor,
+    p_first: Tensor,
 ) -> Tensor:
     batches, classes, pixels = logits.shape
     dlogits = logits.new_empty(logits.shape)
     tile = pixel_block(logits.dtype)
     if dlogits.numel():
         per_pixel = (x.contiguous() for x in (dmargin, dp_true, dp_rival, dcurvature))
-        saved = (x.contiguous() for x in (true, rival, lse))
+        saved = (x.contiguous() for x in (true, rival, p_first))
         with torch.cuda.device_of(logits):
             top_margin_gradient_kernel[(batches * triton.cdiv(pixels, tile["BLOCK_N"]),)](
                 *per_pixel, logits, *saved, dlogits, classes, pixels, *logits.stride(), **tile

@@ -83,7 +83,7 @@ constexpr decltype(&run<float>) kRuns[] = {run<float>, run<BFloat16>, run<_Float
 
 // What the results of each pixel are made of.
 struct Found {
-  float true_logit[kPixels], rival_logit[kPixels], lse[kPixels];
+  float true_logit[kPixels], rival_logit[kPixels];
   int64_t true_class[kPixels], rival_class[kPixels];
 };
 
@@ -105,13 +105,6 @@ void careful(Matrix logits, int64_t pixel, int64_t C, Running& r) {
   r.first_class[pixel] = first, r.second_class[pixel] = second;
 }
 
-void log_sum_exp(const Running& r, int64_t pixels, float* lse) {
-  on_widest([=, &r]<class V>() FASTCSS_LOOP {
-    for (int64_t i = 0; i < pixels; i += kLanesIn<V>)  // the sum is at least 1, or NaN
-      store(lse + i, load<V>(r.first + i) + log1p(load<V>(r.sum + i) - 1.f));
-  });
-}
-
 // true_class -1: the pixel is ignored; -2: its label is no class.
 constexpr int64_t kIgnored = -1, kUnknown = -2;
 
@@ -120,7 +113,6 @@ void compare(Running& r, Matrix logits, int64_t C, const int64_t* labels, int64_
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < pixels; ++i)
     if (!(r.sum[i] < kInfinity && r.first[i] < kInfinity && r.second[i] > kLeast)) careful(logits, i, C, r);
-  log_sum_exp(r, pixels, found.lse);
   for (int64_t i = 0; i < pixels; ++i) {
     const int64_t label = labels ? labels[i] : r.first_class[i];
     const bool leads = label == r.first_class[i], known = label >= 0 && label < C;
@@ -131,14 +123,15 @@ void compare(Running& r, Matrix logits, int64_t C, const int64_t* labels, int64_
   }
 }
 
-// margin, p_true, p_rival and curvature, each [kPixels]
-void conclude(const Found& found, int64_t pixels, float (&result)[4][kPixels]) {
-  on_widest([=, &found, &result]<class V>() FASTCSS_LOOP {
+// margin, p_true, p_rival, curvature and p_first, each [kPixels]
+void conclude(const Running& r, const Found& found, int64_t pixels, float (&result)[5][kPixels]) {
+  on_widest([=, &r, &found, &result]<class V>() FASTCSS_LOOP {
     for (int64_t i = 0; i < pixels; i += kLanesIn<V>) {
-      const V own = load<V>(found.true_logit + i), rival = load<V>(found.rival_logit + i), lse = load<V>(found.lse + i);
-      const V p = exp_negative(own - lse), q = exp_negative(rival - lse);
-      const V values[4] = {own - rival, p, q, (p + q) - (p - q) * (p - q)};
-      for (int n = 0; n < 4; ++n) store(result[n] + i, values[n]);
+      const V own = load<V>(found.true_logit + i), rival = load<V>(found.rival_logit + i);
+      const V first = load<V>(r.first + i), sum = load<V>(r.sum + i);
+      const V p = exp_negative(own - first) / sum, q = exp_negative(rival - first) / sum;
+      const V values[5] = {own - rival, p, q, (p + q) - (p - q) * (p - q), 1.f / sum};
+      for (int n = 0; n < 5; ++n) store(result[n] + i, values[n]);
     }
     for (int64_t i = 0; i < pixels; ++i) {
       if (found.true_class[i] >= 0) continue;
@@ -156,7 +149,7 @@ Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore
   const auto made = [&](ScalarType type) { return torch::stable::new_empty(logits, shape({B, N}), type); };
   Tensor floats[4] = {made(logits.scalar_type()), made(logits.scalar_type()), made(logits.scalar_type()),
                       made(logits.scalar_type())};
-  Tensor rival = made(ScalarType::Long), own = made(ScalarType::Long), lse = made(ScalarType::Float);
+  Tensor rival = made(ScalarType::Long), own = made(ScalarType::Long), p_first = made(ScalarType::Float);
   const bool planes = logits.stride(2) == 1 || N == 1;  // else pixels are brought next to each other, kCols at a time
   const int64_t size = planes ? kPixels : kCols, tiles = ceil_div(N, size);
   parallel(B * tiles, [&](int64_t item) {
@@ -169,11 +162,11 @@ Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore
     }
     Running running;
     Found found;
-    float result[4][kPixels];
+    float result[5][kPixels];
     kRuns[static_cast<int>(z.dtype)](running, z, C, pixels);
     const auto* label = labels.numel() > 0 ? static_cast<const int64_t*>(labels.const_data_ptr()) + at : nullptr;
     compare(running, z, C, label, ignore_index, pixels, found);
-    conclude(found, pixels, result);
+    conclude(running, found, pixels, result);
     for (int n = 0; n < 4; ++n)
       write_row(static_cast<char*>(floats[n].mutable_data_ptr()) + at * size_of(dtype), dtype, result[n], pixels);
     for (int64_t i = 0; i < pixels; ++i) {
@@ -181,9 +174,9 @@ Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore
       static_cast<int64_t*>(rival.mutable_data_ptr())[at + i] = valid ? found.rival_class[i] : -1;
       static_cast<int64_t*>(own.mutable_data_ptr())[at + i] = valid ? found.true_class[i] : -1;
     }
-    std::copy_n(found.lse, pixels, static_cast<float*>(lse.mutable_data_ptr()) + at);
+    std::copy_n(result[4], pixels, static_cast<float*>(p_first.mutable_data_ptr()) + at);
   });
-  return {floats[0], rival, floats[1], floats[2], floats[3], own, lse};
+  return {floats[0], rival, floats[1], floats[2], floats[3], own, p_first};
 }
 
 }  // namespace

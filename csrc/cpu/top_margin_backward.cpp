@@ -1,5 +1,6 @@
 // The backward pass of fastcss::top_margin.cpu. With p the softmax, t the true class and r its rival, every result is a
-// function of z_t − z_r, p_t and p_r: dz_j = a (δ_jt − p_j) + b (δ_jr − p_j) + dmargin (δ_jt − δ_jr).
+// function of z_t − z_r, p_t and p_r: dz_j = a (δ_jt − p_j) + b (δ_jr − p_j) + dmargin (δ_jt − δ_jr). The larger of z_t
+// and z_r is the largest of all, and p_j = exp(z_j − it) p_first.
 
 #include "parallel.h"
 #include "rows.h"
@@ -14,25 +15,32 @@ constexpr int64_t kPixels = 512;
 
 // What the gradients of some pixels' logits are made of.
 struct Slopes {
-  float lse[kPixels], own[kPixels], rival[kPixels];  // own, rival: the coefficients of δ_jt and δ_jr
-  float spread[kPixels];                             // and of −p_j: a + b
+  float first[kPixels];                              // the largest logit
+  float own[kPixels], rival[kPixels];                // the coefficients of δ_jt and δ_jr
+  float spread[kPixels];                             // and of −exp(z_j − first): (a + b) p_first
   int32_t own_class[kPixels], rival_class[kPixels];  // −1 for a pixel without
 };
 
-void softmax_at(float* logits, const float* lse) {
+// The logits of the true class and of its rival → p_t, p_r and the larger logit.
+void softmax(float* p, float* q, const float* p_first, float* first) {
   on_widest([=]<class V>() FASTCSS_LOOP {
-    for (int64_t i = 0; i < kPixels; i += kLanesIn<V>)
-      store(logits + i, exp_negative(load<V>(logits + i) - load<V>(lse + i)));
+    for (int64_t i = 0; i < kPixels; i += kLanesIn<V>) {
+      const V own = load<V>(p + i), rival = load<V>(q + i), largest = own > rival ? own : rival;
+      store(p + i, exp_negative(own - largest) * load<V>(p_first + i));
+      store(q + i, exp_negative(rival - largest) * load<V>(p_first + i));
+      store(first + i, largest);
+    }
   });
 }
 
 // From p_t and p_r, and the gradients of margin, p_true, p_rival and curvature.
-FASTCSS_CLONES void set_slopes(const float* p, const float* q, const float (&given)[4][kPixels], Slopes& s) {
+FASTCSS_CLONES void set_slopes(const float* p, const float* q, const float* p_first, const float (&given)[4][kPixels],
+                               Slopes& s) {
   for (int64_t i = 0; i < kPixels; ++i) {
     const float twice = 2 * (p[i] - q[i]);
     const float a = p[i] * (given[1][i] + given[3][i] * (1 - twice));
     const float b = q[i] * (given[2][i] + given[3][i] * (1 + twice));
-    s.own[i] = a + given[0][i], s.rival[i] = b - given[0][i], s.spread[i] = a + b;
+    s.own[i] = a + given[0][i], s.rival[i] = b - given[0][i], s.spread[i] = (a + b) * p_first[i];
   }
 }
 
@@ -45,7 +53,7 @@ FASTCSS_INLINE void gradients(const Slopes& s, int32_t c, const T* logits, T* re
     const V z = lanes == kWide ? load<V>(logits + i) : load<V>(logits + i, lanes);
     IntsOf<V> own, rival;
     std::memcpy(&own, s.own_class + i, sizeof(own)), std::memcpy(&rival, s.rival_class + i, sizeof(rival));
-    V dz = -load<V>(s.spread + i) * exp_negative(z - load<V>(s.lse + i));
+    V dz = -load<V>(s.spread + i) * exp_negative(z - load<V>(s.first + i));
     dz += own == c ? load<V>(s.own + i) : V{};
     dz += rival == c ? load<V>(s.rival + i) : V{};
     dz = own < 0 ? V{} : dz;
@@ -63,7 +71,7 @@ constexpr decltype(&gradients_of_class<float>) kGradients[] = {gradients_of_clas
 
 Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const Tensor& dp_rival,
                            const Tensor& dcurvature, const Tensor& logits_in, const Tensor& own, const Tensor& rival,
-                           const Tensor& lse) {
+                           const Tensor& p_first_in) {
   const Tensor logits = torch::stable::contiguous(logits_in);
   const int64_t B = logits.size(0), C = logits.size(1), N = logits.size(2), tiles = ceil_div(N, kPixels);
   const DType dtype = dtype_of(logits, kOp);
@@ -74,11 +82,11 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
     const int64_t* own_class = static_cast<const int64_t*>(own.const_data_ptr()) + at;
     const int64_t* rival_class = static_cast<const int64_t*>(rival.const_data_ptr()) + at;
     const Matrix z = matrix(logits, 1, 2, kOp).offset(b * logits.stride(0)).at(0, first);
-    float given[4][kPixels] = {}, p[kPixels] = {}, q[kPixels] = {};
+    float given[4][kPixels] = {}, p[kPixels] = {}, q[kPixels] = {}, p_first[kPixels] = {};
     const Tensor* gradients[4] = {&dmargin, &dp_true, &dp_rival, &dcurvature};
     for (int n = 0; n < 4; ++n) read_row(given[n], matrix(*gradients[n], 0, 1, kOp).at(b, first), pixels);
     Slopes slopes{};
-    std::copy_n(static_cast<const float*>(lse.const_data_ptr()) + at, pixels, slopes.lse);
+    std::copy_n(static_cast<const float*>(p_first_in.const_data_ptr()) + at, pixels, p_first);
     std::copy_n(own_class, pixels, slopes.own_class);
     std::copy_n(rival_class, pixels, slopes.rival_class);
     for (int64_t i = 0; i < pixels; ++i) {  // all at once: each is a line of its own, far from the others
@@ -89,8 +97,8 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
       if (own_class[i] < 0) continue;
       p[i] = value_at(z.at(own_class[i], i)), q[i] = value_at(z.at(rival_class[i], i));
     }
-    softmax_at(p, slopes.lse), softmax_at(q, slopes.lse);
-    set_slopes(p, q, given, slopes);
+    softmax(p, q, p_first, slopes.first);
+    set_slopes(p, q, p_first, given, slopes);
     char* to = image(dlogits, b, dtype) + first * size_of(dtype);
     for (int64_t c = 0; c < C; ++c)
       kGradients[static_cast<int>(dtype)](slopes, static_cast<int32_t>(c), z.at(c, 0).data, to + c * N * size_of(dtype),

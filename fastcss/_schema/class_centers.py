@@ -4,7 +4,8 @@ from torch import Tensor
 from ._library import define
 
 # logits [B, C, N], feats [B, N, D] → centers float32 [B, C, D] = Σ_n w_cn f_n, w = exp(logits − pixel_lse − class_lse):
-# pixel_lse [B, N] is Σ over the classes where over_classes (else empty, 0), class_lse [B, C] then over the pixels.
+# pixel_lse [B, 2, N] is Σ over the classes where over_classes (else empty, 0), class_lse [B, 2, C] then over the
+# pixels. Each is two numbers that add up to log Σ exp: the largest, and the logarithm of Σ exp(… − largest).
 _CLASS_CENTERS = (
     "(Tensor logits, Tensor feats, bool over_classes) -> (Tensor centers, Tensor class_lse, Tensor pixel_lse)"
 )
@@ -12,8 +13,8 @@ _CLASS_CENTERS = (
 
 def _class_centers_fake(logits, feats, over_classes) -> tuple[Tensor, Tensor, Tensor]:
     batch, classes, pixels = logits.shape
-    class_lse = logits.new_empty((batch, classes), dtype=torch.float32)
-    pixel_lse = logits.new_empty((batch, pixels) if over_classes else (0,), dtype=torch.float32)
+    class_lse = logits.new_empty((batch, 2, classes), dtype=torch.float32)
+    pixel_lse = logits.new_empty((batch, 2, pixels) if over_classes else (0,), dtype=torch.float32)
     centers = feats.new_empty((batch, classes, feats.shape[2]), dtype=torch.float32)
     return centers, class_lse, pixel_lse
 

@@ -5,11 +5,12 @@ from ._library import define
 
 # logits [B, C, N], C ≥ 2; labels int64 [B, N] or empty: then each pixel's own largest logit. rival int64: the largest
 # of the others. margin = z_true − z_rival, p_true and p_rival their softmax, curvature = (p_t + p_r) − (p_t − p_r)²:
-# all [B, N] in the dtype of logits. For the backward pass true int64 [B, N] and lse float32 [B, N] = log Σ_c exp z. An
-# ignored pixel: rival and true -1, the rest 0. A label outside of the classes: rival and true -1, the rest NaN.
+# all [B, N] in the dtype of logits. For the backward pass true int64 [B, N] and p_first float32 [B, N], the softmax of
+# the largest logit, which is one of the two. An ignored pixel: rival and true -1, the rest 0. A label outside of the
+# classes: rival and true -1, the rest NaN.
 _TOP_MARGIN = (
     "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor margin, Tensor rival, Tensor p_true, Tensor p_rival, "
-    "Tensor curvature, Tensor true, Tensor lse)"
+    "Tensor curvature, Tensor true, Tensor p_first)"
 )
 
 
@@ -23,11 +24,11 @@ define("top_margin", _TOP_MARGIN, _top_margin_fake)
 
 _TOP_MARGIN_BACKWARD = (
     "(Tensor dmargin, Tensor dp_true, Tensor dp_rival, Tensor dcurvature, Tensor logits, Tensor true, Tensor rival, "
-    "Tensor lse) -> Tensor"
+    "Tensor p_first) -> Tensor"
 )
 
 
-def _top_margin_backward_fake(dmargin, dp_true, dp_rival, dcurvature, logits, true, rival, lse) -> Tensor:
+def _top_margin_backward_fake(dmargin, dp_true, dp_rival, dcurvature, logits, true, rival, p_first) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

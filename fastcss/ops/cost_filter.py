@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -209,7 +210,8 @@ def scatter_cost(filtered: FilteredCost, classes: int, fill: float = -100.0) -> 
         memory.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or shape, or fewer classes than were kept.
+        TypeError, ValueError: an argument of the wrong kind or shape, fewer classes than were kept, or a ``fill`` that
+            the dtype of the cost does not hold.
         IndexError: a kept class that is not below ``classes`` (CPU).
 
     Example:
@@ -226,7 +228,10 @@ def scatter_cost(filtered: FilteredCost, classes: int, fill: float = -100.0) -> 
         if low < 0 or high >= classes:
             wanted, got = ("at least 0", low) if low < 0 else (f"below classes = {classes}", high)
             raise IndexError(f"{op}: filtered.index must be {wanted}, got {got}")
-    whole = cost.new_full((len(cost), classes, *cost.shape[2:]), check_number(op, "fill", fill))
+    fill = check_number(op, "fill", fill)
+    if torch.finfo(cost.dtype).max < abs(fill) < math.inf:
+        raise ValueError(f"{op}: fill must be a number that {cost.dtype} holds, got {fill}")
+    whole = cost.new_full((len(cost), classes, *cost.shape[2:]), fill)
     return whole.scatter(1, index.reshape(*index.shape, *(1,) * (cost.dim() - 2)).expand_as(cost), cost)
 
 

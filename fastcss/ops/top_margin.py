@@ -97,9 +97,9 @@ class TopMarginFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, _, _, ctx.impl = inputs
-        _, rival, *_, true, lse = output
-        ctx.mark_non_differentiable(rival, true, lse)
-        ctx.save_for_backward(logits, true, rival, lse)
+        _, rival, *_, true, p_first = output
+        ctx.mark_non_differentiable(rival, true, p_first)
+        ctx.save_for_backward(logits, true, rival, p_first)
 
     @staticmethod
     def backward(ctx, dmargin, _rival, dp_true, dp_rival, dcurvature, *_):

@@ -51,6 +51,7 @@ def make_lora(mode, rows, inputs, outputs, ranks, *, seed=0, **options) -> Call:
 class Packed(NamedTuple):
     cost: Tensor
     index: Tensor
+    score: Tensor
     scattered: Tensor
 
 
@@ -60,7 +61,7 @@ def packed_filter(image, text, *, k, impl) -> Packed:
     first = found._replace(cost=found.cost[:, :, 0])
     scattered = scatter_cost(first, text.shape[-3])
     assert torch.equal(filtered_argmax(first), scattered.argmax(dim=1))
-    return Packed(found.cost, found.index, scattered)
+    return Packed(*found, scattered)
 
 
 def make_packed(*shape, **options) -> Call:
@@ -76,7 +77,7 @@ def make_masks(count, sides, size, **options) -> Call:
     return test_merge_masks.make(count, height, width, size, crop=crop, **options)
 
 
-def assert_merged(call: Call, impl: str, tolerance: float, gradients: tuple[Tensor, ...]) -> None:
+def assert_merged(call: Call, impl: str, tolerance: float, **options) -> None:
     test_merge_masks.assert_merged(call, impl, least_clear=0)
 
 

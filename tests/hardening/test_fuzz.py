@@ -72,6 +72,6 @@ def test_values_and_gradients(impl, op, device, tolerances, fuzz):
         dtype = data.draw(st.sampled_from(DTYPES), "dtype")
         call = draw_call(data, op, impl, dtype, device).map(draw_layouts(data, SAME))
         gradients = tuple(map(draw_layouts(data, [*SAME, *LAYOUTS.values()]), call.output_gradients()))
-        OPS[op].compare(call, impl, tolerances[dtype], gradients=gradients)
+        OPS[op].compare(call, impl, tolerances[dtype], gradients=gradients, rounded=True)
 
     check()

@@ -23,7 +23,7 @@ KNOWN = {
     ("infinite", "merge_masks"): "a tap of weight 0 may count",
     ("infinite", "class_affinity"): "an infinite centre is another one in the other order of the products",
     ("extreme", "class_affinity"): "what is read of unlike pixels is exact at the size of all of them",
-    ("extreme", "class_centers"): "a gradient is what is left of two of the features' size",
+    ("extreme", "class_centers"): "the centre of a class without any mass is no 0 / 0",
 }
 #: An option with which they do: the text reads no infinite logit of an image token that is masked.
 WITHOUT = {("infinite", "bi_attention"): "image_mask"}
@@ -41,17 +41,23 @@ def with_elements(data: st.DataObject, call: Call, values: list[float]) -> Call:
 def assert_like_eager(call: Call, impl: str) -> None:
     """Finite where the literal code is, with its values, and no NaN of its results is lost.
 
-    Its gradients may be NaN where ours are not: 0 times what is read by nobody is not computed.
+    Its gradients may be NaN where ours are not: 0 times what is read by nobody is not computed. They are sums that
+    large elements may leave, and are compared at the size of these.
     """
     gradients = call.output_gradients()
     want, got = (call.leaves().results(name, gradients) for name in ("reference", impl))
+    elements = [tensor[tensor.isfinite()] for tensor in call.tensors.values()]
+    largest = max((finite.abs().max().item() for finite in elements if finite.numel()), default=0)
     for name in want:
+        if name == "cost" and not torch.equal(got["index"], want["index"]):  # kept for scores that are a rounding apart
+            torch.testing.assert_close(got["score"], want["score"], rtol=0, atol=1e-6, equal_nan=True)
+            return
         theirs, ours = want[name], got[name]
         finite = theirs.isfinite()
         assert ours[finite].isfinite().all(), name
         assert name in [f"d{tensor}" for tensor in call.tensors] or not ours[theirs.isnan()].isfinite().any(), name
         if finite.any() and (theirs.is_floating_point() or all(tensor.isfinite().all() for tensor in want.values())):
-            size = max(1, theirs[finite].abs().max().item())
+            size = max(1, theirs[finite].abs().max().item(), 1e-2 * largest if name.startswith("d") else 0)
             torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-3, atol=1e-4 * size, msg=name)
 
 

@@ -31,8 +31,8 @@ class Selection(NamedTuple):
         if self.op == "top_margin":
             logits = empty(1, classes, size)
             labels = empty(*((1, size) if self.labels else (0,)), dtype="int64")
-            margin, rival, p_true, p_rival, curvature, true, lse = kernels.top_margin.top_margin(logits, labels, 255)
-            kernels.top_margin.top_margin_backward(margin, p_true, p_rival, curvature, logits, true, rival, lse)
+            margin, rival, *floats, true, p_first = kernels.top_margin.top_margin(logits, labels, 255)
+            kernels.top_margin.top_margin_backward(margin, *floats, logits, true, rival, p_first)
         elif self.op == "merge_masks":
             masks, scores, order = empty(classes, 256, 256), empty(classes), empty(classes, dtype="int64")
             kernels.merge_masks.merge_masks(masks, scores, order, size, size, 1024, 1024, 0.0, True)

@@ -69,6 +69,12 @@ def test_filtered():
             call(KEPT._replace(index=KEPT.index.flatten()))
     with pytest.raises(ValueError, match=r"^scatter_cost: classes must be at least the 3 kept ones, got 2"):
         ops.scatter_cost(KEPT, 2)
+    half = KEPT._replace(cost=KEPT.cost.half())
+    with pytest.raises(
+        ValueError, match=r"^scatter_cost: fill must be a number that torch.float16 holds"
+    ):
+        ops.scatter_cost(half, 5, fill=1e5)
+    assert ops.scatter_cost(half, 5, fill=-math.inf).isinf().any()
     with pytest.raises(IndexError, match=r"^scatter_cost: filtered.index must be below classes = 4, got 4"):
         ops.scatter_cost(KEPT, 4)
 
