@@ -70,9 +70,7 @@ def test_filtered():
     with pytest.raises(ValueError, match=r"^scatter_cost: classes must be at least the 3 kept ones, got 2"):
         ops.scatter_cost(KEPT, 2)
     half = KEPT._replace(cost=KEPT.cost.half())
-    with pytest.raises(
-        ValueError, match=r"^scatter_cost: fill must be a number that torch.float16 holds"
-    ):
+    with pytest.raises(ValueError, match=r"^scatter_cost: fill must be a number that torch.float16 holds"):
         ops.scatter_cost(half, 5, fill=1e5)
     assert ops.scatter_cost(half, 5, fill=-math.inf).isinf().any()
     with pytest.raises(IndexError, match=r"^scatter_cost: filtered.index must be below classes = 4, got 4"):
