@@ -81,6 +81,15 @@ def assert_merged(call: Call, impl: str, tolerance: float, **options) -> None:
     test_merge_masks.assert_merged(call, impl, least_clear=0)
 
 
+def assert_margins(call: Call, impl: str, tolerance: float, **options) -> None:
+    """The curvature is what is left of two terms of the probabilities' size: nothing, where a pixel is sure."""
+
+    def peers(name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
+        return [exact[name], *([exact["p_true"]] if name == "curvature" else [])]
+
+    calls.assert_as_good_as_eager(call, impl, tolerance, peers=peers, **options)
+
+
 # --- what can be drawn -----------------------------------------------------------------------------------------------
 
 #: ``n(least, most)``: a size.
@@ -142,8 +151,8 @@ OPS = {
         {"scale": SCALES, "ignored": sampled_from([0.0, 0.2, 1.0])},
     ),
     "class_centers": Drawn(
-        test_class_centers.make,
-        lambda n: tuples(n(0, 3), n(1, 60), n(1, 200), n(0, 80)),
+        test_class_centers.make,  # one pixel alone has no gradient, and its rounding no size
+        lambda n: tuples(n(0, 3), n(1, 60), n(2, 200), n(0, 80)),
         affinity.assert_as_good_as_eager,
         {"over": sampled_from(["pixels", "classes"])},
     ),
@@ -151,8 +160,8 @@ OPS = {
     "packed_filter": Drawn(make_packed, _filter, test_cost_filter.assert_as_good_as_eager, {"shared": FLAGS}),
     "top_classes": Drawn(make_scores, lambda n: tuples(n(0, 4), n(1, 1500), n(1, 1500))),
     "phrase_pool": Drawn(
-        test_phrase_pool.make,
-        lambda n: tuples(n(0, 6), n(1, 60), n(1, 60), n(0, 80)),
+        test_phrase_pool.make,  # of one channel no cosine has a gradient, and its rounding no size
+        lambda n: tuples(n(0, 6), n(1, 60), n(1, 60), n(2, 80)),
         test_phrase_pool.assert_as_good_as_eager,
     ),
     "select_tokens": Drawn(
@@ -176,6 +185,7 @@ OPS = {
     "top_margin": Drawn(
         test_top_margin.make,
         lambda n: tuples(n(0, 3), n(2, 60), n(0, 200)),
+        assert_margins,
         options={"labelled": FLAGS, "ignored": sampled_from([0.0, 0.2, 1.0])},
     ),
     "deformable_attention": Drawn(
