@@ -27,16 +27,14 @@ def make(batch, classes, count, width, *, dtype=torch.float32, device="cpu", see
 
 
 def peers(call: Call, name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
-    """The gradient of a cosine is what is left of a difference (the softmax's) of a difference (its own): nothing where
+    """The gradient of cls is what is left of a difference (the softmax's) of a difference (the cosine's): nothing where
     there is one phrase or one channel."""
-    if name not in ("dcls", "dphrases"):
+    if name != "dcls":
         return [exact[name]]
     cls, phrases = (tensor.double() for tensor in call.tensors.values())
     weights = torch.einsum("bd,cmd->bcm", unit(cls), unit(phrases)).softmax(2)
     slope = weights * torch.einsum("bcd,cmd->bcm", dys[0].double(), phrases)
-    if name == "dcls":
-        return [exact[name], torch.einsum("bcm,cmd->bd", slope, unit(phrases)) / cls.norm(dim=-1, keepdim=True)]
-    return [exact[name], torch.einsum("bcm,bd->cmd", slope, unit(cls)) / phrases.norm(dim=-1, keepdim=True)]
+    return [exact[name], torch.einsum("bcm,cmd->bd", slope, unit(phrases)) / cls.norm(dim=-1, keepdim=True)]
 
 
 def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) -> None:
