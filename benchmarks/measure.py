@@ -159,12 +159,31 @@ def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = step()
         ms = (time.perf_counter() - start) * 1e3
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    peak = max(itertools.accumulate(allocations(profile), initial=0))
     return Watched(result, peak / MIB, ms)
+
+
+def allocations(profile: torch.profiler.profile) -> list[int]:
+    """Bytes that torch took on CPU and, negative, gave back, in order; what was there before ``profile`` is left out.
+
+    The profiler does report the end of such a block if an earlier profile saw one at its address, with that one's size.
+    """
+    pending, seen = list(profile.profiler.kineto_results.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.typed[0] == torch._C._profiler._EventType.Allocation:
+            seen.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    taken, sizes = set(), []
+    for _, address, size in sorted(seen, key=lambda event: event[0]):
+        if size > 0:
+            taken.add(address)
+        elif address in taken:
+            taken.remove(address)
+        else:
+            continue
+        sizes.append(size)
+    return sizes
 
 
 def peak_mib(step: Callable[[], object], device: str) -> float:

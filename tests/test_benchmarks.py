@@ -120,6 +120,26 @@ def test_peak_memory_counts_temporaries_and_the_result():
     assert measure.peak_mib(lambda: kept.add_(1), "cpu") == pytest.approx(0, abs=0.01)
 
 
+def test_peak_memory_leaves_out_what_ends_where_an_earlier_call_had_some():
+    """The profiler takes that for the block of the earlier call, which it did not see end."""
+
+    def blocks():
+        return [torch.empty(2**14) for _ in range(64)]
+
+    seen = []
+    measure.peak_mib(lambda: seen.extend(blocks()), "cpu")
+    addresses = {block.data_ptr() for block in seen}
+    seen.clear()
+    kept = blocks()
+    assert any(block.data_ptr() in addresses for block in kept)
+
+    def step():
+        kept.clear()
+        return blocks()
+
+    assert measure.peak_mib(step, "cpu") == pytest.approx(4, abs=0.01)
+
+
 @pytest.fixture
 def called():
     """Steps that note their names and take some milliseconds."""

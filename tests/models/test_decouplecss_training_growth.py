@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,10 +13,10 @@ from decouplecss_models import build, pictures
 from torch.utils.flop_counter import FlopCounterMode
 from training_scenes import trainer_for
 
-from benchmarks import decouplecss_training
+from benchmarks import decouplecss_training, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-#: Bytes, of the peak. When Python lets go of a small tensor is not the same in every run; a task has over 50 times it.
+#: Bytes, of the peak. When Python lets go of a small tensor may differ; a task has over 50 times it.
 SLACK = 2048
 
 
@@ -40,11 +41,9 @@ def cost(run: Callable[[], object]) -> Cost:
             run()
     finally:
         gc.enable()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    sizes = measure.allocations(profile)
     allocated = [size for size in sizes if size > 0]
-    held = torch.tensor(sizes).cumsum(0)
-    return Cost(counter.get_total_flops(), sum(allocated), len(allocated), int(held.max()))
+    return Cost(counter.get_total_flops(), sum(allocated), len(allocated), max(itertools.accumulate(sizes)))
 
 
 def training(tasks: int) -> Cost:
