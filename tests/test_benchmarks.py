@@ -1,10 +1,11 @@
 """The benchmark harness: what it refuses, what it writes, and its arithmetic."""
 
 import ctypes
+import functools
 import json
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,15 +142,17 @@ def test_peak_memory_leaves_out_what_ends_where_an_earlier_call_had_some():
 
 
 @pytest.fixture
-def called():
-    """Steps that note their names and take some milliseconds."""
-    order = []
+def called(monkeypatch):
+    """Steps that note their names and take some milliseconds of a clock that only they move."""
+    order, now = [], [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def step(name, ms):
+        order.append(name)
+        now[0] += ms / 1e3
 
     def steps(**milliseconds):
-        return {
-            name: lambda name=name, ms=ms: order.append(name) or time.sleep(ms / 1e3)
-            for name, ms in milliseconds.items()
-        }
+        return {name: functools.partial(step, name, ms) for name, ms in milliseconds.items()}
 
     return order, steps
 
@@ -159,14 +162,15 @@ def test_providers_are_timed_in_turn(called):
     samples = measure.times_ms(steps(fast=0, slow=2), "cpu", seconds=0.0)
     assert order == ["fast", "slow"] * (1 + 5)  # the first untimed
     assert [len(times) for times in samples.values()] == [5, 5]
-    assert min(samples["slow"]) >= 2 > min(samples["fast"])
+    assert samples["slow"] == pytest.approx([2] * 5)
+    assert samples["fast"] == [0] * 5
 
 
 def test_rounds_go_on_until_the_time_is_over(called):
     order, steps = called
-    samples = measure.times_ms(steps(one=10, two=10), "cpu", seconds=0.5)
-    assert 4 <= len(samples["one"]) <= 50
-    assert order == ["one", "two"] * (1 + len(samples["one"]))
+    samples = measure.times_ms(steps(one=31.25, two=31.25), "cpu", seconds=0.5)
+    assert len(samples["one"]) == 16
+    assert order == ["one", "two"] * (1 + 16)
 
 
 def test_a_provider_that_takes_long_sits_out(called, monkeypatch):
@@ -216,7 +220,7 @@ def test_a_long_call_is_made_no_oftener_than_it_must_be(called, monkeypatch):
     assert order == ["oracle", "peer", *["fastcss"] * (1 + 1 + 1), "oracle", "peer", *["fastcss"] * 5]
     for row in slow:
         assert (row["calls"], row["peak_mib"], row["error"]) == (1, pytest.approx(1.0, abs=0.01), 0)
-        assert row["p20_ms"] == row["median_ms"] == row["p80_ms"] >= 110
+        assert row["p20_ms"] == row["median_ms"] == row["p80_ms"] == pytest.approx(110)
     assert (ours["calls"], ours["peak_mib"]) == (5, pytest.approx(1.0, abs=0.01))
 
 
