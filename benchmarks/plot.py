@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -57,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
-    for file, rows in results.items():
-        for picture in draw(rows, options.out / file.stem):
-            print(picture)
+    stems = [options.out / file.stem for file in results]
+    with ProcessPoolExecutor(min(len(stems), os.cpu_count() or 1)) as processes:  # a second a picture
+        for pictures in processes.map(draw, results.values(), stems):
+            print(*pictures, sep="\n")
     return 0
 
 
