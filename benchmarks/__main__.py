@@ -15,7 +15,8 @@ from fastcss._malloc import tune_malloc
 
 from . import compare, harness, measure, registry, report
 
-#: On each provider of a case, on average: all cases of a CPU with two cores take less than twenty minutes.
+#: On each provider of a case, on average: all cases take less than twenty minutes of two cores. With AVX2 only that is
+#: so when torch.compile has its results in its caches; else it takes four more.
 SECONDS = 0.05
 
 
