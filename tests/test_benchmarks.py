@@ -124,15 +124,16 @@ def test_peak_memory_counts_temporaries_and_the_result():
 def test_peak_memory_leaves_out_what_ends_where_an_earlier_call_had_some():
     """The profiler takes that for the block of the earlier call, which it did not see end."""
 
-    def blocks():
-        return [torch.empty(2**14) for _ in range(64)]
+    def blocks(size=2**14):
+        return [torch.empty(size) for _ in range(64)]
 
     seen = []
     measure.peak_mib(lambda: seen.extend(blocks()), "cpu")
     addresses = {block.data_ptr() for block in seen}
-    seen.clear()
-    kept = blocks()
-    assert any(block.data_ptr() in addresses for block in kept)
+    del seen[::2]  # holes, between blocks that stay
+    kept = blocks(2**14 - 64)
+    if not any(block.data_ptr() in addresses for block in kept):
+        pytest.skip("the C library gives no address again")
 
     def step():
         kept.clear()
