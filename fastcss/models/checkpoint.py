@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NAMED = 3  # tensors in an error message
 
 
@@ -21,32 +25,37 @@ def load_pretrained(
     folder: str | Path,
     config: PreTrainedConfig | None = None,
     parts: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A model with the weights of a folder: safetensors only, no network.
 
     Args:
         model_class: of the model.
-        folder: as ``save_pretrained`` writes it, by this class or by one with heads on it.
+        folder: as ``save_pretrained`` writes it, by this class or by one with heads on it; also as transformers 4 did.
         config: the architecture wanted; by default what the folder's own configuration says.
         parts: names of the submodules and parameters that the folder must have; by default all.
+        dtype: of the weights, whatever the folder has them in; by default as the configuration says.
 
     Raises:
-        FileNotFoundError: no such folder.
-        OSError: no configuration or no safetensors in it.
-        ValueError: the checkpoint is of another architecture, or not whole; names the first tensors that differ.
+        FileNotFoundError: no such folder; no configuration or no safetensors in it, maybe a pickle in their place.
+        ValueError: a configuration or weights that cannot be read, or a checkpoint of another architecture; names the
+            first tensors that differ.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{model_class.__name__}: no such folder: {folder}")
+    folder = Path(folder)
+    _check_files(model_class, folder)
     with _quiet():
         if config is None:
             config = _read_config(model_class.config_class, folder)
-        model, info = model_class.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        try:
+            model, info = model_class.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, dtype=dtype or config.dtype or "auto",
+            )  # fmt: skip
+        except SafetensorError as error:
+            raise ValueError(f"{folder} holds no whole safetensors file: {error}") from error
     needed = [name for name in model.state_dict() if parts is None or name.split(".")[0] in parts]
     other = {name: (list(there), list(here)) for name, there, here in info["mismatched_keys"]}
-    absent = set(info["missing_keys"])
+    absent = set(info["missing_keys"]) - _unused(model)
     problems = [f"{name} is {other[name][0]}, wanted {other[name][1]}" for name in needed if name in other]
     problems += [f"{name} is missing" for name in needed if name in absent]
     kinds = {re.sub(r"\d+", "0", name) for name in needed}  # one more layer is another model, an unused head is not
@@ -61,11 +70,48 @@ def save_pretrained(model: PreTrainedModel, folder: Path, state: Mapping[str, Te
         model.save_pretrained(folder, state_dict=dict(state))
 
 
-def _read_config(config_class: type[PreTrainedConfig], folder: str | Path) -> PreTrainedConfig:
-    content, _ = config_class.get_config_dict(folder, local_files_only=True)
-    if content.get("model_type") != config_class.model_type:
-        raise ValueError(f"{folder} holds a {content.get('model_type')!r}, wanted a {config_class.model_type!r}")
-    return config_class.from_dict(content)
+def _check_files(model_class: type[PreTrainedModel], folder: Path) -> None:
+    """Before transformers looks for them, whose errors name no file or no remedy."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{model_class.__name__}: no such folder: {folder}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model_class.__name__}: {folder} has no config.json: save_pretrained writes one")
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return
+    for pickle in (folder / name for name in PICKLES):
+        if pickle.is_file():
+            raise FileNotFoundError(
+                f"{model_class.__name__}: {folder} has no {WEIGHTS[0]} but {pickle.name}, a pickle, and loading it "
+                "would run any code in it; save it as safetensors (transformers' save_pretrained does by default)"
+            )
+    raise FileNotFoundError(f"{model_class.__name__}: {folder} has no {WEIGHTS[0]}")
+
+
+def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    kind = content.get("model_type") if isinstance(content, dict) else content
+    if kind != config_class.model_type:
+        raise ValueError(f"{folder} holds a {kind!r}, wanted a {config_class.model_type!r}")
+    try:
+        content, _ = config_class.get_config_dict(folder, local_files_only=True)
+        return config_class.from_dict(content)
+    except Exception as error:  # transformers has kinds of its own
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unused(model: PreTrainedModel) -> set[str]:
+    """Parameters that a model within the model has and never reads, by its class's own word: transformers 4 had no
+    ``layernorm`` in a Swin backbone, and its folders have none."""
+    names = set()
+    for prefix, module in model.named_modules():
+        patterns = getattr(module, "_keys_to_ignore_on_load_missing", None) or () if prefix else ()
+        own = [name for name, _ in module.named_parameters()] if patterns else []
+        names |= {f"{prefix}.{name}" for name in own if any(re.match(pattern, name) for pattern in patterns)}
+    return names
 
 
 def check_tensors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:

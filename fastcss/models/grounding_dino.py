@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, GroundingDinoConfig, GroundingDinoModel, SwinConfig
+from transformers import BertConfig, GroundingDinoConfig, GroundingDinoModel, PreTrainedConfig, SwinConfig
 from transformers.models.grounding_dino.modeling_grounding_dino import (
     GroundingDinoEncoderOutput,
     generate_masks_with_special_tokens_and_transfer_map,
@@ -65,6 +66,7 @@ class GroundingDinoEncoder(nn.Module):
     def __init__(self, model: GroundingDinoModel) -> None:
         super().__init__()
         self.max_text_len = model.config.max_text_len
+        self._least_side = _least_side(model.config.backbone_config)
         self.backbone = model.backbone
         self.input_proj_vision = model.input_proj_vision
         self.text_backbone = model.text_backbone
@@ -75,8 +77,8 @@ class GroundingDinoEncoder(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str) -> GroundingDinoEncoder:
-        """The encoder of a checkpoint folder as transformers saves it; safetensors only, no network."""
-        return cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS)).eval()
+        """The encoder of a checkpoint folder as transformers saves it, in float32; safetensors only, no network."""
+        return cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS, dtype=torch.float32)).eval()
 
     @classmethod
     def random(cls, size: str = "swin-t", seed: int = 0, fusion_scale: float = 0.5) -> GroundingDinoEncoder:
@@ -104,28 +106,52 @@ class GroundingDinoEncoder(nn.Module):
         token_type_ids: Tensor | None = None,
         pixel_mask: Tensor | None = None,
     ) -> GroundingDinoEncoderOutput:
-        """Image ``[B, 3, H, W]``, text ``[B, L]`` → enhanced image tokens ``[B, N, D]``, text tokens ``[B, L, D]``."""
+        """Image ``[B, 3, H, W]``, text ``[B, L]`` → enhanced image tokens ``[B, N, D]``, text tokens ``[B, L, D]``.
+
+        Of a text longer than the model's ``max_text_len`` the rest is cut off, with a warning.
+        """
         text = self.embed_text(input_ids, attention_mask, token_type_ids)
         return self.enhance(self.embed_image(pixel_values, pixel_mask), text)
 
     def embed_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> TextFeatures:
-        """BERT, with every phrase (between the special tokens) reading only itself."""
+        """BERT, with every phrase (between the special tokens) reading only itself.
+
+        A text of more than ``max_text_len`` tokens is cut to that, with a warning, as ``GroundingDinoModel`` cuts it:
+        once it is known which phrase a token is of, so that a phrase at the cut keeps its places. (There it is
+        silent; ``GroundingDinoForObjectDetection`` cannot run such a text at all.)
+        """
         length = self.max_text_len
-        input_ids = input_ids[:, :length]
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, :length]
-        token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids[:, :length]
+        if input_ids.shape[1] > length and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"GroundingDinoEncoder: the text has {input_ids.shape[1]} tokens, and the model reads {length}: what "
+                "comes after them is cut off. Split the phrases into several texts to have all of them read.",
+                stacklevel=2,
+            )
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        token_type_ids = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         readable, position_ids = generate_masks_with_special_tokens_and_transfer_map(input_ids, self.special_tokens)
+        input_ids, attention_mask, token_type_ids, position_ids = (
+            of[:, :length] for of in (input_ids, attention_mask, token_type_ids, position_ids)
+        )
+        readable = readable[:, :length, :length]
         hidden = self.text_backbone(input_ids, readable[:, None], token_type_ids, position_ids).last_hidden_state
         return TextFeatures(self.text_projection(hidden), ~attention_mask.bool(), ~readable, position_ids)
 
     def embed_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
-        """The backbone's feature maps projected to D channels, and coarser levels made from the last of them."""
+        """The backbone's feature maps projected to D channels, and coarser levels made from the last of them.
+
+        A picture with a side that a ConvNeXt leaves nothing of is filled up with padding, masked as such.
+        """
         if pixel_mask is None:
             pixel_mask = torch.ones(
                 pixel_values.shape[0], *pixel_values.shape[-2:], dtype=torch.long, device=pixel_values.device
             )
+        missing = [max(0, self._least_side - side) for side in pixel_values.shape[-2:]]
+        if any(missing):
+            padding = (0, missing[1], 0, missing[0])
+            pixel_values, pixel_mask = (nn.functional.pad(of, padding) for of in (pixel_values, pixel_mask))
         maps, positions = self.backbone(pixel_values, pixel_mask)
         last = maps[-1][0]
         levels, masks = [], []
@@ -196,6 +222,13 @@ def add_adapters(
             scale = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.02
             parameter.data.normal_(0, scale, generator=generator)
     return model.eval()
+
+
+def _least_side(backbone: PreTrainedConfig) -> int:
+    """Of a picture, in pixels: Swin pads what its strides do not divide; ConvNeXt's convolutions need all of theirs."""
+    if backbone.model_type not in ("convnext", "convnextv2"):
+        return 1
+    return backbone.patch_size * 2 ** (len(backbone.depths) - 1)
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,8 +33,8 @@ class SamSegmenter(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str) -> SamSegmenter:
-        """The checkpoint folder that transformers saves; safetensors only, no network."""
-        return cls(load_pretrained(SamModel, folder)).eval()
+        """The checkpoint folder that transformers saves, in float32; safetensors only, no network."""
+        return cls(load_pretrained(SamModel, folder, dtype=torch.float32)).eval()
 
     @classmethod
     def random(cls, size: str = "vit-b", seed: int = 0) -> SamSegmenter:
