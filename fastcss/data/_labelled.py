@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._files import whole_file
-from ._pictures import read_image, read_labels
+from ._pictures import read_image, read_labels, read_size
 
 
 class LabelledPictures(Dataset):
@@ -43,30 +43,39 @@ class LabelledPictures(Dataset):
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         image, labels = read_image(self.images[item]), read_labels(self.masks[item], self._classes)
         if image.shape[1:] != labels.shape:
-            raise ValueError(
-                f"{self.masks[item]} has {_size(labels)} pixels, and its picture {self.images[item]} has {_size(image)}"
-            )
+            raise self._sizes_differ(item, labels)
         return image, labels
 
     def shown(self) -> list[tuple[int, ...]]:
         """For each item the labels that occur in it, background and 255 aside.
 
-        Reads every label map the first time and keeps the answer in the cache folder, until a label map is another one
-        by name, size or time of change. Where the folder cannot be written, it warns and goes on.
+        Reads every label map the first time, and of its picture the size, and keeps the answer in the cache folder,
+        until one of them is another by name, size or time of change. Where the folder cannot be written, it warns and
+        goes on.
         """
         if self._shown is None:
             kept = self._cache / f"shown-{_digest(str(mask.absolute()) for mask in self.masks)}.json"
-            stamp = _digest(f"{stat.st_size} {stat.st_mtime_ns}" for stat in map(Path.stat, self.masks))
+            stamp = _digest(f"{stat.st_size} {stat.st_mtime_ns}" for stat in map(Path.stat, (*self.masks, *self.images)))
             self._shown = _read_kept(kept, stamp, len(self))
             if self._shown is None:
                 with ThreadPoolExecutor() as pool:
-                    self._shown = list(pool.map(self._labels_in, self.masks))
+                    self._shown = list(pool.map(self._labels_in, range(len(self))))
                 _keep(kept, {"stamp": stamp, "shown": self._shown})
         return self._shown
 
-    def _labels_in(self, mask: Path) -> tuple[int, ...]:
-        labels = read_labels(mask, self._classes).flatten().bincount(minlength=256)
-        return tuple(labels[1:255].nonzero().add_(1).flatten().tolist())
+    def _labels_in(self, item: int) -> tuple[int, ...]:
+        labels = read_labels(self.masks[item], self._classes)
+        if read_size(self.images[item])[0] != labels.shape:  # found here, it does not end a run in the middle
+            raise self._sizes_differ(item, labels)
+        counts = labels.flatten().bincount(minlength=256)
+        return tuple(counts[1:255].nonzero().add_(1).flatten().tolist())
+
+    def _sizes_differ(self, item: int, labels: Tensor) -> ValueError:
+        size, turned = read_size(self.images[item])
+        return ValueError(
+            f"{self.masks[item]} has {_size(labels.shape)} pixels, and its picture {self.images[item]} has "
+            f"{_size(size)}{', turned as its EXIF orientation says' if turned else ''}"
+        )
 
 
 def pair(
@@ -96,8 +105,8 @@ def pair(
     return files[0], files[1]
 
 
-def _size(pixels: Tensor) -> str:
-    return "×".join(str(side) for side in reversed(pixels.shape[-2:]))
+def _size(size: Sequence[int]) -> str:
+    return "×".join(map(str, reversed(size)))
 
 
 def _user_cache() -> Path:

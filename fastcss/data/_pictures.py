@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_ORIENTATION = 0x0112  # of EXIF
+_BITS, _MEANING, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags of bits a sample and of what a grey value means, and one
+
 
 def read_image(path: str | Path) -> Tensor:
     """The picture in a file, as float32 ``[3, H, W]`` of red, green and blue in 0…1.
 
-    Grey and palette pictures become coloured ones, and 16-bit grey keeps its full scale. What is transparent is laid on
+    It is upright: turned as its EXIF orientation says. Grey and palette pictures become coloured ones, and grey of 12
+    or 16 bits keeps its full scale; of other colours Pillow reads the upper 8 bits. What is transparent is laid on
     white. A file of several pictures gives its first.
 
     Args:
@@ -23,11 +32,10 @@ def read_image(path: str | Path) -> Tensor:
         ValueError: a file that is no picture or a damaged one, or pixels of no known range (float, 32-bit).
         ModuleNotFoundError: Pillow is not installed.
     """
-    picture = _open(path)
-    sixteen_bit = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")
-    if sixteen_bit:
-        grey = np.asarray(picture).astype(np.float32) / 65535
-        return torch.from_numpy(grey).expand(3, -1, -1).contiguous()
+    picture = _open(path, upright=True)
+    # What Pillow calls I has 32 bits; its own reader of these formats has scaled them to 16.
+    if picture.mode.startswith("I;16") or (picture.mode, picture.format) in (("I", "PNG"), ("I", "PPM")):
+        return torch.from_numpy(_deep_grey(picture)).expand(3, -1, -1).contiguous()
     if picture.mode in ("I", "F"):
         raise ValueError(f"{path}: pixels of mode {picture.mode} have no known range; 8- or 16-bit ones do")
     try:
@@ -43,6 +51,8 @@ def read_image(path: str | Path) -> Tensor:
 
 def read_labels(path: str | Path, classes: int) -> Tensor:
     """The label map in a file, as int64 ``[H, W]`` of 0…classes, and 255 where nothing counts.
+
+    It is as it was drawn, over the picture upright: an EXIF orientation of its own is not looked at.
 
     Args:
         path: of a picture whose pixels are labels: palette indices or 8-bit grey.
@@ -63,10 +73,35 @@ def read_labels(path: str | Path, classes: int) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _open(path: str | Path):
-    """A picture of Pillow's, wholly read, its file closed."""
+def read_size(path: str | Path) -> tuple[tuple[int, int], bool]:
+    """(height, width) of what ``read_image`` gives, and whether that is turned on its side; only the header is read.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: as ``read_image``.
+    """
+    picture = _open(path, pixels=False)
+    # Pillow tells the size of a TIFF as it will be turned, and any other as it is in the file.
+    turned = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return (picture.size if turned else picture.size[::-1]), turned
+
+
+def _deep_grey(picture: Image) -> np.ndarray:
+    """float32 [H, W] in 0…1 of a grey picture of more than 8 bits."""
+    grey = np.asarray(picture).astype(np.float32)
+    transparent = picture.info.get("transparency")  # the one grey that is, where there is one
+    clear = grey == transparent if isinstance(transparent, int) else False
+    tags = getattr(picture, "tag_v2", {})
+    (bits, *_) = np.atleast_1d(tags.get(_BITS, 16))
+    grey /= 2.0 ** int(bits) - 1
+    if tags.get(_MEANING) == _WHITE_IS_ZERO:  # which Pillow takes care of in 8 bits only
+        grey = 1 - grey
+    return np.where(clear, np.float32(1), grey)
+
+
+def _open(path: str | Path, pixels: bool = True, upright: bool = False) -> Image:
+    """A picture of Pillow's, its file closed: wholly read, or without ``pixels`` its header."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"pictures are read with Pillow, and {error.name} is not installed: pip install 'fastcss[data]'",
@@ -74,10 +109,15 @@ def _open(path: str | Path):
         ) from error
     try:
         with Image.open(path) as picture:
-            picture.load()
+            if pixels:
+                picture.load()
+            else:
+                picture.getexif()  # kept by the picture, also once its file is closed
+            if upright:
+                ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except FileNotFoundError:
         raise
     # What Pillow raises for files that are damaged, of no known format, or too large to be meant.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no picture that can be read: {error}") from error

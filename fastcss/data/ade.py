@@ -62,12 +62,18 @@ class ADE20K(LabelledPictures):
         if split not in SPLITS:
             raise ValueError(f"ADE20K: split must be one of {', '.join(SPLITS)}, got {split!r}")
         images, masks = _folders(Path(root), SPLITS[split])
-        stems = {path.stem for path in images.glob("*.jpg")} | {path.stem for path in masks.glob("*.png")}
+        stems = _stems(images, ".jpg") | _stems(masks, ".png")
         if not stems:
             raise FileNotFoundError(f"ADE20K: no pictures: looked for *.jpg in {images}")
         super().__init__(
             *pair("ADE20K", sorted(stems), (images, ".jpg"), (masks, ".png")), classes=len(CLASSES) - 1, cache=cache
         )
+
+
+def _stems(folder: Path, suffix: str) -> set[str]:
+    """Of a folder's files; hidden ones, as "._NAME.jpg" that macOS leaves beside NAME.jpg, are none of the data set."""
+    names = (path.name for path in folder.glob(f"*{suffix}"))
+    return {name.removesuffix(suffix) for name in names if not name.startswith(".")}
 
 
 def _folders(root: Path, split: str) -> tuple[Path, Path]:

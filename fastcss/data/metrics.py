@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def class_iou(labels: int) -> Metric:
     """Every label's intersection over union, gathered over a data set: a metric of torchmetrics.
 
-    ``update(predicted, labels)`` takes two label maps, int64 of any and the same shape; pixels labelled 255 do not
-    count. ``compute()`` gives float32 ``[labels]``, NaN for what occurs in neither. ``.to(device)`` and ``.reset()``
-    are torchmetrics'.
+    ``update(predicted, labels)`` takes two label maps of integers, of any and the same shape; pixels labelled 255 do
+    not count. ``compute()`` gives float32 ``[labels]``, NaN for what occurs in neither. ``.to(device)`` and
+    ``.reset()`` are torchmetrics'. ``update`` raises ValueError, before it counts anything, where one of them has what is
+    no label in a pixel that counts: predictions know no 255.
 
     Args:
         labels: how many there are, the background among them.
@@ -28,13 +29,13 @@ def class_iou(labels: int) -> Metric:
         ModuleNotFoundError: torchmetrics is not installed.
     """
     try:
-        from torchmetrics.classification import MulticlassJaccardIndex
+        from ._class_iou import ClassIoU
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"IoU is measured with torchmetrics, and {error.name} is not installed: pip install 'fastcss[data]'",
             name=error.name,
         ) from error
-    return MulticlassJaccardIndex(labels, average=None, ignore_index=IGNORE, zero_division=math.nan)
+    return ClassIoU(labels, average=None, ignore_index=IGNORE, zero_division=math.nan)
 
 
 class ContinualMetrics:

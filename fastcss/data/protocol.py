@@ -67,6 +67,19 @@ def tasks(data: str | int, setting: str) -> list[tuple[int, ...]]:
     return [tuple(range(1, first + 1)), *(tuple(range(start, start + step)) for start in starts)]
 
 
+def label_index(labels: Tensor, name: str) -> Tensor:
+    """Labels 0…255 of any integer type as int64, which index a table. Torch takes uint8 for a mask, and counts negative
+    numbers from the end; ``name`` is what to call the labels where they are something else."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    labels = labels.long()
+    if labels.numel():
+        least, most = (value.item() for value in labels.aminmax())
+        if least < 0 or most > IGNORE:
+            raise ValueError(f"{name} must be 0 to {IGNORE}, got {least if least < 0 else most}")
+    return labels
+
+
 class Overlapped(Dataset):
     """A labelled data set as the overlapped protocol shows it: all classes but those wanted are background.
 
@@ -74,7 +87,8 @@ class Overlapped(Dataset):
     task learns from.
 
     Args:
-        dataset: items ``(image, labels)``, with labels int64 ``[H, W]`` of 0…254, and 255 where nothing counts.
+        dataset: items ``(image, labels)``, with labels ``[H, W]`` of any integer type, of 0…254, and 255 where nothing
+            counts. An item's labels are int64.
         classes: labels from 1 to 254 that stay. All others, older or later ones, become 0; 255 stays.
         shown: for each item the labels that occur in it; keeps the items that show at least one of ``classes``. None
             keeps every item.
@@ -83,7 +97,9 @@ class Overlapped(Dataset):
         indices: number, in ``dataset``, of each item kept.
 
     Raises:
-        ValueError: a class that is none or given twice; ``shown`` of another length than ``dataset``.
+        ValueError: a class that is none or given twice; ``shown`` of another length than ``dataset``. Of an item: labels
+            outside 0…255.
+        TypeError: of an item whose labels are no integers.
 
     Source: DecoupleCSS, section 4.1; MiB (Cermelli et al., 2020), section 3.
 
@@ -112,8 +128,9 @@ class Overlapped(Dataset):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.dataset[self.indices[item]]
-        return image, self._becomes[labels]
+        index = self.indices[item]
+        image, labels = self.dataset[index]
+        return image, self._becomes[label_index(labels, f"Overlapped: labels of item {index}")]
 
 
 def training_set(dataset: Dataset, classes: Sequence[int]) -> Overlapped:

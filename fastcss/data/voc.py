@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from pathlib import Path
 
 from ._labelled import LabelledPictures, pair
@@ -13,6 +15,8 @@ CLASSES = (
     *("dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"),
 )
 SPLITS = ("train", "val", "trainval", "train_aug")
+#: What the list of a split may be called, beside the split's own name.
+_ALSO = {"train_aug": ("trainaug",)}
 
 
 class VOC(LabelledPictures):
@@ -22,14 +26,14 @@ class VOC(LabelledPictures):
         root: ``VOC2012``, ``VOCdevkit``, or the folder that has it: with ``JPEGImages``, ``SegmentationClass`` and
             ``ImageSets/Segmentation``.
         split: "train" (1,464 images), "val" (1,449), "trainval", or "train_aug" (10,582), which continual segmentation
-            trains on: its list, ``train_aug.txt``, and label maps, ``SegmentationClassAug``, come from the Semantic
-            Boundaries Dataset. The other splits take ``SegmentationClassAug`` only where there is no
+            trains on: its list, ``train_aug.txt`` (or ``trainaug.txt``), and label maps, ``SegmentationClassAug``, come
+            from the Semantic Boundaries Dataset. The other splits take ``SegmentationClassAug`` only where there is no
             ``SegmentationClass``.
         cache: folder that keeps what the images show (``shown``); None is fastcss in the user's cache folder. Nothing
             is written below ``root``.
 
     Raises:
-        ValueError: an unknown split; a list of no names.
+        ValueError: an unknown split; a list of no names, or that is no text.
         FileNotFoundError: a folder, list, picture or label map is missing; names what was looked for.
 
     Each item is ``(image, labels)``: float32 ``[3, H, W]`` in 0…1, and int64 ``[H, W]`` of 0…20 (see ``CLASSES``), 255
@@ -48,7 +52,7 @@ class VOC(LabelledPictures):
             raise ValueError(f"VOC: split must be one of {', '.join(SPLITS)}, got {split!r}")
         folder = _voc2012(Path(root))
         masks = _masks(folder, split)
-        stems = _names(folder / "ImageSets" / "Segmentation" / f"{split}.txt")
+        stems = _names(_list(folder, split))
         super().__init__(
             *pair("VOC", stems, (folder / "JPEGImages", ".jpg"), (masks, ".png")), classes=len(CLASSES) - 1, cache=cache
         )
@@ -56,8 +60,8 @@ class VOC(LabelledPictures):
 
 def lists(root: str | Path) -> list[str]:
     """The splits whose list is there; FileNotFoundError where there is no VOC 2012 at all."""
-    folder = _voc2012(Path(root)) / "ImageSets" / "Segmentation"
-    return [split for split in SPLITS if (folder / f"{split}.txt").is_file()]
+    folder = _voc2012(Path(root))
+    return [split for split in SPLITS if any(path.is_file() for path in _lists(folder, split))]
 
 
 def _voc2012(root: Path) -> Path:
@@ -79,12 +83,43 @@ def _masks(folder: Path, split: str) -> Path:
     raise FileNotFoundError(f"VOC: no label maps for {split!r}: looked for the folder {looked}")
 
 
+def _lists(folder: Path, split: str) -> list[Path]:
+    """Where the list of a split may be."""
+    names = (split, *_ALSO.get(split, ()))
+    return [folder / "ImageSets" / "Segmentation" / f"{name}.txt" for name in names]
+
+
+def _list(folder: Path, split: str) -> Path:
+    candidates = _lists(folder, split)
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"VOC: no list of the split: looked for {' or '.join(map(str, candidates))}")
+
+
 def _names(path: Path) -> list[str]:
-    """Names in a list of VOC's, or of DeepLab's, which has a line "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
-    for each."""
-    if not path.is_file():
-        raise FileNotFoundError(f"VOC: no list of the split: looked for {path}")
-    words = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not words:
+    """Names in a list of VOC's, one a line as it stands there, be it with dots or spaces; or of DeepLab's, which has a
+    line "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png" for each."""
+    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    if not lines:
         raise ValueError(f"VOC: {path} lists no pictures")
-    return [Path(word).stem for word in words]
+    return [_name(line) for line in lines]
+
+
+def _name(line: str) -> str:
+    deeplab = re.fullmatch(r"(.+\.jpg)\s+\S.*\.png", line)
+    first = deeplab[1] if deeplab else line
+    return first.rpartition("/")[2].removesuffix(".jpg")
+
+
+def _text(path: Path) -> str:
+    """Of a file in UTF-8, or in UTF-16 with a byte order mark, as editors of other systems save it."""
+    content = path.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"VOC: {path} is no text in UTF-8, save it as such: {error}") from error
+    if "\0" in text:  # as UTF-16 without its mark looks
+        raise ValueError(f"VOC: {path} is no text in UTF-8, save it as such: it has zero bytes")
+    return text

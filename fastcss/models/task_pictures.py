@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.protocol import label_index
 from .decouplecss_loss import IGNORE_INDEX
 from .preprocessing import preprocess
 from .sam import SamSegmenter
@@ -71,7 +72,7 @@ class TaskPictures(Dataset):
     A pixel of a mask has the label under its centre.
 
     Args:
-        dataset: items ``(image, labels)``: floating point ``[3, H, W]`` in 0…1, int64 ``[H, W]`` of 0…254, and 255
+        dataset: items ``(image, labels)``: floating point ``[3, H, W]`` in 0…1, integers ``[H, W]`` of 0…254, and 255
             where nothing counts.
         labels: label of each class of the task, from 1 to 254, in the order of its names; all others are background.
         segmenter: whose sizes count.
@@ -106,7 +107,8 @@ class TaskPictures(Dataset):
 
     def __getitem__(self, item: int) -> Example:
         image, labels = self.dataset[item]
-        picture, classes = preprocess(image, **self._sides), self._becomes[labels]
+        picture = preprocess(image, **self._sides)
+        classes = self._becomes[label_index(labels, f"TaskPictures: labels of item {item}")]
         sizes = zip(classes.shape, picture.crop, strict=True)
         rows, columns = (self._under_centres(length, part) for length, part in sizes)
         padded = F.pad(classes, (0, 1, 0, 1), value=IGNORE_INDEX)

@@ -53,6 +53,7 @@ def test_all_right_is_one_and_255_does_not_count():
 
 def test_torchmetrics_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    monkeypatch.delitem(sys.modules, "fastcss.data._class_iou", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"is not installed: pip install 'fastcss\[data\]'"):
         class_iou(3)
 
