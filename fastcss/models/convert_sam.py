@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-from .._files import whole_folder
+from .._files import read_tensors, whole_folder
 from .checkpoint import check_tensors, empty, save_pretrained
 
 #: What the published models are called, by the width of their image encoder.
@@ -41,13 +42,18 @@ _NAMES = (
 )
 _HEADS = r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\."
 _TIED = "prompt_encoder.shared_embedding.positional_embedding"
+_FIRST = "image_encoder.patch_embed.proj.weight"  # every SAM has it, and what is before it in a name is a wrapper's
+_DEEP = 3  # wrappers within wrappers
+_NAMED = 5  # entries of a checkpoint in an error message
 
 
 def convert_sam(checkpoint: str | Path, folder: str | Path) -> SamConfig:
     """Write the folder that ``SamSegmenter.from_folder`` reads from a ``sam_vit_*.pth``: the command ``convert-sam``.
 
     Args:
-        checkpoint: of segment-anything: a state dict, loaded with ``weights_only=True``.
+        checkpoint: of segment-anything: a state dict, loaded with ``weights_only=True``, or in safetensors. It may be
+            one entry of what a trainer saved ("model", "state_dict" or any other name, beside an optimizer), with a
+            prefix before all its names ("module.", "model.sam.", …) and tensors of other modules beside them.
         folder: to be made.
 
     Returns:
@@ -56,9 +62,10 @@ def convert_sam(checkpoint: str | Path, folder: str | Path) -> SamConfig:
     Raises:
         FileNotFoundError: no such checkpoint.
         FileExistsError: the folder is there already.
-        ValueError: the checkpoint is no SAM; names the first tensors that are missing, unknown or of another shape.
+        ValueError: the checkpoint is no SAM, or holds several; names what was found, or the first tensors that are
+            missing, unknown or of another shape.
     """
-    source = _read(Path(checkpoint))
+    source = _unwrap(_read(Path(checkpoint)), str(checkpoint))
     config = _config(source, checkpoint)
     model = empty(SamModel, config)
     state = {_rename(name, config.mask_decoder_config.iou_head_depth): tensor for name, tensor in source.items()}
@@ -69,18 +76,59 @@ def convert_sam(checkpoint: str | Path, folder: str | Path) -> SamConfig:
     return config
 
 
-def _read(checkpoint: Path) -> dict[str, Tensor]:
+def _read(checkpoint: Path) -> object:
+    if checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is a folder: one that transformers saved needs no conversion")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no such checkpoint: {checkpoint}")
+    if checkpoint.suffix == ".safetensors":
+        return read_tensors(checkpoint, "convert_sam")
     try:
-        source = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f": {found[1]}" if found else ""
         raise ValueError(
-            f"{checkpoint} is not whole, or holds more than tensors, which could be any code to be run"
+            f"{checkpoint} is not whole, or holds more than tensors, which could be any code to be run{what}; "
+            "save its state dict alone"
         ) from error
-    if not isinstance(source, dict) or not all(isinstance(tensor, Tensor) for tensor in source.values()):
-        raise ValueError(f"{checkpoint} is no state dict: tensors by name")
-    return source
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{checkpoint} is not whole: {error}") from error
+
+
+def _unwrap(content: object, where: str) -> dict[str, Tensor]:
+    """SAM's own tensors by SAM's own names, in whatever a trainer has laid around them."""
+    found = {
+        (*keys, name.removesuffix(_FIRST)): state
+        for keys, state in _states(content)
+        for name in state
+        if name == _FIRST or name.endswith(f".{_FIRST}")
+    }
+    if not found:
+        raise ValueError(f"{where} is no checkpoint of SAM: no {_FIRST} in it; it holds {_entries(content)}")
+    if len(found) > 1:
+        several = " and ".join(" → ".join(map(repr, place)) for place in found)
+        raise ValueError(f"{where} holds more than one SAM, {several}: save the state dict of the one wanted")
+    ((*_, prefix), state) = next(iter(found.items()))
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _states(content: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """The dicts of tensors by name within nested dicts, and the keys that lead to each."""
+    if not isinstance(content, Mapping) or len(keys) > _DEEP:
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield keys, tensors
+    for key, value in content.items():
+        yield from _states(value, (*keys, str(key)))
+
+
+def _entries(content: object) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    more = f" and {len(content) - _NAMED} more" if len(content) > _NAMED else ""
+    return ", ".join(repr(key) for key in list(content)[:_NAMED]) + more if content else "nothing"
 
 
 def _rename(name: str, depth: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
@@ -135,7 +137,7 @@ NORM = "image_encoder.blocks.1.norm1.weight"
         ({NORM: torch.zeros(40)}, r"vision_encoder\.layers\.1\.layer_norm1\.weight is \[40\], wanted \[48\]"),
         ({"mask_decoder.hf_token.weight": torch.zeros(1, 32)}, r"mask_decoder\.hf_token\.weight is not wanted"),
         ({"image_encoder.pos_embed": None}, r"no checkpoint of SAM: image_encoder\.pos_embed is missing"),
-        ({"epoch": 3}, r"is no state dict"),
+        ({"image_encoder.patch_embed.proj.weight": None}, r"no image_encoder\.patch_embed\.proj\.weight in it; it holds 'p"),
     ],
 )
 def test_what_is_no_sam_is_named(model, tmp_path, change, message):
@@ -144,6 +146,65 @@ def test_what_is_no_sam_is_named(model, tmp_path, change, message):
     with pytest.raises(ValueError, match=r"sam\.pth .*" + message):
         convert_sam(tmp_path / "sam.pth", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def optimizer_of(state: dict[str, Tensor]) -> dict:
+    """With moments, after a step."""
+    parameter = torch.nn.Parameter(state[NORM].clone())
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPED = {
+    "entry": lambda state: {"model": state, "optimizer": optimizer_of(state), "epoch": 3},
+    "Lightning": lambda state: {
+        "pytorch-lightning_version": "2.5.0", "epoch": 3, "optimizer_states": [optimizer_of(state)],
+        "state_dict": prefixed(state, "model.sam.") | {"loss.weight": torch.ones(3)},
+    },
+    "DDP": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: {"net": {"ema": prefixed(state, "_orig_mod.") | {"n_averaged": torch.tensor(5)}}},
+    "with numbers": lambda state: state | {"epoch": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_what_trainers_lay_around_a_checkpoint_is_taken_off(model, tmp_path, wrapper):
+    torch.save(WRAPPED[wrapper](state_of(model)), tmp_path / "sam.pth")
+    convert_sam(tmp_path / "sam.pth", tmp_path / "out")
+    got = SamSegmenter.from_folder(str(tmp_path / "out")).model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_in_safetensors(model, tmp_path):
+    save_file({name: tensor.contiguous() for name, tensor in state_of(model).items()}, tmp_path / "sam.safetensors")
+    convert_sam(tmp_path / "sam.safetensors", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda state: {"model": state, "ema": state}, "more than one SAM, 'model' → '' and 'ema' → ''"),
+        (lambda state: prefixed(state, "student.") | prefixed(state, "teacher."), "'student.' and 'teacher.'"),
+        (lambda state: {"model": [1, 2], "epoch": 3}, "it holds 'model', 'epoch'"),
+        (lambda state: {}, "it holds nothing"),
+        (lambda state: [state], "it holds a list"),
+        (lambda state: {"state_dict": state, "hyper_parameters": argparse.Namespace(rate=1)}, "argparse.Namespace"),
+    ],
+)
+def test_what_holds_no_sam_or_several_says_what_it_holds(model, tmp_path, content, message):
+    torch.save(content(state_of(model)), tmp_path / "sam.pth")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert_sam(tmp_path / "sam.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="is a folder"):
+        convert_sam(tmp_path, tmp_path / "out")
 
 
 class Harmful:
