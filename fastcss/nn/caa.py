@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,11 @@ from ._resize import resize
 
 Norm = Callable[[int], nn.Module]
 
+#: What a head draws its context from: all there is, or what the ablations of tables 3.2 and 3.3 leave it. "centers":
+#: the features attend to the class centres, there is no affinity map; "affinity": what the map gathers from pixels
+#: alike and unlike, and no class centres; "intra", "inter": the pixels alike, or unlike, alone attend to the centres.
+CONTEXTS = ("full", "centers", "affinity", "intra", "inter")
+
 
 class CAAOutput(NamedTuple):
     """What ``ClassAwareAffinity`` returns; a tuple, so that ``torch.compile`` and DDP see every tensor in it.
@@ -25,12 +31,14 @@ class CAAOutput(NamedTuple):
         coarse: ``[B, C, h, w]``, the coarse segmentation that the class centres are made with.
         q: ``[B, h·w, K]``, the queries of the affinity map ``sigmoid(Q Kᵀ)``.
         k: ``[B, h·w, K]``, its keys.
+
+    What the head's ``context`` has no use for is None: ``coarse`` without class centres, ``q`` and ``k`` without map.
     """
 
     logits: Tensor
-    coarse: Tensor
-    q: Tensor
-    k: Tensor
+    coarse: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
 
 
 class CAALosses(NamedTuple):
@@ -48,7 +56,14 @@ class ClassAwareAffinity(nn.Module):
     Each pixel gathers features from the pixels alike (``M F``) and unlike (``(1 − M) F``), both attend to the class
     centres of the coarse segmentation, and what they find is joined with the features. One segmentation layer, a 1×1
     convolution, makes the coarse segmentation from the features and the final one from the result. Without that layer,
-    which the bare model has too, the module has 3,614,336 parameters at 512 channels. The N×N map is never made.
+    which the bare model has too, the module has 3,089,024 parameters at 512 channels. The N×N map is never made.
+
+    The published count is 3,614,336: it has a bottleneck convolution of OCRNet in it (525,312 parameters), which the
+    author's code makes and never runs. With ``ocr_bottleneck=True`` it is there and runs, as in OCRNet. The published
+    13.05 GMAC of convolutions, at 64×64 pixels, 150 classes, have no room for it: counted are 13.03 without and 17.33
+    with it, the second use of the segmentation layer included (0.05 less here: the centres' keys are made once).
+    Weights of a head with it do not load into one without: the error names them. Where the layer was never run, as by
+    the author's code, leave out the keys under ``center_attention.bottleneck``.
 
     Args:
         in_channels: D, channels of the features.
@@ -59,10 +74,14 @@ class ClassAwareAffinity(nn.Module):
             the finished module.
         loss_weights: factors of the segmentation, affinity and auxiliary loss in ``loss``.
         ignore_index: pixels of this label are in no loss.
+        context: "full", or one of the ablations of tables 3.2 and 3.3: "centers", "affinity", "intra", "inter"; see
+            ``CONTEXTS``. Layers, map and losses of what is left out are not there.
+        ocr_bottleneck: join what is attended with what attends by one more layer, as OCRNet and not as eq. 3.5, 3.7.
         impl: implementation of the ops: "auto", or one of "reference", "composed", "cpu", "triton", "cuda".
 
     Raises:
-        ValueError: a channel or class count below 1, an unknown ``impl``, or not three loss weights.
+        ValueError: a channel or class count below 1, an unknown ``impl`` or ``context``, not three loss weights, or
+            ``ocr_bottleneck`` without class centres.
 
     Source: CAA (thesis chapter 3), table 3.5 for the size; what the text leaves open is as in the author's code.
 
@@ -82,6 +101,8 @@ class ClassAwareAffinity(nn.Module):
         norm_layer: Norm = nn.BatchNorm2d,
         loss_weights: tuple[float, float, float] = (1.0, 1.0, 0.4),
         ignore_index: int = 255,
+        context: str = "full",
+        ocr_bottleneck: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -96,18 +117,26 @@ class ClassAwareAffinity(nn.Module):
             )
         if len(loss_weights) != 3:
             raise ValueError(f"ClassAwareAffinity: loss_weights must be three numbers, got {loss_weights}")
+        if context not in CONTEXTS:
+            raise ValueError(f"ClassAwareAffinity: context must be one of {', '.join(CONTEXTS)}, got {context!r}")
+        if ocr_bottleneck and context == "affinity":
+            raise ValueError("ClassAwareAffinity: ocr_bottleneck must be False without class centres")
         self.in_channels, self.num_classes, self.impl = in_channels, num_classes, impl
-        self.loss_weights, self.ignore_index = tuple(loss_weights), ignore_index
+        self.loss_weights, self.ignore_index, self.context = tuple(loss_weights), ignore_index, context
+        both = {"full": ("intra", "inter"), "affinity": ("intra", "inter"), "centers": ()}
+        self.gathered = both.get(context, (context,))
 
         self.segmentation = nn.Conv2d(in_channels, num_classes, 1)
-        self.query = nn.Conv2d(in_channels, key_channels, 1)
-        self.key = nn.Conv2d(in_channels, key_channels, 1)
-        self.intra = conv_norm_relu(in_channels, in_channels, norm_layer)
-        self.inter = conv_norm_relu(in_channels, in_channels, norm_layer)
-        self.intra_reduce = conv_norm_relu(2 * in_channels, in_channels, norm_layer)
-        self.inter_reduce = conv_norm_relu(2 * in_channels, in_channels, norm_layer)
-        self.center_attention = CenterAttention(in_channels, attention_channels, norm_layer)
-        self.fuse = conv_norm_relu(3 * in_channels, in_channels, norm_layer)
+        if self.gathered:
+            self.query = nn.Conv2d(in_channels, key_channels, 1)
+            self.key = nn.Conv2d(in_channels, key_channels, 1)
+        for name in self.gathered:
+            self.add_module(name, conv_norm_relu(in_channels, in_channels, norm_layer))
+        for name in self.gathered:
+            self.add_module(f"{name}_reduce", conv_norm_relu(2 * in_channels, in_channels, norm_layer))
+        if context != "affinity":
+            self.center_attention = CenterAttention(in_channels, attention_channels, norm_layer, ocr_bottleneck)
+        self.fuse = conv_norm_relu((1 + max(1, len(self.gathered))) * in_channels, in_channels, norm_layer)
 
     def forward(self, features: Tensor) -> CAAOutput:
         """Segment.
@@ -125,26 +154,33 @@ class ClassAwareAffinity(nn.Module):
         """
         self._check_features(features)
         (features,) = autocast(features)  # once, not in each of the layers that read them
-        size = features.shape[2:]
-        coarse = self.segmentation(features)  # [B, C, h, w]
-        pixels = _to_pixels(features)  # [B, N, D]
-        centers = class_centers(coarse.flatten(2), pixels, over="pixels", impl=self.impl)  # [B, C, D]
-
-        q, k = _to_pixels(self.query(features)), _to_pixels(self.key(features))  # [B, N, K]
-        intra, inter = affinity_attention(q, k, pixels, mean=True, impl=self.impl)  # [B, N, D]
-        intra, inter = self.intra(_to_map(intra, size)), self.inter(_to_map(inter, size))
-        intra = self.intra_reduce(torch.cat([features, intra], dim=1))
-        inter = self.inter_reduce(torch.cat([features, inter], dim=1))
-
-        intra, inter = self.center_attention(intra, inter, centers=centers)
-        final = self.fuse(torch.cat([features, intra, inter], dim=1))
+        coarse = q = k = None
+        pixels, context = _to_pixels(features), [features]  # [B, N, D], of [B, D, h, w] each
+        if self.gathered:
+            q, k = _to_pixels(self.query(features)), _to_pixels(self.key(features))  # [B, N, K]
+            context = self._gather(features, affinity_attention(q, k, pixels, mean=True, impl=self.impl))
+        if self.context != "affinity":
+            coarse = self.segmentation(features)  # [B, C, h, w]
+            centers = class_centers(coarse.flatten(2), pixels, over="pixels", impl=self.impl)  # [B, C, D]
+            context = self.center_attention(*context, centers=centers)
+        final = self.fuse(torch.cat([features, *context], dim=1))
         return CAAOutput(self.segmentation(final), coarse, q, k)
+
+    def _gather(self, features: Tensor, intra_inter: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """What the map gathered from the pixels alike and unlike, [B, N, D], each joined with the features."""
+        joined = []
+        for name, x in zip(("intra", "inter"), intra_inter, strict=True):
+            if name in self.gathered:
+                x = self.get_submodule(name)(_to_map(x, features.shape[2:]))
+                joined.append(self.get_submodule(f"{name}_reduce")(torch.cat([features, x], dim=1)))
+        return joined
 
     def loss(self, output: CAAOutput, labels: Tensor) -> CAALosses:
         """Losses of an output: segmentation and auxiliary cross-entropy at the labels' size, affinity loss at [h, w].
 
-        Logits are upsampled to the labels (bilinear), labels down-sampled to the affinity map (nearest). With no pixel
-        that counts every loss is 0, with gradients 0. Uses no parameters: may be called beside a DDP wrapper.
+        Logits are upsampled to the labels (bilinear), labels down-sampled to the affinity map (nearest). The loss of
+        what the head's ``context`` leaves out is 0. With no pixel that counts every loss is 0, with gradients 0. Uses
+        no parameters: may be called beside a DDP wrapper.
 
         Args:
             output: of ``forward``.
@@ -166,8 +202,11 @@ class ClassAwareAffinity(nn.Module):
         )
         small = labels[:, rows[:, None], columns].flatten(1)  # [B, N]
         seg = self._cross_entropy(output.logits, labels)
-        affinity = affinity_loss(output.q, output.k, small, ignore_index=self.ignore_index, impl=self.impl)
-        aux = self._cross_entropy(output.coarse, labels)
+        affinity = aux = torch.zeros_like(seg)
+        if output.q is not None:
+            affinity = affinity_loss(output.q, output.k, small, ignore_index=self.ignore_index, impl=self.impl)
+        if output.coarse is not None:
+            aux = self._cross_entropy(output.coarse, labels)
         total = sum(weight * part for weight, part in zip(self.loss_weights, (seg, affinity, aux), strict=True))
         return CAALosses(total, seg, affinity, aux)
 
@@ -221,9 +260,10 @@ class CenterAttention(nn.Module):
         channels: D, of the maps, of the centres and of the results.
         attention_channels: of queries, keys and values; the products are scaled by its −½th power.
         norm_layer: makes the normalisation of so many channels.
+        bottleneck: join what is attended with the map by one more layer, as OCRNet.
     """
 
-    def __init__(self, channels: int, attention_channels: int, norm_layer: Norm) -> None:
+    def __init__(self, channels: int, attention_channels: int, norm_layer: Norm, bottleneck: bool) -> None:
         super().__init__()
 
         def two_layers() -> nn.Sequential:
@@ -234,7 +274,7 @@ class CenterAttention(nn.Module):
         self.query, self.key = two_layers(), two_layers()
         self.value = conv_norm_relu(channels, attention_channels, norm_layer)
         self.out = conv_norm_relu(attention_channels, channels, norm_layer)
-        self.bottleneck = conv_norm_relu(2 * channels, channels, norm_layer)
+        self.bottleneck = conv_norm_relu(2 * channels, channels, norm_layer) if bottleneck else None
 
     def forward(self, *maps: Tensor, centers: Tensor) -> list[Tensor]:
         """``maps`` [B, D, h, w] each, ``centers`` [B, C, D] → a [B, D, h, w] for each map."""
@@ -245,8 +285,19 @@ class CenterAttention(nn.Module):
             query = _to_pixels(self.query(x)).unsqueeze(1)  # [B, 1, N, A]
             context = F.scaled_dot_product_attention(query, key, value, scale=self.scale).squeeze(1)
             context = self.out(_to_map(context, x.shape[2:]))
-            attended.append(self.bottleneck(torch.cat([context, x], dim=1)))
+            attended.append(context if self.bottleneck is None else self.bottleneck(torch.cat([context, x], dim=1)))
         return attended
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+        """What torch only calls unexpected, or drops without ``strict``, this explains."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        given = [key for key in state_dict if key.startswith(f"{prefix}bottleneck.")]
+        if given and self.bottleneck is None:
+            warnings.warn(
+                f"{', '.join(given)}: of a layer that ClassAwareAffinity has with ocr_bottleneck=True alone. Weights "
+                "trained with it need that; if it was never run, as by the author's code, leave out its keys",
+                stacklevel=2,
+            )
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, norm_layer: Norm) -> nn.Sequential:
