@@ -17,6 +17,8 @@ from .segment import KEPT
 if TYPE_CHECKING:
     from ..models.decouplecss_training import Losses
 
+#: What continual runs on VOC learn from.
+VOC_LISTS = ("train_aug", "train")
 HELP = "learn a data set's classes task after task; the same command goes on where it was stopped"
 EPILOG = """\
 settings, as FIRST-STEP classes; any other that divides the classes will do:
@@ -45,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decouplecss (the default); naive: one adapter, fine-tuned from task to task; joint: all classes at once",
     )  # fmt: skip
     task.add_argument("--root", metavar="FOLDER", help="where PASCAL VOC 2012 or ADE20K is")
+    task.add_argument(
+        "--voc-list", metavar="NAME", choices=VOC_LISTS,
+        help="of VOC's pictures: train_aug (the default, 10,582, as published) or train (1,464)",
+    )  # fmt: skip
     task.add_argument("--train-scenes", type=whole(1), metavar="N", help="how many the digits' training has")
     task.add_argument("--test-scenes", type=whole(1), metavar="N", help="and their evaluation")
     models = parser.add_argument_group("what it starts from; a run that is there has it already")
@@ -65,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--sites", metavar="NAME",
         help="where they sit: swin+fusion or convnext+fusion, as the detector's backbone is, or fusion alone "
-        "(default: as the base has it, else swin+fusion)",
+        "(default: as the base has it, else fusion)",
     )  # fmt: skip
     how.add_argument(
         "--workers", type=whole(0), default=0, metavar="N", help="processes that read pictures (default: none)"
@@ -83,6 +89,8 @@ def run(options: argparse.Namespace) -> None:
     console = Console()
     about = f"{options.out}: {plan.method}, {plan.data} {plan.setting}"
     console.print(f"{about}, tasks: {len(plan.tasks)}, on {device}", markup=False)
+    for note in _notes(plan):
+        console.print(note, markup=False)
     records = [record for record in read_metrics(options.out) if record.get("kind") == "task"]
     bars = _Bars(console, len(plan.tasks), plan.recipe.epochs, records)
     try:
@@ -125,8 +133,14 @@ def _begin(options: argparse.Namespace):
     if options.data != "digits" and options.root is None:
         raise ValueError(f"--root is needed: the folder of {options.data}")
     defaults, given = DEFAULTS[options.data], _given(options)
-    if options.data == "voc":
-        given["train_split"] = "train_aug" if "train_aug" in lists(options.root) else "train"
+    if options.data != "voc" and options.voc_list is not None:
+        raise ValueError(f"--voc-list is of VOC's pictures, and --data is {options.data}")
+    if options.data == "voc" and options.voc_list is None and "train_aug" not in (there := lists(options.root)):
+        raise FileNotFoundError(
+            "VOC: continual segmentation learns from the 10,582 pictures of train_aug.txt, and among the lists "
+            f"(ImageSets/Segmentation) of {options.root} that file is missing, there are {few(there) or 'none'}; "
+            "--voc-list train learns from the 1,464 pictures of train.txt"
+        )
     plan = Plan(**defaults.plan | given | {"recipe": dataclasses.replace(defaults.plan["recipe"], **given["recipe"])})
     begin(options.out, plan, _base(options), _settings(options))
     return plan
@@ -139,10 +153,25 @@ def _given(options: argparse.Namespace) -> dict:
     names = ("data", "setting", "method", "train_scenes", "test_scenes", "seed")
     given = {name: getattr(options, name) for name in names}
     given["root"] = options.root and str(Path(options.root).resolve())
+    given["train_split"] = options.voc_list
     given["phrases"] = options.phrases and read_phrases(options.phrases)
     recipe = {name: getattr(options, name) for name in ("epochs", "batch_size", "learning_rate")}
     given["recipe"] = {name: value for name, value in recipe.items() if value is not None}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _notes(plan) -> list[str]:
+    """What to know about the plan before its numbers are read beside others."""
+    notes = []
+    if plan.data == "voc":
+        notes.append(f"it learns from the pictures of VOC's list {plan.train_split}")
+    single = [t + 1 for t, classes in enumerate(plan.tasks) if len(classes) == 1]
+    if single:
+        numbers = f"task {single[0]}" if len(single) == 1 else f"tasks {', '.join(map(str, single))}"
+        weight = plan.recipe.one_class_token_weight
+        what = f"the token loss (weight {weight:g}) tells where" if weight else "nothing tells where"
+        notes.append(f"{numbers}: of one class, which every picture of the task shows; {what} it is not")
+    return notes
 
 
 def _settings(options: argparse.Namespace) -> dict:

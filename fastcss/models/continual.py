@@ -186,6 +186,7 @@ class _Run:
                 self.learn(t, data)
             self.measure(t, metrics, test)
         about = {"method": plan.method, "setting": plan.setting, "data": plan.data, "seed": plan.seed}
+        about |= {"train_split": plan.train_split, "train_pictures": len(data)}
         summary = {"kind": "summary", **metrics.summary(), **about}
         append_metrics(self.folder, summary)
         return summary

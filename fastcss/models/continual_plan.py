@@ -50,7 +50,12 @@ DEFAULTS = {
     ),
     "voc": Defaults(
         {"threshold": 0.3, "length": 512, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32, "confidence": "sam"},
-        {"recipe": Recipe(epochs=5, batch_size=24, learning_rate=1e-4), "shortest": 800, "longest": 1333},
+        {
+            "recipe": Recipe(epochs=5, batch_size=24, learning_rate=1e-4),
+            "shortest": 800,
+            "longest": 1333,
+            "train_split": "train_aug",
+        },
     ),
     "ade": Defaults(
         {"threshold": 0.2, "length": 1024, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32, "confidence": "sam"},
@@ -152,9 +157,14 @@ class Plan:
 
     @classmethod
     def from_json(cls, content: dict) -> Plan:
-        """What ``to_json`` gave; ValueError where it is not that."""
+        """What ``to_json`` gave; ValueError where it is not that.
+
+        A recipe that does not say so is of a run begun when there was no choice, and is read as what it did.
+        """
         try:
-            return cls(**content | {"recipe": Recipe(**content["recipe"])})
+            kept = content["recipe"]
+            recipe = Recipe(**{"asymmetric_clip": 0.05, "one_class_token_weight": kept["token_weight"]} | kept)
+            return cls(**content | {"recipe": recipe})
         except (TypeError, KeyError) as error:
             raise ValueError(f"Plan: {error}") from error
 

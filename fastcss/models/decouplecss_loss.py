@@ -84,17 +84,19 @@ def asymmetric_loss(
     present: Tensor,
     gamma_positive: float = 0.0,
     gamma_negative: float = 4.0,
-    clip: float = 0.05,
+    clip: float = 0.0,
 ) -> Tensor:
     """Cross-entropy that makes little of the many classes that are rightly thought absent.
 
     ``-(1 - p)^γ₊ log p`` for a class that is there and ``-q^γ₋ log(1 - q)``, ``q = max(p - clip, 0)``, for one that is
     not. Eq. A.3 has no minus, but what it says is to be made large; with ``clip=0`` this is its negative.
+    Classes whose p is at most ``clip`` then cost nothing where they are absent, which A.3 does not have.
 
     Args:
         probability: ``[B, c]``, p; computed in float32 at least.
         present: bool ``[B, c]``.
-        gamma_positive, gamma_negative, clip: the paper gives none; these are the defaults of Ridnik et al.
+        gamma_positive, gamma_negative: the paper gives none; these are the defaults of Ridnik et al.
+        clip: from 0 to below 1; Ridnik et al. shift by 0.05.
 
     Returns:
         ``[]``, the sum over the classes, the mean over the images.

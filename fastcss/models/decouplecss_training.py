@@ -37,7 +37,10 @@ class Recipe:
         power: the paper gives none; this is the field's, since DeepLab.
         weight_decay: of AdamW, for every parameter.
         clip: largest norm of the gradient, None for any.
-        token_weight: of ``token_loss``, which is not the paper's; 0 leaves it out.
+        token_weight: of ``token_loss`` in tasks of several classes; it is not the paper's, 0 leaves it out.
+        one_class_token_weight: of ``token_loss`` in tasks of a single class. All their pictures show it, so the paper's
+            loss on r never says where it is not; how the paper copes it does not say.
+        asymmetric_clip: ``clip`` of ``asymmetric_loss``; eq. A.3 has none.
         seed: of the order of the pictures.
     """
 
@@ -48,12 +51,21 @@ class Recipe:
     weight_decay: float = 0.05
     clip: float | None = None
     token_weight: float = 0.0
+    one_class_token_weight: float = 1.0
+    asymmetric_clip: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("token_weight", 0)):
+        least_of = {"epochs": 1, "batch_size": 1, "token_weight": 0, "one_class_token_weight": 0}
+        for name, least in least_of.items():
             if not getattr(self, name) >= least:  # nor is NaN
                 raise ValueError(f"Recipe: {name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.asymmetric_clip < 1:
+            raise ValueError(f"Recipe: asymmetric_clip must be from 0 to below 1, got {self.asymmetric_clip}")
+
+    def token_weight_of(self, classes: int) -> float:
+        """The weight of ``token_loss`` in a task of so many classes."""
+        return self.one_class_token_weight if classes == 1 else self.token_weight
 
 
 def activate(model: DecoupleCSS, task: Task) -> dict[str, nn.Parameter]:
@@ -70,7 +82,14 @@ def embed_phrases(model: DecoupleCSS, task: Task) -> Tensor:
     return phrase_features(model.detector.get_base_model(), [task])[0]
 
 
-def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch, token_weight: float = 0.0) -> Losses:
+def training_step(
+    model: DecoupleCSS,
+    task: Task,
+    phrases: Tensor,
+    batch: Batch,
+    token_weight: float = 0.0,
+    asymmetric_clip: float = 0.0,
+) -> Losses:
     """What a batch costs; ``activate`` has been called for the task.
 
     SAM is prompted for the classes that the labels show, found or not: a generator also learns from what the detector
@@ -91,7 +110,8 @@ def training_step(model: DecoupleCSS, task: Task, phrases: Tensor, batch: Batch,
         cosine = torch.cat([_cosine(of.tokens, of.classes) for of in detected])
         shares = token_shares(batch, [of.shapes.tolist() for of in detected])
         on_tokens = token_weight * token_loss(cosine, shares, model.threshold)
-    return Losses(mask_loss(logits, batch.masks), asymmetric_loss(probability, batch.present), on_tokens)
+    on_presence = asymmetric_loss(probability, batch.present, clip=asymmetric_clip)
+    return Losses(mask_loss(logits, batch.masks), on_presence, on_tokens)
 
 
 class TaskTrainer:
@@ -170,7 +190,9 @@ class TaskTrainer:
         left = 1 - step / (self.recipe.epochs * self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * left**self.recipe.power
-        losses = training_step(self.model, self.task, self._phrases, batch, self.recipe.token_weight)
+        token_weight = self.recipe.token_weight_of(len(self.task.classes))
+        clip = self.recipe.asymmetric_clip
+        losses = training_step(self.model, self.task, self._phrases, batch, token_weight, clip)
         self._optimizer.zero_grad()
         sum(losses).backward()
         if self.recipe.clip is not None:

@@ -206,9 +206,7 @@ def phrases_to_ids(phrases: Sequence[Sequence[int]] = EXAMPLE_PHRASES) -> tuple[
     return torch.tensor([ids]), spans
 
 
-def add_adapters(
-    encoder: nn.Module, tasks: int, rank: int = 32, sites: str = "swin+fusion", seed: int = 0
-) -> nn.Module:
+def add_adapters(encoder: nn.Module, tasks: int, rank: int = 32, sites: str = "fusion", seed: int = 0) -> nn.Module:
     """A PEFT model of ``encoder`` with random adapters ``task0`` …; their B is random too: as zeros they do nothing."""
     from peft import LoraConfig, get_peft_model
 

@@ -102,6 +102,10 @@ def test_another_plan_is_refused(command, digit_run, arguments, message):
         (("--data", "voc", "--setting", "15-5", "--root", "nowhere"), "no pictures of VOC 2012 at nowhere"),
         (("--data", "ade", "--setting", "100-50", "--root", "nowhere"), "--detector and --sam are needed"),
         (("--data", "ade", "--setting", "100-50", "--root", "nowhere", "--base", "a"), "no pictures and label maps at"),
+        (
+            ("--data", "digits", "--setting", "2-2", "--voc-list", "train"),
+            "--voc-list is of VOC's pictures, and --data",
+        ),
         (("--epochs", "0"), "must be a whole number from 1, got '0'"),
         (("--learning-rate", "nan"), "must be a number above 0, got 'nan'"),
         (("--workers", "-1"), "got '-1'"),

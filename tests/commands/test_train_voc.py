@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from continual_runs import lines
 from PIL import Image
 
+from fastcss.commands.train import _begin, _notes, add_arguments
 from fastcss.models.continual import read_plan
 
 
@@ -34,9 +36,15 @@ def voc(tmp_path, monkeypatch) -> Path:
 
 def test_voc_from_its_folder(command, digit_models, voc, tmp_path):
     run = tmp_path / "run"
-    arguments = ("--data", "voc", "--setting", "10-10", "--root", voc, "--base", digit_models, "--rank", 2)
+    arguments = ("--data", "voc", "--setting", "19-1", "--root", voc, "--base", digit_models, "--rank", 2)
     finished = command("train", *arguments, "--epochs", "1", "--out", run)
     assert (finished.code, finished.err) == (0, "")
+    out = " ".join(finished.out.split())
+    assert "it learns from the pictures of VOC's list train_aug" in out
+    assert (
+        "task 2: of one class, which every picture of the task shows; the token loss (weight 1) tells where it is not"
+        in out
+    )
     plan = read_plan(run)
     assert (plan.root, plan.train_split, plan.train_scenes) == (str(voc.resolve()), "train_aug", None)
     assert (plan.recipe.batch_size, plan.shortest, plan.longest) == (24, 800, 1333)
@@ -44,7 +52,8 @@ def test_voc_from_its_folder(command, digit_models, voc, tmp_path):
     assert first["classes"][2] == "bird"
     assert last["classes"][-1] == "tv monitor"
     assert {label for label, value in enumerate(last["iou"]) if value is not None} >= {0, 3, 20}
-    assert summary["data"] == "voc"
+    assert (summary["data"], summary["train_split"], summary["train_pictures"]) == ("voc", "train_aug", 3)
+    assert first["loss"]["tokens"] == 0 < last["loss"]["tokens"]
 
     (elsewhere := tmp_path / "moved").mkdir()
     voc.rename(elsewhere / "VOC2012")
@@ -53,3 +62,29 @@ def test_voc_from_its_folder(command, digit_models, voc, tmp_path):
     assert f"no pictures of VOC 2012 at {voc}" in finished.err
     got = json.loads(command("evaluate", run, "--root", elsewhere, "--json").out)
     assert list(got["iou"].values()) == last["iou"]
+
+
+def test_a_short_list_is_learned_from_only_when_asked_for(command, digit_models, voc, tmp_path):
+    (voc / "ImageSets/Segmentation/train_aug.txt").unlink()
+    run = tmp_path / "run"
+    arguments = ("--data", "voc", "--setting", "10-10", "--root", voc, "--base", digit_models, "--rank", 2)
+    finished = command("train", *arguments, "--epochs", "1", "--out", run)
+    assert (finished.code, finished.out, run.exists()) == (2, "", False)
+    for part in (
+        "10,582 pictures of train_aug.txt",
+        f"of {voc} that file is missing, there are train, val",
+        "--voc-list",
+    ):
+        assert part in finished.err
+    finished = command("train", *arguments, "--voc-list", "train_aug", "--out", run)
+    assert (finished.code, run.exists()) == (2, False)
+    assert f"looked for {voc.resolve()}/ImageSets/Segmentation/train_aug.txt" in finished.err
+
+    add_arguments(parser := argparse.ArgumentParser())
+    _begin(parser.parse_args([*map(str, arguments), "--voc-list", "train", "--out", str(run)]))
+    plan = read_plan(run)
+    assert (plan.train_split, len(plan.training_data())) == ("train", 2)
+    assert _notes(plan) == ["it learns from the pictures of VOC's list train"]
+    finished = command("train", "--voc-list", "train_aug", "--out", run)
+    assert (finished.code, finished.out) == (2, "")
+    assert "was begun with train_split 'train', and is to go on with 'train_aug'" in finished.err

@@ -65,7 +65,7 @@ def test_with_adapters(batch, order, sites, monkeypatch):
 
 @torch.no_grad()
 def test_merged_adapters():
-    model, given = add_adapters(encoder(), 1, rank=4), encoder_inputs(2)
+    model, given = add_adapters(encoder(), 1, rank=4, sites="swin+fusion"), encoder_inputs(2)
     expected = model(**given)
     fastcss.fuse(model)
     model.merge_adapter()
@@ -78,7 +78,7 @@ def test_merged_adapters():
 def test_gradients(with_adapters, device):
     model, given = encoder(device), encoder_inputs(2, device)
     if with_adapters:
-        model = add_adapters(model, 1, rank=4)
+        model = add_adapters(model, 1, rank=4, sites="swin+fusion")
     given["pixel_values"].requires_grad_()
 
     def gradients() -> list[torch.Tensor]:

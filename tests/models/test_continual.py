@@ -57,6 +57,7 @@ def test_a_run_is_its_tasks_and_its_lines(digit_run):
         assert line["loss"].keys() == set(Losses._fields)
         assert all(math.isfinite(loss) for loss in line["loss"].values())
     about = {"method": "decouplecss", "setting": "5-5", "data": "digits", "seed": 0}
+    about |= {"train_split": "train", "train_pictures": 8}
     assert {name: summary[name] for name in about} == about
     assert summary["kind"] == "summary"
     assert summary["all"] == second["all"]

@@ -39,6 +39,26 @@ def test_the_defaults_are_the_papers():
         assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.weight_decay) == (epochs, 24, 1e-4, 0.05)
 
 
+def test_a_run_of_before_there_was_a_choice_is_read_as_what_it_did():
+    for weight in (0.0, 1.5):
+        old = plan_of(recipe=Recipe(token_weight=weight)).to_json()
+        for name in ("asymmetric_clip", "one_class_token_weight"):
+            del old["recipe"][name]
+        recipe = Plan.from_json(old).recipe
+        assert (recipe.asymmetric_clip, recipe.one_class_token_weight) == (0.05, weight)
+    new = plan_of(recipe=Recipe(asymmetric_clip=0.0, one_class_token_weight=2.0, token_weight=0.5))
+    assert Plan.from_json(json.loads(json.dumps(new.to_json()))) == new
+
+
+def test_the_papers_tasks_of_one_class_have_negatives_and_its_lists_are_the_long_ones():
+    for data, setting in (("voc", "19-1"), ("voc", "15-1"), ("voc", "10-1"), ("digits", "5-1")):
+        plan = Plan(data, setting, root=None if data == "digits" else "somewhere", **DEFAULTS[data].plan)
+        assert len(plan.tasks[-1]) == 1
+        assert plan.recipe.token_weight_of(1) > 0
+        assert plan.recipe.asymmetric_clip == 0
+    assert DEFAULTS["voc"].plan["train_split"] == "train_aug"
+
+
 def test_tasks_and_their_names():
     plan = plan_of(setting="4-3")
     assert plan.tasks == [(1, 2, 3, 4), (5, 6, 7), (8, 9, 10)]

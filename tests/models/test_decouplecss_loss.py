@@ -112,6 +112,19 @@ def test_asymmetric_loss_of_the_equation(gammas, clip):
     torch.testing.assert_close(got, torch.tensor(expected / 2), **CLOSE)
 
 
+@pytest.mark.parametrize("gammas", [(), (1.0, 2.0)])
+def test_asymmetric_loss_is_a3_in_float64(gammas):
+    """Σ (1-p)^γ₊ log p over the classes that are there, p^γ₋ log(1-p) over the others, and no shift of p."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(40, 20, generator=generator, dtype=torch.float64) * 0.998 + 0.001
+    there = torch.rand(40, 20, generator=generator) < 0.3
+    plus, minus = gammas or (0.0, 4.0)
+    a3 = torch.where(there, (1 - p) ** plus * torch.log(p), p**minus * torch.log(1 - p))
+    assert (asymmetric_loss(p, there, *gammas) + a3.sum(1).mean()).abs() < 2e-15 * a3.sum(1).mean().abs()
+    small = torch.full((1, 1), 0.02, dtype=torch.float64)  # Ridnik's shift would make nothing of it
+    torch.testing.assert_close(asymmetric_loss(small, there[:1, :1] & False).item(), -(0.02**4) * math.log(0.98))
+
+
 def test_asymmetric_loss_falls_towards_the_truth():
     probability = torch.linspace(0.1, 0.95, 20)[:, None]
     for present, sign in ((True, -1), (False, 1)):

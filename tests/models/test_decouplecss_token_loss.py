@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from decouplecss_models import build
-from training_scenes import pictures_for, single_class_trainer
+from training_scenes import pictures_for, single_class_trainer, trainer_for
 
+from fastcss.models.continual_plan import DEFAULTS
 from fastcss.models.decouplecss_loss import token_loss
 from fastcss.models.decouplecss_training import TaskTrainer, activate, detect, embed_phrases, training_step
 from fastcss.models.task_pictures import collate, token_shares
@@ -111,8 +113,20 @@ def by_share(trainer: TaskTrainer) -> tuple[float, float]:
     return cosine[shares >= 0.125].mean().item(), cosine[shares == 0].mean().item()
 
 
+@pytest.mark.parametrize("data", DEFAULTS)
+def test_a_task_of_one_class_learns_where_it_is_not_in_every_data_set(data):
+    recipe = dataclasses.replace(DEFAULTS[data].plan["recipe"], epochs=1, batch_size=3)
+    single, several = single_class_trainer(), trainer_for((1, 2), count=3)
+    for trainer in (single, several):
+        trainer.recipe = recipe
+    assert single.run_epoch().tokens > 0
+    assert (several.run_epoch().tokens > 0) == (data == "digits")
+    several.recipe, several.epoch = dataclasses.replace(recipe, token_weight=0.0, one_class_token_weight=3.0), 0
+    assert several.run_epoch().tokens == 0
+
+
 def test_a_class_that_all_pictures_show_is_learnt_to_be_where_it_is():
-    trainer, without = single_class_trainer(2.0), single_class_trainer(0.0)
+    trainer, without = (single_class_trainer(one_class_token_weight=weight) for weight in (2.0, 0.0))
     on_before, off_before = by_share(trainer)
     while trainer.epoch < 30:
         last = trainer.run_epoch()

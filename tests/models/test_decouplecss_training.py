@@ -13,6 +13,7 @@ from fastcss.models.decouplecss_training import (
     Recipe,
     TaskTrainer,
     activate,
+    detect,
     embed_phrases,
     training_step,
 )
@@ -258,5 +259,22 @@ def test_labels_and_classes_must_be_as_many():
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             Recipe(**{name: 0})
     for weight in (-0.5, float("nan")):
-        with pytest.raises(ValueError, match=f"token_weight must be at least 0, got {weight}"):
-            Recipe(token_weight=weight)
+        for name in ("token_weight", "one_class_token_weight"):
+            with pytest.raises(ValueError, match=f"Recipe: {name} must be at least 0, got {weight}"):
+                Recipe(**{name: weight})
+    for clip in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"asymmetric_clip must be from 0 to below 1, got {clip}"):
+            Recipe(asymmetric_clip=clip)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_a_step_has_the_recipe_s_asymmetric_loss(clip):
+    """The cosines of classes that are not there are above some of these."""
+    trainer, again = trainer_for(count=2, asymmetric_clip=clip), trainer_for(count=2, asymmetric_clip=clip)
+    phrases, batch = embed_phrases(again.model, again.task), one_batch(again.model, 2)
+    found, detected = detect(again.model, phrases, batch.pixel_values)
+    cosine = [torch.cosine_similarity(of.tokens[:, None], of.classes[None], dim=-1).amax(0) for of in detected]
+    probability = presence_probability(found, torch.stack(cosine), again.model.threshold)
+    assert (probability[~batch.present] < 0.3).any()
+    expected = asymmetric_loss(probability, batch.present, clip=clip)
+    torch.testing.assert_close(trainer.run_epoch().presence, expected.detach())

@@ -43,11 +43,11 @@ def pictures_for(model: DecoupleCSS, count: int = 5, **sizes) -> TaskPictures:
     return TaskPictures(Squares(count, **sizes), LABELS, model.segmenter, **SIDES)
 
 
-def single_class_trainer(token_weight: float) -> TaskTrainer:
+def single_class_trainer(**recipe) -> TaskTrainer:
     """Of a task with one class, which each of its three pictures shows; 30 steps, each of all three."""
     model = build((1,))
     shown = Subset(Squares(4, sizes=((48, 64),)), [0, 2, 3])
-    recipe = Recipe(epochs=30, batch_size=3, learning_rate=3e-3, power=0, weight_decay=0, token_weight=token_weight)
+    recipe = Recipe(epochs=30, batch_size=3, learning_rate=3e-3, power=0, weight_decay=0, **recipe)
     return TaskTrainer(model, model.tasks[0], TaskPictures(shown, LABELS[:1], model.segmenter, **SIDES), recipe)
 
 

@@ -48,7 +48,7 @@ def encoder(place) -> GroundingDinoEncoder:
 
 
 def adapted(place, tasks: int = 2):
-    return moved(add_adapters(GroundingDinoEncoder.random("tiny"), tasks, rank=4), place)
+    return moved(add_adapters(GroundingDinoEncoder.random("tiny"), tasks, 4, "swin+fusion"), place)
 
 
 def given(place, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
