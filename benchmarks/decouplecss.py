@@ -25,15 +25,19 @@ SOURCES = (
     "fastcss/models/*.py", "fastcss/*.py", "fastcss/_fused/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py",
 )  # fmt: skip
 
-#: Both models' sizes, τ, which leaves some classes of a picture of noise and not others, the sizes of a class's tokens
-#: and of its generator, the adapters' rank, and the picture's size.
+#: Both models' sizes and where the adapters sit; τ, which leaves some classes of a picture of noise and not others; the
+#: sizes of a class's tokens and of its generator, the adapters' rank, and the picture's size.
 TINY = {"detector": "tiny", "sam": "tiny", "tau": 0.3, "length": 128, "hidden": 64, "r": 8, "H": 96, "W": 128}
-FULL = {"detector": "swin-t", "sam": "vit-b", "tau": 0.05, "length": 512, "hidden": 1024, "r": 32, "H": 480, "W": 640}
+TINY |= {"sites": "swin+fusion"}
+SMALL = {"detector": "swin-t", "sam": "vit-b", "tau": 0.05, "length": 512, "hidden": 1024, "r": 32, "H": 480, "W": 640}
+SMALL |= {"sites": "swin+fusion"}
+#: The published system's models, as its storage tells them: full size.
+FULL = SMALL | {"detector": "swin-b", "sam": "vit-h", "sites": "fusion"}
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     """In float32 on every device: in half precision rounding decides which tokens a class gets."""
-    points = {"tiny": TINY} if quick else {"tiny": TINY, "full": FULL}
+    points = {"tiny": TINY} if quick else {"tiny": TINY, "swin-t-vit-b": SMALL, "swin-b-vit-h": FULL}
     found = []
     for name, sizes in points.items():
         shape = sizes | {"T": TASKS, "classes": CLASSES}
@@ -79,6 +83,7 @@ def random_model(shape: dict) -> nn.Module:
         hidden=shape["hidden"],
         rank=shape["r"],
         alpha=shape["r"],
+        sites=shape["sites"],
     )
     generator = torch.Generator().manual_seed(0)
     for task in range(shape["T"]):

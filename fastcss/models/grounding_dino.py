@@ -30,6 +30,12 @@ LORA_SITES = {
 }
 
 
+#: The backbones of the published models.
+SWINS = {
+    "swin-t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+    "swin-b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
+}
+
 #: Six phrases of arbitrary word ids, for models with random weights: they know no words.
 EXAMPLE_PHRASES = ((2311,), (3712, 2204), (3392,), (2300, 3011, 2050), (2711,), (2813, 2795))
 _CLS, _SEP, _STOP = 101, 102, 1012
@@ -85,7 +91,8 @@ class GroundingDinoEncoder(nn.Module):
         """An encoder with random weights.
 
         Args:
-            size: "swin-t", the published model's shape, or "tiny", for tests.
+            size: "swin-t" or "swin-b", the shapes of the published models, whose folders are called tiny and base (the
+                paper's storage tells that it has "swin-b"); or "tiny", for tests.
             seed: of the weights; the global generator is left as it was.
             fusion_scale: what the enhancer's learned residual scale is set to. Untrained it is 1e-4, where image and
                 text, and with them the tasks, hardly meet.
@@ -238,10 +245,8 @@ def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _config(size: str) -> GroundingDinoConfig:
     levels = ["stage2", "stage3", "stage4"]
     # The decoder is built and dropped; one layer and one query keep that short.
-    if size == "swin-t":
-        swin = SwinConfig(
-            embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=levels
-        )
+    if size in SWINS:
+        swin = SwinConfig(**SWINS[size], out_features=levels)
         return GroundingDinoConfig(backbone_config=swin, text_config=BertConfig(), decoder_layers=1, num_queries=1)
     if size == "tiny":
         swin = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 4], window_size=4, out_features=levels)
@@ -252,4 +257,4 @@ def _config(size: str) -> GroundingDinoConfig:
             backbone_config=swin, text_config=bert, d_model=64, encoder_layers=2, encoder_attention_heads=2,
             encoder_ffn_dim=64, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64, num_queries=1,
         )  # fmt: skip
-    raise ValueError(f"GroundingDinoEncoder: size must be 'swin-t' or 'tiny', got {size!r}")
+    raise ValueError(f"GroundingDinoEncoder: size must be one of {', '.join(SWINS)}, tiny, got {size!r}")

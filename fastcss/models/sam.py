@@ -11,6 +11,9 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from .checkpoint import load_pretrained
 
+#: The image encoders of the published models: width, layers, heads.
+VITS = {"vit-b": (768, 12, 12), "vit-l": (1024, 24, 16), "vit-h": (1280, 32, 16)}
+
 
 class Masks(NamedTuple):
     """What the decoder makes of R prompts.
@@ -41,7 +44,8 @@ class SamSegmenter(nn.Module):
         """Random weights, large enough that a mask depends on its prompt, as in a trained model.
 
         Args:
-            size: "vit-b", the published model's shape, or "tiny", for tests.
+            size: "vit-b", "vit-l" or "vit-h", the shapes of the published models (DecoupleCSS's storage tells that it has
+                "vit-h"); or "tiny", for tests.
             seed: of the weights; the global generator is left as it was.
         """
         with torch.random.fork_rng(devices=[]):
@@ -141,8 +145,14 @@ def _attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def _config(size: str) -> SamConfig:
-    if size == "vit-b":
-        return SamConfig()
+    if size in VITS:
+        width, layers, heads = VITS[size]
+        whole = [layers * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]  # the layers that read the whole picture
+        return SamConfig(
+            vision_config=SamVisionConfig(
+                hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, global_attn_indexes=whole
+            )
+        )
     if size == "tiny":
         vision = SamVisionConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=128, patch_size=8, mlp_dim=64,
@@ -151,4 +161,4 @@ def _config(size: str) -> SamConfig:
         prompt = SamPromptEncoderConfig(hidden_size=32, image_size=128, patch_size=8, mask_input_channels=4)
         decoder = SamMaskDecoderConfig(hidden_size=32, mlp_dim=64, num_attention_heads=4, iou_head_hidden_dim=32)
         return SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
-    raise ValueError(f"SamSegmenter: size must be 'vit-b' or 'tiny', got {size!r}")
+    raise ValueError(f"SamSegmenter: size must be one of {', '.join(VITS)}, tiny, got {size!r}")

@@ -130,8 +130,10 @@ def test_own_phrases_are_what_is_learned_by(digit_models, tmp_path):
 
 
 def test_models_may_be_named_by_their_folders(digit_models, digit_run, tmp_path):
-    run = tmp_path / "run"
-    begin(run, plan_of(), (digit_models / "base/detector", digit_models / "base/segmenter"), SETTINGS)
+    run, folders = tmp_path / "run", (digit_models / "base/detector", digit_models / "base/segmenter")
+    begin(tmp_path / "other", plan_of(), folders, SETTINGS)
+    assert read_settings(tmp_path / "other")["sites"] == "fusion"
+    begin(run, plan_of(), folders, SETTINGS | {"sites": "swin+fusion"})
     train(run)
     assert not (run / "base").exists()
     assert learned(run) == learned(digit_run("decouplecss"))

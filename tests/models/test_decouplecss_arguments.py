@@ -97,5 +97,5 @@ def test_a_model_that_is_not_ready():
 
 
 def test_bad_sizes_of_the_models():
-    with pytest.raises(ValueError, match="size must be 'swin-t' or 'tiny', got 'huge'"):
+    with pytest.raises(ValueError, match="size must be one of swin-t, swin-b, tiny, got 'huge'"):
         ClassDetector.random("huge")

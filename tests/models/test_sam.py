@@ -138,5 +138,5 @@ def test_random_weights_hang_on_the_seed_alone():
     assert all(torch.equal(same[name], tensor) for name, tensor in first.items())
     name = "model.mask_decoder.iou_token.weight"
     assert not torch.equal(other[name], first[name])
-    with pytest.raises(ValueError, match="size must be 'vit-b' or 'tiny', got 'huge'"):
+    with pytest.raises(ValueError, match="size must be one of vit-b, vit-l, vit-h, tiny, got 'huge'"):
         SamSegmenter.random("huge")

@@ -1,0 +1,77 @@
+"""The published models by name, and what a continual model of them takes, counted on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GroundingDinoModel
+
+from fastcss.models.class_detector import ClassDetector
+from fastcss.models.decouplecss import DecoupleCSS, Phrases
+from fastcss.models.grounding_dino import SWINS, GroundingDinoEncoder
+from fastcss.models.sam import VITS, SamSegmenter
+
+pytest.importorskip("peft")
+
+MIB = 2**20
+#: Of the published checkpoints; with them transformers' models have as many.
+SAM = {"vit-b": 93_735_728, "vit-l": 312_343_088, "vit-h": 641_090_864}
+GROUNDING_DINO = {"swin-t": 172_118_014, "swin-b": 232_182_652}
+
+
+def count(module: torch.nn.Module, of: str = "") -> int:
+    return sum(p.numel() for name, p in module.named_parameters() if of in name)
+
+
+def model_of(detector: str, sam: str, tasks: tuple[int, ...], **sites) -> DecoupleCSS:
+    """With tasks of so many classes each."""
+    with torch.device("meta"):
+        model = DecoupleCSS(ClassDetector.random(detector), SamSegmenter.random(sam), **sites)
+        for t, classes in enumerate(tasks):
+            ids = torch.zeros(classes, 31, 6, dtype=torch.long)
+            model.add_task([f"class {t}.{k}" for k in range(classes)], Phrases(ids, ids))
+    return model
+
+
+@pytest.mark.parametrize("size", VITS)
+def test_sam_by_name(size):
+    with torch.device("meta"):
+        model = SamSegmenter.random(size)
+    assert count(model) == SAM[size]
+    assert (model.image_size, model.prompt_dim) == (1024, 256)
+    layers = model.model.vision_encoder.layers
+    whole = [i for i, layer in enumerate(layers) if layer.window_size == 0]
+    assert whole == {"vit-b": [2, 5, 8, 11], "vit-l": [5, 11, 17, 23], "vit-h": [7, 15, 23, 31]}[size]
+
+
+@pytest.mark.parametrize("size", SWINS)
+def test_grounding_dino_by_name(size):
+    """What is left of it here is the published model without decoder, queries and heads."""
+    with torch.device("meta"):
+        encoder = GroundingDinoEncoder.random(size)
+        config = encoder.encoder.config
+        config.decoder_layers, config.num_queries = 6, 900
+        whole = GroundingDinoModel(config)
+    assert count(whole) == GROUNDING_DINO[size]
+    left_out = ("decoder.", "query_position_embeddings.", "enc_output", "encoder_output_")
+    assert count(encoder) == sum(p.numel() for name, p in whole.named_parameters() if not name.startswith(left_out))
+
+
+def test_six_tasks_of_the_paper_take_what_it_says():
+    """15-1 of VOC: 22.18 MB of adapters, 8 MB a class, and 8 MB is 0.225% of the whole."""
+    model = model_of("swin-b", "vit-h", (15, 1, 1, 1, 1, 1))
+    adapters = count(model, "lora_")
+    assert adapters == 6 * 983_040
+    assert adapters * 4 / MIB == 22.5
+    generators = sum(p.numel() for p in model.tasks.parameters() if p.dim() > 2)  # biases are not counted
+    assert generators == 20 * 2_097_152
+    whole = 4 * (SAM["vit-h"] + GROUNDING_DINO["swin-b"] + adapters + generators) / MIB
+    assert round(whole) == 3514
+    assert 8 / whole == pytest.approx(0.00225, rel=0.02)
+    assert 22.18 / whole == pytest.approx(0.0062, rel=0.02)
+
+
+@pytest.mark.parametrize(("detector", "mib"), [("swin-t", 41.9), ("swin-b", 75.4)])
+def test_adapters_in_the_image_encoder_are_an_option(detector, mib):
+    model = model_of(detector, "tiny", (1, 1), sites="swin+fusion")
+    assert round(3 * count(model, "lora_") * 4 / MIB, 1) == mib  # three times two tasks
