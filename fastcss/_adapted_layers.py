@@ -22,6 +22,21 @@ def adapted(base: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slot
     return kind(base, adapters, slots)
 
 
+def _in_one_dtype(adapters: Sequence[LoraWeights | None], base: torch.dtype) -> list[LoraWeights | None]:
+    """The adapters as they run beside a layer in the dtype ``base``: in that if all are, else in float32.
+
+    PEFT runs each in its own. Here no adapter loses by it, but float64 beside a layer whose results are rounded anyway.
+    """
+    weights = [w for w in adapters if w is not None]
+    dtype = base if base == torch.float64 or all(w.a.dtype == base for w in weights) else torch.float32
+    return [w if w is None or w.a.dtype == dtype else _to(w, dtype) for w in adapters]
+
+
+def _to(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
+    bias = None if weights.bias is None else weights.bias.to(dtype)
+    return dataclasses.replace(weights, a=weights.a.to(dtype), b=weights.b.to(dtype), bias=bias)
+
+
 def _drop(x: Tensor, p: tuple[float, ...], index: Tensor | None) -> Tensor:
     """Dropout on ``x`` [S, *], in slot s with probability ``p[s]`` or ``p[index[s]]``."""
     p = torch.tensor(p, device=x.device)
@@ -56,20 +71,34 @@ class AdaptedLinear(Adapted):
         if p is None:
             y = multi_lora(x, self._weight, pack.lora, self.base_layer.bias, mode=mode, index=index)
         else:
-            y = self._dropped(x.expand(len(tasks), *x.shape) if mode == "shared" else x, pack.lora, p, index)
+            y = self._dropped(x.expand(len(tasks), *x.shape) if mode == "shared" else x, tasks, pack.lora, p, index)
         if pack.biases is None:
             return y
         biases = pack.biases[:-1] if index is None else pack.biases[index]
         return y + biases.to(y.dtype).view(y.shape[0], *[1] * (y.dim() - 2), -1)
 
-    def _dropped(self, x: Tensor, lora: PackedLora, p: tuple[float, ...], index: Tensor | None) -> Tensor:
+    def _dropped(
+        self, x: Tensor, tasks: tuple[int, ...], lora: PackedLora, p: tuple[float, ...], index: Tensor | None
+    ) -> Tensor:
         """``x`` [S, *, K] where the adapters see it with dropout, and the base layer without."""
         y = F.linear(x, self._weight, self.base_layer.bias)
         a, b = (F.pad(padded, (0, 0, 0, 0, 0, 1)) for padded in lora.padded())  # [T + 1, R, ·], the last one zeros
         index = torch.arange(x.shape[0], device=x.device) if index is None else index
-        x = _drop(x, p, index).to(a.dtype).reshape(x.shape[0], -1, x.shape[-1])
-        hidden = torch.bmm(x, a[index].transpose(1, 2)) * F.pad(lora.scales, (0, 1))[index].view(-1, 1, 1)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        dropped = _drop(x, p, index).to(a.dtype)
+        hidden = torch.bmm(dropped, a[index].transpose(1, 2))
+        if any(weights and weights.taken_out for weights in self.adapters):
+            kept = torch.bmm(x.to(a.dtype), a[index].transpose(1, 2))
+            hidden = torch.where(self._taken_out(tasks, lora)[index, None], kept, hidden)
+        hidden = hidden * F.pad(lora.scales, (0, 1))[index].view(-1, 1, 1)
         return (y + torch.bmm(hidden, b[index]).view(y.shape)).to(y.dtype)
+
+    def _taken_out(self, tasks: tuple[int, ...], lora: PackedLora) -> Tensor:
+        """Which rows of the padded ``lora.a`` stand for the base layer, [T + 1, R]."""
+        out = [0 if self.adapters[t] is None else self.adapters[t].taken_out for t in tasks]
+        row = torch.arange(lora.max_rank)
+        of_base = [(row >= rank - n) & (row < rank) for rank, n in zip(lora.ranks, out, strict=True)]
+        return torch.stack([*of_base, torch.zeros_like(row, dtype=torch.bool)]).to(lora.a.device)
 
     @property
     def _weight(self) -> Tensor:
@@ -77,13 +106,18 @@ class AdaptedLinear(Adapted):
 
     def pack(self, tasks: tuple[int, ...]) -> PackedLinear:
         width_out, width_in = self._weight.shape
-        adapters = [self.adapters[t] for t in tasks]
+        adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
         lora = PackedLora.pack(
             [like.new_zeros(0, width_in) if w is None else w.a for w in adapters],
             [like.new_zeros(width_out, 0) if w is None else w.b for w in adapters],
             [0.0 if w is None else w.scale for w in adapters],
         )
+        if like.dtype == torch.float64:  # which scales in float32 would not live up to
+            of_row = [w.scale for w in adapters if w is not None for _ in range(w.a.shape[0])]
+            lora = dataclasses.replace(
+                lora, b=lora.b * lora.b.new_tensor(of_row)[:, None], scales=torch.ones_like(lora.scales)
+            )
         return PackedLinear(lora, self._biases(tasks, width_out, like))
 
 
@@ -151,7 +185,7 @@ class AdaptedConv2d(Adapted):
         return y.to(base.dtype)
 
     def pack(self, tasks: tuple[int, ...]) -> PackedConv2d:
-        adapters = [self.adapters[t] for t in tasks]
+        adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
         width, rank = self.base_layer.out_channels, max(w.a.shape[0] for w in adapters if w is not None)
         a, b = [], []
@@ -162,14 +196,16 @@ class AdaptedConv2d(Adapted):
                 continue
             missing = rank - weights.a.shape[0]
             a.append(F.pad(weights.a, (0, 0) * 3 + (0, missing)))
-            b.append(F.pad(_dense(weights.b, self.base_layer.groups) * weights.scale, (0, missing)))
+            b.append(F.pad(_dense(weights, self.base_layer.groups) * weights.scale, (0, missing)))
         return PackedConv2d(torch.stack(a), torch.stack(b), self._biases(tasks, width, like))
 
 
-def _dense(b: Tensor, groups: int) -> Tensor:
-    """The weight [N, r / groups, 1, 1] of a grouped 1×1 convolution as the matrix [N, r] that does the same."""
-    blocks = b.flatten(1).unflatten(0, (groups, -1))  # [G, N / G, r / G]
-    return torch.block_diag(*blocks) if groups > 1 else blocks[0]
+def _dense(weights: LoraWeights, groups: int) -> Tensor:
+    """B as the matrix [N, r], where it is the weight [N, r / groups, 1, 1] of a grouped 1×1 convolution too."""
+    b = weights.b.flatten(1)
+    if b.shape[1] == weights.a.shape[0]:
+        return b
+    return torch.block_diag(*b.unflatten(0, (groups, -1)))  # of blocks [N / G, r / G]
 
 
 class AdaptedEmbedding(Adapted):
@@ -195,5 +231,5 @@ class AdaptedEmbedding(Adapted):
 
     def pack(self, tasks: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
         """Each adapter's table [V, r] and its scaled rows [r, N]."""
-        adapters = [self.adapters[t] for t in tasks]
+        adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         return [None if w is None else (w.a.t().contiguous(), w.b.t() * w.scale) for w in adapters]

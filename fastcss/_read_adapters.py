@@ -1,30 +1,16 @@
-"""Reads LoRA adapters, from the layers of a PEFT model or from PEFT folders, into one form and checks them."""
+"""LoRA adapters in the form in which one pass takes them, and their reading from the layers of a PEFT model."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from ._files import read_tensors
 from ._fused.base import original_class
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-# Options of a LoraConfig that make an adapter more than x Aᵀ Bᵀ, or train something beside it.
-NOT_PLAIN_LORA = (
-    "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication",
-    "megatron_config",
-)  # fmt: skip
-REWRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
+PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +19,12 @@ class LoraWeights:
 
     Attributes:
         a: ``[r, K]`` (linear), ``[r, C, kh, kw]`` (convolution) or ``[r, V]`` (embedding).
-        b: ``[N, r]``, for a convolution ``[N, r / groups, 1, 1]``.
+        b: ``[N, r]``, for a convolution ``[N, r / groups, 1, 1]``, or ``[N, r, 1, 1]`` as of peft before 0.16.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         bias: ``[N]``, the bias of ``b``, where the adapter has one.
         dropout: probability of dropping an input of ``a`` in training.
+        taken_out: how many of the last rows of ``a`` are no adapter's, but undo what is in ``base_layer`` and was taken
+            out of it where the adapter began (PiSSA, OLoRA); their input is never dropped.
     """
 
     a: Tensor
@@ -44,6 +32,7 @@ class LoraWeights:
     scale: float
     bias: Tensor | None = None
     dropout: float = 0.0
+    taken_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +99,27 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
     for name, layer in tuned.items():
         _check_peft_layer(name, layer)
         for adapter in _adapters_of(layer):
+            _check_whole(name, layer, adapter, names)
             adapters.add(name, adapter, _read_peft_layer(layer, adapter))
     return base, adapters
 
 
 def _adapters_of(layer) -> list[str]:
-    return [*getattr(layer, "lora_A", ()), *getattr(layer, "lora_embedding_A", ())]
+    parts = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    return list(dict.fromkeys(adapter for part in parts for adapter in getattr(layer, part, ())))
+
+
+def _check_whole(name: str, layer, adapter: str, names: Sequence[str]) -> None:
+    """Raise for what ``add_adapter`` leaves in layers if it fails half-way."""
+    kind = "lora_embedding_" if isinstance(layer.base_layer, nn.Embedding) else "lora_"
+    parts = (f"{kind}A", f"{kind}B", "scaling", "lora_dropout")
+    missing = [part for part in parts if adapter not in getattr(layer, part)]
+    if missing or adapter not in names:
+        what = f"has no {', '.join(missing)}" if missing else f"is none of the model's adapters ({', '.join(names)})"
+        raise ValueError(
+            f"one_pass: layer {name!r}, adapter {adapter!r}: it {what}, as an add_adapter that failed half-way leaves "
+            f"it; call delete_adapter({adapter!r}) of this layer and of every other that holds it"
+        )
 
 
 def _check_peft_layer(name: str, layer) -> None:
@@ -132,6 +136,7 @@ def _check_peft_layer(name: str, layer) -> None:
     if layer.merged:
         raise ValueError(f"one_pass: layer {name!r} has merged adapters {layer.merged_adapters}; unmerge them first")
     variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
+    variants = {adapter: variant for adapter, variant in variants.items() if variant not in PLAIN_VARIANTS}
     variants |= {adapter: "DoRA" for adapter, dora in layer.use_dora.items() if dora}
     for adapter, variant in variants.items():
         raise TypeError(f"one_pass: layer {name!r}, adapter {adapter!r}: {variant} is no plain LoRA")
@@ -151,136 +156,13 @@ def check_base_layer(name: str, base: nn.Module) -> None:
         raise TypeError(f"one_pass: layer {name!r} has hooks or a replaced forward, which one pass would skip")
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         raise TypeError(f"one_pass: layer {name!r} has max_norm, which rewrites its weight in every call")
-    if isinstance(base, nn.Conv2d) and tuple(base.dilation) != (1, 1):
-        raise TypeError(f"one_pass: layer {name!r} is a dilated convolution, which PEFT's LoRA does not support")
-
-
-# ------------------------------------------------------------------------------------------------ PEFT folders
-
-
-def read_directories(model: nn.Module, directories: Sequence, names: Sequence[str] | None) -> Adapters:
-    """The adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled."""
-    folders = [Path(directory) for directory in directories]
-    if not folders:
-        raise ValueError("one_pass.from_directories: wants at least one folder, got none")
-    names = [folder.name for folder in folders] if names is None else list(names)
-    if len(names) != len(folders) or len(set(names)) != len(names):
-        raise ValueError(f"one_pass.from_directories: wants {len(folders)} different adapter names, got {names}")
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
-            raise ValueError(f"one_pass.from_directories: layer {name!r} has adapters already; it wants the bare model")
-    modules = dict(model.named_modules())
-    adapters = Adapters.empty(names)
-    for folder, adapter in zip(folders, names, strict=True):
-        config = _read_config(folder)
-        tensors = read_tensors(folder / WEIGHTS_FILE, "one_pass.from_directories")
-        for layer, parts in _by_layer(folder, tensors, modules).items():
-            weights = _fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
-            adapters.add(layer, adapter, weights)
-    return adapters
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"one_pass.from_directories: {path} is missing; a PEFT adapter folder holds it")
-    try:
-        config = json.loads(path.read_text())
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"one_pass.from_directories: {path} is no PEFT configuration: {error}") from error
-    if kind != "LORA":
-        raise TypeError(f"one_pass.from_directories: {folder} is a {kind} adapter; only LORA adapters run in one pass")
-    for option in NOT_PLAIN_LORA:
-        if config.get(option):
-            raise TypeError(f"one_pass.from_directories: {folder} uses {option}; only plain LoRA runs in one pass")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(REWRITES_THE_BASE):
+    if isinstance(base, nn.Conv2d) and base.padding != "same" and _is_spread(base):
         raise TypeError(
-            f"one_pass.from_directories: {folder} was initialised by {init}, which changes the base weights"
+            f"one_pass: layer {name!r} is a convolution with dilation {tuple(base.dilation)}: PEFT's adapter has none "
+            "and gives maps of another size, so PEFT cannot add it either; only with padding='same' it can"
         )
-    if config.get("bias", "none") != "none":
-        raise TypeError(f"one_pass.from_directories: {folder} trains the model's own biases (bias={config['bias']!r})")
-    return config
 
 
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<layer>.+?)\.(?P<part>lora_(?:embedding_)?[AB](?:\.weight|\.bias)?|lora_.+|base_layer\..+)"
-)
-
-
-def _by_layer(folder: Path, tensors: dict[str, Tensor], modules: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """Layer → {"a", "b", "bias"}, from keys such as ``base_model.model.encoder.query.lora_A.weight``."""
-    parts = {
-        "lora_A.weight": "a",
-        "lora_B.weight": "b",
-        "lora_B.bias": "bias",
-        "lora_embedding_A": "a",
-        "lora_embedding_B": "b",
-    }
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise TypeError(f"one_pass.from_directories: {folder}: {key!r} is no LoRA weight (modules_to_save?)")
-        layer, part = match["layer"], match["part"]
-        if layer not in modules:
-            raise ValueError(
-                f"one_pass.from_directories: {folder}: the model has no layer {layer!r}; "
-                "the adapter belongs to another base model"
-            )
-        if part in parts:
-            layers.setdefault(layer, {})[parts[part]] = tensor
-        elif part == "base_layer.weight" and torch.equal(tensor, modules[layer].weight.detach().to(tensor).cpu()):
-            continue  # PEFT saves an adapted embedding with its adapter; here it is the model's own, unchanged
-        else:
-            raise TypeError(
-                f"one_pass.from_directories: {folder}: layer {layer!r} holds {part!r}, which is no plain LoRA"
-            )
-    if not layers:
-        raise ValueError(f"one_pass.from_directories: {folder} holds no adapter weights")
-    return layers
-
-
-def _fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, layer: str) -> LoraWeights:
-    kind = kind_of(base)
-    if kind is None:
-        raise TypeError(
-            f"one_pass.from_directories: {where} is {type(base).__name__}; "
-            "LoRA on Linear, Conv1D, Conv2d and Embedding runs in one pass"
-        )
-    check_base_layer(layer, base)
-    if not {"a", "b"} <= tensors.keys():
-        raise ValueError(f"one_pass.from_directories: {where} has only one half of its LoRA pair")
-    a, b, bias = tensors["a"], tensors["b"], tensors.get("bias")
-    rank = a.shape[0]
-    wanted_a, wanted_b = _shapes(kind, base, rank)
-    if tuple(a.shape) != wanted_a or tuple(b.shape) != wanted_b or (bias is not None and bias.shape != b.shape[:1]):
-        raise ValueError(
-            f"one_pass.from_directories: {where} wants A {list(wanted_a)} and B {list(wanted_b)} at rank {rank}, "
-            f"the folder holds {list(a.shape)} and {list(b.shape)}; the adapter belongs to another base model"
-        )
-    alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    device = base.weight.device
-
-    def place(tensor: Tensor | None) -> Tensor | None:
-        # Half-precision adapters run in float32, as PEFT loads them.
-        half = tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
-        return tensor if tensor is None else tensor.to(device, torch.float32 if half else tensor.dtype)
-
-    return LoraWeights(place(a), place(b), scale, place(bias), float(config.get("lora_dropout", 0.0)))
-
-
-def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if kind == "embedding":
-        return (rank, base.num_embeddings), (base.embedding_dim, rank)
-    if kind == "conv2d":
-        return (rank, base.in_channels, *base.kernel_size), (base.out_channels, rank // base.groups, 1, 1)
-    width_out, width_in = base.weight.shape[::-1] if is_conv1d(base) else base.weight.shape
-    return (rank, width_in), (width_out, rank)
-
-
-def _of_pattern(patterns: dict | None, layer: str, default: float) -> float:
-    """PEFT's rank_pattern/alpha_pattern rule: the first pattern that is the layer's name or the end of it."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+def _is_spread(base: nn.Conv2d) -> bool:
+    """Whether dilation makes a difference."""
+    return any(size > 1 and dilation > 1 for size, dilation in zip(base.kernel_size, base.dilation, strict=True))

@@ -34,9 +34,11 @@ class StandIn:
         for name, weights in adapters.layers.items():
             layer = layers[name]  # PEFT's layer, or the bare one
             replaced[layer] = adapted(getattr(layer, "base_layer", layer), weights, self._slots)
-        for parent in list(self.model.modules()):
+        for path, parent in list(self.model.named_modules()):
             for name, child in parent._modules.items():
-                parent._modules[name] = replaced.get(child, child)
+                # A bare layer is adapted under the name that an adapter gives it, and left bare under others it has.
+                if hasattr(child, "base_layer") or f"{path}.{name}".lstrip(".") in adapters.layers:
+                    parent._modules[name] = replaced.get(child, child)
         self._pairs = [(original, replaced.get(ours, ours)) for original, ours in self._pairs]
 
     @property

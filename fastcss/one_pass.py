@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ._capture import Captures
 from ._leaves import Inputs
-from ._read_adapters import Adapters, read_directories, read_peft
+from ._read_adapters import Adapters, read_peft
+from ._read_folders import read_directories
 from ._stand_in import StandIn
 from .fuse import Fusion, fuse_modules
 

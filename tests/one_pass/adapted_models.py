@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from pathlib import Path
+
 import peft
 import torch
 import transformers
@@ -111,6 +115,25 @@ def adapt(model: nn.Module, *configs: dict) -> peft.PeftModel:
 def build_adapted(build, **options) -> peft.PeftModel:
     torch.manual_seed(0)
     return adapt(build(), *({"r": r, "target_modules": SITES[build], **options} for r in RANKS.get(build, (4, 8, 3))))
+
+
+def save(model: peft.PeftModel, folder: Path, **options) -> list[Path]:
+    """The folders that PEFT saves the adapters of ``model`` in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about shapes of biases, and embeddings that it saves too
+        model.save_pretrained(folder, **options)
+    return [folder if name == "default" else folder / name for name in model.peft_config]
+
+
+def reloaded(bare: nn.Module, folders: list[Path], batch: dict, train: bool = False) -> list:
+    """What PEFT gives for each folder, loaded alone into a fresh copy of ``bare``."""
+    outputs = []
+    for folder in folders:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about layers that a folder lacks
+            model = peft.PeftModel.from_pretrained(copy.deepcopy(bare), folder)
+        outputs.append(model.train(train)(**batch))
+    return outputs
 
 
 # --- PEFT's loop, and what it leaves behind ------------------------------------------------------------------------

@@ -1,13 +1,15 @@
-"""Adapters read from the folders that PEFT saves: equal to PEFT's, and damaged ones refused by name."""
+"""Adapters read from the folders that PEFT and others save, as PEFT reads them."""
 
 from __future__ import annotations
 
 import copy
 import json
-import warnings
+import re
 
+import peft
 import pytest
 import torch
+import transformers
 from adapted_models import (
     RANKS,
     SITES,
@@ -19,26 +21,15 @@ from adapted_models import (
     inputs,
     loop,
     regnet,
+    reloaded,
+    save,
     state_of,
     vit,
 )
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fastcss
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """(bare model, PEFT model, folders) of one small ViT whose adapters differ in everything."""
-    torch.manual_seed(0)
-    bare = vit()
-    model = adapt(
-        copy.deepcopy(bare),
-        {"r": 2, "target_modules": ["q_proj", "projection"]},
-        {"r": 5, "target_modules": ["fc1"], "use_rslora": True, "lora_bias": True},
-        {"r": 3, "target_modules": ["q_proj", "fc2"], "alpha_pattern": {"layers.1.attention.q_proj": 9}},
-    )
-    model.save_pretrained(tmp_path)
-    return bare.eval(), model, [tmp_path / f"task{t}" for t in range(3)]
 
 
 @torch.no_grad()
@@ -59,97 +50,138 @@ def test_folders_of_embeddings_and_convolutions(build, tmp_path):
     torch.manual_seed(0)
     bare = build()
     model = adapt(copy.deepcopy(bare), *({"r": r, "target_modules": SITES[build]} for r in RANKS.get(build, (4, 8))))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT: it saves the embedding too
-        model.save_pretrained(tmp_path)
-    runner = fastcss.one_pass.from_directories(bare.eval(), [tmp_path / name for name in model.peft_config])
+    runner = fastcss.one_pass.from_directories(bare.eval(), save(model, tmp_path))
     assert_equal(runner(**inputs(build, 2)), loop(model, inputs(build, 2)))
 
 
-# --- damaged ----------------------------------------------------------------------------------------------------------
-
-
-def edit_config(folder, **options):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
-
-
-def edit_tensors(folder, change):
-    from safetensors.torch import load_file, save_file
-
+def rewrite(folder, rename):
+    """The same tensors under other keys."""
     path = folder / "adapter_model.safetensors"
-    save_file(change(load_file(path)), path)
+    save_file({rename(key): tensor for key, tensor in load_file(path).items()}, path)
 
 
-def to_pickle(folder):
-    torch.save({}, folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
+@pytest.mark.parametrize("build", [vit, clip_text])
+@torch.no_grad()
+def test_keys_with_the_adapters_name_in_them(build, tmp_path):
+    torch.manual_seed(0)
+    bare, given = build().eval(), inputs(build, 2)
+    model = adapt(copy.deepcopy(bare), *({"r": r, "target_modules": SITES[build]} for r in (2, 3)))
+    folders = save(model, tmp_path)
+    for folder in folders:  # as state_dict() has them, and as PEFT reads them for an adapter of that name
+        rewrite(folder, lambda key: re.sub(r"(lora_(embedding_)?[AB])", r"\1.default", key))
+    assert_equal(fastcss.one_pass.from_directories(bare, folders)(**given), loop(model, given))
+    assert_equal(fastcss.one_pass.from_directories(bare, folders)(**given), reloaded(bare, folders, given))
 
 
-def truncate(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+def language_model(tied: bool):
+    config = gpt2().config
+    config.tie_word_embeddings = tied
+    return transformers.GPT2LMHeadModel(config).eval()
 
 
-LAYER, NORM = "base_model.model.layers.0.attention.q_proj", "layernorm_before"
-DAMAGES = {
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), FileNotFoundError, "adapter_config.json is missing"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), FileNotFoundError, "safetensors is missing"),
-    "pickle": (to_pickle, ValueError, "adapter_model.bin is a pickle"),
-    "truncated": (truncate, ValueError, "no whole safetensors file"),
-    "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "no PEFT configuration"),
-    "other type": (lambda f: edit_config(f, peft_type="IA3"), TypeError, "IA3 adapter"),
-    "dora": (lambda f: edit_config(f, use_dora=True), TypeError, "uses use_dora"),
-    "biases": (lambda f: edit_config(f, bias="all"), TypeError, "own biases"),
-    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), TypeError, "changes the base weights"),
-    "magnitudes": (
-        lambda f: edit_tensors(f, lambda t: t | {f"{LAYER}.lora_magnitude_vector": torch.ones(3)}),
-        TypeError,
-        "lora_magnitude_vector",
-    ),
-    "other weights": (
-        lambda f: edit_tensors(f, lambda t: t | {"base_model.model.pooler": torch.ones(3)}), TypeError, "pooler",
-    ),
-    "half": (
-        lambda f: edit_tensors(f, lambda t: {k: v for k, v in t.items() if "lora_B" not in k}), ValueError, "one half",
-    ),
-    "nothing": (lambda f: edit_tensors(f, lambda t: {}), ValueError, "no adapter weights"),
-    "missing layer": (
-        lambda f: edit_tensors(f, lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}),
-        ValueError,
-        "no layer 'layers.7.*another base model",
-    ),
-    "other width": (
-        lambda f: edit_tensors(f, lambda t: {k: torch.ones(4, 48) if "lora_A" in k else v for k, v in t.items()}),
-        ValueError,
-        "layer 'layers.*holds.*48.*another base model",
-    ),
-    "other kind": (
-        lambda f: edit_tensors(f, lambda t: {k.replace("attention.q_proj", NORM): v for k, v in t.items()}),
-        TypeError,
-        "layernorm_before' is LayerNorm",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_folders(saved, damage):
-    bare, _, folders = saved
-    harm, error, message = DAMAGES[damage]
-    harm(folders[2])
-    before = state_of(bare)
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sites", [["c_attn"], ["wte"], ["wte", "lm_head"]], ids=",".join)
+@torch.no_grad()
+def test_embeddings_saved_with_the_adapters(sites, tied, tmp_path):
+    torch.manual_seed(0)
+    bare, given = language_model(tied), inputs(gpt2, 2)
+    model = adapt(copy.deepcopy(bare), *({"r": r, "target_modules": sites} for r in (2, 3)))
+    folders = save(model, tmp_path, save_embedding_layers=True)
+    assert any(
+        re.search(r"(wte|base_layer)\.weight", key) for key in load_file(folders[0] / "adapter_model.safetensors")
+    )
+    assert_equal(fastcss.one_pass.from_directories(bare, folders)(**given), reloaded(bare, folders, given))
+    bare.transformer.wte.weight[3] += 1
+    bare.lm_head.weight[3] += 1
+    with pytest.raises(TypeError, match=r"(wte|lm_head).*differs from the model's own.*load it into the model"):
         fastcss.one_pass.from_directories(bare, folders)
-    assert_untouched(bare, before)
 
 
-def test_wrong_names_and_models(saved):
-    bare, model, folders = saved
-    with pytest.raises(ValueError, match="different adapter names"):
-        fastcss.one_pass.from_directories(bare, [folders[0], folders[0]])
-    with pytest.raises(ValueError, match="different adapter names"):
-        fastcss.one_pass.from_directories(bare, folders, ["a", "b"])
-    with pytest.raises(ValueError, match="at least one folder"):
-        fastcss.one_pass.from_directories(bare, [])
-    with pytest.raises(ValueError, match="has adapters already"):
-        fastcss.one_pass.from_directories(model.get_base_model(), folders)
+class ThreeNames(nn.Module):
+    """One layer under three names, one of them in a block of two names; another layer shares its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.block = nn.Sequential(nn.Linear(8, 8), self.first)
+        self.again = self.block
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x):
+        for layer in (self.first, self.second, self.block, self.again, self.tied):
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("sites", [["first"], ["first", "0"], ["tied", "0"]], ids=",".join)
+@torch.no_grad()
+def test_a_layer_of_several_names_is_adapted_under_the_one_that_peft_adapts(sites, tmp_path):
+    torch.manual_seed(0)
+    bare, given = ThreeNames().eval(), {"x": torch.randn(2, 8)}
+    model = adapt(copy.deepcopy(bare), *({"r": r, "target_modules": sites} for r in (2, 3)))
+    folders = save(model, tmp_path)
+    for engine in ("vmap", "replay"):
+        assert_equal(fastcss.one_pass(model, engine=engine)(**given), loop(model, given))
+        assert_equal(
+            fastcss.one_pass.from_directories(bare, folders, engine=engine)(**given), reloaded(bare, folders, given)
+        )
+    rewrite(folders[1], lambda key: key.replace("first", "second").replace("block.0", "again.0"))
+    with pytest.raises(ValueError, match=r"layer '(second|again.0)' is the model's '(first|block.0)' by another name"):
+        fastcss.one_pass.from_directories(bare, folders)
+
+
+@torch.no_grad()
+def test_a_shared_peft_layer_is_adapted_wherever_it_is_called():
+    torch.manual_seed(0)
+    model = adapt(ThreeNames(), *({"r": r, "target_modules": ["first"]} for r in (2, 3)))
+    given = {"x": torch.randn(2, 8)}
+    model.base_model.model.second = model.base_model.model.first
+    assert_equal(fastcss.one_pass(model)(**given), loop(model, given))
+
+
+@torch.no_grad()
+def test_layers_that_a_folder_lacks_are_named(tmp_path):
+    torch.manual_seed(0)
+    bare, given = vit().eval(), inputs(vit, 2)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(copy.deepcopy(bare), config, adapter_name="0")
+    for name in ("1", "2"):
+        model.add_adapter(name, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    folders = save(model, tmp_path)  # of which PEFT keeps in "0" layer 0 alone, because "1" is an adapter too
+    with pytest.warns(UserWarning, match=r"no weights for 'layers.1.*q_proj', 'layers.1.*v_proj', which") as said:
+        runner = fastcss.one_pass.from_directories(bare, folders[:1])
+    assert said[0].filename == __file__
+    with pytest.warns(UserWarning, match="run without the adapter, as PEFT runs them"):
+        runner = fastcss.one_pass.from_directories(bare, folders[:2])
+    assert_equal(runner(**given), reloaded(bare, folders[:2], given))
+    with pytest.raises(ValueError, match=r"2 holds no adapter weights.*rename it"):
+        fastcss.one_pass.from_directories(bare, folders)
+    path = folders[0] / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": False}))
+    with pytest.raises(ValueError, match=r"layers.1.*PEFT would draw them at random"):
+        fastcss.one_pass.from_directories(bare, folders[:2])
+
+
+@torch.no_grad()
+def test_pissa_converted_by_peft_is_plain_lora(tmp_path):
+    torch.manual_seed(0)
+    bare, given = vit().eval(), inputs(vit, 2)
+    model = adapt(copy.deepcopy(bare), {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa"})
+    config = model.peft_config["task0"]
+    config.init_lora_weights = True
+    first = save(model, tmp_path)[0].rename(tmp_path / "first")
+    config.init_lora_weights = "pissa"
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter += 0.3
+    given_up = save(model, tmp_path / "as it is")[0]
+    converted = save(model, tmp_path / "converted", path_initial_model_for_weight_conversion=str(first))[0]
+    got = fastcss.one_pass.from_directories(bare, [converted, given_up], ["converted", "as it is"])(**given)
+    wanted = reloaded(bare, [converted, given_up], given)
+    for i in range(2):
+        torch.testing.assert_close(got[0][i], wanted[i][0], atol=1e-5, rtol=0)

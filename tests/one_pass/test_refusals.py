@@ -7,7 +7,7 @@ import re
 import peft
 import pytest
 import torch
-from adapted_models import adapt, assert_untouched, build_adapted, inputs, state_of, vit
+from adapted_models import adapt, assert_equal, assert_untouched, build_adapted, inputs, loop, state_of, vit
 from torch import nn
 
 import fastcss
@@ -43,6 +43,28 @@ def unsupported():
         return model
 
     yield "hook", hooked, "layers.0.attention.q_proj' has hooks"
+
+    def half_made(change):
+        model = adapt(vit(), sites)
+        with pytest.raises(ValueError, match="not supported"):
+            model.add_adapter("left", peft.LoraConfig(r=2, target_modules=["q_proj", "layernorm_before"]))
+        change(model)
+        return model
+
+    def without_b():
+        model = adapt(vit(), sites)
+        del model.get_base_model().layers[1].attention.q_proj.lora_B["task0"]
+        return model
+
+    def named_now(model):
+        model.peft_config["left"] = model.peft_config["task0"]
+        del model.get_base_model().layers[0].attention.q_proj.scaling["left"]
+
+    half = r"adapter '{}': it {}.* call delete_adapter\('{}'\)"
+    no_adapter = half.format("left", "is none of the model's adapters \\(task0\\)", "left")
+    yield "half-made adapter", lambda: half_made(lambda _: None), "layers.0.attention.q_proj', " + no_adapter
+    yield "adapter without B", without_b, "layers.1.*" + half.format("task0", "has no lora_B", "task0")
+    yield "adapter without scale", lambda: half_made(named_now), half.format("left", "has no scaling", "left")
     yield "bad engine", lambda: adapt(vit(), sites), "engine must be one of"
 
 
@@ -53,6 +75,19 @@ def test_what_cannot_run_is_refused_by_name(build, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fastcss.one_pass(model, engine="warp" if "engine" in message else "auto")
     assert_untouched(model, before)
+
+
+@torch.no_grad()
+def test_a_half_made_adapter_is_gone_when_it_is_deleted_as_the_message_says():
+    model, given = build_adapted(vit), inputs(vit, 2)
+    with pytest.raises(ValueError, match="not supported"):
+        model.add_adapter("left", peft.LoraConfig(r=2, target_modules=["q_proj", "layernorm_before"]))
+    with pytest.raises(ValueError, match="delete_adapter"):
+        fastcss.one_pass(model)
+    for module in model.modules():
+        if "left" in getattr(module, "lora_A", ()):
+            module.delete_adapter("left")
+    assert_equal(fastcss.one_pass(model)(**given), loop(model, given))
 
 
 @torch.no_grad()
