@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ._draws import draws
 from ._task_rules import is_mapped
 
-_RANDOM = {"bernoulli", "dropout", "multinomial", "normal", "poisson", "alpha_dropout", "feature_dropout"}
 _PLAIN = (
     int,
     float,
@@ -20,11 +20,16 @@ _PLAIN = (
     slice,
     type(None),
     type(...),
+    torch.Size,
     torch.dtype,
     torch.device,
     torch.layout,
     torch.memory_format,
+    torch.qscheme,
 )
+# After these a tensor may be written without that its version counts it.
+_UNCOUNTED = {Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr}
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 class SharedWork(TorchFunctionMode):
@@ -32,17 +37,18 @@ class SharedWork(TorchFunctionMode):
 
     Shared are the tensors given at the start (weights, inputs) and the results of calls on shared tensors only. An
     adapted layer's result is not, nor what follows from it, and those calls run every time. A tensor that has been
-    written in place, itself or through a view, is shared no longer: each run computes it anew and writes it again.
-    Random numbers are drawn in each run.
+    written in place, itself or through a view, is shared no longer: each run computes it anew and writes it again. So
+    it is with one whose memory the model asked for (``data``, ``numpy()``, ``data_ptr()``), which it may then write
+    unseen. Random numbers are drawn in each run. Lists and other containers are handed out as copies.
 
-    Not for ``torch.inference_mode``, whose tensors do not count their writes.
+    Not for ``torch.inference_mode``, whose tensors do not count their writes: what a model does in it runs every time.
     """
 
     def __init__(self, shared: Iterable[Tensor]) -> None:
         super().__init__()
         # id → the tensor, which it holds so that the id stays its own, and its version when it became shared.
         self._shared: dict[int, tuple[Tensor, int]] = {}
-        self._results: dict[tuple, object] = {}
+        self._results: dict[tuple, tuple[list, pytree.TreeSpec]] = {}
         self._share(shared)
 
     def is_shared(self, tensor: Tensor) -> bool:
@@ -51,28 +57,39 @@ class SharedWork(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.__iter__:  # whose iterator holds calls that nothing would see
+            return iter(self.__torch_function__(Tensor.unbind, types, args))
         leaves, structure = pytree.tree_flatten((args, kwargs))
         key = self._key(func, leaves, structure)
+        if key in self._results:
+            known, form = self._results[key]
+            if all(map(self.is_shared, _tensors(known))):
+                return pytree.tree_unflatten(known, form)
         if key is None:
-            return func(*args, **kwargs)
-        if key in self._results and all(map(self.is_shared, _tensors(pytree.tree_leaves(self._results[key])))):
-            return self._results[key]
-        result = func(*args, **kwargs)
-        returned = pytree.tree_leaves(result)
+            result, again = func(*args, **kwargs), False
+        else:
+            result, drew = draws(func, args, kwargs, leaves, structure)
+            again = not drew
+        returned, form = pytree.tree_flatten(result)
+        if func in _UNCOUNTED or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in returned):
+            self._unshare(_tensors(leaves))
         writes = not all(map(self.is_shared, _tensors(leaves)))
-        if not writes and all(isinstance(leaf, (Tensor, int, float)) for leaf in returned):
-            self._results[key] = result
+        if again and not writes and not any(map(Tensor.is_inference, _tensors(returned))):
+            self._results[key] = returned, form
             self._share(_tensors(returned))
         return result
 
     def _share(self, tensors: Iterable[Tensor]) -> None:
         self._shared.update((id(t), (t, version(t))) for t in tensors)
 
-    def _key(self, func, leaves: list, structure) -> tuple | None:
+    def _unshare(self, tensors: Iterable[Tensor]) -> None:
+        """Forget these tensors and all that lie in the same memory."""
+        memory = {_memory(tensor) for tensor in tensors if id(tensor) in self._shared}
+        if memory:
+            self._shared = {key: entry for key, entry in self._shared.items() if _memory(entry[0]) not in memory}
+
+    def _key(self, func: Callable, leaves: list, structure: pytree.TreeSpec) -> tuple | None:
         """What makes a later call the same call; None for a call that must not be remembered."""
-        name = getattr(func, "__name__", "")
-        if name.startswith("rand") or name in _RANDOM:
-            return None
         parts = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -83,8 +100,25 @@ class SharedWork(TorchFunctionMode):
                 parts.append((type(leaf), repr(leaf)))
             else:
                 return None
-        autocast = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
-        return func, structure, tuple(parts), torch.is_grad_enabled(), *autocast
+        return func, structure, tuple(parts), _surroundings()
+
+
+def _surroundings() -> tuple:
+    """What beside its arguments decides what a call gives."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        *((torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None) for d in _DEVICES),
+    )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Tells whether tensors lie in the same memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one without memory
+        return id(tensor)
 
 
 def _tensors(leaves: list) -> list[Tensor]:

@@ -1,0 +1,63 @@
+"""Whether a call draws random numbers, found out by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Ops with torch's tag for drawing that draw only where their plain arguments (dropout_p, training) ask for it.
+_BY_ARGUMENT = ("_scaled_dot_product", "_fused_sdp_choice", "_flash_attention", "_efficient_attention", "_cudnn_attention",
+                "_cudnn_rnn", "miopen_rnn", "_lstm_mps", "rrelu")  # fmt: skip
+_MOST_KNOWN = 10_000
+
+_known: dict[tuple, bool] = {}  # by function and plain arguments
+
+
+def draws(func: Callable, args: tuple, kwargs: dict, leaves: list, structure: pytree.TreeSpec) -> tuple[object, bool]:
+    """``func(*args, **kwargs)`` and whether it drew; ``leaves`` and ``structure`` are those of its arguments.
+
+    A call is watched the first time that a function gets these plain arguments: no list of names could be whole, and
+    ``dropout``, say, draws or does not as its arguments say.
+    """
+    signature = func, structure, tuple("" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    drew = _known.get(signature)
+    if drew is not None:
+        return func(*args, **kwargs), drew
+    generators = _generators()
+    before = [generator.get_state() for generator in generators]
+    with _Watch(certain=not generators) as watch:
+        result = func(*args, **kwargs)
+    moved = any(not torch.equal(b, g.get_state()) for b, g in zip(before, generators, strict=True))
+    drew = watch.drew or moved
+    empty = any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in leaves)
+    if generators and (drew or not empty):  # on no elements nothing is drawn
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[signature] = drew
+    return result, drew
+
+
+def _generators() -> list[torch.Generator]:
+    """Those that move where a call draws without being given one; none while they cannot be asked."""
+    if torch.compiler.is_compiling():
+        return []
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return [torch.default_generator]
+    return [] if torch.cuda.is_current_stream_capturing() else [torch.default_generator, *torch.cuda.default_generators]
+
+
+class _Watch(TorchDispatchMode):
+    """Sees the ops of a call that torch has tagged as drawing; ``certain`` counts also those that may not have."""
+
+    def __init__(self, certain: bool) -> None:
+        super().__init__()
+        self.drew, self._certain = False, certain
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.drew |= self._certain or not func._schema.name.removeprefix("aten::").startswith(_BY_ARGUMENT)
+        return func(*args, **(kwargs or {}))
