@@ -14,6 +14,7 @@ from collections.abc import Callable, Set
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -92,6 +93,17 @@ def _attention(*args, **kwargs) -> Tensor:
     return on_physical_tensors(fold, *tensors)
 
 
+def _flex_attention(operator: Callable, query: Tensor, key: Tensor, value: Tensor, *rest, **kwargs) -> tuple:
+    """flex_attention task by task: its masks and scores are functions of the batch index, which no fold may change."""
+
+    def each(size: int, dims: tuple, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        slices = [[t if d is None else t.select(d, s) for t, d in zip(tensors, dims, strict=True)] for s in range(size)]
+        results = [torch.stack(result) for result in zip(*(operator(*qkv, *rest, **kwargs) for qkv in slices))]
+        return tuple(results), (0,) * len(results)
+
+    return on_physical_tensors(each, query, key, value)
+
+
 def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
     """torch.isin of mapped elements in one set."""
     if not is_mapped(elements) or is_mapped(test_elements):
@@ -165,6 +177,8 @@ class TaskRules(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in RULES:
             return RULES[func](*args, **kwargs)
+        if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention" and any(map(is_mapped, args[:3])):
+            return _flex_attention(func, *args, **kwargs)
         if _writes(func) and isinstance(args[0], Tensor) and not is_mapped(args[0]):
             mapped = next(filter(is_mapped, pytree.tree_leaves((args, kwargs))), None)
             if mapped is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._capture import Captures
+from ._eager_parts import eager_parts
 from ._leaves import Inputs
 from ._read_adapters import Adapters, read_peft
 from ._read_folders import read_directories
@@ -184,6 +185,7 @@ class OnePass:
         side_by_side, in_turn = self._stand_in.side_by_side, self._stand_in.in_turn
         return self._run(inputs, lambda: side_by_side(tasks, self.group_size, inputs), lambda: in_turn(tasks, inputs))
 
+    @eager_parts()
     def _run(self, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
         must_replay = self._stand_in.must_replay()
         if must_replay and self._asked == "vmap":

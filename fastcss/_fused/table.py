@@ -59,5 +59,5 @@ def why_not_known(cls: type[nn.Module]) -> str | None:
 
 def _partitions(cls: type[nn.Module]) -> bool:
     """Its forward takes a map apart into windows."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    code = getattr(inspect.unwrap(inspect.getattr_static(cls, "forward")), "__code__", None)
     return code is not None and "window_partition" in code.co_names
