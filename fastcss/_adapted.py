@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._kept import mark
 from ._read_adapters import LoraWeights
 from ._task_rules import on_physical_tensors
+from ._undo import Undo
 
 
 class Slots(threading.local):
@@ -28,11 +30,17 @@ class Slots(threading.local):
         tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
         axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
         routed: ``axis`` holds one adapter index a sample.
+        undo: what puts the model back where the call fails half-way.
     """
 
     tasks: tuple[int, ...] = ()
     axis: Tensor | None = None
     routed: bool = False
+    undo: Undo | None = None
+
+    def origin(self, tasks: tuple[int, ...]) -> tuple:
+        """Marks what depends on these adapters of this runner."""
+        return self, tasks
 
     @contextlib.contextmanager
     def hold(self, tasks: tuple[int, ...] = (), axis: Tensor | None = None, routed: bool = False) -> Iterator[None]:
@@ -67,9 +75,8 @@ class Adapted(nn.Module):
         with torch._C.DisableTorchFunction():  # the task rules are for the model's own calls
             if slots.axis is not None:
                 return on_physical_tensors(self._fold, x, slots.axis)
-            if not self._covered(slots.tasks):
-                return self.base(x[None])[0]
-            return self.shared(x, slots.tasks)[0]
+            y = (self.shared(x, slots.tasks) if self._covered(slots.tasks) else self.base(x[None]))[0]
+        return mark(y, slots.origin(slots.tasks))
 
     def _fold(self, size: int, dims: tuple, x: Tensor, axis: Tensor) -> tuple[Tensor, int | None]:
         slots, dim = self.slots, dims[0]

@@ -14,10 +14,12 @@ from torch.overrides import TorchFunctionMode
 from ._adapted import Adapted, Slots
 from ._adapted_layers import adapted
 from ._group_size import Widest, group_size
+from ._kept import KeptError, Mapped, OneTask, mark, where_kept
 from ._leaves import Inputs, Output, join
 from ._read_adapters import Adapters
 from ._replay import SharedWork
-from ._task_rules import TaskRules, is_mapped
+from ._task_rules import Disagreement, TaskRules, is_mapped
+from ._undo import Undo
 
 
 class StandIn:
@@ -28,6 +30,7 @@ class StandIn:
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
         self._slots = Slots()
+        self._modules: list[nn.Module] | None = None
         self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
         layers = dict(self.model.named_modules())
         replaced: dict[nn.Module, Adapted] = {}
@@ -64,18 +67,21 @@ class StandIn:
             if ours.training is not original.training:
                 ours.training = original.training
 
-    def snapshot(self, inputs: Inputs) -> Callable[[], None]:
-        """What puts buffers and inputs back as they are now, after a run that failed half-way."""
-        tensors = [t for t in (*self.model.buffers(), *inputs.tensors, *inputs.each.values()) if not t.is_inference()]
-        before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+    @contextlib.contextmanager
+    def undoing(self, inputs: Inputs, known: set[int] | None) -> Iterator[Undo]:
+        """What puts the model and its inputs back as they are now, after a run within that failed half-way.
 
-        def undo() -> None:
-            with torch.no_grad():
-                for tensor, version, value in before:
-                    if tensor._version != version:
-                        tensor.copy_(value)
-
-        return undo
+        ``known`` are the ids of the tensors that earlier runs wrote, None where there was none.
+        """
+        if self._modules is None:
+            self._modules = list(self.model.modules())
+        tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
+        copied = tensors if known is None else [t for t in tensors if id(t) in known]
+        self._slots.undo = Undo(self._modules, tensors, copied)
+        try:
+            yield self._slots.undo
+        finally:
+            self._slots.undo = None
 
     def must_replay(self) -> str | None:
         """Why the model's present mode rules vmap out, None where it does not."""
@@ -133,7 +139,7 @@ class StandIn:
         def run(*samples: Tensor) -> object:
             return rebuild([sample[None] for sample in samples]).call(self.model)
 
-        return self._mapped(run, route, samples, [TaskRules(self._owned(inputs))], routed=True).as_batch()
+        return self._mapped(run, route, samples, inputs, routed=True).as_batch()
 
     def routed_in_turn(self, route: Tensor, inputs: Inputs) -> object:
         """One sample after the other."""
@@ -149,32 +155,51 @@ class StandIn:
 
     def _group(self, group: tuple[int, ...], inputs: Inputs, *modes: TorchFunctionMode | None) -> Output:
         axis = torch.arange(len(group), device=self.device)
-        modes = [TaskRules(self._owned(inputs)), *filter(None, modes)]
         each = list(inputs.each.values())
-        return self._mapped(lambda *each: inputs.call(self.model, each), axis, each, modes, tasks=group)
+        return self._mapped(lambda *each: inputs.call(self.model, each), axis, each, inputs, modes, tasks=group)
 
     def _mapped(
-        self, run: Callable, axis: Tensor, inputs: Sequence[Tensor], modes: Sequence[TorchFunctionMode], **slots
+        self,
+        run: Callable,
+        axis: Tensor,
+        values: Sequence[Tensor],
+        inputs: Inputs,
+        modes: Sequence[TorchFunctionMode | None] = (),
+        **slots,
     ) -> Output:
-        """``run(*inputs)`` with ``axis`` and ``inputs`` mapped along their dim 0."""
-        outputs, size = [], axis.shape[0]
+        """``run(*values)`` with ``axis`` and ``values`` mapped along their dim 0."""
+        outputs, size, mapped, undo = [], axis.shape[0], Mapped(), self._slots.undo
+        rules = TaskRules(self._owned(inputs), before_write=undo and undo.before_write, mapped=mapped)
 
-        def body(axis: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        def body(axis: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             with contextlib.ExitStack() as stack:
-                for mode in modes:
+                for mode in filter(None, (rules, *modes)):
                     stack.enter_context(mode)
                 stack.enter_context(self._slots.hold(axis=axis, **slots))
-                output = Output.of(run(*inputs), is_mapped, size)
+                output = Output.of(run(*values), is_mapped, size)
             outputs.append(output)
             return axis, *output.mapped_leaves()
 
-        _, *values = torch.vmap(body, randomness="different")(axis, *inputs)
-        return outputs[0].with_mapped_leaves(values)
+        _, *results = torch.vmap(body, randomness="different")(axis, *values)
+        self._check_nothing_kept(mapped, outputs[0])
+        return outputs[0].with_mapped_leaves(results)
+
+    def _check_nothing_kept(self, mapped: Mapped, output: Output) -> None:
+        alive = mapped.alive(output.mapped_leaves())
+        kept = where_kept(self.model, alive) if alive else None
+        if kept:
+            raise Disagreement(f"the model keeps a value that differs between the tasks after its call, in {kept!r}")
 
     def _single(self, tasks: tuple[int, ...], inputs: Inputs, shared: SharedWork | None) -> Output:
         """The model with one adapter or, with ``tasks`` empty, none."""
-        with TaskRules(self._owned(inputs)), shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
-            returned = inputs.call(self.model, [tensor[0] for tensor in inputs.each.values()])
+        origin, owned = self._slots.origin(tasks), self._owned(inputs)
+        each = [mark(tensor[0], origin) for tensor in inputs.each.values()]
+        rules = TaskRules(owned, one_task=OneTask(origin, owned))
+        try:
+            with rules, shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
+                returned = inputs.call(self.model, each)
+        except KeptError as error:
+            raise error.named(where_kept(self.model, [error.tensor]), type(self.model).__name__) from None
         output = Output.of(returned, lambda tensor: shared is None or not shared.is_shared(tensor), 1)
         return output.with_mapped_leaves([leaf[None] for leaf in output.mapped_leaves()])
 

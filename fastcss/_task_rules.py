@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ._kept import Mapped, OneTask
 from ._linear import linear
 
 
@@ -167,19 +168,43 @@ class TaskRules(TorchFunctionMode):
 
     Args:
         owned: ids of the tensors that outlive the call (weights, inputs), which no write may change into mapped ones.
+        before_write: told of each tensor without a task axis that a call is about to write.
+        mapped: under vmap, follows the results with a task axis.
+        one_task: in one adapter's pass, follows what depends on the adapter.
     """
 
-    def __init__(self, owned: Set[int]) -> None:
+    def __init__(
+        self,
+        owned: Set[int],
+        *,
+        before_write: Callable[[Tensor], None] | None = None,
+        mapped: Mapped | None = None,
+        one_task: OneTask | None = None,
+    ) -> None:
         super().__init__()
-        self._owned = owned
+        self._owned, self._before_write, self._mapped, self._one_task = owned, before_write, mapped, one_task
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._one_task is not None:
+            depends = self._one_task.depends(func, args, kwargs)
+            result = self._call(func, args, kwargs)
+            if depends:
+                self._one_task.follow(result)
+            return result
+        result = self._call(func, args, kwargs)
+        if self._mapped is not None and is_mapped(result):
+            self._mapped.add(result)
+        return result
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict):
         if func in RULES:
             return RULES[func](*args, **kwargs)
         if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention" and any(map(is_mapped, args[:3])):
             return _flex_attention(func, *args, **kwargs)
         if _writes(func) and isinstance(args[0], Tensor) and not is_mapped(args[0]):
+            if self._before_write is not None:
+                self._before_write(args[0])
             mapped = next(filter(is_mapped, pytree.tree_leaves((args, kwargs))), None)
             if mapped is not None:
                 return self._write(func, mapped, *args, **kwargs)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ._capture import Captures
-from ._eager_parts import eager_parts
+from ._engines import Engine
 from ._leaves import Inputs
 from ._read_adapters import Adapters, read_peft
 from ._read_folders import read_directories
 from ._stand_in import StandIn
 from .fuse import Fusion, fuse_modules
-
-ENGINES = ("auto", "vmap", "replay")
 
 
 class OnePass:
@@ -86,15 +83,11 @@ class OnePass:
     def _build(
         self, model: nn.Module, adapters: Adapters, engine: str, group_size: int | None, fuse: bool | None
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
         if group_size is not None and group_size < 1:
             raise ValueError(f"one_pass: group_size must be at least 1, got {group_size}")
         self.adapters = adapters.names
         self.group_size = group_size
-        self._asked = engine
-        self._refused: dict[bool, str] = {}  # by training: why vmap does not run the model
-        self._proven: set[bool] = set()  # by training: vmap has run the model
+        self._engine = Engine(engine)
         self._stand_in = StandIn(model, adapters)
         if fuse is None:
             fuse = self._stand_in.device.type == "cpu"
@@ -109,9 +102,7 @@ class OnePass:
     @property
     def engine(self) -> str:
         """The engine that runs the model in its present mode, "vmap" or "replay"."""
-        if self._asked != "auto":
-            return self._asked
-        return "replay" if self._stand_in.training in self._refused else "vmap"
+        return self._engine.name(self._stand_in.training)
 
     def __call__(
         self,
@@ -144,7 +135,8 @@ class OnePass:
             route = _check_route(route, adapters, per_adapter, self.adapters)
             inputs = Inputs(args, kwargs)
             routed, routed_in_turn = self._stand_in.routed, self._stand_in.routed_in_turn
-            return self._run(inputs, lambda: routed(route, inputs), lambda: routed_in_turn(route, inputs))
+            run, in_turn = lambda: routed(route, inputs), lambda: routed_in_turn(route, inputs)
+            return self._engine.run(self._stand_in, inputs, run, in_turn)
         tasks = self._tasks(adapters)
         if per_adapter:
             kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
@@ -182,38 +174,12 @@ class OnePass:
 
     def _all_tasks(self, tasks: tuple[int, ...], *args, per_adapter: dict[str, Tensor] | None = None, **kwargs):
         inputs = Inputs(args, kwargs, per_adapter or {})
-        side_by_side, in_turn = self._stand_in.side_by_side, self._stand_in.in_turn
-        return self._run(inputs, lambda: side_by_side(tasks, self.group_size, inputs), lambda: in_turn(tasks, inputs))
-
-    @eager_parts()
-    def _run(self, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
-        must_replay = self._stand_in.must_replay()
-        if must_replay and self._asked == "vmap":
-            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {must_replay}")
-        if must_replay and self.engine == "vmap":
-            self._refuse(must_replay)
-        if self.engine == "replay":
-            return replay()
-        undo = None if self._stand_in.training in self._proven else self._stand_in.snapshot(inputs)
-        try:
-            result = vmap()
-            self._proven.add(self._stand_in.training)
-            return result
-        except (RuntimeError, NotImplementedError) as error:
-            if undo:
-                undo()
-            if self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
-                raise
-            result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
-            self._refuse(str(error).split("\n")[0])
-            return result
-
-    def _refuse(self, reason: str) -> None:
-        self._refused[self._stand_in.training] = reason
-        warnings.warn(
-            f"one_pass: {type(self._stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
-            f"(engine 'replay'): {reason}",
-            stacklevel=5,
+        stand_in, size = self._stand_in, self.group_size
+        return self._engine.run(
+            stand_in,
+            inputs,
+            lambda: stand_in.side_by_side(tasks, size, inputs),
+            lambda: stand_in.in_turn(tasks, inputs),
         )
 
     def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:

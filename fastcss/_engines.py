@@ -1,0 +1,88 @@
+"""Which way a runner runs its model: the adapters side by side under vmap, or in turn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ._eager_parts import eager_parts
+from ._leaves import Inputs
+from ._stand_in import StandIn
+from ._task_rules import Disagreement
+
+ENGINES = ("auto", "vmap", "replay")
+_OF_VMAP = ("vmap", "functorch", "atching rule", "BatchedTensor")
+
+
+class Engine:
+    """The engine of one runner: the one ``asked`` for or, with "auto", vmap until it has refused the model."""
+
+    def __init__(self, asked: str) -> None:
+        if asked not in ENGINES:
+            raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {asked!r}")
+        self._asked = asked
+        # All by training:
+        self._refused: dict[bool, str] = {}  # why vmap does not run the model
+        self._failed: dict[bool, str] = {}  # how the last run under vmap failed, where replay did not
+        self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the buffers that it writes
+
+    def name(self, training: bool) -> str:
+        """What runs the model in this mode, "vmap" or "replay"."""
+        if self._asked != "auto":
+            return self._asked
+        return "replay" if training in self._refused else "vmap"
+
+    @eager_parts()
+    def run(self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
+        """What ``vmap()`` gives or, where that is refused, ``replay()``."""
+        must_replay = stand_in.must_replay()
+        if must_replay and self._asked == "vmap":
+            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {must_replay}")
+        if must_replay and self.name(stand_in.training) == "vmap":
+            self._refuse(stand_in, must_replay)
+        if self.name(stand_in.training) == "replay":
+            return replay()
+        return self._try(stand_in, inputs, vmap, replay)
+
+    def _try(
+        self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]
+    ) -> object:
+        training = stand_in.training
+        with stand_in.undoing(inputs, self._written.get(training)) as undo:
+            try:
+                result = vmap()
+            except (RuntimeError, NotImplementedError) as error:
+                undo()
+                if self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                failure = error
+            else:
+                self._failed.pop(training, None)
+                self._written[training] = self._written.get(training, set()) | {id(t) for t in undo.written()}
+                return result
+        result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
+        reason = _reason(failure)
+        # An error that is not vmap's own may have passed by itself; the next call tells.
+        if isinstance(failure, Disagreement) or any(word in str(failure) for word in _OF_VMAP):
+            self._refuse(stand_in, reason)
+        elif training in self._failed:
+            self._refuse(stand_in, f"{reason} (twice under vmap, and not in turn)")
+        else:
+            self._failed[training] = reason
+        return result
+
+    def _refuse(self, stand_in: StandIn, reason: str) -> None:
+        self._refused[stand_in.training] = reason
+        warnings.warn(
+            f"one_pass: {type(stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
+            f"(engine 'replay'): {reason}",
+            stacklevel=7,
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a message that says what vmap minds."""
+    lines = str(error).split("\n")
+    return next((line for line in lines if any(word in line for word in _OF_VMAP)), lines[0])

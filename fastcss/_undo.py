@@ -1,0 +1,75 @@
+"""Puts a model and its inputs back after a run that failed half-way."""
+
+from __future__ import annotations
+
+import collections
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (list, dict, set, collections.deque)
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+class Undo:
+    """The state of ``modules`` and of ``tensors`` (their buffers, the inputs) as a run begins.
+
+    Attributes of the modules are kept as they are, lists, dicts and sets in them by their entries. Of the tensors those
+    in ``copied`` are copied at once, any other when ``before_write`` announces the write.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], copied: Iterable[Tensor]) -> None:
+        self._attributes = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in modules]
+        self._contents = [
+            (value, copy.copy(value))
+            for attributes, *_ in self._attributes
+            for name, value in attributes.items()
+            if isinstance(value, _CONTAINERS) and name not in _OF_EVERY_MODULE
+        ]
+        self._versions = {id(t): (t, t._version) for t in tensors if not t.is_inference()}
+        self._values: dict[int, Tensor] = {}
+        for tensor in copied:
+            self.before_write(tensor)
+
+    def before_write(self, tensor: Tensor) -> None:
+        """``tensor``, or what it is a view of, is about to be written."""
+        tensor = tensor._base if tensor._is_view() else tensor
+        if id(tensor) in self._versions and id(tensor) not in self._values:
+            self._values[id(tensor)] = tensor.detach().clone()
+
+    def written(self) -> list[Tensor]:
+        """The tensors that have been written since."""
+        return [tensor for tensor, version in self._versions.values() if tensor._version != version]
+
+    def __call__(self) -> None:
+        """Put everything back.
+
+        Raises:
+            RuntimeError: a tensor was written that nobody announced.
+        """
+        for now, before, buffers_now, buffers in self._attributes:
+            _restore(now, before)
+            _restore(buffers_now, buffers)
+        for now, before in self._contents:
+            now.clear()
+            (now.extend if isinstance(now, (list, collections.deque)) else now.update)(before)
+        lost = [tensor for tensor in self.written() if id(tensor) not in self._values]
+        with torch.no_grad():
+            for tensor in self.written():
+                if id(tensor) in self._values:
+                    tensor.copy_(self._values[id(tensor)])
+        if lost:
+            raise RuntimeError(
+                f"one_pass: a run under vmap failed after it had written a buffer or input {list(lost[0].shape)}, which "
+                "cannot be put back; build the runner with engine='replay'"
+            )
+
+
+def _restore(now: dict, before: dict) -> None:
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if now.get(name) is not value:
+            now[name] = value
