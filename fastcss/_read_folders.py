@@ -98,10 +98,13 @@ def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -
     if names is None:
         return
     surplus = [layer for layer in layers if layer not in names]
-    if surplus and not config.get("ensure_weight_tying"):  # that adds the layers tied to a targeted embedding
+    if config.get("ensure_weight_tying"):  # it adds the layers whose own weight is that of a targeted embedding
+        surplus = [layer for layer in surplus if not _is_tied(layers[layer], layers)]
+    if surplus:
         raise ValueError(
             f"{CALLER}: {folder} holds weights for {_some(surplus)}, where its own {CONFIG_FILE} (target_modules, "
-            "exclude_modules, layers_to_transform) wants no adapter, and PEFT would leave them out; mend either file"
+            "exclude_modules, layers_to_transform, ensure_weight_tying) wants none such: PEFT would leave them out; "
+            "mend one of the files"
         )
     missing = [name for name in names if name not in layers]
     if not missing:
@@ -111,6 +114,13 @@ def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -
     if init in (False, "orthogonal"):
         raise ValueError(f"{CALLER}: {said}; PEFT would draw them at random (init_lora_weights={init!r}). {DROPPED}")
     _warn(f"{said}; these layers run without the adapter, as PEFT runs them. {DROPPED}")
+
+
+def _is_tied(parts: dict[str, Tensor], layers: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether A and B are, transposed, the B and A of another layer."""
+    pairs = ((parts.get("a"), other.get("b"), parts.get("b"), other.get("a")) for other in layers.values())
+    pairs = (pair for pair in pairs if all(x is not None and x.dim() == 2 for x in pair))
+    return any(torch.equal(a, other_b.t()) and torch.equal(b, other_a.t()) for a, other_b, b, other_a in pairs)
 
 
 def _some(layers: Sequence[str]) -> str:

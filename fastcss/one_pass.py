@@ -66,6 +66,11 @@ class OnePass:
     ) -> OnePass:
         """A runner for a bare model and adapters saved by PEFT, without PEFT.
 
+        Each adapter runs as ``PeftModel.from_pretrained(model, folder)`` runs it: in float32 whatever it was saved in
+        (float64 beside float64 layers); a PiSSA or OLoRA adapter beside what it leaves of the base layer, though here
+        the model stays as it is; a layer of several names under the first alone. Keys may have the adapter's own name
+        in them.
+
         Args:
             model: the base model of the adapters.
             directories: PEFT adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``).
@@ -73,8 +78,11 @@ class OnePass:
             engine, group_size, fuse: as for ``OnePass``.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle, is no plain LoRA
-                adapter, or belongs to another base model; the message names the file or the layer.
+            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would leave
+                out, is no plain LoRA adapter, or belongs to another base model; the message names the file or the layer.
+
+        Warns:
+            UserWarning: a folder without a layer that its own config targets, or with options that are not known.
         """
         runner = cls.__new__(cls)
         runner._build(model, read_directories(model, directories, names), engine, group_size, fuse)

@@ -65,6 +65,7 @@ def readers_program(folder: Path, kind: str) -> dict:
     return {
         "peft_model": peft_model,
         "model": build().eval(),
+        "detector": adapted_models.object_detector() if kind == "grounding_dino" else None,
         "image": one["pixel_values"],
         "text": one.get("input_ids"),
         "batch": several["pixel_values"],

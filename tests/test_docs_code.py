@@ -15,7 +15,7 @@ SECTIONS = [(path, section) for path in GUIDES for section in sections(path) if 
 def test_it_runs(path, section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = section.blocks("python")
-    of_the_reader = any(name in block for block in code for name in ("peft_model", "fuse(model)"))
+    of_the_reader = any(name in block for block in code for name in ("peft_model", "fuse(model)", "(detector, config"))
     names = readers_program(tmp_path, "grounding_dino") if of_the_reader else {}
     for block in code:
         exec(compile(block, f"{name_of(path)}, {section.heading}", "exec"), names)

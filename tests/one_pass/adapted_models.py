@@ -36,6 +36,13 @@ def grounding_dino():
     return model
 
 
+def object_detector():
+    """The whole of it, with boxes and scores."""
+    config = grounding_dino().config
+    config.decoder_layers = 2  # transformers ties the boxes' heads of the layers after the first
+    return transformers.GroundingDinoForObjectDetection(config).eval()
+
+
 def _transformer(model_class, **options):
     """Two layers of width 32."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -14,10 +14,10 @@ import fastcss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Merging is not supported", "ignore:.*merging LoRA weights won't")
 CONVOLUTIONS = {
-    "1×1, dilated": {"kernel_size": 1, "dilation": 2, "stride": 2},
+    "one pixel, dilated": {"kernel_size": 1, "dilation": 2, "stride": 2},
     "same size, dilated": {"kernel_size": 3, "padding": "same", "dilation": 2, "bias": False},
     "same size, even kernel": {"kernel_size": (2, 4), "padding": "same"},
-    "dilated along one pixel": {"kernel_size": (1, 3), "dilation": (3, 1), "padding": (0, 1)},
+    "dilated along a side of one pixel": {"kernel_size": (1, 3), "dilation": (3, 1), "padding": (0, 1)},
     "grouped, dilated": {"kernel_size": 3, "padding": "same", "dilation": 2, "groups": 2, "padding_mode": "replicate"},
     "reflecting": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
     "circular": {"kernel_size": (3, 2), "padding": (2, 1), "padding_mode": "circular", "stride": (1, 2), "groups": 2},

@@ -68,7 +68,7 @@ DAMAGES = {
         lambda f: to_convolution(f, init_lora_weights="pissa"), TypeError, "projection.* PEFT itself does not load",
     ),
     "other targets": (
-        lambda f: edit_config(f, target_modules=["fc2"]), ValueError, "holds weights for 'layers.0.*wants no adapter",
+        lambda f: edit_config(f, target_modules=["fc2"]), ValueError, "holds weights for 'layers.0.*wants none such",
     ),
     "other rank": (lambda f: edit_config(f, r=4), ValueError, "q_proj.* is of rank 3, its adapter_config.json"),
     "bias of B not in the config": (

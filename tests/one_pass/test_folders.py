@@ -18,8 +18,10 @@ from adapted_models import (
     assert_untouched,
     clip_text,
     gpt2,
+    grounding_dino,
     inputs,
     loop,
+    object_detector,
     regnet,
     reloaded,
     save,
@@ -94,6 +96,26 @@ def test_embeddings_saved_with_the_adapters(sites, tied, tmp_path):
     bare.transformer.wte.weight[3] += 1
     bare.lm_head.weight[3] += 1
     with pytest.raises(TypeError, match=r"(wte|lm_head).*differs from the model's own.*load it into the model"):
+        fastcss.one_pass.from_directories(bare, folders)
+
+
+@torch.no_grad()
+def test_an_adapter_tied_to_the_embeddings(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    bare, given = transformers.LlamaForCausalLM(config).eval(), inputs(gpt2, 2)
+    sites = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    folders = [save(adapt(copy.deepcopy(bare), {"r": r, **sites}), tmp_path / str(r))[0] for r in (2, 3)]
+    folders[1] = folders[1].rename(tmp_path / "task1")
+    assert_equal(fastcss.one_pass.from_directories(bare, folders)(**given), reloaded(bare, folders, given))
+    path = folders[1] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1  # as the second adapter of one model is: PEFT ties the first
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"holds weights for 'lm_head'.*ensure_weight_tying"):
         fastcss.one_pass.from_directories(bare, folders)
 
 
@@ -185,3 +207,18 @@ def test_pissa_converted_by_peft_is_plain_lora(tmp_path):
     wanted = reloaded(bare, [converted, given_up], given)
     for i in range(2):
         torch.testing.assert_close(got[0][i], wanted[i][0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_grounding_dino_for_object_detection_as_the_docs_show_it(tmp_path):
+    torch.manual_seed(0)
+    bare, given = object_detector(), inputs(grounding_dino, 2)
+    with pytest.raises(NotImplementedError, match="get_input_embeddings"):
+        peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(target_modules=["vision_proj"]))
+    for_peft = copy.deepcopy(bare)
+    for_peft.config.tie_word_embeddings = False
+    sites = rf"model\.({SITES[grounding_dino]})"
+    model = adapt(for_peft, *({"r": r, "target_modules": sites} for r in (2, 3)))
+    outputs = loop(model, given)
+    assert_equal(fastcss.one_pass(model)(**given), outputs)
+    assert_equal(fastcss.one_pass.from_directories(bare, save(model, tmp_path))(**given), outputs)
