@@ -78,8 +78,9 @@ class OnePass:
             engine, group_size, fuse: as for ``OnePass``.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would leave
-                out, is no plain LoRA adapter, or belongs to another base model; the message names the file or the layer.
+            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would
+                leave out, is no plain LoRA adapter, or belongs to another base model; the message names the file or
+                the layer.
 
         Warns:
             UserWarning: a folder without a layer that its own config targets, or with options that are not known.
