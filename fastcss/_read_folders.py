@@ -6,13 +6,14 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ._base_decompositions import why_not_repeatable, with_taken_out
+from ._base_decompositions import CONVERT, why_not_repeatable, with_taken_out
 from ._files import read_tensors
 from ._read_adapters import Adapters, LoraWeights, check_base_layer, is_conv1d, kind_of
 from ._target_modules import targeted
@@ -53,6 +54,7 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
         if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
             raise ValueError(f"{CALLER}: layer {name!r} has adapters already; it wants the bare model")
     modules = dict(model.named_modules())
+    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     adapters = Adapters.empty(names)
     for folder, adapter in zip(folders, names, strict=True):
         config = _read_config(folder)
@@ -60,6 +62,12 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
         _check_targets(folder, config, model, layers)
         for layer, parts in layers.items():
             weights = _fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
+            if weights.taken_out and users[id(modules[layer].weight)] > 1:
+                init = config["init_lora_weights"]
+                raise TypeError(
+                    f"{CALLER}: {folder}: layer {layer!r} was initialised by {init}, which changes the weight that it "
+                    f"shares with another layer; {CONVERT}"
+                )
             adapters.add(layer, adapter, weights)
     return adapters
 

@@ -69,7 +69,7 @@ class OnePass:
         Each adapter runs as ``PeftModel.from_pretrained(model, folder)`` runs it: in float32 whatever it was saved in
         (float64 beside float64 layers); a PiSSA or OLoRA adapter beside what it leaves of the base layer, though here
         the model stays as it is; a layer of several names under the first alone. Keys may have the adapter's own name
-        in them.
+        in them. A warning names layers that a folder lacks and its config targets, and options that are not known.
 
         Args:
             model: the base model of the adapters.
@@ -81,9 +81,6 @@ class OnePass:
             FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would
                 leave out, is no plain LoRA adapter, or belongs to another base model; the message names the file or
                 the layer.
-
-        Warns:
-            UserWarning: a folder without a layer that its own config targets, or with options that are not known.
         """
         runner = cls.__new__(cls)
         runner._build(model, read_directories(model, directories, names), engine, group_size, fuse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -130,6 +131,12 @@ def save(model: peft.PeftModel, folder: Path, **options) -> list[Path]:
         warnings.simplefilter("ignore")  # about shapes of biases, and embeddings that it saves too
         model.save_pretrained(folder, **options)
     return [folder if name == "default" else folder / name for name in model.peft_config]
+
+
+def edit_config(folder, **options) -> None:
+    """Change what an adapter's own config says."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
 
 
 def reloaded(bare: nn.Module, folders: list[Path], batch: dict, train: bool = False) -> list:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from adapted_models import assert_untouched, state_of
+from adapted_models import assert_untouched, edit_config, state_of
 from safetensors.torch import load_file, save_file
 
 import fastcss
-
-
-def edit_config(folder, **options):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
 
 
 def edit_tensors(folder, change):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 
 import peft
@@ -17,6 +16,7 @@ from adapted_models import (
     assert_equal,
     assert_untouched,
     clip_text,
+    edit_config,
     gpt2,
     grounding_dino,
     inputs,
@@ -149,6 +149,10 @@ def test_a_layer_of_several_names_is_adapted_under_the_one_that_peft_adapts(site
         assert_equal(
             fastcss.one_pass.from_directories(bare, folders, engine=engine)(**given), reloaded(bare, folders, given)
         )
+    edit_config(folders[0], init_lora_weights="olora")
+    with pytest.raises(TypeError, match=r"olora, which changes the weight that it shares with another layer; convert"):
+        fastcss.one_pass.from_directories(bare, folders)
+    edit_config(folders[0], init_lora_weights=True)
     rewrite(folders[1], lambda key: key.replace("first", "second").replace("block.0", "again.0"))
     with pytest.raises(ValueError, match=r"layer '(second|again.0)' is the model's '(first|block.0)' by another name"):
         fastcss.one_pass.from_directories(bare, folders)
@@ -183,8 +187,7 @@ def test_layers_that_a_folder_lacks_are_named(tmp_path):
     assert_equal(runner(**given), reloaded(bare, folders[:2], given))
     with pytest.raises(ValueError, match=r"2 holds no adapter weights.*rename it"):
         fastcss.one_pass.from_directories(bare, folders)
-    path = folders[0] / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": False}))
+    edit_config(folders[0], init_lora_weights=False)
     with pytest.raises(ValueError, match=r"layers.1.*PEFT would draw them at random"):
         fastcss.one_pass.from_directories(bare, folders[:2])
 
