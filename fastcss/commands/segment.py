@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         ValueError: two pictures have one stem, or one would be overwritten; no run, or one without tasks. At the end:
-            some pictures could not be read, all others are done.
+            some pictures could not be read or labelled, all others are done.
         OSError: a result cannot be written; those before it are there.
     """
     from ..data import read_image
@@ -59,24 +59,28 @@ def run(options: argparse.Namespace) -> None:
 
     outputs = _outputs(options.pictures, options.out)
     read_training(options.model)  # refuses what is no run, before a picture is read
-    model, unread = None, []
+    model, failed = None, []
     with _progress(len(outputs)) as progress:
         for picture, output in progress.track(list(zip(options.pictures, outputs, strict=True))):
             try:
                 image = read_image(picture)
             except FileNotFoundError:
-                unread.append(f"{picture}: no such file")
+                failed.append(f"{picture}: no such file")
                 continue
             except ValueError as error:
-                unread.append(str(error))
+                failed.append(str(error))
                 continue
             if model is None:  # not before there is a picture for it
                 model = _Model(options.model, options.mode)
                 options.out.mkdir(parents=True, exist_ok=True)
-            print("\n".join(model.segment(picture, image, output)), flush=True)
-    if unread:
-        many = f"{len(unread)} of {len(outputs)} pictures could not be read: " if len(outputs) > 1 else ""
-        raise ValueError(many + "; ".join(unread))
+            try:
+                print("\n".join(model.segment(picture, image, output)), flush=True)
+            except (MemoryError, RuntimeError) as error:  # of this picture, too large for the memory or else; not of all
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                failed.append(f"{picture}: it cannot be labelled at {image.shape[2]}×{image.shape[1]} pixels: {reason}")
+    if failed:
+        many = f"{len(failed)} of {len(outputs)} pictures could not be labelled: " if len(outputs) > 1 else ""
+        raise ValueError(many + "; ".join(failed))
 
 
 class _Model:
@@ -113,11 +117,11 @@ class _Model:
         """The label map of one picture; of every class whether it was found, and how surely."""
         from ..models.preprocessing import preprocess
 
-        like = next(self.model.segmenter.parameters())
+        device = next(self.model.parameters()).device
         picture = preprocess(image, self.model.segmenter.image_size, **self.sides)
         found = self.model.segment(
-            picture.pixel_values[None].to(like),
-            picture.sam_pixel_values[None].to(like),
+            picture.pixel_values[None].to(device),
+            picture.sam_pixel_values[None].to(device),
             [picture.size],
             [picture.crop],
             self.mode,

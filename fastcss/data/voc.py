@@ -107,9 +107,8 @@ def _names(path: Path) -> list[str]:
 
 
 def _name(line: str) -> str:
-    deeplab = re.fullmatch(r"(.+\.jpg)\s+\S.*\.png", line)
-    first = deeplab[1] if deeplab else line
-    return first.rpartition("/")[2].removesuffix(".jpg")
+    deeplab = re.fullmatch(r"(?:.*/)?([^/]+)\.jpg\s+(?:.*/)?\1\.png", line)
+    return deeplab[1] if deeplab else line.rpartition("/")[2].removesuffix(".jpg")
 
 
 def _text(path: Path) -> str:

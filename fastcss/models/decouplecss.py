@@ -160,7 +160,7 @@ class DecoupleCSS(nn.Module):
         """Label every pixel with one of the classes of all tasks, or as background.
 
         Args:
-            pixel_values: ``[B, 3, H, W]`` for the detector.
+            pixel_values: ``[B, 3, H, W]`` for the detector, of any dtype: each model has its own.
             sam_pixel_values: ``[B, 3, S, S]`` for SAM, ``S = segmenter.image_size``.
             sizes: (height, width) of each label map.
             crops: (height, width) of the picture within ``sam_pixel_values``, by default all of it.
@@ -168,6 +168,8 @@ class DecoupleCSS(nn.Module):
                 everything once a task, every prompt by itself, as published. All give the same labels.
         """
         self._check_inputs(pixel_values, sam_pixel_values, sizes, crops, mode)
+        pixel_values = pixel_values.to(next(self.detector.parameters()).dtype)
+        sam_pixel_values = sam_pixel_values.to(next(self.segmenter.parameters()).dtype)
         crops = crops and [self.segmenter.mask_crop(crop) for crop in crops]
         if mode == "literal":
             return self._literal(pixel_values, sam_pixel_values, sizes, crops)

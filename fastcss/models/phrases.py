@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +32,8 @@ ADJECTIVES = (
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder: from local files only, and none of the folder's code is run.
 
+    Its ``model_max_length`` is no longer than the text encoder of the folder's configuration reads, if it has one.
+
     Raises:
         FileNotFoundError: no such folder, or no vocabulary in it.
         ValueError: transformers can read no tokenizer from it.
@@ -40,10 +44,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise FileNotFoundError(f"load_tokenizer: {folder} has no tokenizer: looked for {' or '.join(VOCABULARIES)}")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"load_tokenizer: {folder} has no tokenizer that can be read: {reason}") from error
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(folder))
+    return tokenizer
 
 
 def describe(names: Sequence[str], own: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
@@ -128,6 +134,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, descriptions: Sequence[Sequence[s
             )
     shape = (len(descriptions), *counts)
     return Phrases(ids.unflatten(0, shape), mask.unflatten(0, shape))
+
+
+def _positions(folder: Path) -> float:
+    """How many tokens the folder's text encoder has positions for; a tokenizer need not know."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whoever loads the model tells of its file
+        return json.loads((folder / "config.json").read_bytes())["text_config"]["max_position_embeddings"]
+    return math.inf
 
 
 def _check(own: object, where: str) -> None:

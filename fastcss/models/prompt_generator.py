@@ -38,6 +38,7 @@ class PromptGenerator(nn.Module):
 
     def forward(self, tokens: Tensor, index: Tensor) -> Tensor:
         """``tokens`` [R, length] of the classes ``index`` [R] → [R, prompts, prompt_dim]."""
+        tokens = tokens.to(self.class_embedding.dtype)  # the detector, whose they are, may have another
         out = prompt_mlp(
             tokens + self.class_embedding[index], self.weight_1, self.bias_1, self.weight_2, self.bias_2, index
         )

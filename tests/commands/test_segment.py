@@ -185,7 +185,7 @@ def test_bad_pictures_leave_the_others_their_results(command, tiny_run, picture,
     pictures = [*bad[:2], picture, *bad[2:], tmp_path / "last.png"]
     finished = command("segment", *pictures, "--model", tiny_run, "--out", tmp_path / "out")
     assert finished.code == 2
-    assert finished.err.startswith("python -m fastcss segment: error: 6 of 8 pictures could not be read: ")
+    assert finished.err.startswith("python -m fastcss segment: error: 6 of 8 pictures could not be labelled: ")
     for path, (_, message) in zip(bad, BAD.values(), strict=True):
         assert re.search(rf"{path}: [^;]*{message}", finished.err)
     assert names_in(tmp_path / "out") == {"noise.png", "noise_overlay.png", "last.png", "last_overlay.png"}

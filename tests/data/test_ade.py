@@ -77,3 +77,11 @@ def test_what_is_missing_is_named(root, tmp_path):
     (root / "annotations" / "training" / "ADE_train_00000002.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"annotations.training, the first is ADE_train_00000002.png"):
         ADE20K(root, "train")
+
+
+def test_hidden_files_are_none_of_the_data_set(root):
+    for part, name in (("images", "._ADE_train_00000001.jpg"), ("annotations", ".hidden.png")):
+        (root / part / "training" / name).write_bytes(b"\0\x05\x16\x07")
+    data = ADE20K(root, "train")
+    assert [path.stem for path in data.images] == list(LABELS)
+    assert data.shown() == [(1, 150), (5, 101)]

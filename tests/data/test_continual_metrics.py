@@ -51,6 +51,34 @@ def test_all_right_is_one_and_255_does_not_count():
     torch.testing.assert_close(metric.compute(), torch.tensor([1.0, 1.0, math.nan]), equal_nan=True)
 
 
+def test_any_integers_are_counted_alike():
+    predicted, labels = torch.tensor([[0, 1, 2, 2]]), torch.tensor([[0, 1, 1, 255]])
+    metric = class_iou(3)
+    for dtype in (torch.int64, torch.uint8, torch.int16):
+        metric.update(predicted.to(dtype), labels.to(dtype))
+    assert metric.compute().tolist() == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "labels", "message"),
+    [
+        ([255, 1], [0, 1], "predicted must be 0 to 2, got 255"),
+        ([3, 1], [0, 1], "predicted must be 0 to 2, got 3"),
+        ([-1, 1], [0, 1], "predicted must be 0 to 2, got -1"),
+        ([0, 1], [0, 3], "labels must be 0 to 2, or 255, got 3"),
+        ([0, 1], [0, -100], "labels must be 0 to 2, or 255, got -100"),
+        ([0.0, 1.0], [0, 1], "predicted must be integers, got torch.float32"),
+        ([0, 1], [0], r"predicted and labels must be of one shape, got \[2\] and \[1\]"),
+    ],
+)
+def test_what_is_no_label_is_named_and_not_counted(predicted, labels, message):
+    metric = class_iou(3)
+    metric.update(torch.tensor([0, 255, 1]), torch.tensor([0, 255, 1]))  # where nothing counts, anything may be
+    with pytest.raises(ValueError, match=f"class_iou: {message}"):
+        metric.update(torch.tensor(predicted), torch.tensor(labels))
+    assert metric.compute()[:2].tolist() == [1, 1]
+
+
 def test_torchmetrics_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     monkeypatch.delitem(sys.modules, "fastcss.data._class_iou", raising=False)

@@ -91,6 +91,30 @@ def test_training_keeps_images_of_the_task_and_hides_older_and_later_classes():
         assert labels.tolist() == expectation
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_label_maps_may_be_of_any_integers(dtype):
+    """Torch takes uint8 in an index for a mask."""
+    given = Maps(*(labels.tolist() for labels in MAPS.labels))
+    given.labels = [labels.to(dtype) for labels in given.labels]
+    for (_, got), (_, expected) in zip(Overlapped(given, (1, 2)), Overlapped(MAPS, (1, 2)), strict=True):
+        assert torch.equal(got, expected)
+        assert got.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[0, -1]], ValueError, "Overlapped: labels of item 0 must be 0 to 255, got -1"),
+        ([[0, 300]], ValueError, "Overlapped: labels of item 0 must be 0 to 255, got 300"),
+        ([[0.0, 1.0]], TypeError, r"Overlapped: labels of item 0 must be integers, got torch\.float32"),
+        ([[True, False]], TypeError, r"Overlapped: labels of item 0 must be integers, got torch\.bool"),
+    ],
+)
+def test_what_is_no_label_map_is_named(rows, error, message):
+    with pytest.raises(error, match=message):
+        Overlapped(Maps(rows), (1,))[0]
+
+
 def test_evaluation_keeps_every_image_and_hides_later_classes():
     kept = Overlapped(MAPS, (1, 2))
     assert len(kept) == len(MAPS)

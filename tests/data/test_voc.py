@@ -1,9 +1,8 @@
-"""PASCAL VOC's reader, what both readers do with pictures and label maps, and the kept index of what they show."""
+"""PASCAL VOC's reader, what both readers do with label maps, and the kept index of what they show."""
 
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +13,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from fastcss.data import VOC, _labelled, read_image, tasks, training_set, voc
+from fastcss.data import VOC, _labelled, tasks, training_set, voc
 
 LABELS = {"2007_000001": [[0, 1], [15, 255]], "2007_000002": [[20, 20], [0, 0]], "2007_000003": [[0, 0], [0, 255]]}
 PALETTE = [channel for index in range(256) for channel in (index, 255 - index, index // 2)]
@@ -199,71 +198,6 @@ def test_several_may_make_the_index_at_once(root, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-# ---- pictures
-
-
-def save(tmp_path, pixels, mode=None, **options):
-    path = tmp_path / "picture.png"
-    picture = Image.fromarray(np.array(pixels)) if mode is None else Image.fromarray(np.array(pixels)).convert(mode)
-    picture.save(path, **options)
-    return path
-
-
-def test_grey_and_palette_pictures_become_coloured(tmp_path):
-    expected = torch.tensor([[0.0, 51, 255]]).expand(3, 1, 3) / 255
-    assert torch.equal(read_image(save(tmp_path, np.uint8([[0, 51, 255]]))), expected)
-    colours = np.uint8([[[255, 0, 0], [0, 0, 255]]])
-    assert read_image(save(tmp_path, colours, "P")).tolist() == [[[1, 0]], [[0, 0]], [[0, 1]]]
-    assert read_image(save(tmp_path, np.uint8([[0, 255]]), "1")).tolist() == [[[0, 1]]] * 3
-
-
-def test_16_bit_grey_keeps_its_scale(tmp_path):
-    image = read_image(save(tmp_path, np.uint16([[0, 32768, 65535]])))
-    torch.testing.assert_close(image, torch.tensor([[0, 32768 / 65535, 1]]).expand(3, 1, 3))
-    assert image.is_contiguous()
-
-
-def test_what_is_transparent_is_laid_on_white(tmp_path):
-    image = read_image(save(tmp_path, np.uint8([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]])))
-    torch.testing.assert_close(image, torch.tensor([[[1, 1, 0.8]], [[0, 1, 0.8]], [[0, 1, 0.8]]]))
-    grey = tmp_path / "grey.png"
-    Image.merge("LA", [Image.fromarray(np.uint8([row])) for row in ([0, 0], [0, 255])]).save(grey)
-    assert read_image(grey).tolist() == [[[1, 0]]] * 3
-    palette = Image.fromarray(np.uint8([[0, 1]]))
-    palette.putpalette([0, 0, 255, 0, 255, 0])
-    palette.save(tmp_path / "palette.png", transparency=0)
-    assert read_image(tmp_path / "palette.png").tolist() == [[[1, 0]], [[1, 1]], [[1, 0]]]
-
-
-def test_one_pixel_is_a_picture(tmp_path):
-    assert read_image(save(tmp_path, np.uint8([[[1, 2, 3]]]))).shape == (3, 1, 1)
-
-
-def test_files_that_are_no_pictures_are_named(tmp_path):
-    whole = save(tmp_path, np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).read_bytes()
-    for i, content in enumerate((b"", b"no picture", whole[: len(whole) // 2])):
-        path = tmp_path / f"broken{i}.png"
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"broken{i}.png: no picture that can be read"):
-            read_image(path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
-        read_image(tmp_path / "nowhere.png")
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: no picture that can be read"):
-        read_image(tmp_path)
-
-
-def test_pixels_of_no_known_range_are_an_error(tmp_path):
-    Image.fromarray(np.float32([[0, 3e5]])).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match=r"float.tiff: pixels of mode F have no known range"):
-        read_image(tmp_path / "float.tiff")
-
-
-def test_pillow_missing_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ModuleNotFoundError, match=r"PIL is not installed: pip install 'fastcss\[data\]'"):
-        read_image(tmp_path / "any.png")
-
-
 # ---- errors of the data set
 
 
@@ -301,7 +235,7 @@ def test_what_is_missing_is_named(root, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no label maps for 'train_aug': looked for .*SegmentationClassAug"):
         VOC(root, "train_aug")
     (root / "SegmentationClassAug").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"looked for .*ImageSets/Segmentation/train_aug.txt"):
+    with pytest.raises(FileNotFoundError, match=r"looked for .*Segmentation/train_aug.txt or .*/trainaug.txt"):
         VOC(root, "train_aug")
     (root / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"train_aug.txt lists no pictures"):
@@ -312,3 +246,71 @@ def test_what_is_missing_is_named(root, tmp_path):
     (root / "JPEGImages" / "2007_000001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"JPEGImages, the first is 2007_000001.jpg"):
         VOC(root, "trainval")
+
+
+# ---- lists that others wrote
+
+
+def listed(root, split: str, text: str | bytes) -> VOC:
+    content = text if isinstance(text, bytes) else text.encode()
+    (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_bytes(content)
+    return VOC(root, "train_aug" if split == "trainaug" else split)
+
+
+def stems(data: VOC) -> list[str]:
+    assert [path.stem for path in data.images] == [path.stem for path in data.masks]
+    return [path.stem for path in data.images]
+
+
+@pytest.fixture
+def odd_names(root):
+    """Files of such names, and of what is left of them before a dot or a space."""
+    names = ["frame.1", "frame.2", "frame", "a  photo of mine", "a", "x.jpg y"]
+    for name in names:
+        shutil.copy(root / "JPEGImages" / "2007_000001.jpg", root / "JPEGImages" / f"{name}.jpg")
+        shutil.copy(root / "SegmentationClass" / "2007_000001.png", root / "SegmentationClass" / f"{name}.png")
+    return names
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "{}.jpg", "JPEGImages/{}.jpg", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png"]
+)
+def test_names_with_dots_and_spaces_are_the_files_listed(root, odd_names, form):
+    text = "\r\n".join(form.format(name) for name in odd_names) + "\r\n"
+    assert stems(listed(root, "train", text)) == odd_names
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with a mark", "utf-16-be with a mark"])
+def test_lists_of_other_editors_are_read(root, encoding):
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        shutil.copy(root / folder / f"2007_000001.{suffix}", root / folder / f"Bär.{suffix}")
+    encoding, _, mark = encoding.partition(" ")
+    text = "\n".join(["2007_000001", "Bär"])
+    assert stems(listed(root, "train", (("\ufeff" if mark else "") + text).encode(encoding))) == ["2007_000001", "Bär"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_a_list_that_is_no_text_is_named(root, encoding):
+    with pytest.raises(ValueError, match=r"train\.txt is no text in UTF-8, save it as such: "):
+        listed(root, "train", "2007_000001\nBär".encode(encoding))
+
+
+def test_the_augmented_list_may_have_either_name(root):
+    (root / "SegmentationClass").rename(root / "SegmentationClassAug")
+    assert stems(listed(root, "trainaug", "2007_000003")) == ["2007_000003"]
+    assert voc.lists(root) == ["train", "val", "trainval", "train_aug"]
+    assert stems(listed(root, "train_aug", "2007_000002")) == ["2007_000002"]
+
+
+def test_label_maps_of_a_picture_on_its_side_are_named(root, cache):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, size in (("2007_000001", (3, 2)), ("2007_000002", (2, 3))):  # as it lies in the file, and upright
+        Image.new("RGB", (3, 2)).save(root / "JPEGImages" / f"{name}.jpg", exif=exif)
+        write_labels(root / "SegmentationClass" / f"{name}.png", np.ones(size[::-1]))
+    data = VOC(root, "train")
+    image, labels = data[1]
+    assert image.shape[1:] == labels.shape == (3, 2)
+    for read in (data.shown, lambda: data[0]):
+        with pytest.raises(ValueError, match=r"1.png has 3×2 pixels, .*1.jpg has 2×3, turned as its EXIF orientation"):
+            read()
