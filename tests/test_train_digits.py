@@ -1,5 +1,6 @@
 """The table of the digits: which runs, what their rows say, and when it is good enough."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ pytest.importorskip("peft")
 pytest.importorskip("torchmetrics")
 
 from benchmarks import train_digits
+from fastcss.models.continual_plan import DEFAULTS
 
 
 def rows(joint: float, ours: float, forgotten: float) -> list[dict]:
     def row(method: str, seed: int, score: float) -> dict:
         rest = {"first": score, "later": score - 0.1, "avg_iou": score + 0.1, "ff_iou": forgotten}
-        return {"method": method, "setting": "2-2", "seed": seed, "all": score + 0.02 * (seed - 0.5)} | rest
+        about = {"method": method, "form": "ours", "setting": "2-2", "seed": seed}
+        return about | {"all": score + 0.02 * (seed - 0.5)} | rest
 
     scores = {"joint": joint, "decouplecss": ours, "naive": 0.1}
     return [row(method, seed, score) for method, score in scores.items() for seed in (0, 1)]
@@ -23,7 +26,49 @@ def rows(joint: float, ours: float, forgotten: float) -> list[dict]:
 
 def test_every_run_is_there_once():
     cases = train_digits.cases(("2-2", "5-1"), (0, 1, 2))
-    assert len(cases) == len({case.folder for case in cases}) == 2 * 2 * 3 + 3
+    assert len(cases) == len({case.folder for case in cases}) == 3 * 2 * 3 + 3
+    everything = train_digits.chosen([case.kind for case in cases] + ["ablations"], ("2-2", "5-1"), (0, 1, 2))
+    assert everything == cases + train_digits.ablations(("2-2", "5-1"), 0)
+    assert len({case.folder for case in everything}) == 3 * 2 * 3 + 3 + 10 * 2
+
+
+def test_runs_are_chosen_by_name():
+    def names(*given: str) -> list[str]:
+        return [case.folder for case in train_digits.chosen(given, ("2-2", "5-1"), (0, 1))]
+
+    assert names("paper") == ["paper-2-2-0", "paper-5-1-0", "paper-2-2-1", "paper-5-1-1"]
+    assert names("naive-5-1-1", "joint-0", "no-token-loss") == [
+        "naive-5-1-1", "joint-0", "no-token-loss-2-2-0", "no-token-loss-5-1-0",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"--cases has no paper-2-2-7, ours: there are ablations, paper, decouplecss"):
+        names("paper-2-2-7", "ours", "naive")
+
+
+def test_an_addition_left_out_is_all_that_differs():
+    """Of the package's way with the digits; and the paper's has none of them."""
+    ours, settings = DEFAULTS["digits"].plan["recipe"], DEFAULTS["digits"].settings
+    for name, (recipe, changed, generator) in train_digits.ABLATIONS.items():
+        assert all(getattr(ours, field) != value for field, value in recipe.items()), name
+        assert all(settings.get(field) != value for field, value in changed.items()), name
+        assert recipe or changed or not generator, name
+    paper, voc = train_digits.FORMS["paper"], DEFAULTS["voc"]
+    assert dataclasses.replace(ours, **paper.recipe) == dataclasses.replace(voc.plan["recipe"], asymmetric_clip=0.0)
+    own = settings | paper.settings
+    assert {name: own[name] for name in ("prompts", "hidden", "rank", "alpha", "confidence", "threshold")} == {
+        name: voc.settings[name] for name in ("prompts", "hidden", "rank", "alpha", "confidence", "threshold")
+    }
+    assert not paper.generator
+
+
+def test_a_file_keeps_the_rows_of_other_runs(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    train_digits.merged([{"run": "a", "form": "ours", "all": 1}, {"run": "b", "form": "paper", "all": 2}], path)
+    path.write_text(path.read_text() + '{"run": "old", "all": 3}\n')
+    got = train_digits.merged([{"run": "b", "form": "paper", "all": 4}, {"run": "c", "form": "ours", "all": 5}], path)
+    assert [(row["run"], row["form"], row["all"]) for row in got] == [
+        ("a", "ours", 1), ("b", "paper", 4), ("old", "ours", 3), ("c", "ours", 5),
+    ]  # fmt: skip
+    assert [json.loads(line) for line in path.read_text().splitlines()] == got
 
 
 def test_the_table_has_means_over_the_seeds():
@@ -47,13 +92,31 @@ def test_runs_from_the_kept_models(tmp_path):
     """Every method, in processes of their own; a second call only reads what is there."""
     command = [sys.executable, "-m", "benchmarks.train_digits", "--runs", tmp_path / "runs", "--out", tmp_path / "rows"]
     command += ["--settings", "5-5", "--seeds", "0", "--epochs", "1", "--train-scenes", "8", "--test-scenes", "2"]
+    command += ["--cases", "paper", "decouplecss-5-5-0", "naive", "joint", "no-token-loss"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode in (0, 1), first.stderr
     written = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert [row["run"] for row in written] == ["decouplecss-5-5-0", "naive-5-5-0", "joint-0"]
-    assert [len(row["tasks"]) for row in written] == [2, 2, 1]
+    names = ["paper-5-5-0", "decouplecss-5-5-0", "naive-5-5-0", "joint-0", "no-token-loss-5-5-0"]
+    written.sort(key=lambda row: names.index(row["run"]))  # as they were finished
+    assert [row["run"] for row in written] == names
+    assert [len(row["tasks"]) for row in written] == [2, 2, 2, 1, 2]
+    assert [row["form"] for row in written] == ["paper", "ours", "ours", "ours", "no-token-loss"]
+    paper, ours, *_, without = written
+    sizes = {"confidence": "sam", "hidden": 1024, "rank": 32, "alpha": 32, "sites": "fusion"}
+    assert paper["settings"] == ours["settings"] | sizes
+    assert paper["recipe"] == ours["recipe"] | {
+        "clip": None,
+        "token_weight": 0,
+        "batch_size": 24,
+        "learning_rate": 1e-4,
+    }
+    assert not (tmp_path / "runs" / "paper-5-5-0" / "base").exists()  # nor an initial generator
+    assert without["recipe"] == ours["recipe"] | {"token_weight": 0, "one_class_token_weight": 0}
+    losses = [[task["loss"]["tokens"] for task in row["tasks"]] for row in (paper, ours, without)]
+    assert [any(of) for of in losses] == [False, True, False]
     assert all(0 <= row["all"] <= 1 for row in written)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == first.returncode
     reread = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    reread.sort(key=lambda row: names.index(row["run"]))
     assert [row | {"date": None} for row in reread] == [row | {"date": None} for row in written]

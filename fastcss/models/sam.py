@@ -44,8 +44,8 @@ class SamSegmenter(nn.Module):
         """Random weights, large enough that a mask depends on its prompt, as in a trained model.
 
         Args:
-            size: "vit-b", "vit-l" or "vit-h", the shapes of the published models (DecoupleCSS's storage tells that it has
-                "vit-h"); or "tiny", for tests.
+            size: "vit-b", "vit-l" or "vit-h", the shapes of the published models (DecoupleCSS's storage tells that it
+                has "vit-h"); or "tiny", for tests.
             seed: of the weights; the global generator is left as it was.
         """
         with torch.random.fork_rng(devices=[]):
