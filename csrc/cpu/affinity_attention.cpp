@@ -39,7 +39,6 @@ std::tuple<Tensor, Tensor> affinity_attention(const Tensor& q, const Tensor& k, 
                     write_transposed(image(intra, b, dtype) + at, dtype, D, queries, D, sums);
                     write_transposed(image(inter, b, dtype) + at, dtype, D, queries, D, others);
                   });
-    shared_workspace.trim();
   });
   return {intra, inter};
 }
@@ -65,7 +64,6 @@ std::tuple<Tensor, Tensor, Tensor> affinity_attention_backward(const Tensor& din
                                           .dinter = pixels(dinter, b),
                                           .half = mean ? 0.5f / static_cast<float>(N) : 0.5f};
     AffinityGradient(problem).run({image(dq, b, dtype), image(dk, b, dtype), dtype}, {image(dv, b, dtype), dtype});
-    shared_workspace.trim();
   });
   return {dq, dk, dv};
 }
@@ -74,6 +72,6 @@ std::tuple<Tensor, Tensor, Tensor> affinity_attention_backward(const Tensor& din
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("affinity_attention.cpu", TORCH_BOX(&fastcss::cpu::affinity_attention));
-  m.impl("affinity_attention_backward.cpu", TORCH_BOX(&fastcss::cpu::affinity_attention_backward));
+  m.impl("affinity_attention.cpu", FASTCSS_BOX(&fastcss::cpu::affinity_attention));
+  m.impl("affinity_attention_backward.cpu", FASTCSS_BOX(&fastcss::cpu::affinity_attention_backward));
 }

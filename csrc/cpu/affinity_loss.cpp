@@ -96,7 +96,6 @@ double sum_of_pairs(const Counted& counted, const Tensor& q, const Tensor& k, in
     }
     for (int i = 0; i < queries; ++i) totals[p] += total[i];
   });
-  shared_workspace.trim();
   double sum = 0;
   for (double total : totals) sum += total;
   return sum;
@@ -148,7 +147,6 @@ std::tuple<Tensor, Tensor> affinity_loss_backward(const Tensor& dloss, const Ten
       counted.scatter(dq_rows.data(), image(dq, b, dtype), dtype);
       counted.scatter(dk_rows.data(), image(dk, b, dtype), dtype);
     }
-    shared_workspace.trim();
   });
   return {dq, dk};
 }
@@ -157,6 +155,6 @@ std::tuple<Tensor, Tensor> affinity_loss_backward(const Tensor& dloss, const Ten
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("affinity_loss.cpu", TORCH_BOX(&fastcss::cpu::affinity_loss));
-  m.impl("affinity_loss_backward.cpu", TORCH_BOX(&fastcss::cpu::affinity_loss_backward));
+  m.impl("affinity_loss.cpu", FASTCSS_BOX(&fastcss::cpu::affinity_loss));
+  m.impl("affinity_loss_backward.cpu", FASTCSS_BOX(&fastcss::cpu::affinity_loss_backward));
 }

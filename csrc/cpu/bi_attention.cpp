@@ -41,7 +41,6 @@ class Sweeps {
       if (settle(b, samples)) parallel(samples * each, [&](int64_t item) { sweep<true>(b * each + item); });
     }
     parallel(in_.B * in_.heads, [&](int64_t pair) { finish(pair); });
-    shared_workspace.trim();
   }
 
  private:
@@ -174,4 +173,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bi_attention(const Tensor& q,
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("bi_attention.cpu", TORCH_BOX(&fastcss::cpu::bi_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("bi_attention.cpu", FASTCSS_BOX(&fastcss::cpu::bi_attention)); }

@@ -33,7 +33,6 @@ class Backward {
   void run() {
     parallel(in_.B * in_.heads * in_.chunks, [&](int64_t item) { sweep(item); });
     parallel(in_.B * in_.heads, [&](int64_t pair) { finish(pair); });
-    shared_workspace.trim();
   }
 
  private:
@@ -158,5 +157,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bi_attention_backward(
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("bi_attention_backward.cpu", TORCH_BOX(&fastcss::cpu::bi_attention_backward));
+  m.impl("bi_attention_backward.cpu", FASTCSS_BOX(&fastcss::cpu::bi_attention_backward));
 }

@@ -64,7 +64,6 @@ std::tuple<Tensor, Tensor, Tensor> class_affinity(const Tensor& q, const Tensor&
                       write_transposed(to, dtype, D, queries, D, out);
                     }
                   });
-    shared_workspace.trim();
   });
   return {intra, inter, tp};
 }
@@ -72,4 +71,4 @@ std::tuple<Tensor, Tensor, Tensor> class_affinity(const Tensor& q, const Tensor&
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("class_affinity.cpu", TORCH_BOX(&fastcss::cpu::class_affinity)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("class_affinity.cpu", FASTCSS_BOX(&fastcss::cpu::class_affinity)); }

@@ -13,8 +13,6 @@ namespace {
 
 constexpr const char* kOp = "class_affinity";
 
-thread_local Workspace maps;  // AffinityGradient has the shared one
-
 // slopes [C][ld] = weights · (slopes − Σ_c weights · slopes) with weights [C][kCols]
 FASTCSS_CLONES void softmax_slopes(float* slopes, int64_t ld, const float* weights, int64_t C) {
   float mean[kCols] = {};
@@ -40,7 +38,7 @@ class Backward : Problem {
 
   void run() {
     const int64_t part = C * columns;
-    float* start = maps.get(classes.size() + 3 * C * ld + (panels + 1) * C + chunks * part);
+    float* start = map_workspace.get(classes.size() + 3 * C * ld + (panels + 1) * C + chunks * part);
     packed = start, scores = packed + classes.size();
     dlogits[0] = scores + C * ld, dlogits[1] = dlogits[0] + C * ld;
     total = dlogits[1] + C * ld, parts = total + (panels + 1) * C;
@@ -62,7 +60,6 @@ class Backward : Problem {
                                       .dinter = by_pixel(dlogits[1]),
                                       .half = half};
     AffinityGradient(map).run({dq, dk, dtype}, {dscores, DType::f32});
-    shared_workspace.trim();
     parallel(chunks, [&](int64_t i) { through_scores(i, parts + i * part); });
     parallel(C, [&](int64_t c) {
       float* sum = parts + c * columns;
@@ -71,7 +68,6 @@ class Backward : Problem {
         write(static_cast<char*>(dcenters) + (c * D + d) * size_of(dtype), dtype, D, 1,
               static_cast<int>(std::min<int64_t>(kCols, D - d)), sum + d);
     });
-    maps.trim();
   }
 
  private:
@@ -176,5 +172,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_affinity_backward(const Tensor&
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("class_affinity_backward.cpu", TORCH_BOX(&fastcss::cpu::class_affinity_backward));
+  m.impl("class_affinity_backward.cpu", FASTCSS_BOX(&fastcss::cpu::class_affinity_backward));
 }

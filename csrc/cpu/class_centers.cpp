@@ -140,7 +140,6 @@ std::tuple<Tensor, Tensor, Tensor> class_centers(const Tensor& logits, const Ten
       combine(chunks, c, most, sums, parts, out, static_cast<float*>(class_lse.mutable_data_ptr()) + b * 2 * C);
       std::copy_n(out, D, static_cast<float*>(centers.mutable_data_ptr()) + (b * C + c) * D);
     });
-    shared_workspace.trim();
   });
   return {centers, class_lse, pixel_lse};
 }
@@ -202,7 +201,6 @@ std::tuple<Tensor, Tensor> class_centers_backward(const Tensor& dcenters, const 
       write(image(dlogits, b, dtype) + first * size_of(dtype), dtype, N, static_cast<int>(C), pixels, products);
       write_transposed(image(dfeats, b, dtype) + first * D * size_of(dtype), dtype, D, pixels, D, df);
     });
-    shared_workspace.trim();
   });
   return {dlogits, dfeats};
 }
@@ -211,6 +209,6 @@ std::tuple<Tensor, Tensor> class_centers_backward(const Tensor& dcenters, const 
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("class_centers.cpu", TORCH_BOX(&fastcss::cpu::class_centers));
-  m.impl("class_centers_backward.cpu", TORCH_BOX(&fastcss::cpu::class_centers_backward));
+  m.impl("class_centers.cpu", FASTCSS_BOX(&fastcss::cpu::class_centers));
+  m.impl("class_centers_backward.cpu", FASTCSS_BOX(&fastcss::cpu::class_centers_backward));
 }

@@ -166,7 +166,6 @@ std::tuple<Tensor, Tensor, Tensor> cost_filter(const Tensor& image_in, const Ten
     });
     kept_costs(pixels, kept, rows, P, classes, dtype, cpu::image(cost, first, dtype));
   }
-  shared_workspace.trim();
   return {cost, index, score};
 }
 
@@ -198,6 +197,6 @@ std::tuple<Tensor, Tensor> pack_text(const Tensor& text_in, bool want_panels) {
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("cost_filter.cpu", TORCH_BOX(&fastcss::cpu::cost_filter));
-  m.impl("pack_text.cpu", TORCH_BOX(&fastcss::cpu::pack_text));
+  m.impl("cost_filter.cpu", FASTCSS_BOX(&fastcss::cpu::cost_filter));
+  m.impl("pack_text.cpu", FASTCSS_BOX(&fastcss::cpu::pack_text));
 }

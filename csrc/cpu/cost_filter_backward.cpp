@@ -83,7 +83,6 @@ std::tuple<Tensor, Tensor> cost_filter_backward(const Tensor& dcost_in, const Te
       else
         write_row(cpu::image(dtext, b, dtype) + row_of(r) * D * size_of(dtype), dtype, row, D);
     });
-    shared_workspace.trim();
   }
   if (!wide.empty()) write_row(dtext.mutable_data_ptr(), dtype, total, T * P * D);
   return {dimage, dtext};
@@ -93,5 +92,5 @@ std::tuple<Tensor, Tensor> cost_filter_backward(const Tensor& dcost_in, const Te
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("cost_filter_backward.cpu", TORCH_BOX(&fastcss::cpu::cost_filter_backward));
+  m.impl("cost_filter_backward.cpu", FASTCSS_BOX(&fastcss::cpu::cost_filter_backward));
 }

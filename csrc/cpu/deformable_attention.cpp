@@ -67,7 +67,7 @@ void gather_head(const Points& points, const Matrix& values, int64_t D, float* o
   });
 }
 
-constexpr decltype(&gather_head<float>) kGathers[] = {gather_head<float>, gather_head<BFloat16>, gather_head<_Float16>};
+constexpr decltype(&gather_head<float>) kGathers[] = {gather_head<float>, gather_head<BFloat16>, gather_head<Float16>};
 
 Tensor deformable_attention(const Tensor& value_in, std::vector<int64_t> shapes, const Tensor& reference_in,
                             const Tensor& offsets_in, const Tensor& logits_in) {
@@ -104,5 +104,5 @@ Tensor deformable_attention(const Tensor& value_in, std::vector<int64_t> shapes,
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("deformable_attention.cpu", TORCH_BOX(&fastcss::cpu::deformable_attention));
+  m.impl("deformable_attention.cpu", FASTCSS_BOX(&fastcss::cpu::deformable_attention));
 }

@@ -67,7 +67,7 @@ void visit_corners(const Points& points, const Matrix& values, const float* dout
   });
 }
 constexpr decltype(&visit_corners<float>) kVisits[] = {visit_corners<float>, visit_corners<BFloat16>,
-                                                       visit_corners<_Float16>};
+                                                       visit_corners<Float16>};
 
 // Of one query and head: dlogits [count], and the gradients of the locations in cells, dat [count, 2].
 void point_gradients(const Points& points, const float* product, float* dlogits, float* dat) {
@@ -141,5 +141,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deformable_attention_backward(const T
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("deformable_attention_backward.cpu", TORCH_BOX(&fastcss::cpu::deformable_attention_backward));
+  m.impl("deformable_attention_backward.cpu", FASTCSS_BOX(&fastcss::cpu::deformable_attention_backward));
 }

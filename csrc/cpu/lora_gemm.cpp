@@ -279,7 +279,6 @@ void LoraGemm::run() {
         compute(p, panel_at(panels_packed, p), c, columns);
     });
   }
-  shared_workspace.trim();
 }
 
 }  // namespace fastcss::cpu

@@ -229,4 +229,4 @@ std::tuple<Tensor, Tensor> merge_masks(const Tensor& masks, const Tensor& scores
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("merge_masks.cpu", TORCH_BOX(&fastcss::cpu::merge_masks)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("merge_masks.cpu", FASTCSS_BOX(&fastcss::cpu::merge_masks)); }

@@ -171,7 +171,6 @@ void contract(const std::vector<Contraction>& tasks, int64_t M, int64_t columns,
     char* to = static_cast<char*>(out) + (adapter.first * columns + column) * size_of(dtype);
     write(to, dtype, columns, static_cast<int>(adapter.rank), cols, sum);
   });
-  shared_workspace.trim();
 }
 
 std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, const Tensor& x, const Tensor& weight,
@@ -242,6 +241,6 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("multi_lora.cpu", TORCH_BOX(&fastcss::cpu::multi_lora));
-  m.impl("multi_lora_backward.cpu", TORCH_BOX(&fastcss::cpu::multi_lora_backward));
+  m.impl("multi_lora.cpu", FASTCSS_BOX(&fastcss::cpu::multi_lora));
+  m.impl("multi_lora_backward.cpu", FASTCSS_BOX(&fastcss::cpu::multi_lora_backward));
 }

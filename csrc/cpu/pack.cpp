@@ -5,14 +5,16 @@
 namespace fastcss::cpu {
 
 #if defined(__x86_64__)
+int level_of(bool has_v3, bool has_v4, const char* asked) {
+  const auto asks_for = [&](const char* name) { return asked != nullptr && std::strcmp(asked, name) == 0; };
+  if (!has_v3 || asks_for("default")) return 1;
+  return has_v4 && !asks_for("avx2") ? 4 : 3;
+}
+
+// A CPU, or a virtual one, may have AVX2 and lack some other part of the level: F16C, BMI2, … are used, too.
 int find_level() {
-  const char* set = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto asked = [&](const char* name) { return set != nullptr && std::strcmp(set, name) == 0; };
-  if (asked("default") || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  return avx512 && !asked("avx2") ? 4 : 3;
+  return level_of(__builtin_cpu_supports("x86-64-v3"), __builtin_cpu_supports("x86-64-v4"),
+                  std::getenv("ATEN_CPU_CAPABILITY"));
 }
 #endif
 
@@ -64,7 +66,7 @@ void pack_words(float* dst, int width, int lanes, int64_t k, Matrix m) {
   }
 FASTCSS_PACK_PAIRS(pack_pairs_f32, float)
 FASTCSS_PACK_PAIRS(pack_pairs_bf16, BFloat16)
-FASTCSS_PACK_PAIRS(pack_pairs_f16, _Float16)
+FASTCSS_PACK_PAIRS(pack_pairs_f16, Float16)
 #undef FASTCSS_PACK_PAIRS
 
 // ---- unpacking -----------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ void write_lanes(void* dst, int64_t ld, int rows, int64_t cols, const float* til
 
 void pack(float* dst, int width, int lanes, int64_t k, Matrix m, bool pairs) {
   constexpr decltype(&pack_words<float>) packers[2][3] = {
-      {pack_words<float>, pack_words<BFloat16>, pack_words<_Float16>},
+      {pack_words<float>, pack_words<BFloat16>, pack_words<Float16>},
       {pack_pairs_f32, pack_pairs_bf16, pack_pairs_f16}};
   packers[pairs][static_cast<int>(m.dtype)](dst, width, lanes, k, m);
 }
@@ -118,13 +120,13 @@ FASTCSS_CLONES void add(float* sum, const float* term, int64_t n) {
 }
 
 void write(void* dst, DType dtype, int64_t ld, int rows, int cols, const float* tile) {
-  constexpr decltype(&write_rows<float>) writers[] = {write_rows<float>, write_rows<BFloat16>, write_rows<_Float16>};
+  constexpr decltype(&write_rows<float>) writers[] = {write_rows<float>, write_rows<BFloat16>, write_rows<Float16>};
   writers[static_cast<int>(dtype)](dst, ld, rows, cols, tile);
 }
 
 void write_transposed(void* dst, DType dtype, int64_t ld, int rows, int64_t cols, const float* tile) {
   constexpr decltype(&write_lanes<float>) writers[] = {write_lanes<float>, write_lanes<BFloat16>,
-                                                       write_lanes<_Float16>};
+                                                       write_lanes<Float16>};
   writers[static_cast<int>(dtype)](dst, ld, rows, cols, tile);
 }
 

@@ -27,6 +27,13 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
+// In C++ GCC 12 has no _Float16 for ARM. __fp16 is the same 16 bits there, and vectors of it are converted alike.
+#if defined(__aarch64__)
+typedef __fp16 Float16;
+#else
+typedef _Float16 Float16;
+#endif
+
 template <class V>
 constexpr int kLanesIn = sizeof(V) / sizeof(float);
 
@@ -36,7 +43,7 @@ struct Lanes {
   typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
   typedef int32_t Ints __attribute__((vector_size(sizeof(V))));
   typedef uint16_t HalfBits __attribute__((vector_size(sizeof(V) / 2)));
-  typedef _Float16 Half __attribute__((vector_size(sizeof(V) / 2)));
+  typedef Float16 Half __attribute__((vector_size(sizeof(V) / 2)));
 };
 template <class V>
 using BitsOf = typename Lanes<V>::Bits;
@@ -57,8 +64,9 @@ FASTCSS_INLINE BitsOf<V> lane_numbers() {
 }
 
 #if defined(__x86_64__)
-// x86-64-v… of this CPU, as far as a kernel makes use of it; less if ATEN_CPU_CAPABILITY, as torch reads it, asks for
-// "avx2" or "default".
+// The instruction set x86-64-v… that kernels make use of: the highest that they are compiled for and the CPU has whole,
+// as the compiler counts it, or less if `asked`, the value of ATEN_CPU_CAPABILITY, is "avx2" or "default".
+int level_of(bool has_v3, bool has_v4, const char* asked);
 int find_level();
 inline const int kLevel = find_level();
 
@@ -112,7 +120,7 @@ FASTCSS_INLINE V load(const BFloat16* p) {
   return reinterpret_cast<V>(__builtin_convertvector(bits, BitsOf<V>) << 16);
 }
 template <class V = Vec>
-FASTCSS_INLINE V load(const _Float16* p) {
+FASTCSS_INLINE V load(const Float16* p) {
   typename Lanes<V>::Half half;
   std::memcpy(&half, p, sizeof(half));
   return __builtin_convertvector(half, V);
@@ -127,7 +135,7 @@ FASTCSS_INLINE void store(BFloat16* p, V v) {  // to nearest, ties to even; NaN 
   std::memcpy(p, &narrow, sizeof(narrow));
 }
 template <class V>
-FASTCSS_INLINE void store(_Float16* p, V v) {
+FASTCSS_INLINE void store(Float16* p, V v) {
   using Half = typename Lanes<V>::Half;
   const Half half = __builtin_convertvector(v, Half);
   std::memcpy(p, &half, sizeof(half));

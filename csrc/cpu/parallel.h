@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <stdexcept>
+#include <utility>
 
 #include "pack.h"
 
@@ -19,49 +21,15 @@ namespace fastcss::cpu {
 inline thread_local bool has_threads = false, lost_threads = false;
 inline const int at_fork = pthread_atfork(nullptr, nullptr, [] { lost_threads = has_threads; });
 
-// f(i) for every i < items, on torch's threads. Which thread takes which item is left open; no result depends on it.
-template <class F>
-void parallel(int64_t items, const F& f) {
-  const int64_t workers = lost_threads ? 1 : std::min<int64_t>(items, torch::stable::get_num_threads());
-  if (workers <= 1) {
-    for (int64_t i = 0; i < items; ++i) f(i);
-    return;
-  }
-  has_threads = true;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (; first < last; ++first)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
-  });
-}
-
-// f(b) for every image of a batch of images of N pixels. Large images follow each other, and `parallel` inside f shares
-// out each of them; small ones are shared out themselves, and then `parallel` inside f is a loop.
-template <class F>
-void for_images(int64_t B, int64_t N, const F& f) {
-  if (N <= 1024) return parallel(B, f);
-  for (int64_t b = 0; b < B; ++b) f(b);
-}
-
-// A buffer that a thread keeps from call to call: no page faults after the first. Large ones are given back. Under
-// AddressSanitizer each call gets one of its own size, or no step beyond it would show.
+// A buffer that a thread keeps from call to call: no page faults after the first. Under AddressSanitizer each use gets
+// one of its own size, or no step beyond it would show.
 class Workspace {
  public:
   ~Workspace() { std::free(data_); }
-  float* get(int64_t floats) {
-    floats += kLanes;  // pack() stores whole vectors
-    if (floats > size_ || kStep == kLanes) {
-      std::free(data_);
-      size_ = (floats + kStep - 1) / kStep * kStep;
-      data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-      if (data_ == nullptr) throw std::bad_alloc();
-    }
-    return data_;
-  }
+  // Only inside of a Call, whose end gives large ones back.
+  float* get(int64_t floats);
   void trim() {
-    if (size_ * sizeof(float) <= kKept) return;
-    std::free(data_);
-    data_ = nullptr, size_ = 0;
+    if (size_ * sizeof(float) > kKept) release();
   }
 
  private:
@@ -71,12 +39,92 @@ class Workspace {
   static constexpr int64_t kStep = 1024;
 #endif
   static constexpr size_t kKept = size_t{64} << 20;
+  static constexpr int64_t kMost = int64_t{1} << 60;  // floats: more bytes would not fit an int64_t
+  void release() {
+    std::free(data_);
+    data_ = nullptr, size_ = 0;
+  }
   float* data_ = nullptr;
   int64_t size_ = 0;
 };
 
-// What one call's threads share, owned by the calling thread; and what each of them has for itself.
-inline thread_local Workspace shared_workspace, local_workspace;
+// What one call's threads share, owned by the calling thread; a second one of those, for the maps of an op that is made
+// of others; and what each thread has for itself.
+inline thread_local Workspace shared_workspace, map_workspace, local_workspace;
+
+// A thread's part in an op. When the outermost one ends, by an error too, the thread gives its large workspaces back.
+class Call {
+ public:
+  Call() { ++depth_; }
+  ~Call() {
+    if (--depth_ == 0) shared_workspace.trim(), map_workspace.trim(), local_workspace.trim();
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  static bool is_open() { return depth_ > 0; }
+
+ private:
+  static inline thread_local int depth_ = 0;
+};
+
+inline float* Workspace::get(int64_t floats) {
+  if (!Call::is_open()) throw std::logic_error("fastcss: a workspace is used outside of an op (see FASTCSS_BOX)");
+  floats += kLanes;  // pack() stores whole vectors
+  if (floats > size_ || kStep == kLanes) {
+    release();
+    if (floats > kMost) throw std::bad_alloc();
+    const int64_t size = (floats + kStep - 1) / kStep * kStep;
+    data_ = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    size_ = size;  // not before the memory is there: the next call goes by it
+  }
+  return data_;
+}
+
+// An op, as a Call on the thread that calls it.
+template <auto OP>
+struct Op;
+template <class R, class... Args, R (*OP)(Args...)>
+struct Op<OP> {
+  static R run(Args... args) {
+    const Call call;
+    return OP(std::forward<Args>(args)...);
+  }
+};
+#define FASTCSS_BOX(op) TORCH_BOX(&fastcss::cpu::Op<(op)>::run)
+
+// f(i) for every i < items, on torch's threads. Which thread takes which item is left open; no result depends on it.
+// Memory that any of them lacks is an error of the calling one, as it would be without threads.
+template <class F>
+void parallel(int64_t items, const F& f) {
+  const int64_t workers = lost_threads ? 1 : std::min<int64_t>(items, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t i = 0; i < items; ++i) f(i);
+    return;
+  }
+  has_threads = true;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> no_memory{false};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    const Call call;
+    try {
+      for (; first < last; ++first)
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+      next = items;
+    }
+  });
+  if (no_memory) throw std::bad_alloc();
+}
+
+// f(b) for every image of a batch of images of N pixels. Large images follow each other, and `parallel` inside f shares
+// out each of them; small ones are shared out themselves, and then `parallel` inside f is a loop.
+template <class F>
+void for_images(int64_t B, int64_t N, const F& f) {
+  if (N <= 1024) return parallel(B, f);
+  for (int64_t b = 0; b < B; ++b) f(b);
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -67,7 +67,6 @@ Tensor phrase_pool(const Tensor& cls, const Tensor& phrases) {
       write_row(image(pooled, b, dtype) + c * D * size_of(dtype), dtype, sum, D);
     }
   });
-  shared_workspace.trim();
   return pooled;
 }
 
@@ -116,7 +115,6 @@ std::tuple<Tensor, Tensor> phrase_pool_backward(const Tensor& dpooled, const Ten
     for (int64_t c = 0; c < C; ++c) add_scaled(sum, inverse[b], parts + (c * B + b) * D, D);
     write_row(image(dcls, b, dtype), dtype, sum, D);
   }
-  shared_workspace.trim();
   return {dcls, dphrases};
 }
 
@@ -124,6 +122,6 @@ std::tuple<Tensor, Tensor> phrase_pool_backward(const Tensor& dpooled, const Ten
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("phrase_pool.cpu", TORCH_BOX(&fastcss::cpu::phrase_pool));
-  m.impl("phrase_pool_backward.cpu", TORCH_BOX(&fastcss::cpu::phrase_pool_backward));
+  m.impl("phrase_pool.cpu", FASTCSS_BOX(&fastcss::cpu::phrase_pool));
+  m.impl("phrase_pool_backward.cpu", FASTCSS_BOX(&fastcss::cpu::phrase_pool_backward));
 }

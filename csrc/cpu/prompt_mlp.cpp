@@ -71,7 +71,7 @@ void add_weighted(const float* x, int64_t terms, Matrix w, int64_t n, float* sum
     else if (w.dtype == DType::bf16)
       add_rows<V>(x, terms, static_cast<const BFloat16*>(w.data), w.lane_stride, n, sum);
     else
-      add_rows<V>(x, terms, static_cast<const _Float16*>(w.data), w.lane_stride, n, sum);
+      add_rows<V>(x, terms, static_cast<const Float16*>(w.data), w.lane_stride, n, sum);
   });
 }
 
@@ -117,7 +117,6 @@ std::tuple<Tensor, Tensor> prompt_mlp(const Tensor& z, const Tensor& w1_in, cons
   relu(h, R * H);
   layer(groups, h, w2, b2, out);
   for (int64_t r = 0; r < R; ++r) write_row(image(y, r, dtype), dtype, out + r * O, O);
-  shared_workspace.trim();
   return {y, hidden};
 }
 
@@ -181,7 +180,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_mlp_backward(const Ten
   layer_backward(groups, dh, x, w1, need_dz ? dx : nullptr, need_weights ? &dw1 : nullptr);
   if (need_weights) bias_backward(groups, dout, db2), bias_backward(groups, dh, db1);
   for (int64_t r = 0; need_dz && r < R; ++r) write_row(image(dz, r, dtype), dtype, dx + r * L, L);
-  shared_workspace.trim();
   return {dz, dw1, db1, dw2, db2};
 }
 
@@ -189,6 +187,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_mlp_backward(const Ten
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("prompt_mlp.cpu", TORCH_BOX(&fastcss::cpu::prompt_mlp));
-  m.impl("prompt_mlp_backward.cpu", TORCH_BOX(&fastcss::cpu::prompt_mlp_backward));
+  m.impl("prompt_mlp.cpu", FASTCSS_BOX(&fastcss::cpu::prompt_mlp));
+  m.impl("prompt_mlp_backward.cpu", FASTCSS_BOX(&fastcss::cpu::prompt_mlp_backward));
 }

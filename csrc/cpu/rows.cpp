@@ -39,7 +39,7 @@ void read_row(float* dst, Matrix m, int64_t n) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     if (m.dtype == DType::f32) read<V>(dst, static_cast<const float*>(m.data), m.k_stride, n);
     if (m.dtype == DType::bf16) read<V>(dst, static_cast<const BFloat16*>(m.data), m.k_stride, n);
-    if (m.dtype == DType::f16) read<V>(dst, static_cast<const _Float16*>(m.data), m.k_stride, n);
+    if (m.dtype == DType::f16) read<V>(dst, static_cast<const Float16*>(m.data), m.k_stride, n);
   });
 }
 
@@ -47,7 +47,7 @@ void write_row(void* dst, DType dtype, const float* src, int64_t n) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     if (dtype == DType::f32) write<V>(static_cast<float*>(dst), src, n);
     if (dtype == DType::bf16) write<V>(static_cast<BFloat16*>(dst), src, n);
-    if (dtype == DType::f16) write<V>(static_cast<_Float16*>(dst), src, n);
+    if (dtype == DType::f16) write<V>(static_cast<Float16*>(dst), src, n);
   });
 }
 

@@ -8,7 +8,7 @@ namespace fastcss::cpu {
 // The first term of the first lane.
 inline float value_at(Matrix m) {
   if (m.dtype == DType::f32) return *static_cast<const float*>(m.data);
-  if (m.dtype == DType::f16) return static_cast<float>(*static_cast<const _Float16*>(m.data));
+  if (m.dtype == DType::f16) return static_cast<float>(*static_cast<const Float16*>(m.data));
   const uint32_t bits = static_cast<uint32_t>(static_cast<const BFloat16*>(m.data)->bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof(value));

@@ -69,7 +69,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const Tensor& t
       }
       write_row(image(selected, b, dtype) + c * length * size_of(dtype), dtype, flat, length);
     });
-    shared_workspace.trim();
   });
   return {selected, counts, presence, best, cosine};
 }
@@ -130,6 +129,6 @@ std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("select_tokens.cpu", TORCH_BOX(&fastcss::cpu::select_tokens));
-  m.impl("select_tokens_backward.cpu", TORCH_BOX(&fastcss::cpu::select_tokens_backward));
+  m.impl("select_tokens.cpu", FASTCSS_BOX(&fastcss::cpu::select_tokens));
+  m.impl("select_tokens_backward.cpu", FASTCSS_BOX(&fastcss::cpu::select_tokens_backward));
 }

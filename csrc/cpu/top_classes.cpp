@@ -36,4 +36,4 @@ std::tuple<Tensor, Tensor> top_classes(const Tensor& score, int64_t k) {
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("top_classes.cpu", TORCH_BOX(&fastcss::cpu::top_classes)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("top_classes.cpu", FASTCSS_BOX(&fastcss::cpu::top_classes)); }

@@ -79,7 +79,7 @@ void run(Running& r, Matrix logits, int64_t C, int64_t pixels) {
     run_classes<V, MathOf<V>>(r, static_cast<const T*>(logits.data), C, logits.k_stride, pixels);
   });
 }
-constexpr decltype(&run<float>) kRuns[] = {run<float>, run<BFloat16>, run<_Float16>};
+constexpr decltype(&run<float>) kRuns[] = {run<float>, run<BFloat16>, run<Float16>};
 
 // What the results of each pixel are made of.
 struct Found {
@@ -182,4 +182,4 @@ Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("top_margin.cpu", TORCH_BOX(&fastcss::cpu::top_margin)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("top_margin.cpu", FASTCSS_BOX(&fastcss::cpu::top_margin)); }

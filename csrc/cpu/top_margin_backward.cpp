@@ -67,7 +67,7 @@ void gradients_of_class(const Slopes& s, int32_t c, const void* logits, void* re
                 FASTCSS_LOOP { gradients<V>(s, c, static_cast<const T*>(logits), static_cast<T*>(result), pixels); });
 }
 constexpr decltype(&gradients_of_class<float>) kGradients[] = {gradients_of_class<float>, gradients_of_class<BFloat16>,
-                                                               gradients_of_class<_Float16>};
+                                                               gradients_of_class<Float16>};
 
 Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const Tensor& dp_rival,
                            const Tensor& dcurvature, const Tensor& logits_in, const Tensor& own, const Tensor& rival,
@@ -111,5 +111,5 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("top_margin_backward.cpu", TORCH_BOX(&fastcss::cpu::top_margin_backward));
+  m.impl("top_margin_backward.cpu", FASTCSS_BOX(&fastcss::cpu::top_margin_backward));
 }

@@ -38,11 +38,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_queries(const Tensor& features, const Te
       write_row(image(queries, b, dtype) + i * D * size_of(dtype), dtype, row, D);
     });
   }
-  shared_workspace.trim();
   return {queries, index, score};
 }
 
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("topk_queries.cpu", TORCH_BOX(&fastcss::cpu::topk_queries)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("topk_queries.cpu", FASTCSS_BOX(&fastcss::cpu::topk_queries)); }

@@ -57,5 +57,5 @@ Tensor window_attention(const Tensor& q_any, const Tensor& k_any, const Tensor& 
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("window_attention.cpu", TORCH_BOX(&fastcss::cpu::window_attention));
+  m.impl("window_attention.cpu", FASTCSS_BOX(&fastcss::cpu::window_attention));
 }

@@ -138,7 +138,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
   Backward backward(w, in, out, need_bias);
   backward.run();
   backward.finish(dbias, dpad_key, dpad_value);
-  shared_workspace.trim();
   return {out.dq, out.dk, out.dv, dbias, dpad_key, dpad_value};
 }
 
@@ -146,5 +145,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> window_attention_back
 }  // namespace fastcss::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("window_attention_backward.cpu", TORCH_BOX(&fastcss::cpu::window_attention_backward));
+  m.impl("window_attention_backward.cpu", FASTCSS_BOX(&fastcss::cpu::window_attention_backward));
 }

@@ -115,7 +115,7 @@ void gather_rows(float* dst, const Windows& w, Matrix map, const int64_t* places
     if (map.dtype == DType::bf16)
       gather<V>(dst, width, static_cast<const BFloat16*>(map.data), map.lane_stride, D, n, places, padding);
     if (map.dtype == DType::f16)
-      gather<V>(dst, width, static_cast<const _Float16*>(map.data), map.lane_stride, D, n, places, padding);
+      gather<V>(dst, width, static_cast<const Float16*>(map.data), map.lane_stride, D, n, places, padding);
   });
 }
 
@@ -131,7 +131,7 @@ void scatter_rows(void* map, int64_t stride, const Windows& w, const int64_t* pl
   on_widest([=, dtype = w.dtype, width = w.width, D = w.D, n = w.n]<class V>() FASTCSS_LOOP {
     if (dtype == DType::f32) scatter<V>(static_cast<float*>(map), stride, D, n, places, src, width);
     if (dtype == DType::bf16) scatter<V>(static_cast<BFloat16*>(map), stride, D, n, places, src, width);
-    if (dtype == DType::f16) scatter<V>(static_cast<_Float16*>(map), stride, D, n, places, src, width);
+    if (dtype == DType::f16) scatter<V>(static_cast<Float16*>(map), stride, D, n, places, src, width);
   });
 }
 
