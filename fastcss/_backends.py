@@ -49,6 +49,12 @@ def _probe_triton() -> str | None:
         return "the package triton is not installed"
     if not interpreting() and not torch.cuda.is_available():
         return "no CUDA device is there, and TRITON_INTERPRET=1 is not set"
+    if interpreting():
+        from .kernels import interpreter
+
+        _NOT_INTERPRETED.update((dtype, interpreter.why_not(dtype)) for dtype in KERNEL_DTYPES)
+        if _NOT_INTERPRETED[torch.float32]:
+            return _NOT_INTERPRETED[torch.float32]
     from . import kernels
 
     kernels.register()
@@ -60,6 +66,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+#: dtype → why Triton's interpreter does not take it, where that is in use.
+_NOT_INTERPRETED: dict[torch.dtype, str | None] = {}
 _NO_CUDA_MODULE = _load("_cuda")
 #: implementation → None, or why it is not available on this machine.
 UNAVAILABLE: dict[str, str | None] = {"reference": None, "composed": None, "cpu": _load("_cpu"), "cuda": _probe_cuda()}
@@ -103,6 +111,8 @@ def why_not(impl: str, x: Tensor, op: str | None = None) -> str | None:
         return f"it runs on {' or '.join(_DEVICES[impl])}, and the tensors are on {x.device}"
     if x.dtype not in KERNEL_DTYPES:
         return f"it takes float32, bfloat16 and float16, and the tensors are {x.dtype}"
+    if impl == "triton" and x.device.type == "cpu":
+        return _NOT_INTERPRETED.get(x.dtype)
     return None
 
 

@@ -56,7 +56,8 @@ def attend_classes_kernel(
         for part in tl.static_range(PARTS):
             t_p += tl.load(partial + tl.cast(part, tl.int64) * batches * N * width + offset, mask=there, other=0.0)
         if tp is not None:
-            first = ((rows < PIXELS) & (pixels < N) & (tl.program_id(1) == 0))[:, None] & (classes < C)[None, :]
+            kept = pixels < tl.where(tl.program_id(1) == 0, N, 0)
+            first = ((rows < PIXELS) & kept)[:, None] & (classes < C)[None, :]
             tl.store(tp + (batch64 * N + pixels)[:, None] * C + classes[None, :], t_p, mask=first)
         total = column_total(sums, batch, c, batches, chunks, width, CHUNKS, BLOCK_C)
         logits = tl.where((classes < C)[None, :], (total[None, :] + sign[:, None] * t_p) * log2_factor, float("-inf"))

@@ -79,8 +79,8 @@ def phrase_cosine_kernel(
         if dpooled is not None:
             dtotal += tl.sum(weights * dacc, 1)
             store_tile(dweight + which64 * M, dacc, image, m, B, M, C * M)
-        tl.store(phrase_scale + which64 * M + prompts, inverse, mask=(prompts < M) & (image == 0))
-        tl.store(cls_scale + images, cls_inverse, mask=(images < B) & (which == 0) & (m == 0))
+        tl.store(phrase_scale + which64 * M + prompts, inverse, mask=prompts < tl.where(image == 0, M, 0))
+        tl.store(cls_scale + images, cls_inverse, mask=images < tl.where((which == 0) & (m == 0), B, 0))
     tl.store(mass + images * C + which, total, mask=images < B)
     if dpooled is not None:
         tl.store(dmean + images * C + which, dtotal / total, mask=images < B)

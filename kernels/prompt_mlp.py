@@ -45,7 +45,7 @@ def layer_kernel(
     total = tl.sum(acc, 0)
     if bias is not None:
         offset = i * stride_bk + columns.to(tl.int64) * stride_bw
-        total += tl.load(bias + offset, mask=known & (columns < width), other=0.0).to(tl.float32)
+        total += tl.load(bias + offset, mask=columns < tl.where(known, width, 0), other=0.0).to(tl.float32)
     if RELU:
         total = tl.where(total < 0.0, 0.0, total)
     if gate is not None:

@@ -90,7 +90,7 @@ def find_token(best, block_counts, c, place, N, blocks, BLOCK_N: tl.constexpr):
         found = tl.maximum(found, here)
         before += tl.sum(counts, 0)
     rows = found * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_class = tl.load(best + rows, mask=(found >= 0) & (rows < N), other=-1) == c
+    of_class = tl.load(best + rows, mask=(rows >= 0) & (rows < N), other=-1) == c
     index = tl.cumsum(of_class.to(tl.int32), 0) - 1
     return tl.min(tl.where(of_class & (index == rank), rows, N), 0)
 
@@ -110,7 +110,7 @@ def copy_selected_kernel(
     selected += per_class * length + tl.cast(place, tl.int64) * D
     for d in range(0, D, BLOCK_D):
         columns = d + tl.arange(0, BLOCK_D)
-        value = tl.load(row + columns.to(tl.int64) * stride_td, mask=(columns < D) & (token < N), other=0.0)
+        value = tl.load(row + columns.to(tl.int64) * stride_td, mask=columns < tl.where(token < N, D, 0), other=0.0)
         fits = (columns < D) & (columns < length - tl.cast(place, tl.int64) * D)
         tl.store(selected + columns, value, mask=fits)
     if place == 0:

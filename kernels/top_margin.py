@@ -26,12 +26,18 @@ CLASSES = tl.constexpr(8)  # loads on their way
 
 
 @triton.jit
+def _of_class(c, C, there):
+    """``there``, nowhere for c ≥ C. Compared as blocks: in Triton's interpreter a block & a scalar is no mask."""
+    return there & (tl.full(there.shape, c, tl.int32) < C)
+
+
+@triton.jit
 def _load_classes(logits, c, C, stride_lc, there):
     """The pixels' logits of the classes from c, −∞ beyond C."""
     block = ()
     for i in tl.static_range(CLASSES):
         offset = tl.cast(c + i, tl.int64) * stride_lc
-        block += (tl.load(logits + offset, mask=there & (c + i < C), other=float("-inf")),)
+        block += (tl.load(logits + offset, mask=_of_class(c + i, C, there), other=float("-inf")),)
     return block
 
 
@@ -169,7 +175,7 @@ def top_margin_gradient_kernel(
             dz = tl.where(true == c + i, at_true, tl.where(rival == c + i, at_rival, 0.0))
             dz = tl.where(counted, dz - both * exp(block[i].to(tl.float32) - base), 0.0)
             place = dlogits + tl.cast(c + i, tl.int64) * N
-            tl.store(place, dz.to(dlogits.dtype.element_ty), mask=there & (c + i < C))
+            tl.store(place, dz.to(dlogits.dtype.element_ty), mask=_of_class(c + i, C, there))
         block = following
 
 

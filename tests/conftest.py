@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections import defaultdict
 
@@ -31,7 +32,7 @@ def _mend_triton_interpreter() -> None:
     """Of Triton 3.6's interpreter: numpy 2.4 refuses its int() of an array [1] (triton issue 9171, mended in 3.7); its
     float32 → bfloat16 truncates, where a GPU rounds to nearest; and two thirds of its time is what it makes again and
     again: the language's functions its own at every call of a function from a kernel, and for every value a table of
-    types, its shape, the constants in it and their text."""
+    types, its shape, the constants in it and their text. And it takes masks of integers, which 3.9's does not."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -59,6 +60,17 @@ def _mend_triton_interpreter() -> None:
     def get_np_dtype(type):
         return (numpy_type if isinstance(type.scalar, tl.pointer_type) else cached_type)(type.scalar)
 
+    def strict(function):
+        place = list(inspect.signature(function).parameters).index("mask")
+
+        @functools.wraps(function)
+        def checked(*args):
+            if args[place].data.dtype != bool:
+                raise ValueError("mask has unsupported dtype")
+            return function(*args)
+
+        return checked
+
     core, equal_tuples = tl.core, tl.core.tuple.__eq__
 
     @functools.cache
@@ -82,6 +94,8 @@ def _mend_triton_interpreter() -> None:
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patch_lang_tensor, cast_impl
     interpreter._patch_lang = patch_lang
     interpreter._get_np_dtype = get_np_dtype
+    for name in ("create_masked_load", "create_masked_store"):
+        setattr(interpreter.InterpreterBuilder, name, strict(getattr(interpreter.InterpreterBuilder, name)))
 
 
 @pytest.fixture

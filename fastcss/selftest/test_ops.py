@@ -21,17 +21,17 @@ PLACES = [
 ]
 
 
-def why_not(impl: str, device: str, op: str) -> str | None:
-    """None where ``impl`` can run ``op`` on ``device``; else the reason."""
+def why_not(impl: str, device: str, dtype: torch.dtype, op: str) -> str | None:
+    """None where ``impl`` can run ``op`` on tensors of ``dtype`` on ``device``; else the reason."""
     if device == "cuda" and not torch.cuda.is_available():
         return _backends.UNAVAILABLE[impl] or "there is no CUDA device"
-    return _backends.why_not(impl, torch.empty(0, device=device), op)
+    return _backends.why_not(impl, torch.empty(0, device=device, dtype=dtype), op)
 
 
 def make(name: str, impl: str, device: str, dtype: torch.dtype, record_property) -> Call:
     """The call, or skip this test with the reason why it cannot run; a column of the table after the tests."""
     record_property("cell", (name, f"{impl} on {device}"))
-    reason = why_not(impl, device, name.partition(",")[0])
+    reason = why_not(impl, device, dtype, name.partition(",")[0])
     if reason:
         pytest.skip(reason)
     return CALLS[name]().map(lambda tensor: tensor.to(device)).leaves(dtype)
