@@ -88,7 +88,7 @@ def _capture(stand_in: StandIn, call: Callable, fixed: tuple[str, ...], args: tu
     inputs = _moving(fixed, args, kwargs)
     with torch.inference_mode(False):
         static = [tensor.clone() for tensor in inputs]
-    args, kwargs = _replace(inputs, static, args, kwargs)
+    args, kwargs = _with_moving(static, fixed, args, kwargs)
     # Results that depend on shapes (and on the fixed inputs) alone are computed in the warm-up, and taken from there in
     # the capture: copies from the host and reads of scalars, which no graph can hold, are among them.
     given = [kwargs[name] for name in fixed]
@@ -119,9 +119,12 @@ def _moving(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _replace(tensors: list[Tensor], others: list[Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    by_id = {id(tensor): other for tensor, other in zip(tensors, others, strict=True)}
-    return pytree.tree_map(lambda leaf: by_id.get(id(leaf), leaf), (args, kwargs))
+def _with_moving(tensors: list[Tensor], fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The call with others in the places of its moving tensors; one that is also fixed stays where it is fixed."""
+    left = iter(tensors)
+    moving = {name: value for name, value in kwargs.items() if name not in fixed}
+    args, moving = pytree.tree_map_only(Tensor, lambda _: next(left), (args, moving))
+    return args, {name: moving.get(name, value) for name, value in kwargs.items()}
 
 
 def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:

@@ -123,6 +123,8 @@ def _agreed(function: Callable) -> Callable:
     def read(tensor: Tensor, *args):
         if not is_mapped(tensor):
             return function(tensor, *args)
+        if tensor.numel() != 1:
+            function(torch.empty(tensor.shape, dtype=tensor.dtype), *args)  # raises as torch does
         while is_mapped(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         values = tensor.detach().flatten().tolist()

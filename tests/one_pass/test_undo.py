@@ -1,0 +1,182 @@
+"""What a run under vmap that fails leaves behind, and when it decides which engine runs from then on."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from adapted_models import adapt, assert_equal, loop
+from torch import nn
+
+import fastcss
+
+
+class Counts(nn.Module):
+    """Counts its calls in every way there is, then branches on a value that ``first`` of the adapters differ in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("reassigned", torch.zeros(()))
+        self.register_buffer("means", torch.zeros(2, 4))
+        self.steps, self.history, self.bound = 0, [], -1e9
+
+    def forward(self, x, how=None):
+        self.calls.add_(1)
+        self.reassigned = self.reassigned + 1
+        self.steps += 1
+        self.history.append(self.steps)
+        if how == "once":  # not in the calls before, so that nobody expects it
+            self.means[0].add_(1)
+        elif how == "unseen":
+            torch.ops.aten.add_.Tensor(self.means, torch.ones(()))
+        y = self.layer(x)
+        if y.sum() > self.bound:
+            return y * self.calls + self.reassigned + self.steps + len(self.history) + self.means.sum()
+        return y - self.calls
+
+
+def counts():
+    torch.manual_seed(0)
+    model = adapt(Counts(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3)))
+    return model, torch.randn(2, 4)
+
+
+def splitting_bound(model, x) -> float:
+    layer = copy.deepcopy(model)
+    sums = []
+    for name in layer.peft_config:
+        layer.set_adapter(name)
+        sums.append(float(layer.get_base_model().layer(x).sum()))
+    low, *_, high = sorted(sums)
+    return (low + high) / 2
+
+
+def state(model) -> tuple:
+    base = model.get_base_model()
+    return base.calls.item(), base.means.tolist()
+
+
+@pytest.mark.parametrize("how", [None, "once"])
+@pytest.mark.parametrize("calls_before", [0, 2])
+@torch.no_grad()
+def test_a_failed_run_is_undone(calls_before, how):
+    """In the first call and after calls that vmap ran: what the model writes is then there as the loop writes it."""
+    model, x = counts()
+    runner = fastcss.one_pass(model, group_size=3)
+    for _ in range(calls_before):
+        runner(x)
+    assert runner.engine == "vmap"
+    ours = runner._stand_in.model  # Python state is the copy's
+    ours.bound = model.get_base_model().bound = splitting_bound(model, x)
+    other = copy.deepcopy(model)
+    theirs = other.get_base_model()
+    theirs.steps, theirs.history, theirs.reassigned = ours.steps, list(ours.history), ours.reassigned.clone()
+    with pytest.warns(UserWarning, match="differs between the tasks"):
+        got = runner(x, how)
+    assert_equal(got, loop(other, {"x": x, "how": how}))
+    assert state(model) == state(other)
+    assert (ours.steps, ours.history) == (theirs.steps, theirs.history)
+
+
+@torch.no_grad()
+def test_what_cannot_be_undone_is_refused():
+    """A write that goes past torch's functions, in a buffer that no call before has written."""
+    model, x = counts()
+    runner = fastcss.one_pass(model, group_size=3)
+    runner(x)
+    runner._stand_in.model.bound = splitting_bound(model, x)
+    with pytest.raises(RuntimeError, match=r"written a buffer or input \[2, 4\], which cannot be put back.*replay"):
+        runner(x, "unseen")
+
+
+class Fails(nn.Module):
+    """Raises where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.left = nn.Linear(4, 4), [0]
+
+    def forward(self, x, each_time=False):
+        y = self.layer(x)
+        if each_time or (self.left[0] and self.left.__setitem__(0, self.left[0] - 1) is None):
+            raise RuntimeError("the camera is busy")
+        return y
+
+
+@torch.no_grad()
+def test_an_error_that_passes_changes_no_engine():
+    torch.manual_seed(0)
+    module, x = Fails(), torch.randn(2, 4)
+    model = adapt(module, *({"r": 2, "target_modules": ["layer"]} for _ in range(3)))
+    left = module.left = _Shared([0])
+    runner, expected = fastcss.one_pass(model), loop(model, {"x": x})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):  # three times, but never twice in a row
+            left[0] = 1
+            assert_equal(runner(x), expected)
+            assert_equal(runner(x), expected)
+            with pytest.raises(RuntimeError, match="the camera is busy"):
+                runner(x, each_time=True)
+    assert runner.engine == "vmap"
+    left[0] = 1
+    runner(x)
+    left[0] = 1
+    with pytest.warns(UserWarning, match="the camera is busy .twice under vmap, and not in turn"):
+        assert_equal(runner(x), expected)
+    assert runner.engine == "replay"
+
+
+class _Shared(list):
+    """The world outside of a model: no copy of the model has one of its own, and nothing undoes it."""
+
+    def __deepcopy__(self, memo):
+        return _World(self)
+
+
+class _World:
+    def __init__(self, shared):
+        self.shared = shared
+
+    def __getitem__(self, i):
+        return self.shared[i]
+
+    def __setitem__(self, i, value):
+        self.shared[i] = value
+
+
+# --- reading a value of several numbers -------------------------------------------------------------------------------
+
+
+class Reads(nn.Module):
+    def __init__(self, read, size):
+        super().__init__()
+        self.layer, self.read, self.size = nn.Linear(4, 4), read, size
+
+    def forward(self, x):
+        y = self.layer(x).long()
+        self.read(y.flatten()[: self.size] if self.size else y)
+        return y
+
+
+@pytest.mark.parametrize("size", [0, 2, None], ids=["none", "two", "a matrix"])
+@pytest.mark.parametrize("read", [bool, float, int, torch.Tensor.item, torch.is_nonzero, [1, 2].__getitem__])
+@torch.no_grad()
+def test_several_numbers_are_no_number(read, size):
+    torch.manual_seed(0)
+    size = {0: -8}.get(size, size)
+    model = adapt(Reads(read, size), *({"r": 2, "target_modules": ["layer"]} for _ in range(2)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()  # so that the adapters agree
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as own:
+        model(torch.zeros(2, 4))
+    for engine in ("vmap", "auto"):
+        with pytest.raises(type(own.value)) as got:
+            fastcss.one_pass(model, engine=engine)(torch.zeros(2, 4))
+        assert str(got.value) == str(own.value)
