@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ._kept import mark
 from ._read_adapters import LoraWeights
-from ._task_rules import on_physical_tensors
+from ._task_rules import TaskRules, on_physical_tensors
 from ._undo import Undo
 
 
@@ -30,12 +30,16 @@ class Slots(threading.local):
         tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
         axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
         routed: ``axis`` holds one adapter index a sample.
+        rules: those that one adapter's pass runs under.
+        running: a call is under way.
         undo: what puts the model back where the call fails half-way.
     """
 
     tasks: tuple[int, ...] = ()
     axis: Tensor | None = None
     routed: bool = False
+    rules: TaskRules | None = None
+    running: bool = False
     undo: Undo | None = None
 
     def origin(self, tasks: tuple[int, ...]) -> tuple:
@@ -43,13 +47,19 @@ class Slots(threading.local):
         return self, tasks
 
     @contextlib.contextmanager
-    def hold(self, tasks: tuple[int, ...] = (), axis: Tensor | None = None, routed: bool = False) -> Iterator[None]:
-        before = self.tasks, self.axis, self.routed
-        self.tasks, self.axis, self.routed = tasks, axis, routed
+    def hold(
+        self,
+        tasks: tuple[int, ...] = (),
+        axis: Tensor | None = None,
+        routed: bool = False,
+        rules: TaskRules | None = None,
+    ) -> Iterator[None]:
+        before = self.tasks, self.axis, self.routed, self.rules, self.running
+        self.tasks, self.axis, self.routed, self.rules, self.running = tasks, axis, routed, rules, True
         try:
             yield
         finally:
-            self.tasks, self.axis, self.routed = before
+            self.tasks, self.axis, self.routed, self.rules, self.running = before
 
 
 class Adapted(nn.Module):
@@ -72,6 +82,11 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         slots = self.slots
+        if not slots.running:
+            raise RuntimeError(
+                "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the backward "
+                "pass; use the model's own gradient_checkpointing_enable(), or none"
+            )
         with torch._C.DisableTorchFunction():  # the task rules are for the model's own calls
             if slots.axis is not None:
                 return on_physical_tensors(self._fold, x, slots.axis)

@@ -28,6 +28,7 @@ def _mkl_lacks_this_cpu() -> bool:
 # rows on, even at 18, slower at 1; bfloat16 0.5 to 1.0 times as fast. On Zen 3, with AVX2, 0.4 to 1.0 times.
 OWN_GEMM_LEADS = _mkl_lacks_this_cpu()
 FEWEST_ROWS = 16
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,6 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         OWN_GEMM_LEADS
+        and all(type(t) in _PLAIN for t in (x, weight, bias))  # a subclass (quantised, fake, …) has a linear of its own
         and x.device.type == "cpu"
         and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
         and weight.dim() == 2

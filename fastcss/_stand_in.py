@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ._adapted import Adapted, Slots
 from ._adapted_layers import adapted
+from ._checkpoints import bind_checkpoints
 from ._group_size import Widest, group_size
 from ._kept import KeptError, Mapped, OneTask, mark, where_kept
 from ._leaves import Inputs, Output, join
@@ -85,15 +86,15 @@ class StandIn:
 
     def must_replay(self) -> str | None:
         """Why the model's present mode rules vmap out, None where it does not."""
-        if self.training:
-            for name, module in self.model.named_modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    raise ValueError(
-                        f"one_pass: {name or 'the model'} has gradient checkpointing on; turn it off to train"
-                    )
-                counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-                if counts and module.training:
-                    return f"layer {name!r} updates its running statistics in every task's forward pass"
+        if not self.training:
+            return None
+        for name, module in self.model.named_modules():
+            if getattr(module, "gradient_checkpointing", False):
+                bind_checkpoints(self.model, self._slots)
+                return f"{name or 'the model'} has gradient checkpointing on, which computes again outside of vmap"
+            counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+            if counts and module.training:
+                return f"layer {name!r} updates its running statistics in every task's forward pass"
         return None
 
     # --------------------------------------------------------------------------------- every task on the same input
@@ -196,7 +197,7 @@ class StandIn:
         each = [mark(tensor[0], origin) for tensor in inputs.each.values()]
         rules = TaskRules(owned, one_task=OneTask(origin, owned))
         try:
-            with rules, shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks):
+            with rules, shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks, rules=rules):
                 returned = inputs.call(self.model, each)
         except KeptError as error:
             raise error.named(where_kept(self.model, [error.tensor]), type(self.model).__name__) from None
