@@ -154,7 +154,8 @@ class Adapted(nn.Module):
         if all(w is None or w.bias is None for w in adapters):
             return None
         zero = like.new_zeros(width)
-        return torch.stack([zero if w is None or w.bias is None else w.bias * w.scale for w in adapters] + [zero])
+        biases = [zero if w is None or w.bias is None else w.bias.to(like.dtype) * w.scale for w in adapters]
+        return torch.stack([*biases, zero])
 
     def _dropout(self, tasks: tuple[int, ...]) -> tuple[float, ...] | None:
         """Each adapter's dropout in training [T + 1], None where there is none."""

@@ -156,6 +156,8 @@ def check_base_layer(name: str, base: nn.Module) -> None:
         raise TypeError(f"one_pass: layer {name!r} has hooks or a replaced forward, which one pass would skip")
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         raise TypeError(f"one_pass: layer {name!r} has max_norm, which rewrites its weight in every call")
+    if isinstance(base, nn.Embedding) and getattr(base, "embed_scale", None) is not None:
+        raise TypeError(f"one_pass: layer {name!r} has an embed_scale, by which PEFT multiplies its adapters")
     if isinstance(base, nn.Conv2d) and base.padding != "same" and _is_spread(base):
         raise TypeError(
             f"one_pass: layer {name!r} is a convolution with dilation {tuple(base.dilation)}: PEFT's adapter has none "

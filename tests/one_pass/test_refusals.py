@@ -7,7 +7,7 @@ import re
 import peft
 import pytest
 import torch
-from adapted_models import adapt, assert_equal, assert_untouched, build_adapted, inputs, loop, state_of, vit
+from adapted_models import adapt, assert_equal, assert_untouched, build_adapted, clip_text, inputs, loop, state_of, vit
 from torch import nn
 
 import fastcss
@@ -65,6 +65,13 @@ def unsupported():
     yield "half-made adapter", lambda: half_made(lambda _: None), "layers.0.attention.q_proj', " + no_adapter
     yield "adapter without B", without_b, "layers.1.*" + half.format("task0", "has no lora_B", "task0")
     yield "adapter without scale", lambda: half_made(named_now), half.format("left", "has no scaling", "left")
+
+    def scaled():
+        model = adapt(clip_text(), {"r": 2, "target_modules": ["token_embedding"]})
+        model.get_base_model().get_input_embeddings().base_layer.embed_scale = 2.0
+        return model
+
+    yield "scaled embedding", scaled, "token_embedding' has an embed_scale"
     yield "bad engine", lambda: adapt(vit(), sites), "engine must be one of"
 
 
