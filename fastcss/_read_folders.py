@@ -108,6 +108,13 @@ def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -
     surplus = [layer for layer in layers if layer not in names]
     if config.get("ensure_weight_tying"):  # it adds the layers whose own weight is that of a targeted embedding
         surplus = [layer for layer in surplus if not _is_tied(layers[layer], layers)]
+        untied = _untied(model, layers)
+        if untied:
+            raise ValueError(
+                f"{CALLER}: {folder} holds no weights for {_some(untied)}, where ensure_weight_tying has PEFT adapt "
+                "what shares the embedding's weight: PEFT ties and saves the first adapter of a model only; load this one "
+                "alone by PEFT and save it anew"
+            )
     if surplus:
         raise ValueError(
             f"{CALLER}: {folder} holds weights for {_some(surplus)}, where its own {CONFIG_FILE} (target_modules, "
@@ -129,6 +136,14 @@ def _is_tied(parts: dict[str, Tensor], layers: dict[str, dict[str, Tensor]]) -> 
     pairs = ((parts.get("a"), other.get("b"), parts.get("b"), other.get("a")) for other in layers.values())
     pairs = (pair for pair in pairs if all(x is not None and x.dim() == 2 for x in pair))
     return any(torch.equal(a, other_b.t()) and torch.equal(b, other_a.t()) for a, other_b, b, other_a in pairs)
+
+
+def _untied(model: nn.Module, layers: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Layers without weights that share the weight of an embedding with some, of a name by which PEFT ties."""
+    weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
+    embeddings = [layer for layer in layers if layer.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+    shared = {id(weights[layer]) for layer in embeddings if layer in weights}
+    return [name for name, weight in weights.items() if id(weight) in shared and name not in layers]
 
 
 def _some(layers: Sequence[str]) -> str:

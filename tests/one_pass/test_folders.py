@@ -111,12 +111,15 @@ def test_an_adapter_tied_to_the_embeddings(tmp_path):
     )  # fmt: skip
     bare, given = transformers.LlamaForCausalLM(config).eval(), inputs(gpt2, 2)
     sites = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
-    folders = [save(adapt(copy.deepcopy(bare), {"r": r, **sites}), tmp_path / str(r))[0] for r in (2, 3)]
-    folders[1] = folders[1].rename(tmp_path / "task1")
+    folders = save(adapt(copy.deepcopy(bare), *({"r": r, **sites} for r in (2, 3))), tmp_path)
+    with pytest.raises(ValueError, match=r"task1 holds no weights for 'lm_head', where ensure_weight_tying.*alone"):
+        fastcss.one_pass.from_directories(bare, folders)
+    alone = peft.PeftModel.from_pretrained(copy.deepcopy(bare), folders[1], adapter_name="alone")
+    folders[1] = save(alone, tmp_path)[0]
     assert_equal(fastcss.one_pass.from_directories(bare, folders)(**given), reloaded(bare, folders, given))
     path = folders[1] / "adapter_model.safetensors"
     tensors = load_file(path)
-    tensors["base_model.model.lm_head.lora_A.weight"] += 1  # as the second adapter of one model is: PEFT ties the first
+    tensors["base_model.model.lm_head.lora_A.weight"] += 1
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"holds weights for 'lm_head'.*ensure_weight_tying"):
         fastcss.one_pass.from_directories(bare, folders)
