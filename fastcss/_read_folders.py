@@ -112,7 +112,7 @@ def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -
         if untied:
             raise ValueError(
                 f"{CALLER}: {folder} holds no weights for {_some(untied)}, where ensure_weight_tying has PEFT adapt "
-                "what shares the embedding's weight: PEFT ties and saves the first adapter of a model only; load this one "
+                "what shares the embedding's weight: PEFT ties and saves a model's first adapter only; load this one "
                 "alone by PEFT and save it anew"
             )
     if surplus:
