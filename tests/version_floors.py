@@ -31,7 +31,7 @@ TESTS = {
     "transformers": (
         *("tests/models/test_grounding_dino.py", "tests/models/test_class_detector.py", "tests/models/test_sam.py"),
         *("tests/models/test_convert_sam.py", "tests/models/test_phrases.py", "tests/models/test_preprocessing.py"),
-        *("tests/models/test_decouplecss_folder.py", "tests/one_pass/test_models.py", "tests/fuse"),
+        *("tests/models/test_decouplecss_folder.py", "tests/fuse/test_fuse.py", "tests/fuse/test_one_call.py"),
     ),
     "pillow": ("tests/data", "tests/commands/test_segment.py", "tests/test_overlay.py"),
     "torchmetrics": ("tests/data/test_continual_metrics.py", "tests/models/test_continual_evaluation.py"),
