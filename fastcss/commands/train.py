@@ -137,8 +137,8 @@ def _begin(options: argparse.Namespace):
         raise ValueError(f"--voc-list is of VOC's pictures, and --data is {options.data}")
     if options.data == "voc" and options.voc_list is None and "train_aug" not in (there := lists(options.root)):
         raise FileNotFoundError(
-            "VOC: continual segmentation learns from the 10,582 pictures of train_aug.txt, and among the lists "
-            f"(ImageSets/Segmentation) of {options.root} that file is missing, there are {few(there) or 'none'}; "
+            "VOC: continual segmentation learns from the 10,582 pictures of train_aug.txt or trainaug.txt, and among "
+            f"the lists (ImageSets/Segmentation) of {options.root} there is neither, there are {few(there) or 'none'}; "
             "--voc-list train learns from the 1,464 pictures of train.txt"
         )
     plan = Plan(**defaults.plan | given | {"recipe": dataclasses.replace(defaults.plan["recipe"], **given["recipe"])})

@@ -72,7 +72,7 @@ def test_a_short_list_is_learned_from_only_when_asked_for(command, digit_models,
     assert (finished.code, finished.out, run.exists()) == (2, "", False)
     for part in (
         "10,582 pictures of train_aug.txt",
-        f"of {voc} that file is missing, there are train, val",
+        f"of {voc} there is neither, there are train, val",
         "--voc-list",
     ):
         assert part in finished.err
