@@ -27,7 +27,7 @@ SOURCES = ("fastcss/nn/caa.py", "fastcss/ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The head, and beside it under the name "base" the segmentation layer alone: the difference is what CAA adds.
+    """The head, with OCR's bottleneck as well, and "base", the segmentation layer alone: what CAA is added to.
 
     On CUDA inference is in bfloat16 and training in float32: in bfloat16 the gradients of a head that was never trained
     are nothing but rounding, in every implementation, so that none could be verified.
@@ -41,7 +41,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         shape = {"B": 1, "D": 64, "C": 20, "h": 12, "w": 12}
     found = []
     for dtype, ending, modes in kinds:
-        for what in ("head", "base"):
+        for what in ("head", "ocr-head", "base"):
             name = f"caa/{what}-64x64{ending}" + "-quick" * quick
             build = functools.partial(_problem, what, shape, dtype)
             found.append(Case("caa", name, shape, dtype, build, SOURCES, modes))
@@ -52,7 +52,7 @@ def _problem(what: str, shape: dict, dtype: torch.dtype, device: str, mode: str)
     size = (shape["B"], shape["D"], shape["h"], shape["w"])
     features = _steps.normal(*size, dtype=dtype, device=device)
     labels = torch.randint(shape["C"], (shape["B"], 8 * shape["h"], 8 * shape["w"]), device=device)
-    head = ClassAwareAffinity(shape["D"], shape["C"]).train(mode == "bwd")
+    head = ClassAwareAffinity(shape["D"], shape["C"], ocr_bottleneck=what == "ocr-head").train(mode == "bwd")
     for norm in (module for module in head.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.constant_(norm.bias, 4)  # or rounding decides at some pixels whether a ReLU passes their gradient
     literal = _variant(head, "reference", dtype, device)

@@ -148,14 +148,15 @@ def test_locations_of_deformable_attention_are_exact(quick):
 
 
 def test_work_of_caa():
-    """The composed head has no product too many; the base is one 1×1 convolution."""
-    head, base = (case.build("cpu", "fwd") for case in caa.cases("cpu", quick=True))
+    """The composed head has no product too many; the base is one 1×1 convolution, and so is OCR's bottleneck."""
+    head, ocr, base = (case.build("cpu", "fwd") for case in caa.cases("cpu", quick=True))
     counter = FlopCounterMode(display=False)
     step = head.providers["composed"]()
     with counter:
         step()
     assert head.flops == counter.get_total_flops()
     assert base.flops == 2 * 144 * 64 * 20
+    assert ocr.flops - head.flops == 2 * (2 * 144 * 128 * 64)  # for both maps
 
 
 def test_an_unmeasured_implementation_is_chosen_while_its_step_runs():
