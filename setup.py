@@ -1,13 +1,16 @@
-"""Builds the compiled modules: ``_cpu.abi3.so`` with any C++ compiler, ``_cuda.abi3.so`` with FASTCSS_CUDA=1 and nvcc.
+"""Builds the compiled modules: ``_cpu.abi3.so`` with GCC 12 or newer, ``_cuda.abi3.so`` with FASTCSS_CUDA=1 and nvcc.
 
-Both use LibTorch's stable ABI only, so one cp310-abi3 wheel serves torch >= 2.10. Without a compiler the package still
-installs; ``python -m fastcss info`` then says which implementations are missing.
+Both use LibTorch's stable ABI only, so one cp310-abi3 wheel serves torch >= 2.10. Without such a compiler the package
+still installs; ``python -m fastcss info`` then says which implementations are missing, with the compiler's first error.
+GCC 11 has no _Float16 in C++, and clang (14 was tried) no __builtin_shuffle.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,17 +103,44 @@ def build_cuda(module: Path, temporary: Path) -> None:
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(module)], check=True)
 
 
+def first_error() -> str | None:
+    """Why this machine's compiler cannot compile the CPU kernels, by a file that has what any of them needs."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    includes = [f"-I{path}" for path in include_paths()]
+    command = [*compiler, *CXX_FLAGS, *includes, "-c", "csrc/cpu/pack.cpp", "-o", os.devnull]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
+    except OSError as error:
+        return f"the C++ compiler {compiler[0]} does not run: {error.strerror}"
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+    return None if done.returncode == 0 else f"{compiler[0]} says {' '.join(errors[:1])}"
+
+
 class OptionalBuild(BuildExtension):
     """A missing C++ compiler leaves a working, slower package; FASTCSS_REQUIRE_COMPILED=1 makes it an error."""
 
     def build_extensions(self) -> None:
+        self.note().unlink(missing_ok=True)
         try:
             super().build_extensions()
         except Exception as error:
             if WITH_CUDA or os.environ.get("FASTCSS_REQUIRE_COMPILED") == "1":
                 raise
-            print(f"fastcss: the compiled kernels were not built, the package will run without them: {error}")
+            reason = first_error() or str(error)
+            self.note().parent.mkdir(parents=True, exist_ok=True)
+            self.note().write_text(reason + "\n")
+            line = "*" * 100
+            print(
+                f"{line}\nfastcss: THE COMPILED CPU KERNELS WERE NOT BUILT, every op will run slower without them:\n"
+                f"{reason}\nGCC 12 or newer compiles them (set CXX); FASTCSS_REQUIRE_COMPILED=1 makes this an error.\n"
+                f"{line}",
+                file=sys.stderr,
+            )
             self.extensions = []
+
+    def note(self, folder: Path | None = None) -> Path:
+        """The file that says why there is no ``_cpu.abi3.so`` beside it: fastcss/_backends.py reads it."""
+        return (folder or Path(self.get_ext_fullpath("fastcss._cpu")).parent) / "_cpu.not_built.txt"
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "fastcss._cuda":
@@ -119,7 +149,11 @@ class OptionalBuild(BuildExtension):
             super().build_extension(ext)
 
     def copy_extensions_to_source(self) -> None:
-        # An editable install copies what was built; what failed above is not there to copy.
+        # An editable install copies what was built; what failed above is not there to copy, but for the note of it.
+        kept, source = self.note(Path(self.build_lib, "fastcss")), self.note(Path("fastcss"))
+        source.unlink(missing_ok=True)
+        if kept.exists():
+            shutil.copy(kept, source)
         self.extensions = [
             e
             for e in self.extensions

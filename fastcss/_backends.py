@@ -23,7 +23,9 @@ def _load(module: str) -> str | None:
     """Load a compiled module next to this file; None, or the reason why it is not there."""
     library = Path(__file__).with_name(f"{module}.abi3.so")
     if not library.exists():
-        return f"{library.name} was not built with this installation (see `python -m fastcss info`)"
+        note = library.with_name(f"{module}.not_built.txt")  # of setup.py
+        reason = f": {note.read_text().strip()}" if note.exists() else " (see `python -m fastcss info`)"
+        return f"{library.name} was not built with this installation{reason}"
     if module == "_cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     try:

@@ -1,5 +1,5 @@
 """The kernels of csrc/cuda compiled on the machine that runs them, by NVRTC through CuPy: for an installation without
-the compiled module. Nothing is imported or compiled before an op's first call.
+the compiled module. Nothing is compiled, and CuPy is not imported, before an op's first call.
 
 A launcher here does what csrc/cuda/<op>.cu does: it lays the kernel's parameters out in the order of the struct in
 <op>.cuh, whose constants (``kThreads``, …) it reads, and counts blocks."""
@@ -29,6 +29,13 @@ def why_not() -> str | None:
         return "the package cupy is not installed"
     if not torch.cuda.is_available():
         return "no CUDA device is there"
+    try:  # the part of CuPy that finds the library, by which CuPy itself does; all of CuPy takes a second to import
+        from cupy_backends.cuda.libs import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"CuPy finds no NVRTC ({reason}): install it with the extra that has it, cupy-cuda13x[ctk]"
     return None
 
 

@@ -75,7 +75,7 @@ def _store_halves(
     store_tile(inter, (total - tile) * factor, row, column, N, width, width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def affinity_kernel(
     q, k, v, partial, sums, intra, inter,
     N, K, D, width, batches, splits, split_blocks, chunks,

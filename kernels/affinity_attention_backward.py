@@ -62,7 +62,7 @@ def _add_columns(
     return dx, dv, dv_tail
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def affinity_gradient_kernel(
     x, y, a, b, dx, dv,
     N, K, D, batches, splits, split_blocks,

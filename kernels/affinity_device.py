@@ -52,7 +52,7 @@ def column_total(sums, batch, column, batches, chunks, D, CHUNKS: tl.constexpr, 
     return tl.sum(tile, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def column_sums_kernel(
     x, y, difference, sums,
     N, width, D, batches, chunks, per_chunk,
@@ -91,7 +91,7 @@ def column_sums_kernel(
     tl.store(sums + columns, tl.sum(total, 0), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def combine_kernel(
     partial, sums, plus, minus, device_factor, factor,
     N, width, D, batches, chunks,

@@ -89,11 +89,15 @@ def affinity_loss_kernel(
     tl.store(partial + tl.program_id(0), loss)
 
 
-@triton.jit
-def mean_over_pairs_kernel(values, labels, out, count, B, N, ignore_index, BLOCK: tl.constexpr):
-    """out = Σ values / Σ_b n_b², n_b the pixels of image b that are not ignored; 0 without any. One program."""
+@triton.jit(do_not_specialize=["B", "count"])
+def mean_over_pairs_kernel(values, labels, out, count, B, N, ignore_index, ONE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = Σ values / Σ_b n_b², n_b the pixels of image b that are not ignored; 0 without any. One program.
+
+    For values [B, count] or, if ``ONE``, one. Each image is summed by itself: the same bits in whatever batch.
+    """
     offsets = tl.arange(0, BLOCK)
     pairs = 0.0
+    total = tl.load(values) if ONE else 0.0
     for b in range(B):
         counted = tl.zeros([BLOCK], tl.int32)
         for n in range(0, N, BLOCK):
@@ -101,14 +105,16 @@ def mean_over_pairs_kernel(values, labels, out, count, B, N, ignore_index, BLOCK
             counted += (label != ignore_index).to(tl.int32)
         pixels = tl.sum(counted).to(tl.float32)
         pairs += pixels * pixels
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, count, BLOCK):
-        total += tl.load(values + i + offsets, mask=i + offsets < count, other=0.0)
-    mean = tl.sum(total) / tl.maximum(pairs, 1.0)
-    tl.store(out, tl.where(pairs > 0, mean, 0.0))
+        if not ONE:
+            of_image = tl.zeros([BLOCK], tl.float32)
+            for i in range(0, count, BLOCK):
+                place = tl.cast(b, tl.int64) * count + i + offsets
+                of_image += tl.load(values + place, mask=i + offsets < count, other=0.0)
+            total += tl.sum(of_image)
+    tl.store(out, tl.where(pairs > 0, total / tl.maximum(pairs, 1.0), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def affinity_loss_gradient_kernel(
     x, y, labels, dx,
     N, K, batches, splits, split_blocks,
@@ -153,11 +159,12 @@ def loss_tile(key_width: int, dtype: torch.dtype, accumulates_keys: bool) -> dic
 
 
 def mean_over_pairs(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Scalar: Σ values / pairs."""
+    """Scalar: Σ values / pairs, for values [B, any] or one."""
     out = values.new_empty((), dtype=torch.float32)
     mean_over_pairs_kernel[(1,)](
-        values, labels, out, values.numel(), *labels.shape, ignore_index, BLOCK=2048, num_warps=8
-    )
+        values, labels, out, values.numel() // labels.shape[0], *labels.shape, ignore_index,
+        ONE=values.dim() == 0, BLOCK=2048, num_warps=8,
+    )  # fmt: skip
     return out
 
 
@@ -171,7 +178,7 @@ def affinity_loss(q: Tensor, k: Tensor, labels: Tensor, scale: float, ignore_ind
     splits = triton.cdiv(key_blocks, split_blocks)
     with torch.cuda.device_of(q):
         q, k, labels = aligned(q, key_width), aligned(k, key_width), labels.contiguous()
-        partial = q.new_empty(batches * splits * row_blocks, dtype=torch.float32)
+        partial = q.new_empty(batches, splits * row_blocks, dtype=torch.float32)
         affinity_loss_kernel[(partial.numel(),)](
             q, k, labels, partial, pixels, key_width, splits, split_blocks, *q.stride(), *k.stride(),
             scale * LOG2_E.value, ignore_index, PRECISION=precision(q.dtype), **tile,

@@ -76,7 +76,7 @@ def _attend(
         tl.store(extremes_low, largest(tl.where(rows < R, least, float("-inf")), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def attend_kernel(
     x, y, v, mask, out, stats, extremes, floor,
     R, K, batches, heads, group, splits, split_keys, counts,

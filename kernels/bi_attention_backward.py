@@ -71,7 +71,7 @@ def _add_deltas(
     return delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def gradient_kernel(
     x, v_x, dout_x, stats_x, delta_x, mask_x, y, v_y, dout_y, stats_y, delta_y, mask_y, floor, dx, dv,
     R, K, batches, heads, splits, split_keys,

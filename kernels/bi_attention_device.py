@@ -96,7 +96,7 @@ def peak_of(extremes, first, count, low):
     return largest(most, 0), largest(least, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def combine_kernel(
     parts, parts_stats, out, stats, R, D, batches, heads, splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip

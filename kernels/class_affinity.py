@@ -28,7 +28,7 @@ PIXELS = tl.constexpr(32)
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def attend_classes_kernel(
     partial, sums, centers, intra, inter, tp,
     N, C, D, width, batches, chunks, stride_cb, stride_cc, stride_cd, log2_factor,

@@ -71,7 +71,7 @@ def pixel_lse_kernel(
     tl.store(to + N, tl.log(mass), mask=pixels < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def class_centers_kernel(
     logits, feats, pixel_lse, partial, partial_largest, partial_mass,
     C, N, D, batches, splits, split_blocks,
@@ -112,7 +112,7 @@ def class_centers_kernel(
         tl.store(partial_mass + part + classes, mass, mask=classes < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def combine_centers_kernel(
     partial, partial_largest, partial_mass, centers, class_lse, C, D, batches,
     SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,

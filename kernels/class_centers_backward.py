@@ -35,7 +35,7 @@ def class_weights(
     return exp((z - largest[:, None]) - log_mass[:, None]), z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def center_gradient_dots_kernel(
     dcenters, logits, feats, class_lse, pixel_lse, dots, sums,
     C, N, D, batches, stride_lb, stride_lc, stride_ln, stride_fb, stride_fn, stride_fd,

@@ -71,7 +71,7 @@ def row_scale_kernel(
     tl.store(scale + batch * N + rows, inverse_length(tl.sum(squares, 1)), mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def largest_cost_kernel(
     text, image, image_scale, best,
     R, N, D, images, chunks, stride_tb, stride_tr, stride_td, stride_ib, stride_in, stride_id,

@@ -89,7 +89,7 @@ def cosine_gradient_kernel(
     store_tile(gradient + batch64 * M * D, acc * inverse[:, None], row, column, M, D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def text_gradient_kernel(
     rows, index, dtext, images, T, k, size, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +104,9 @@ def text_gradient_kernel(
         image64 = tl.cast(image, tl.int64)
         kept = tl.load(index + image64 * k + places, mask=places < k, other=-1)
         place = tl.max(tl.where(kept == which, places, -1), 0)
-        total += tl.load(rows + (image64 * k + place) * size + column, mask=column < tl.where(place >= 0, size, 0), other=0.0)
+        total += tl.load(
+            rows + (image64 * k + place) * size + column, mask=column < tl.where(place >= 0, size, 0), other=0.0
+        )
     out = dtext + (tl.cast(batch, tl.int64) * T + which) * size + column
     tl.store(out, total.to(dtext.dtype.element_ty), mask=column < size)
 

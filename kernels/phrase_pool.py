@@ -43,7 +43,7 @@ def load_wide(base, row, column, rows, columns, stride_row, stride_column, ROWS:
     return load_tile(base, row, column, rows, columns, stride_row, stride_column, ROWS, COLUMNS).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def phrase_cosine_kernel(
     cls, phrases, dpooled, cosine, mass, cls_scale, phrase_scale, dweight, dmean, B, C, M, D,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -97,7 +97,7 @@ def load_weights(cosine, mass, image, which, m, B, C, M, BLOCK_M: tl.constexpr):
     return tl.where(there, exp(cosines) / total[:, None], 0.0), cosines
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def pool_kernel(
     phrases, cosine, mass, pooled, B, C, M, D,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -32,7 +32,7 @@ def projected(products, unit, along, scale):
     return (products - unit * along[:, None]) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def phrases_gradient_kernel(
     dpooled, cls, phrases, cosine, mass, cls_scale, phrase_scale, dweight, dmean, dphrases, B, C, M, D,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -62,7 +62,7 @@ def phrases_gradient_kernel(
     store_tile(dphrases + which64 * M * D, pooled + projected(turned, words, along, scale), m, column, M, D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def cls_gradient_kernel(
     cls, phrases, cosine, mass, cls_scale, phrase_scale, dweight, dmean, partial, B, C, M, D, per_split,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -19,7 +19,7 @@ from .._schema import LIBRARY
 from .multi_lora_device import load_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def layer_kernel(
     x, weights, bias, index, gate, y,
     R, K, depth, width, stride_xr, stride_xd, stride_wk, stride_wd, stride_ww, stride_bk, stride_bw,

@@ -20,7 +20,7 @@ from .prompt_mlp import layer
 ROWS = tl.constexpr(128)  # of the index, looked through at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def weights_gradient_kernel(
     x, dy, index, dweights, dbias,
     R, depth, width, stride_xr, stride_xd, BLOCK_DEPTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,

@@ -88,7 +88,7 @@ def tokens_gradient_kernel(
         store_tile(dtokens + batch * N * D, dt, tl.program_id(0) % blocks * BLOCK_N, d, N, D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def class_sums_kernel(
     tokens, best, cosine, lengths, partial, cosine_sums,
     N, C, D, batches, splits, per_split, stride_tb, stride_tn, stride_td,
@@ -127,7 +127,7 @@ def class_sums_kernel(
         tl.store(cosine_sums + part + columns, cosines, mask=columns < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def classes_gradient_kernel(
     dpresence, classes, counts, partial, cosine_sums, dclasses,
     C, D, batches, splits, stride_cb, stride_cc, stride_cd, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -31,6 +33,32 @@ def test_without_a_compiled_module_the_reason_names_both_ways(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_missing_nvrtc_is_named(monkeypatch, tmp_path, missing):
+    """CuPy without the extra [ctk] has none, and says so at the first kernel: here at once, as cupy-cuda13x 14.2 does."""
+    for name in ("cupy", "cupy_backends", "cupy_backends/cuda", "cupy_backends/cuda/libs"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "__init__.py").touch()
+    error = 'raise RuntimeError("Failure finding \\"libnvrtc.so.13\\": No such file\\n")'
+    (tmp_path / "cupy_backends/cuda/libs/nvrtc.py").write_text(
+        f"def getVersion():\n    {error if missing else 'return 13, 0'}\n"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupy_backends")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = _nvrtc.why_not()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupy_backends")]:
+        monkeypatch.delitem(sys.modules, name)
+    if missing:
+        assert reason == (
+            'CuPy finds no NVRTC (Failure finding "libnvrtc.so.13": No such file): '
+            "install it with the extra that has it, cupy-cuda13x[ctk]"
+        )
+    else:
+        assert reason is None
+
+
 @pytest.mark.parametrize(("module", "way"), [(None, "available, compiled:"), ("none", "available, compiled by CuPy")])
 def test_info_says_how_cuda_is_served(monkeypatch, module, way):
     monkeypatch.setattr(_backends, "_NO_CUDA_MODULE", module)
@@ -39,6 +67,52 @@ def test_info_says_how_cuda_is_served(monkeypatch, module, way):
     line = info()["implementations"]["cuda"]
     assert line.startswith(way)
     assert line.endswith(": merge_masks, prompt_mlp")
+
+
+@pytest.fixture
+def interpreter(device):
+    pytest.importorskip("triton")
+    if device != "cpu":
+        pytest.skip("Triton's interpreter runs with --device cpu")
+    from fastcss.kernels import interpreter
+
+    return interpreter
+
+
+def test_an_interpreter_that_runs_no_kernel_is_refused(interpreter, monkeypatch):
+    """As that of Triton 3.6 with NumPy 2.4."""
+    assert interpreter.why_not(torch.float32) is None
+
+    def fails(*arguments):
+        raise TypeError("only 0-dimensional arrays can be converted")
+
+    monkeypatch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_masked_load", fails)
+    reason = interpreter.why_not(torch.float32)
+    assert reason.startswith("the interpreter of Triton ")
+    assert "only 0-dimensional arrays can be converted" in reason
+
+
+def test_an_interpreter_that_cuts_off_is_refused_for_that_dtype(interpreter, monkeypatch):
+    """As those of Triton 3.6 to 3.9."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    assert interpreter.why_not(torch.bfloat16) is None
+    cast = InterpreterBuilder.cast_impl
+
+    def cuts(self, src, dst_type):
+        if dst_type.scalar == tl.bfloat16:
+            return TensorHandle((src.data.view("uint32") >> 16).astype("uint16"), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cuts)
+    assert interpreter.why_not(torch.float16) is None
+    reason = interpreter.why_not(torch.bfloat16)
+    assert "does not round float32 to torch.bfloat16" in reason
+    monkeypatch.setitem(_backends._NOT_INTERPRETED, torch.bfloat16, reason)
+    for dtype in (torch.float32, torch.float16):
+        ops.top_classes(torch.zeros(1, 3, dtype=dtype), 1, impl="triton")
+    with pytest.raises(RuntimeError, match="top_classes: impl='triton' cannot run: the interpreter of Triton"):
+        ops.top_classes(torch.zeros(1, 3, dtype=torch.bfloat16), 1, impl="triton")
 
 
 def test_every_raw_op_of_the_cuda_sources_has_both_launchers():

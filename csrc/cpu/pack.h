@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__clang__) || !defined(__GNUC__) || __GNUC__ < 12
+#error "fastcss: GCC 12 or newer is what compiles the CPU kernels; set CXX to one"
+#endif
+
 #define FASTCSS_INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__)
 #define FASTCSS_TARGET(arch) __attribute__((target(arch)))

@@ -58,6 +58,11 @@ std::pair<int64_t, std::vector<float>> taps(int64_t i, int64_t in, int64_t crop,
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+#if defined(__x86_64__)
+  m.def("level_of", [](bool has_v3, bool has_v4, const std::string& asked) {
+    return level_of(has_v3, has_v4, asked.empty() ? nullptr : asked.c_str());
+  });
+#endif
   m.def("panel_height", [] { return kernel().rows; });
   m.def("has_pairs", [] { return pair_kernel() != nullptr; });
   m.def("micro_kernel", &micro_kernel);

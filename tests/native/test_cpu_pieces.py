@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,43 @@ def pieces(tmp_path_factory):
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+# --- instruction set -------------------------------------------------------------------------------------------------
+
+X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="levels are those of x86-64")
+
+
+@X86
+@pytest.mark.parametrize(
+    ("has_v3", "has_v4", "asked", "level"),
+    [
+        (False, False, "", 1),
+        (False, True, "", 1),  # 512-bit vectors without, say, BMI2
+        (True, False, "", 3),
+        (True, True, "", 4),
+        (True, True, "avx2", 3),
+        (True, True, "avx512", 4),
+        (True, True, "default", 1),
+        (False, False, "avx2", 1),
+    ],
+)
+def test_level_is_what_the_cpu_has_whole_or_less_if_asked(pieces, has_v3, has_v4, asked, level):
+    assert pieces.level_of(has_v3, has_v4, asked) == level
+
+
+@X86
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="no qemu-x86_64 here")
+def test_level_on_other_cpus(tmp_path):
+    """A Haswell has x86-64-v3; one without F16C has AVX2 and FMA, and code for v3 ends there by an illegal one."""
+    program = tmp_path / "level"
+    source = '#include "pack.h"\nint main() { return fastcss::cpu::kLevel; }'
+    command = ["c++", "-std=gnu++20", "-Wno-psabi", f"-I{CSRC}", "-x", "c++", "-", CSRC / "pack.cpp", "-o", program]
+    subprocess.run(command, input=source, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    for cpu, level in (("Haswell", 3), ("Haswell,-f16c", 1), ("Haswell,-bmi2", 1), ("Nehalem", 1)):
+        done = subprocess.run(["qemu-x86_64", "-cpu", cpu, program], env=environment, stderr=subprocess.DEVNULL)
+        assert done.returncode == level, cpu
 
 
 # --- micro-kernel ----------------------------------------------------------------------------------------------------
