@@ -35,14 +35,21 @@ class Engine:
         return "replay" if training in self._refused else "vmap"
 
     @eager_parts()
-    def run(self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]) -> object:
-        """What ``vmap()`` gives or, where that is refused, ``replay()``."""
+    def run(
+        self,
+        stand_in: StandIn,
+        inputs: Inputs,
+        vmap: Callable[[], object] | None,
+        replay: Callable[[], object],
+    ) -> object:
+        """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``."""
         must_replay = stand_in.must_replay()
-        if must_replay and self._asked == "vmap":
-            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {must_replay}")
+        if self._asked == "vmap" and (must_replay or vmap is None):
+            reason = must_replay or "the inputs of the samples differ in more than values (in shape, say)"
+            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
         if must_replay and self.name(stand_in.training) == "vmap":
             self._refuse(stand_in, must_replay)
-        if self.name(stand_in.training) == "replay":
+        if vmap is None or self.name(stand_in.training) == "replay":
             return replay()
         return self._try(stand_in, inputs, vmap, replay)
 

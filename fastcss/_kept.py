@@ -7,7 +7,6 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 _ORIGIN = "_one_pass_origin"  # on a tensor: (the runner's slots, task), where it depends on that task's adapter

@@ -36,19 +36,6 @@ class Inputs:
     def shapes(self) -> tuple:
         return tuple((tensor.shape, tensor.dtype) for tensor in (*self.tensors, *self.each.values()))
 
-    def batched(self, size: int) -> tuple[list[Tensor], Callable[[Sequence], Inputs]]:
-        """The tensors with a batch of ``size`` along dim 0, and how to make the call with others in their places."""
-        leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)]
-        if not places:
-            raise ValueError(f"one_pass: route has {size} entries, and no input has a batch of that length along dim 0")
-
-        def rebuild(tensors: Sequence) -> Inputs:
-            others = dict(zip(places, tensors, strict=True))
-            return Inputs(*pytree.tree_unflatten([others.get(i, leaf) for i, leaf in enumerate(leaves)], structure))
-
-        return [leaves[i] for i in places], rebuild
-
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -92,14 +79,6 @@ class Output:
             return leaf.expand(self.size, *leaf.shape) if isinstance(leaf, Tensor) and not mapped else leaf
 
         return pytree.tree_unflatten(list(map(expand, self.leaves, self.mapped)), self.structure)
-
-    def as_batch(self) -> object:
-        """The model's output type where the slots were samples in batches of one: their axis becomes the batch."""
-
-        def squeeze(leaf: object, mapped: bool) -> object:
-            return leaf.squeeze(1) if mapped and leaf.dim() > 1 else leaf
-
-        return pytree.tree_unflatten(list(map(squeeze, self.leaves, self.mapped)), self.structure)
 
 
 def join(outputs: Sequence[Output]) -> Output:

@@ -74,6 +74,8 @@ class SharedWork(TorchFunctionMode):
         if func in _UNCOUNTED or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in returned):
             self._unshare(_tensors(leaves))
         writes = not all(map(self.is_shared, _tensors(leaves)))
+        # What gives nothing back is called for what it does: no_grad, say, which torch shows to its modes as a call.
+        again = again and bool(returned) and all(isinstance(leaf, (Tensor, int, float)) for leaf in returned)
         if again and not writes and not any(map(Tensor.is_inference, _tensors(returned))):
             self._results[key] = returned, form
             self._share(_tensors(returned))

@@ -19,8 +19,11 @@ from ._kept import KeptError, Mapped, OneTask, mark, where_kept
 from ._leaves import Inputs, Output, join
 from ._read_adapters import Adapters
 from ._replay import SharedWork
+from ._samples import Axes, Samples
 from ._task_rules import Disagreement, TaskRules, is_mapped
 from ._undo import Undo
+
+MOST_KINDS = 256  # of batches, whose outputs are known to be put together in some way
 
 
 class StandIn:
@@ -32,6 +35,7 @@ class StandIn:
         self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
         self._slots = Slots()
         self._modules: list[nn.Module] | None = None
+        self._axes: dict[tuple, Axes] = {}  # by training and the kind of batch
         self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
         layers = dict(self.model.named_modules())
         replaced: dict[nn.Module, Adapted] = {}
@@ -133,24 +137,55 @@ class StandIn:
 
     # ------------------------------------------------------------------------------------ an adapter for each sample
 
-    def routed(self, route: Tensor, inputs: Inputs) -> object:
+    def samples(self, inputs: Inputs, size: int, names: Sequence[str] | None) -> tuple[Samples, Axes | None]:
+        """The batch cut into samples, and how their outputs are put together; None for a batch of one."""
+        samples = Samples(self.model, inputs, size, names)
+        if size == 1:
+            return samples, None
+        key = self.training, samples.kind
+        if key not in self._axes:
+            if len(self._axes) > MOST_KINDS:
+                self._axes.clear()
+            self._axes[key] = self._measured(samples)
+        return samples, self._axes[key]
+
+    def _measured(self, samples: Samples) -> Axes:
+        """By the bare model, after which everything is as it was; guesses are checked in eval mode, without dropout."""
+        training = [module for module in self.model.modules() if module.training]
+        with torch.no_grad(), torch.random.fork_rng(enabled=bool(training)), self.undoing(samples.inputs, None) as undo:
+            try:
+                axes = Axes.measure(self.bare, samples, check=samples.guessed and not training)
+                if training and samples.guessed:
+                    for module in training:
+                        module.training = False
+                    Axes.measure(self.bare, samples, check=True)
+                return axes
+            finally:
+                undo()
+
+    def bare(self, inputs: Inputs) -> object:
+        """The model without adapters."""
+        with self._slots.hold(tasks=()):
+            return inputs.call(self.model)
+
+    def routed(self, route: Tensor, samples: Samples, axes: Axes | None, stacked: tuple) -> object:
         """Under vmap over the samples, each a batch of one: exact whatever the model does with its batch axis."""
-        samples, rebuild = inputs.batched(len(route))
+        tensors, rebuild = stacked
 
-        def run(*samples: Tensor) -> object:
-            return rebuild([sample[None] for sample in samples]).call(self.model)
+        def run(*slices: Tensor) -> object:
+            return rebuild(slices).call(self.model)
 
-        return self._mapped(run, route, samples, inputs, routed=True).as_batch()
+        output = self._mapped(run, route, tensors, samples.inputs, routed=True)
+        return (axes or Axes.of_one_sample(output)).joined(output)
 
-    def routed_in_turn(self, route: Tensor, inputs: Inputs) -> object:
+    def routed_in_turn(self, route: Tensor, samples: Samples, axes: Axes | None) -> object:
         """One sample after the other."""
-        samples, rebuild = inputs.batched(len(route))
         outputs = []
-        with self._sharing(len(route) > 1, rebuild([None] * len(samples))) as shared:
+        with self._sharing(len(route) > 1, samples.shared()) as shared:
             for i, task in enumerate(route.tolist()):
-                sample = rebuild([tensor[i : i + 1] for tensor in samples])
-                outputs.append(self._single(() if task < 0 else (task,), sample, shared))
-        return join(outputs).as_batch()
+                outputs.append(self._single(() if task < 0 else (task,), samples.of(i), shared))
+        output = join(outputs)
+        return (axes or Axes.of_one_sample(output)).joined(output)
 
     # ------------------------------------------------------------------------------------------------------ one run
 

@@ -115,6 +115,7 @@ class OnePass:
         *args,
         adapters: Sequence[str] | None = None,
         route: Tensor | None = None,
+        per_sample: Sequence[str] | None = None,
         per_adapter: Mapping[str, Tensor] | None = None,
         **kwargs,
     ):
@@ -124,14 +125,18 @@ class OnePass:
             *args, **kwargs: what the model takes.
             adapters: names of the adapters to run, in the order wanted; by default all.
             route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its
-                adapter in ``runner.adapters``, -1 for the bare model. Input tensors of length B along dim 0 are the
-                batch.
+                adapter in ``runner.adapters``, -1 for the bare model. Each sample runs as a batch of one.
+            per_sample: with ``route``, names of all inputs that hold an entry a sample: tensors with one row a sample
+                (or several, one after the other), lists of B. None: tensors and lists of length B. Such a guess is
+                checked once for every kind of batch: the bare model must give for a sample alone what it gives for it
+                in its batch.
             per_adapter: keyword inputs of the model that differ between the adapters, such as each task's own classes:
                 tensors with a leading axis ``[T, …]`` in the order of the adapters. Not with ``route``.
 
         Returns:
             The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
-            view where the output does not depend on them). With ``route`` there is no such axis, only the model's own.
+            view where the output does not depend on them). With ``route`` there is no such axis, only the model's own;
+            a number (a loss, say) becomes one a sample, ``[B]``.
 
         Raises:
             KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route.
@@ -139,15 +144,24 @@ class OnePass:
         self._stand_in.follow_mode()
         if route is not None:
             route = _check_route(route, adapters, per_adapter, self.adapters)
-            inputs = Inputs(args, kwargs)
-            routed, routed_in_turn = self._stand_in.routed, self._stand_in.routed_in_turn
-            run, in_turn = lambda: routed(route, inputs), lambda: routed_in_turn(route, inputs)
-            return self._engine.run(self._stand_in, inputs, run, in_turn)
+            return self._routed(route, Inputs(args, kwargs), per_sample)
+        if per_sample is not None:
+            raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
         tasks = self._tasks(adapters)
         if per_adapter:
             kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
         captured = self._captures.find(tasks, self._stand_in, args, kwargs)
         return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
+
+    def _routed(self, route: Tensor, inputs: Inputs, per_sample: Sequence[str] | None):
+        stand_in = self._stand_in
+        if not len(route):
+            return stand_in.bare(inputs)
+        samples, axes = stand_in.samples(inputs, len(route), per_sample)
+        in_turn = functools.partial(stand_in.routed_in_turn, route, samples, axes)
+        stacked = samples.stacked()
+        vmap = stacked and functools.partial(stand_in.routed, route, samples, axes, stacked)
+        return self._engine.run(stand_in, inputs, vmap, in_turn)
 
     def capture(
         self,
@@ -215,15 +229,10 @@ def _check_route(route: Tensor, adapters: object, per_adapter: object, names: tu
         raise ValueError("one_pass: adapters and route exclude each other")
     if per_adapter:
         raise ValueError("one_pass: per_adapter and route exclude each other")
-    if (
-        not isinstance(route, Tensor)
-        or route.dtype not in (torch.int32, torch.int64)
-        or route.dim() != 1
-        or not len(route)
-    ):
+    if not isinstance(route, Tensor) or route.dtype not in (torch.int32, torch.int64) or route.dim() != 1:
         got = f"{route.dtype} {list(route.shape)}" if isinstance(route, Tensor) else type(route).__name__
-        raise TypeError(f"one_pass: route must be an int32 or int64 tensor [B] with B ≥ 1, got {got}")
-    if route.device.type == "cpu" and not -1 <= route.min() <= route.max() < len(names):
+        raise TypeError(f"one_pass: route must be an int32 or int64 tensor [B], got {got}")
+    if route.device.type == "cpu" and len(route) and not -1 <= route.min() <= route.max() < len(names):
         raise IndexError(f"one_pass: route must hold places of {len(names)} adapters, or -1, got {route.tolist()}")
     return route
 

@@ -105,6 +105,19 @@ def test_autocast_in_two_dtypes():
     assert_equal(fastcss.one_pass(model, engine="replay")(x), loop(model, {"x": x}))
 
 
+def test_gradients_are_switched_off_in_every_run():
+    def call(x):
+        with torch.no_grad():
+            return x * 2
+
+    model, x = beside(call), torch.rand(3, 4, requires_grad=True)
+    seen = []
+    runner = fastcss.one_pass(model, engine="replay")
+    runner._stand_in.model.get_submodule("").call = lambda x: seen.append(call(x)) or seen[-1]
+    runner(x)
+    assert [t.requires_grad for t in seen] == [False] * 3
+
+
 # --- what the model writes --------------------------------------------------------------------------------------------
 
 
