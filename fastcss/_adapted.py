@@ -84,8 +84,8 @@ class Adapted(nn.Module):
         slots = self.slots
         if not slots.running:
             raise RuntimeError(
-                "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the backward "
-                "pass; use the model's own gradient_checkpointing_enable(), or none"
+                "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the "
+                "backward pass; use the model's own gradient_checkpointing_enable(), or none"
             )
         with torch._C.DisableTorchFunction():  # the task rules are for the model's own calls
             if slots.axis is not None:

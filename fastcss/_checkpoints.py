@@ -13,7 +13,7 @@ ATTRIBUTE = "_gradient_checkpointing_func"  # where transformers keeps torch's c
 
 
 def bind_checkpoints(model: nn.Module, slots: Slots) -> None:
-    """Let what the modules of ``model`` compute again in the backward pass be what they computed in the forward pass."""
+    """Let the modules of ``model`` compute in the backward pass what they computed in the forward pass."""
     for module in model.modules():
         checkpoint = vars(module).get(ATTRIBUTE)
         if checkpoint is not None and not isinstance(checkpoint, _Bound):

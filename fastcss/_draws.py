@@ -10,8 +10,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Ops with torch's tag for drawing that draw only where their plain arguments (dropout_p, training) ask for it.
-_BY_ARGUMENT = ("_scaled_dot_product", "_fused_sdp_choice", "_flash_attention", "_efficient_attention", "_cudnn_attention",
-                "_cudnn_rnn", "miopen_rnn", "_lstm_mps", "rrelu")  # fmt: skip
+_BY_ARGUMENT = (
+    *("_scaled_dot_product", "_fused_sdp_choice", "_flash_attention", "_efficient_attention", "_cudnn_attention"),
+    *("_cudnn_rnn", "miopen_rnn", "_lstm_mps", "rrelu"),
+)
 _MOST_KNOWN = 10_000
 
 _known: dict[tuple, bool] = {}  # by function and plain arguments
