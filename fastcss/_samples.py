@@ -83,9 +83,7 @@ class Samples:
             values = [leaves[place] for leaves, _ in flat]
             if all(value is values[0] for value in values):
                 continue
-            if not all(
-                isinstance(v, Tensor) and (v.shape, v.dtype) == (values[0].shape, values[0].dtype) for v in values
-            ):
+            if not _are_alike(values):
                 if all(isinstance(v, (int, float, str)) and v == values[0] for v in values):
                     continue
                 return None
@@ -96,6 +94,11 @@ class Samples:
             return Inputs(*pytree.tree_unflatten([others.get(i, leaf) for i, leaf in enumerate(first)], structure))
 
         return list(tensors.values()), rebuild
+
+
+def _are_alike(values: Sequence) -> bool:
+    kinds = {(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values}
+    return len(kinds) == 1 and None not in kinds
 
 
 def _positional(model: nn.Module, count: int) -> list[str]:
@@ -118,7 +121,7 @@ def _is_cut(value: object, size: int) -> bool:
 
 
 def _can_be_cut(value: object, size: int) -> bool:
-    """The same for an input that the caller has named: also a tensor with several rows a sample, one after the other."""
+    """The same for an input that the caller named: also a tensor with several rows a sample, one after the other."""
     if isinstance(value, Tensor):
         return value.dim() > 0 and len(value) > 0 and len(value) % size == 0
     return (isinstance(value, (list, tuple)) and len(value) == size) or _is_cut(value, size)
@@ -130,8 +133,8 @@ def _check_one_reading(name: str, value: object, size: int) -> None:
         return
     if all(isinstance(item, Tensor) and item.shape[:1] == (size,) for item in value):
         raise ValueError(
-            f"one_pass: {name!r} is a list of {size} tensors of length {size}, which route may take as one tensor a sample "
-            "or as batches; say per_sample=[…] with the names of all inputs that hold an entry a sample"
+            f"one_pass: {name!r} is a list of {size} tensors of length {size}, which route may take as one tensor a "
+            "sample or as batches; say per_sample=[…] with the names of all inputs that hold an entry a sample"
         )
 
 
@@ -212,8 +215,8 @@ class Axes:
             return slots.movedim(0, axis).flatten(axis, axis + 1)
         if leaf.dim() > 1 and not bool((leaf == leaf[:1]).all()):
             raise ValueError(
-                f"one_pass: output {name!r}, {list(leaf.shape[1:])} for each sample, has no batch axis, so route cannot "
-                "put the samples' together; leave it out of the model's output, or call the runner once an adapter"
+                f"one_pass: output {name!r}, {list(leaf.shape[1:])} for each sample, has no batch axis, so route "
+                "cannot put the samples' together; leave it out of the model's output, or call the runner once an adapter"
             )
         return leaf[0] if leaf.dim() > 1 else leaf
 
@@ -230,8 +233,8 @@ def _axis(name: str, whole: Tensor, alone: Tensor, samples: Samples) -> int | No
         return None
     if len(differ) != 1 or differ == [-1] or whole.shape[differ[0]] != samples.size * alone.shape[differ[0]]:
         raise ValueError(
-            f"one_pass: output {name!r} is {list(whole.shape)} for {samples.size} samples and {list(alone.shape)} for one "
-            f"of them, so route cannot put the samples' together; {_remedy(samples)}"
+            f"one_pass: output {name!r} is {list(whole.shape)} for {samples.size} samples and {list(alone.shape)} for "
+            f"one of them, so route cannot put the samples' together; {_remedy(samples)}"
         )
     return differ[0]
 

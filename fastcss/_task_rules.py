@@ -99,7 +99,8 @@ def _flex_attention(operator: Callable, query: Tensor, key: Tensor, value: Tenso
 
     def each(size: int, dims: tuple, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         slices = [[t if d is None else t.select(d, s) for t, d in zip(tensors, dims, strict=True)] for s in range(size)]
-        results = [torch.stack(result) for result in zip(*(operator(*qkv, *rest, **kwargs) for qkv in slices))]
+        results = zip(*(operator(*qkv, *rest, **kwargs) for qkv in slices), strict=True)
+        results = [torch.stack(result) for result in results]
         return tuple(results), (0,) * len(results)
 
     return on_physical_tensors(each, query, key, value)

@@ -62,8 +62,8 @@ class Undo:
                     tensor.copy_(self._values[id(tensor)])
         if lost:
             raise RuntimeError(
-                f"one_pass: a run under vmap failed after it had written a buffer or input {list(lost[0].shape)}, which "
-                "cannot be put back; build the runner with engine='replay'"
+                f"one_pass: a run under vmap failed after it had written a buffer or input {list(lost[0].shape)}, "
+                "which cannot be put back; build the runner with engine='replay'"
             )
 
 

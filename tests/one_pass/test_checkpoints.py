@@ -66,5 +66,5 @@ def test_a_checkpoint_that_nobody_knows_of_is_refused(engine):
     model = adapt(Checkpoints(), *({"r": 2, "target_modules": ["layer"]} for _ in range(2)))
     train(model, "lora_")
     runner = fastcss.one_pass(model, engine=engine)
-    with pytest.raises(RuntimeError, match="ran after its runner's call|vmap|functorch"):
+    with pytest.raises(RuntimeError, match=r"ran after its runner's call|vmap|functorch"):
         runner(torch.randn(3, 4)).sum().backward()

@@ -34,7 +34,7 @@ def _entry(value, i, size):
 
 
 def assert_put_together(got, whole, outputs: list) -> None:
-    """``got`` has the structure and the shapes of ``whole``, the output for the batch, and the values of ``outputs``."""
+    """``got`` has the structure and shapes of ``whole``, the output for the batch, and the values of ``outputs``."""
     leaves, structure = pytree.tree_flatten(got)
     shaped, expected = pytree.tree_flatten(whole)
     assert structure == expected
@@ -125,14 +125,22 @@ def images(batch: int = 3, size: int = 32) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def text(rows: int) -> dict:
+    return {"pixel_values": images(), "input_ids": torch.randint(1, 90, (rows, 5))}
+
+
+def detection(*counts: int) -> dict:
+    return {"pixel_values": images(size=64), "labels": boxes(*counts)}
+
+
 MODELS = {
     "labels in lists": (maskformer, ("query", "fc1"), lambda: {"pixel_values": images(size=64), **masks(1, 2, 4)}),
-    "labels in dicts": (detr, ("q_proj", "fc1"), lambda: {"pixel_values": images(size=64), "labels": boxes(1, 2, 4)}),
-    "as many labels as samples": (detr, ("q_proj",), lambda: {"pixel_values": images(size=64), "labels": boxes(3, 3, 3)}),
+    "labels in dicts": (detr, ("q_proj", "fc1"), lambda: detection(1, 2, 4)),
+    "as many labels as samples": (detr, ("q_proj",), lambda: detection(3, 3, 3)),
     "batch in axis 1": (lw_detr, ("query", "q_proj", "fc1"), lambda: {"pixel_values": images()}),
-    "text of samples": (owlv2, ("q_proj",), lambda: {"pixel_values": images(), "input_ids": torch.randint(1, 90, (3, 5))}),
-    "two texts a sample": (owlv2, ("q_proj",), lambda: {"pixel_values": images(), "input_ids": torch.randint(1, 90, (6, 5))}),
-}  # fmt: skip
+    "text of samples": (owlv2, ("q_proj",), lambda: text(3)),
+    "two texts a sample": (owlv2, ("q_proj",), lambda: text(6)),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not run under vmap")
@@ -245,11 +253,11 @@ def test_what_cannot_be_cut_is_refused_by_name():
         runner(x, matrix, route=ROUTE, per_sample=["x", "classes"])
     with pytest.raises(ValueError, match="there is no route"):
         runner(x, matrix, per_sample=["x"])
-    with pytest.raises(ValueError, match="'parts' is a list of 3 tensors of length 3.*per_sample="):
+    with pytest.raises(ValueError, match=r"'parts' is a list of 3 tensors of length 3.*per_sample="):
         runner(x, matrix, parts=[torch.randn(3, 2)] * 3, route=ROUTE)
+    ragged, runner = [torch.randn(n) for n in (1, 2, 4)], fastcss.one_pass(classes("scores"), engine="vmap")
     with pytest.raises(RuntimeError, match="engine 'vmap' cannot run the model: the inputs of the samples differ"):
-        ragged = [torch.randn(n) for n in (1, 2, 4)]
-        fastcss.one_pass(classes("scores"), engine="vmap")(x, matrix, parts=ragged, route=ROUTE)
+        runner(x, matrix, parts=ragged, route=ROUTE)
 
 
 @torch.no_grad()
