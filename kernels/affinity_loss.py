@@ -163,7 +163,7 @@ def mean_over_pairs(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor
     out = values.new_empty((), dtype=torch.float32)
     mean_over_pairs_kernel[(1,)](
         values, labels, out, values.numel() // labels.shape[0], *labels.shape, ignore_index,
-        ONE=values.dim() == 0, BLOCK=2048, num_warps=8,
+        ONE=values.dim() == 0, BLOCK=2048, num_warps=16,
     )  # fmt: skip
     return out
 

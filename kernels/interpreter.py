@@ -10,7 +10,7 @@ import triton.language as tl
 @triton.jit
 def _round_kernel(x, out, count):
     """``count`` numbers in the dtype of ``out``: an integer that a loop takes from a tensor, and a conversion."""
-    for i in range(0, tl.load(count)):
+    for i in range(tl.load(count)):
         tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
 
 

@@ -35,7 +35,7 @@ def test_without_a_compiled_module_the_reason_names_both_ways(monkeypatch):
 
 @pytest.mark.parametrize("missing", [True, False])
 def test_a_missing_nvrtc_is_named(monkeypatch, tmp_path, missing):
-    """CuPy without the extra [ctk] has none, and says so at the first kernel: here at once, as cupy-cuda13x 14.2 does."""
+    """CuPy without the extra [ctk] has none and says so, as cupy-cuda13x 14.2 does, at the first kernel only."""
     for name in ("cupy", "cupy_backends", "cupy_backends/cuda", "cupy_backends/cuda/libs"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "__init__.py").touch()
