@@ -7,6 +7,7 @@
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
 #   make gpu     on a CUDA machine whose PYTHON has torch: all its stages, or one (make gpu-test); with LIMIT=540 it
 #                stops after so many seconds, and the next call goes on        → out/gpu and $OUT, benchmarks/results
+#   make floors  the oldest and the newest of each dependency, an environment each → build/floors
 #   make wheel   the abi3 wheel and the source distribution, checked in an empty environment → dist
 #                with CUDA=1 and nvcc the wheel with the CUDA module        → dist/cuda
 
@@ -26,7 +27,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 # Kernels that do not compile are an error here, not a slower package.
 export FASTCSS_REQUIRE_COMPILED := 1
 
-.PHONY: demo test lint sanitize train-digits bench gpu wheel clean
+.PHONY: demo test lint sanitize train-digits bench floors gpu wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --out out/demo.png
@@ -69,6 +70,9 @@ train-digits: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --out benchmarks/results/
 	$(BIN)/python -m benchmarks.plot
+
+floors: $(VENV)/installed
+	$(BIN)/python tests/version_floors.py
 
 # torch comes first and alone, so that nothing below can pick another build of it.
 $(VENV)/torch:

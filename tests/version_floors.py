@@ -16,10 +16,10 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def run(python: Path, tests: list[str]) -> tuple[bool, str]:
     said, passed = [], True
     for which in (["--pyargs", "fastcss.selftest"], tests):
         done = subprocess.run(
-            [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which],
+            [python, "-m", "pytest", "-p", "no:cacheprovider", *which],
             cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         passed = passed and done.returncode == 0

@@ -8,7 +8,9 @@ HELP = "make segment-anything's checkpoint a folder of transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a sam_vit_*.pth, as published or within what a trainer saved; no code is run")
+    parser.add_argument(
+        "checkpoint", help="a sam_vit_*.pth, as published or within what a trainer saved; no code is run"
+    )
     parser.add_argument("out", help="the folder to make")
 
 

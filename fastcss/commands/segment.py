@@ -75,7 +75,10 @@ def run(options: argparse.Namespace) -> None:
                 options.out.mkdir(parents=True, exist_ok=True)
             try:
                 print("\n".join(model.segment(picture, image, output)), flush=True)
-            except (MemoryError, RuntimeError) as error:  # of this picture, too large for the memory or else; not of all
+            except (
+                MemoryError,
+                RuntimeError,
+            ) as error:  # of this picture, too large for the memory or else; not of all
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 failed.append(f"{picture}: it cannot be labelled at {image.shape[2]}×{image.shape[1]} pixels: {reason}")
     if failed:

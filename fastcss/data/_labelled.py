@@ -55,7 +55,9 @@ class LabelledPictures(Dataset):
         """
         if self._shown is None:
             kept = self._cache / f"shown-{_digest(str(mask.absolute()) for mask in self.masks)}.json"
-            stamp = _digest(f"{stat.st_size} {stat.st_mtime_ns}" for stat in map(Path.stat, (*self.masks, *self.images)))
+            stamp = _digest(
+                f"{stat.st_size} {stat.st_mtime_ns}" for stat in map(Path.stat, (*self.masks, *self.images))
+            )
             self._shown = _read_kept(kept, stamp, len(self))
             if self._shown is None:
                 with ThreadPoolExecutor() as pool:

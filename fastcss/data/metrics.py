@@ -19,8 +19,8 @@ def class_iou(labels: int) -> Metric:
 
     ``update(predicted, labels)`` takes two label maps of integers, of any and the same shape; pixels labelled 255 do
     not count. ``compute()`` gives float32 ``[labels]``, NaN for what occurs in neither. ``.to(device)`` and
-    ``.reset()`` are torchmetrics'. ``update`` raises ValueError, before it counts anything, where one of them has what is
-    no label in a pixel that counts: predictions know no 255.
+    ``.reset()`` are torchmetrics'. ``update`` raises ValueError, before it counts anything, where one has no label in a
+    pixel that counts: predictions know no 255.
 
     Args:
         labels: how many there are, the background among them.

@@ -97,8 +97,8 @@ class Overlapped(Dataset):
         indices: number, in ``dataset``, of each item kept.
 
     Raises:
-        ValueError: a class that is none or given twice; ``shown`` of another length than ``dataset``. Of an item: labels
-            outside 0…255.
+        ValueError: a class that is none or given twice; ``shown`` of another length than ``dataset``; of an item,
+            labels outside 0…255.
         TypeError: of an item whose labels are no integers.
 
     Source: DecoupleCSS, section 4.1; MiB (Cermelli et al., 2020), section 3.

@@ -152,6 +152,35 @@ def test_other_formats_are_read_and_a_film_gives_its_first_picture(command, tiny
     assert np.array_equal((read_image(pictures[0])[0] * 255).round().numpy(), pixels[..., 0])
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_picture_on_its_side_is_labelled_upright(command, tiny_model, tiny_run, pixels, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "camera.jpg", exif=exif)
+    with Image.open(tmp_path / "camera.jpg") as stored:
+        upright = np.rot90(np.asarray(stored), {3: 2, 6: -1}[orientation]).copy()
+    found = expected(tiny_model, torch.from_numpy(upright / np.float32(255)).permute(2, 0, 1), **SIDES)
+    assert command("segment", tmp_path / "camera.jpg", "--model", tiny_run, "--out", tmp_path / "out").code == 0
+    assert torch.equal(labels_in(tmp_path / "out/camera.png"), found.labels[0])
+
+
+def test_long_pictures_are_labelled_whatever_the_backbone(command, pixels, tmp_path):
+    """Of which a ConvNeXt's strides would leave nothing."""
+    model = build((2, 1), sites="convnext+fusion")
+    run = save_run(model, tmp_path / "run", PLAN)
+    shapes = [(2, 48), (36, 1), (3, 3), (36, 48)]
+    pictures = [tmp_path / f"{height} by {width}.png" for height, width in shapes]
+    for picture, (height, width) in zip(pictures, shapes, strict=True):
+        Image.fromarray(pixels[:height, :width, :3]).save(picture)
+    finished = command("segment", *pictures, "--model", run, "--out", tmp_path / "out")
+    assert (finished.code, finished.err) == (0, "")
+    for picture, shape in zip(pictures, shapes, strict=True):
+        found = expected(model, read_image(picture), **SIDES)
+        labels = labels_in(tmp_path / "out" / picture.name)
+        assert labels.shape == shape
+        assert torch.equal(labels, found.labels[0])
+
+
 # ---- what is refused
 
 
@@ -190,6 +219,28 @@ def test_bad_pictures_leave_the_others_their_results(command, tiny_run, picture,
         assert re.search(rf"{path}: [^;]*{message}", finished.err)
     assert names_in(tmp_path / "out") == {"noise.png", "noise_overlay.png", "last.png", "last_overlay.png"}
     assert torch.equal(*(labels_in(tmp_path / "out" / name) for name in ("noise.png", "last.png")))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory\nat line 3")])
+def test_a_picture_that_cannot_be_labelled_leaves_the_others_their_results(
+    command, tiny_run, picture, pixels, tmp_path, monkeypatch, error
+):
+    """As one does that is too large for the memory."""
+    Image.fromarray(pixels[:20, :, :3]).save(tmp_path / "large.png")
+    real = DecoupleCSS.segment
+
+    def segment(model, pixel_values, sam_pixel_values, sizes, *rest):
+        if sizes == [(20, 48)]:
+            raise error
+        return real(model, pixel_values, sam_pixel_values, sizes, *rest)
+
+    monkeypatch.setattr(DecoupleCSS, "segment", segment)
+    finished = command("segment", tmp_path / "large.png", picture, "--model", tiny_run, "--out", tmp_path / "out")
+    reason = str(error).partition("\n")[0] or "MemoryError"
+    said = f"{tmp_path / 'large.png'}: it cannot be labelled at 48×20 pixels: {reason}"
+    assert finished.code == 2
+    assert finished.err == f"python -m fastcss segment: error: 1 of 2 pictures could not be labelled: {said}\n"
+    assert names_in(tmp_path / "out") == {"noise.png", "noise_overlay.png"}
 
 
 @pytest.mark.parametrize(

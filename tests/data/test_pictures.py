@@ -119,7 +119,17 @@ def png(width: int, bits: int, kind: int, row: bytes, *chunks: tuple[bytes, byte
 
 def tiff(width: int, bits: int, meaning: int, row: bytes) -> bytes:
     """A file of one row of grey; ``meaning`` 0 where white is zero, else 1."""
-    fields = {256: width, 257: 1, 258: bits, 259: 1, 262: meaning, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 1, 279: len(row)}
+    fields = {
+        256: width,
+        257: 1,
+        258: bits,
+        259: 1,
+        262: meaning,
+        273: 8 + 2 + 12 * 9 + 4,
+        277: 1,
+        278: 1,
+        279: len(row),
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
     return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + struct.pack("<I", 0) + row
 
@@ -140,7 +150,9 @@ DEEP = {
 def test_deep_pictures_keep_their_scale(tmp_path, kind):
     content, expected = DEEP[kind]
     (tmp_path / "deep").write_bytes(content)
-    torch.testing.assert_close(read_image(tmp_path / "deep")[:, 0], torch.tensor(expected).float(), atol=1 / 255, rtol=0)
+    torch.testing.assert_close(
+        read_image(tmp_path / "deep")[:, 0], torch.tensor(expected).float(), atol=1 / 255, rtol=0
+    )
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "LAB", "LA", "PA"])

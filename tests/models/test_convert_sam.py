@@ -137,7 +137,10 @@ NORM = "image_encoder.blocks.1.norm1.weight"
         ({NORM: torch.zeros(40)}, r"vision_encoder\.layers\.1\.layer_norm1\.weight is \[40\], wanted \[48\]"),
         ({"mask_decoder.hf_token.weight": torch.zeros(1, 32)}, r"mask_decoder\.hf_token\.weight is not wanted"),
         ({"image_encoder.pos_embed": None}, r"no checkpoint of SAM: image_encoder\.pos_embed is missing"),
-        ({"image_encoder.patch_embed.proj.weight": None}, r"no image_encoder\.patch_embed\.proj\.weight in it; it holds 'p"),
+        (
+            {"image_encoder.patch_embed.proj.weight": None},
+            r"no image_encoder\.patch_embed\.proj\.weight in it; it holds 'p",
+        ),
     ],
 )
 def test_what_is_no_sam_is_named(model, tmp_path, change, message):

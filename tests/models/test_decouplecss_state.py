@@ -153,6 +153,20 @@ def test_copies_are_models_of_their_own():
     assert same_bits(model.segment(**given), expected)
 
 
+@pytest.mark.parametrize("half", ["detector", "segmenter", "both"])
+def test_each_frozen_model_may_have_a_dtype_of_its_own(half):
+    """Tasks have SAM's; pictures come in float32, as they are read."""
+    model, given = build((2, 1)), pictures(1)
+    if half != "segmenter":
+        model.detector.bfloat16()
+    if half != "detector":
+        model.segmenter.bfloat16(), model.tasks.bfloat16()
+    for mode in ("one_pass", "literal"):
+        found = model.segment(**given, mode=mode)
+        assert found.presence.dtype == (torch.float32 if half == "segmenter" else torch.bfloat16)
+        assert found.labels[0].shape == given["sizes"][0]
+
+
 def test_another_dtype():
     model, given = build((2, 1)), pictures(1)
     expected = settled(model, given)

@@ -1,5 +1,8 @@
 """The detector's encoder: the model's own arithmetic, its checkpoints, and where adapters sit."""
 
+import dataclasses
+import warnings
+
 import pytest
 import torch
 
@@ -42,6 +45,46 @@ def test_an_encoder_comes_back_from_a_checkpoint_folder(tiny, padded_batch, tmp_
     back = GroundingDinoEncoder.from_folder(tmp_path)(**padded_batch)
     expected = GroundingDinoEncoder(tiny)(**padded_batch)
     assert torch.equal(back.last_hidden_state_vision, expected.last_hidden_state_vision)
+
+
+@pytest.mark.parametrize("length", [250, 256, 257, 282, 600])
+@torch.no_grad()
+def test_a_long_text_is_cut_as_the_model_cuts_it(tiny, length):
+    """A phrase at the cut keeps the places it has in the whole text."""
+    ids = torch.randint(2000, 3000, (2, length), generator=torch.Generator().manual_seed(length))
+    ids[:, 0], ids[:, -1], ids[0, 4::4], ids[1, 7::11] = 101, 102, 1012, 1012
+    given = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    given["attention_mask"][1, 200:] = 0
+    whole, encoder = tiny(**given), GroundingDinoEncoder(tiny)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        part = encoder(**given)
+    assert torch.equal(part.last_hidden_state_text, whole.encoder_last_hidden_state_text)
+    assert torch.equal(part.last_hidden_state_vision, whole.encoder_last_hidden_state_vision)
+    texts = [str(warning.message) for warning in said if "GroundingDinoEncoder" in str(warning.message)]
+    assert [f"the text has {length} tokens, and the model reads 256" in text for text in texts] == [True] * (
+        length > 256
+    )
+
+
+@pytest.mark.parametrize("size", [(7, 90), (90, 1), (3, 3)])
+@torch.no_grad()
+def test_a_picture_too_thin_for_a_convnext_is_padded(size):
+    detector = convnext_detector()
+    side = detector._least_side
+    assert side == 16
+    pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    wide = [max(side, of) for of in size]
+    padded, seen = torch.zeros(1, 3, *wide), torch.zeros(1, *wide, dtype=torch.long)
+    padded[..., : size[0], : size[1]], seen[:, : size[0], : size[1]] = pixels, 1
+    got, expected = detector.embed_image(pixels), detector.embed_image(padded, seen)
+    assert got.shapes == expected.shapes
+    assert got.mask.any()
+    assert not got.mask.all()
+    for first, second in zip(dataclasses.astuple(got), dataclasses.astuple(expected), strict=True):
+        if isinstance(first, torch.Tensor):
+            assert first.isfinite().all()
+            assert torch.equal(first, second)
 
 
 def test_random_encoders_follow_their_seed_and_leave_the_generator_alone():

@@ -166,6 +166,20 @@ def test_a_tokenizer_from_its_folder(form, tokenizer, tmp_path):
     assert torch.equal(encode(loaded, descriptions).input_ids, encode(tokenizer, descriptions).input_ids)
 
 
+@pytest.mark.parametrize(("given", "limit"), [(None, 512), (10**9, 512), (32, 32)])
+def test_no_phrase_is_longer_than_the_text_encoder_reads(tokenizer, tmp_path, given, limit):
+    """A tokenizer need not know how many places that has."""
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    GroundingDinoConfig().save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["model_max_length"] = given
+    kept = {name: value for name, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"has 602 tokens, at most {limit} can be read"):
+        encode(load_tokenizer(folder), [["cat", "cat " * 600]])
+
+
 def test_folders_without_a_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"no such folder: {tmp_path / 'none'}")):
         load_tokenizer(tmp_path / "none")
