@@ -125,5 +125,5 @@ def test_phrases_stand_where_the_spans_say():
 
 
 def test_an_unknown_size_is_named():
-    with pytest.raises(ValueError, match="'swin-t' or 'tiny', got 'huge'"):
+    with pytest.raises(ValueError, match="one of swin-t, swin-b, tiny, got 'huge'"):
         GroundingDinoEncoder.random("huge")
