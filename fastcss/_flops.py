@@ -105,7 +105,7 @@ def phrase_pool_backward(dpooled, cls, phrases, **_) -> int:
 
 
 @register_flop_formula(torch.ops.fastcss.select_tokens)
-def select_tokens(tokens, classes, threshold, length, **_) -> int:
+def select_tokens(tokens, classes, threshold, length, best_only, **_) -> int:
     return 2 * math.prod(tokens) * classes[1]
 
 

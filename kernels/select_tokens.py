@@ -2,8 +2,8 @@
 
 2 N D bytes of tokens and 2 N C D FLOP: at C = 20 reading the tokens is the limit, some microseconds, so what counts is
 the number of launches. Two: the first multiplies a block of tokens with all classes, the squares of the same tiles
-giving the lengths, and leaves the best class of each token and, for each class, how many tokens of the block it has
-and the sum of their cosines. A program of the second owns one place of one class: from the running count over blocks
+giving the lengths, and leaves the best class of each token, a bit for each class whose threshold it reaches, and, for
+each class, how many tokens of the block it has, how many reach it and the sum of their cosines. A program of the second owns one place of one class: from the running count over blocks
 it finds the block, in it the token, and copies its row, or zeros where the class has no such token. No token is ever
 sent anywhere, so there is nothing to be ordered by atomics, and nothing is read on the host.
 """
@@ -31,12 +31,28 @@ def clamped_root(squares):
 
 
 @triton.jit
+def _store_bits(above, reaches, n, c, N, C):
+    """The words of an image's tokens n …, a bit for each of the classes c …."""
+    BLOCK_N: tl.constexpr = reaches.shape[0]
+    LANES: tl.constexpr = reaches.shape[1] if reaches.shape[1] < 32 else 32
+    WORDS: tl.constexpr = reaches.shape[1] // LANES
+    bits = tl.reshape(reaches.to(tl.int32), [BLOCK_N, WORDS, LANES]) << tl.arange(0, LANES)[None, None, :]
+    rows = n + tl.arange(0, BLOCK_N)
+    words = c // 32 + tl.arange(0, WORDS)
+    count = tl.cdiv(C, 32)
+    place = rows.to(tl.int64)[:, None] * count + words[None, :]
+    tl.store(above + place, tl.sum(bits, 2), mask=(rows < N)[:, None] & (words < count)[None, :])
+
+
+@triton.jit
 def best_class_kernel(
-    tokens, classes, best, cosine, block_counts, block_sums,
+    tokens, classes, best, above, block_counts, block_support, block_sums,
     N, C, D, threshold, stride_tb, stride_tn, stride_td, stride_cb, stride_cc, stride_cd,
+    BEST_ONLY: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """best, cosine [B, N]; block_counts and block_sums [B, C, blocks] of the tokens that survive and their cosines."""
+    """best [B, N], above [B, N, words]; of each block of tokens [B, C, blocks] how many survive for a class, how many
+    it averages and the sum of their cosines. BLOCK_C is a multiple of 32 or at least C: no two blocks share a word."""
     blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) % blocks
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -57,13 +73,19 @@ def best_class_kernel(
             token_squares += tl.sum(t_wide * t_wide, 1)
             class_squares += tl.sum(c_wide * c_wide, 0)
         value = acc / clamped_root(token_squares)[:, None] / clamped_root(class_squares)[None, :]
-        there = (c + tl.arange(0, BLOCK_C) < C)[None, :] & (value == value)
+        columns = c + tl.arange(0, BLOCK_C)
+        there = (columns < C)[None, :] & (value == value)
+        if not BEST_ONLY:
+            reaches = there & (value >= threshold) & (n + tl.arange(0, BLOCK_N) < N)[:, None]
+            place = (batch * C + columns) * blocks + block
+            tl.store(block_support + place, tl.sum(reaches.to(tl.int32), 0), mask=columns < C)
+            tl.store(block_sums + place, tl.sum(tl.where(reaches, value, 0.0), 0), mask=columns < C)
+            _store_bits(above + batch * N * tl.cdiv(C, 32), reaches, n, c, N, C)
         value, column = tl.max(tl.where(there, value, float("-inf")), 1, return_indices=True)
         better = value > highest
         highest, highest_class = tl.where(better, value, highest), tl.where(better, c + column, highest_class)
     rows = n + tl.arange(0, BLOCK_N)
     survives = (highest >= threshold) & (rows < N)
-    tl.store(cosine + batch * N + rows, highest, mask=rows < N)
     chosen = tl.where(survives, highest_class, -1)
     tl.store(best + batch * N + rows, chosen, mask=rows < N)
     for c in range(0, C, BLOCK_C):
@@ -71,7 +93,8 @@ def best_class_kernel(
         is_class = chosen[:, None] == columns[None, :]
         place = (batch * C + columns) * blocks + block
         tl.store(block_counts + place, tl.sum(is_class.to(tl.int32), 0), mask=columns < C)
-        tl.store(block_sums + place, tl.sum(tl.where(is_class, highest[:, None], 0.0), 0), mask=columns < C)
+        if BEST_ONLY:
+            tl.store(block_sums + place, tl.sum(tl.where(is_class, highest[:, None], 0.0), 0), mask=columns < C)
 
 
 @triton.jit
@@ -97,10 +120,10 @@ def find_token(best, block_counts, c, place, N, blocks, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def copy_selected_kernel(
-    tokens, best, block_counts, block_sums, selected, counts, presence,
+    tokens, best, block_counts, block_support, block_sums, selected, counts, presence, support,
     N, C, D, length, blocks, places, stride_tb, stride_tn, stride_td, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One place of one class in ``selected`` [B, C, length]; the first also writes the class's count and presence."""
+    """One place of one class in ``selected`` [B, C, length]; the first also writes the class's counts and presence."""
     place = tl.program_id(0) % places
     per_class = tl.cast(tl.program_id(0) // places, tl.int64)
     batch, c = per_class // C, per_class % C
@@ -116,14 +139,17 @@ def copy_selected_kernel(
     if place == 0:
         offsets = tl.arange(0, BLOCKS)
         count = tl.zeros([BLOCKS], tl.int32)
+        averaged = tl.zeros([BLOCKS], tl.int32)
         total = tl.zeros([BLOCKS], tl.float32)
         for first in range(0, blocks, BLOCKS):
             there = first + offsets < blocks
             count += tl.load(block_counts + first + offsets, mask=there, other=0)
+            averaged += tl.load(block_support + per_class * blocks + first + offsets, mask=there, other=0)
             total += tl.load(block_sums + per_class * blocks + first + offsets, mask=there, other=0.0)
-        survivors = tl.sum(count, 0)
-        tl.store(counts + per_class, survivors.to(tl.int64))
-        mean = tl.sum(total, 0) / tl.maximum(survivors, 1).to(tl.float32)
+        tl.store(counts + per_class, tl.sum(count, 0).to(tl.int64))
+        number = tl.sum(averaged, 0)
+        tl.store(support + per_class, number.to(tl.int64))
+        mean = tl.sum(total, 0) / tl.maximum(number, 1).to(tl.float32)
         tl.store(presence + per_class, mean.to(presence.dtype.element_ty))
 
 
@@ -135,31 +161,34 @@ def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def select_tokens(
-    tokens: Tensor, classes: Tensor, threshold: float, length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens: Tensor, classes: Tensor, threshold: float, length: int, best_only: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batches, count, depth), class_count = tokens.shape, classes.shape[1]
     selected = tokens.new_empty(batches, class_count, length)
-    counts = tokens.new_empty((batches, class_count), dtype=torch.int64)
+    counts, support = (tokens.new_empty((batches, class_count), dtype=torch.int64) for _ in range(2))
     presence = tokens.new_empty(batches, class_count)
     best = tokens.new_empty((batches, count), dtype=torch.int32)
-    cosine = tokens.new_empty((batches, count), dtype=torch.float32)
+    above = best.new_empty(batches, count, 0 if best_only else triton.cdiv(class_count, 32))
     blocks, places = triton.cdiv(count, BLOCK_N), triton.cdiv(length, depth)
     block_counts = tokens.new_empty((batches, class_count, blocks), dtype=torch.int32)
+    block_support = block_counts if best_only else torch.empty_like(block_counts)
     block_sums = tokens.new_empty((batches, class_count, blocks), dtype=torch.float32)
+    tile = score_tile(class_count, tokens.dtype)
+    tile = tile | {"BLOCK_C": max(tile["BLOCK_C"], rank_block(class_count, 32))}
     with torch.cuda.device_of(tokens):
         if batches * blocks:
             best_class_kernel[(batches * blocks,)](
-                tokens, classes, best, cosine, block_counts, block_sums,
+                tokens, classes, best, above, block_counts, block_support, block_sums,
                 count, class_count, depth, threshold, *tokens.stride(), *classes.stride(),
-                PRECISION=precision(tokens.dtype), **score_tile(class_count, tokens.dtype),
+                BEST_ONLY=best_only, PRECISION=precision(tokens.dtype), **tile,
             )  # fmt: skip
         if batches:
             copy_selected_kernel[(batches * class_count * places,)](
-                tokens, best, block_counts, block_sums, selected, counts, presence,
+                tokens, best, block_counts, block_support, block_sums, selected, counts, presence, support,
                 count, class_count, depth, length, blocks, places, *tokens.stride(),
                 BLOCK_N=BLOCK_N, BLOCK_D=256, num_warps=4,
             )  # fmt: skip
-    return selected, counts, presence, best, cosine
+    return selected, counts, presence, support, best, above
 
 
 LIBRARY.impl("select_tokens.triton", select_tokens, "CompositeExplicitAutograd")

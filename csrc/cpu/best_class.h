@@ -29,9 +29,20 @@ class BestClass {
   // Factors 1 / the lengths of the classes.
   void normalise(float* packed) const;
 
+  // Of every class whose value reaches a threshold, whether it is the best or not: bit c % 32 of word c / 32 of a token's
+  // row in `bits` [N][words], and for each panel of kCols tokens the sum of such values and how many there are.
+  struct Reached {
+    int64_t words() const { return ceil_div(classes, 32); }
+    int64_t classes;
+    float threshold;
+    uint32_t* bits;
+    float *sums, *counts;  // [panels of tokens][classes]
+  };
+
   // value [N] and, where it is not null, index [N]; lanes are tokens. With `normalised` value is divided by the length
-  // of the token.
-  void run(float* packed, Matrix tokens, int64_t N, bool normalised, float* value, int32_t* index) const;
+  // of the token, and so are those of `reached`, where it is not null.
+  void run(float* packed, Matrix tokens, int64_t N, bool normalised, float* value, int32_t* index,
+           const Reached* reached = nullptr) const;
 
  private:
   int64_t panel_size() const { return words_ * kernel_.rows + kLanes; }

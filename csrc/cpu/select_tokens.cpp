@@ -1,5 +1,5 @@
-// fastcss::select_tokens.cpu and its backward. The best class of each token comes out of one read of the tokens; what
-// follows looks at one number a token, and copies the few that are kept.
+// fastcss::select_tokens.cpu. The best class of each token and what its other classes reach come out of one read of the
+// tokens; what follows looks at a few numbers a token, and copies the few that are kept.
 
 #include <tuple>
 #include <vector>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "select_tokens";
 
-// The tokens of each class in token order, as many as fit, and how many there are and the sum of their cosines.
+// The tokens of each class in token order, as many as fit, how many there are, and the sum of their cosines if given.
 struct Lists {
   Lists(int64_t classes, int64_t places)
       : places(places), tokens(classes * places, -1), counts(classes, 0), sums(classes, 0) {}
@@ -21,7 +21,7 @@ struct Lists {
     for (int64_t n = 0; n < N; ++n) {
       if (best[n] < 0) continue;
       const int64_t place = counts[best[n]]++;
-      sums[best[n]] += cosine[n];
+      if (cosine) sums[best[n]] += cosine[n];
       if (place < places) tokens[best[n] * places + place] = n;
     }
   }
@@ -30,33 +30,56 @@ struct Lists {
   std::vector<double> sums;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const Tensor& tokens, const Tensor& classes,
-                                                                 double threshold, int64_t length) {
+// Adds up the columns of [rows][C].
+FASTCSS_CLONES void add_rows(const float* from, int64_t rows, int64_t C, double* to) {
+  std::fill_n(to, C, 0.);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < C; ++c) to[c] += from[row * C + c];
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const Tensor& tokens, const Tensor& classes,
+                                                                         double threshold, int64_t length,
+                                                                         bool best_only) {
   const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), C = classes.size(1);
   const DType dtype = dtype_of(tokens, kOp);
+  const float lowest = static_cast<float>(threshold);
+  const int64_t words = best_only ? 0 : ceil_div(C, 32), panels = best_only ? 0 : ceil_div(N, kCols);
   Tensor selected = torch::stable::new_empty(tokens, shape({B, C, length}));
   Tensor counts = torch::stable::new_empty(tokens, shape({B, C}), ScalarType::Long);
   Tensor presence = torch::stable::new_empty(tokens, shape({B, C}));
+  Tensor support = torch::stable::new_empty(tokens, shape({B, C}), ScalarType::Long);
   Tensor best = torch::stable::new_empty(tokens, shape({B, N}), ScalarType::Int);
-  Tensor cosine = torch::stable::new_empty(tokens, shape({B, N}), ScalarType::Float);
+  Tensor above = torch::stable::new_empty(tokens, shape({B, N, words}), ScalarType::Int);
   const BestClass search(C, D, dtype == DType::bf16 && pair_kernel(), BestClass::Nan::never_wins);
   const int64_t places = ceil_div(length, D);
   for_images(B, N, [&](int64_t b) {
     const Matrix rows = matrix(tokens, 1, 2, kOp).offset(b * tokens.stride(0));
-    float* packed = shared_workspace.get(search.size());
-    float* value = static_cast<float*>(cosine.mutable_data_ptr()) + b * N;
+    float* packed = shared_workspace.get(search.size() + N + 2 * panels * C);
+    float *value = packed + search.size(), *sums = value + N;
     int32_t* winner = static_cast<int32_t*>(best.mutable_data_ptr()) + b * N;
+    uint32_t* bits = static_cast<uint32_t*>(above.mutable_data_ptr()) + b * N * words;
+    const BestClass::Reached reached{C, lowest, bits, sums, sums + panels * C};
     search.pack_classes(packed, matrix(classes, 1, 2, kOp).offset(b * classes.stride(0)));
     search.normalise(packed);
-    search.run(packed, rows, N, true, value, winner);
+    search.run(packed, rows, N, true, value, winner, best_only ? nullptr : &reached);
     for (int64_t n = 0; n < N; ++n)
-      if (!(value[n] >= static_cast<float>(threshold))) winner[n] = -1;
+      if (!(value[n] >= lowest)) winner[n] = -1;
     Lists lists(C, places);
-    lists.fill(value, winner, N);
-    std::copy_n(lists.counts.data(), C, static_cast<int64_t*>(counts.mutable_data_ptr()) + b * C);
+    lists.fill(best_only ? value : nullptr, winner, N);
+    int64_t* found = static_cast<int64_t*>(counts.mutable_data_ptr()) + b * C;
+    int64_t* averaged = static_cast<int64_t*>(support.mutable_data_ptr()) + b * C;
+    std::copy_n(lists.counts.data(), C, found);
+    if (best_only) {
+      std::copy_n(found, C, averaged);
+    } else {
+      std::vector<double> reaching(C);
+      add_rows(reached.sums, panels, C, lists.sums.data());
+      add_rows(reached.counts, panels, C, reaching.data());
+      std::copy_n(reaching.data(), C, averaged);
+    }
     std::vector<float> means(C);
     for (int64_t c = 0; c < C; ++c)
-      means[c] = static_cast<float>(lists.sums[c] / std::max<int64_t>(lists.counts[c], 1));
+      means[c] = static_cast<float>(lists.sums[c] / std::max<int64_t>(averaged[c], 1));
     write_row(image(presence, b, dtype), dtype, means.data(), C);
     parallel(C, [&](int64_t c) {
       float* flat = local_workspace.get(places * D);
@@ -70,65 +93,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const Tensor& t
       write_row(image(selected, b, dtype) + c * length * size_of(dtype), dtype, flat, length);
     });
   });
-  return {selected, counts, presence, best, cosine};
-}
-
-// The presence of a class is the mean of t̂ · ĉ over its tokens: with g = dpresence / count, dt = g (ĉ − cos t̂) / ‖t‖
-// and dc = g Σ (t̂ − cos ĉ) / ‖c‖. A token that is among the selected ones has their gradient, too.
-std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const Tensor& dpresence,
-                                                  const Tensor& tokens, const Tensor& classes, const Tensor& counts,
-                                                  const Tensor& best, const Tensor& cosine) {
-  const int64_t B = tokens.size(0), N = tokens.size(1), D = tokens.size(2), C = classes.size(1);
-  const int64_t length = dselected.size(2), places = ceil_div(length, D);
-  const DType dtype = dtype_of(tokens, kOp);
-  Tensor dtokens = torch::stable::new_empty(tokens, tokens.sizes());
-  Tensor dclasses = torch::stable::new_empty(classes, classes.sizes());
-  for (int64_t b = 0; b < B; ++b) {
-    const Matrix rows = matrix(tokens, 1, 2, kOp).offset(b * tokens.stride(0));
-    const int32_t* winner = static_cast<const int32_t*>(best.const_data_ptr()) + b * N;
-    const float* value = static_cast<const float*>(cosine.const_data_ptr()) + b * N;
-    const int64_t* count = static_cast<const int64_t*>(counts.const_data_ptr()) + b * C;
-    std::vector<std::vector<int64_t>> members(C);
-    for (int64_t n = 0; n < N; ++n)
-      if (winner[n] >= 0) members[winner[n]].push_back(n);
-    std::vector<float> slope(C);
-    read_row(slope.data(), matrix(dpresence, 0, 1, kOp).at(b, 0), C);
-    char* to = image(dtokens, b, dtype);
-    std::fill_n(to, N * D * size_of(dtype), char(0));  // where there is none, to is null: no memset
-    parallel(C, [&](int64_t c) {
-      float* unit = local_workspace.get(3 * D + places * D + 4 * kLanes);
-      float *row = unit + D, *dclass = row + D, *given = dclass + D;
-      read_row(unit, matrix(classes, 1, 2, kOp).offset(b * classes.stride(0)).at(c, 0), D);
-      const float inverse = inverse_length(unit, D);
-      for (int64_t i = 0; i < D; ++i) unit[i] *= inverse;
-      std::fill_n(dclass, D, 0.f);
-      std::fill_n(given, places * D, 0.f);
-      read_row(given, matrix(dselected, 1, 2, kOp).offset(b * dselected.stride(0)).at(c, 0), length);
-      const float g = slope[c] / static_cast<float>(std::max<int64_t>(count[c], 1));
-      float cosines = 0;
-      for (size_t place = 0; place < members[c].size(); ++place) {
-        const int64_t n = members[c][place];
-        read_row(row, rows.at(n, 0), D);
-        const float scale = inverse_length(row, D);
-        add_scaled(dclass, scale, row, D);
-        cosines += value[n];
-        for (int64_t i = 0; i < D; ++i) {
-          const float own = static_cast<int64_t>(place) < places ? given[place * D + i] : 0.f;
-          row[i] = own + g * scale * (unit[i] - value[n] * scale * row[i]);
-        }
-        write_row(to + n * D * size_of(dtype), dtype, row, D);
-      }
-      for (int64_t i = 0; i < D; ++i) dclass[i] = g * inverse * (dclass[i] - cosines * unit[i]);
-      write_row(image(dclasses, b, dtype) + c * D * size_of(dtype), dtype, dclass, D);
-    });
-  }
-  return {dtokens, dclasses};
+  return {selected, counts, presence, support, best, above};
 }
 
 }  // namespace
 }  // namespace fastcss::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) {
-  m.impl("select_tokens.cpu", FASTCSS_BOX(&fastcss::cpu::select_tokens));
-  m.impl("select_tokens_backward.cpu", FASTCSS_BOX(&fastcss::cpu::select_tokens_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastcss, CPU, m) { m.impl("select_tokens.cpu", FASTCSS_BOX(&fastcss::cpu::select_tokens)); }

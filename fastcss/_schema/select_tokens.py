@@ -4,34 +4,39 @@ from torch import Tensor
 from ._library import define
 
 # tokens [B, N, D], classes [B, C, D]. selected [B, C, length]: the surviving tokens of each class in token order, one
-# after the other, cut or filled with zeros. counts int64 [B, C] of them, presence [B, C] their mean cosine or 0. For
-# the backward pass best int32 [B, N], the class a token survives for or -1, and cosine float32 [B, N] with its best.
+# after the other, cut or filled with zeros. counts int64 [B, C] of them. presence [B, C], the mean cosine, or 0, of the
+# support int64 [B, C] tokens whose cosine with the class is at least the threshold; with best_only of the surviving
+# ones. For the backward pass best int32 [B, N], the class a token survives for or -1, and above int32 [B, N, ⌈C/32⌉]:
+# bit c % 32 of word c / 32 says that class c averages the token; with best_only, where best says it, there are no words.
 _SELECT_TOKENS = (
-    "(Tensor tokens, Tensor classes, float threshold, int length) "
-    "-> (Tensor selected, Tensor counts, Tensor presence, Tensor best, Tensor cosine)"
+    "(Tensor tokens, Tensor classes, float threshold, int length, bool best_only) "
+    "-> (Tensor selected, Tensor counts, Tensor presence, Tensor support, Tensor best, Tensor above)"
 )
 
 
-def _select_tokens_fake(tokens, classes, threshold, length) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _select_tokens_fake(
+    tokens, classes, threshold, length, best_only
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     per_class, per_token = classes.shape[:2], tokens.shape[:2]
     return (
         tokens.new_empty(*per_class, length),
         tokens.new_empty(per_class, dtype=torch.int64),
         tokens.new_empty(per_class),
+        tokens.new_empty(per_class, dtype=torch.int64),
         tokens.new_empty(per_token, dtype=torch.int32),
-        tokens.new_empty(per_token, dtype=torch.float32),
+        tokens.new_empty((*per_token, 0 if best_only else (classes.shape[1] + 31) // 32), dtype=torch.int32),
     )
 
 
 define("select_tokens", _SELECT_TOKENS, _select_tokens_fake)
 
 _SELECT_TOKENS_BACKWARD = (
-    "(Tensor dselected, Tensor dpresence, Tensor tokens, Tensor classes, Tensor counts, Tensor best, Tensor cosine) "
+    "(Tensor dselected, Tensor dpresence, Tensor tokens, Tensor classes, Tensor support, Tensor best, Tensor above) "
     "-> (Tensor dtokens, Tensor dclasses)"
 )
 
 
-def _select_tokens_backward_fake(dselected, dpresence, tokens, classes, counts, best, cosine) -> tuple[Tensor, Tensor]:
+def _select_tokens_backward_fake(dselected, dpresence, tokens, classes, support, best, above) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), classes.new_empty(classes.shape)
 
 

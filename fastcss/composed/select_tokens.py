@@ -9,20 +9,23 @@ from torch.nn import functional as F
 from .._cosine import unit
 
 
-def select_tokens(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def select_tokens(
+    tokens: Tensor, classes: Tensor, threshold: float, length: int, best_only: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """``tokens`` [B, N, D], ``classes`` [B, C, D] → selected [B, C, length], counts [B, C], presence [B, C]."""
     (batch, count, width), class_count = tokens.shape, classes.shape[1]
     places = -(-length // width)  # tokens that fit, the last one perhaps in part
     wide = torch.promote_types(tokens.dtype, torch.float32)
     cosine = torch.bmm(unit(tokens), unit(classes).mT)
     best = cosine.detach().nan_to_num(nan=float("-inf")).argmax(dim=2, keepdim=True)
-    cosine = cosine.gather(2, best)[..., 0]  # [B, N]
-    survives = cosine >= threshold
+    above = cosine >= threshold  # [B, N, C]; NaN is not
+    survives = above.gather(2, best)[..., 0]  # [B, N]
     chosen = (best == torch.arange(class_count, device=best.device)) & survives[..., None]  # [B, N, C]
     place = chosen.cumsum(dim=1).gather(2, best)[..., 0] - 1
     counts = chosen.sum(dim=1)
-    total = torch.bmm(chosen.to(wide).mT, torch.where(survives, cosine, 0).to(wide)[..., None])[..., 0]
-    presence = (total / counts.clamp(min=1)).to(tokens.dtype)
+    averaged = chosen if best_only else above
+    total = torch.where(averaged, cosine, 0).sum(dim=1, dtype=wide)
+    presence = (total / averaged.sum(dim=1).clamp(min=1)).to(tokens.dtype)
     # Where in [C · places] each token goes; those that do not fit share one place past the end.
     spare = class_count * places
     slot = torch.where(survives & (place < places), best[..., 0] * places + place, spare)

@@ -15,6 +15,8 @@ from ._arguments import check_alike, check_count, check_shapes, no_autocast, wid
 
 FORWARD = kernels("select_tokens")
 BACKWARD = kernels("select_tokens_backward")
+#: Whose mean cosine the presence of a class is: of all tokens that reach the threshold with it, or of those it is best for.
+PRESENCES = ("all", "best")
 
 
 class SelectedTokens(NamedTuple):
@@ -23,7 +25,9 @@ class SelectedTokens(NamedTuple):
     Attributes:
         tokens: ``[B, C, length]``, the class's tokens in token order, flattened, then zeros.
         counts: int64 ``[B, C]``, how many tokens survived for the class, also those that ``length`` cut off.
-        presence: ``[B, C]``, the mean cosine of all of them; 0 where there is none.
+        presence: ``[B, C]``, r, the mean cosine of every token whose cosine with the class is at least the threshold,
+            whatever that token's best class is, and so perhaps above 0 where ``counts`` is 0; or, with "best", of the
+            tokens that survived. 0 where there is none.
     """
 
     tokens: Tensor
@@ -32,7 +36,7 @@ class SelectedTokens(NamedTuple):
 
 
 def select_tokens(
-    tokens: Tensor, classes: Tensor, *, threshold: float, length: int, impl: str = "auto"
+    tokens: Tensor, classes: Tensor, *, threshold: float, length: int, presence: str = "all", impl: str = "auto"
 ) -> SelectedTokens:
     """Give each token to its class of largest cosine, where that is at least ``threshold``, and collect them by class.
 
@@ -41,6 +45,8 @@ def select_tokens(
         classes: ``[B, C, D]``, a text embedding for each class and image, dtype of ``tokens``.
         threshold: τ, a cosine in [-1, 1]; the paper's is 0.3 for VOC, 0.2 for ADE20K.
         length: scalars to return for each class, at least 1: ``length / D`` tokens, the last one perhaps in part.
+        presence: of which tokens a class's presence is the mean cosine: "all" that reach ``threshold`` with the class,
+            as in the paper; or "best", those whose best class it is: the weaker of two near classes then has none.
         impl: "auto", or one of "reference", "composed", "cpu", "triton", "cuda", which runs or raises.
 
     Returns:
@@ -69,37 +75,40 @@ def select_tokens(
     if not -1 <= threshold <= 1:
         raise ValueError(f"{op}: threshold must be a cosine in [-1, 1], got {threshold}")
     check_count(op, "length", length)
+    if presence not in PRESENCES:
+        raise ValueError(f"{op}: presence must be one of {', '.join(PRESENCES)}, got {presence!r}")
+    best_only = presence == "best"
     tokens, classes = widest(tokens, classes)
     impl = _backends.choose(op, impl, tokens)
     if impl in ("reference", "composed"):
         form = reference if impl == "reference" else composed
         with no_autocast(tokens):
-            return SelectedTokens(*form.select_tokens(tokens, classes, threshold, length))
+            return SelectedTokens(*form.select_tokens(tokens, classes, threshold, length, best_only))
     if needs_grad(tokens, classes):
-        return SelectedTokens(*SelectTokens.apply(tokens, classes, float(threshold), length, impl)[:3])
-    return SelectedTokens(*FORWARD[impl](tokens, classes, float(threshold), length)[:3])
+        return SelectedTokens(*SelectTokens.apply(tokens, classes, float(threshold), length, best_only, impl)[:3])
+    return SelectedTokens(*FORWARD[impl](tokens, classes, float(threshold), length, best_only)[:3])
 
 
 class SelectTokens(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(tokens, classes, threshold, length, impl):
-        return FORWARD[impl](tokens, classes, threshold, length)
+    def forward(tokens, classes, threshold, length, best_only, impl):
+        return FORWARD[impl](tokens, classes, threshold, length, best_only)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         tokens, classes, *_, ctx.impl = inputs
-        _, counts, _, best, cosine = output
-        ctx.mark_non_differentiable(counts, best, cosine)
-        ctx.save_for_backward(tokens, classes, counts, best, cosine)
+        _, counts, _, *saved = output  # support, best, above
+        ctx.mark_non_differentiable(counts, *saved)
+        ctx.save_for_backward(tokens, classes, *saved)
 
     @staticmethod
     def backward(ctx, dselected, _counts, dpresence, *_):
         tensors = (dselected, dpresence, *ctx.saved_tensors)
         with torch.no_grad():
             grads = BACKWARD[ctx.impl](*tensors)
-        return (*once_differentiable("select_tokens", tensors[:4], grads), None, None, None)
+        return (*once_differentiable("select_tokens", tensors[:4], grads), None, None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from .._cosine import unit
 
 
-def select_tokens(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def select_tokens(
+    tokens: Tensor, classes: Tensor, threshold: float, length: int, best_only: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """``tokens`` [B, N, D], ``classes`` [B, C, D] → selected [B, C, length], counts [B, C], presence [B, C]."""
     cosine = unit(tokens) @ unit(classes).mT  # (3): [B, N, C]
     best = cosine.detach().masked_fill(cosine.isnan(), float("-inf")).argmax(dim=2)
@@ -20,7 +22,8 @@ def select_tokens(tokens: Tensor, classes: Tensor, threshold: float, length: int
             flat = tokens[b, kept].flatten()[:length]
             selected.append(F.pad(flat, (0, length - len(flat))))
             counts.append(kept.sum())
-            presence.append(cosine[b, kept, c].sum() / kept.sum().clamp(min=1))  # (A.2)
+            averaged = kept if best_only else cosine[b, :, c] >= threshold
+            presence.append(cosine[b, averaged, c].sum() / averaged.sum().clamp(min=1))  # (A.2)
     shape = classes.shape[:2]
     if not counts:
         return tokens.new_zeros(*shape, length), torch.zeros(shape).long(), tokens.new_zeros(shape)

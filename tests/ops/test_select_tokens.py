@@ -16,19 +16,19 @@ from torch import Tensor
 from fastcss._cosine import unit
 from fastcss.ops import select_tokens
 
-# How near a token may come to the threshold or to its second best class: what the cosine of two rounded rows of length
-# one is off, and then itself rounded.
-CLEAR = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# How near a cosine may come to the threshold, and the best of a token to the second: what the cosine of two rounded rows
+# of length one is off by, in this unit 2.5 / √D, and then what it is rounded by itself.
+UNIT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 def make(
     batch, count, classes, width, length, *, threshold=0.1, dtype=torch.float32, device="cpu", seed=0, **options
 ) -> Call:
-    """Tokens whose class no rounding changes: those too near to two classes or to the threshold are drawn again."""
+    """Tokens whose classes no rounding changes: those too near to two of them or to the threshold are drawn again."""
     text = normal(batch, classes, width, seed=seed).to(dtype)
     tokens = normal(batch, count, width, seed=seed + 1).to(dtype)
     for again in range(2, 200):
-        unclear = ~clear(tokens, text, threshold, CLEAR[dtype])
+        unclear = ~clear(tokens, text, threshold, UNIT[dtype])
         if not unclear.any():
             break
         tokens = torch.where(unclear[..., None], normal(*tokens.shape, seed=seed + again).to(dtype), tokens)
@@ -38,11 +38,24 @@ def make(
     return Call(select_tokens, {"tokens": tokens.to(device), "classes": text.to(device)}, options)
 
 
-def clear(tokens: Tensor, classes: Tensor, threshold: float, margin: float) -> Tensor:
+def cosines(tokens: Tensor, classes: Tensor) -> Tensor:
+    return unit(tokens.double()) @ unit(classes.double()).mT  # [B, N, C]
+
+
+def clear(tokens: Tensor, classes: Tensor, threshold: float, unit: float) -> Tensor:
     """[B, N]"""
-    cosine = (unit(tokens.double()) @ unit(classes.double()).mT).sort(dim=2, descending=True).values
-    near = (cosine[..., 0] - threshold).abs() < margin
-    return ~near if classes.shape[1] == 1 else ~near & (cosine[..., 0] - cosine[..., 1] >= margin)
+    cosine, off = cosines(tokens, classes), 2.5 / tokens.shape[2] ** 0.5
+    near = ((cosine - threshold).abs() < unit * (off + abs(threshold))).any(2)
+    best = cosine.sort(dim=2, descending=True).values
+    return ~near if classes.shape[1] == 1 else ~near & (best[..., 0] - best[..., 1] >= unit * (off + 1))
+
+
+def literal(tokens: Tensor, classes: Tensor, threshold: float) -> Tensor:
+    """r of eq. A.2 by eq. 3 and 4, [B, C]; 0 where no token has a positive S′, for which the paper has 0 / 0."""
+    norm = torch.linalg.vector_norm
+    s = (tokens @ classes.mT) / norm(tokens, dim=2)[..., None] / norm(classes, dim=2)[:, None]  # (3)
+    s = torch.where(s >= threshold, s, 0)  # (4)
+    return (s * (s > 0)).sum(1) / (s > 0).sum(1).clamp(min=1)
 
 
 CASES = {  # B, N, C, D, length
@@ -76,9 +89,67 @@ def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) 
 def peers(call: Call, name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
     """The gradient of a cosine is what is left of that of a product: nothing, where the two rows are parallel."""
     if name == "dclasses":
-        slope = dys[2].double() / exact["counts"].clamp(min=1).sqrt() / call.tensors["classes"].double().norm(dim=-1)
-        return [exact[name], torch.where(exact["counts"] > 0, slope, 0)]
+        count = (cosines(**call.tensors) >= call.options["threshold"]).sum(1)
+        if call.options.get("presence") == "best":
+            count = exact["counts"]
+        slope = dys[2].double() / count.clamp(min=1).sqrt() / call.tensors["classes"].double().norm(dim=-1)
+        return [exact[name], torch.where(count > 0, slope, 0)]
     return [exact[name]]
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("C 21", torch.float32), ("C 21", torch.bfloat16), ("D 256", torch.float32)])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+def test_presence_of_the_best_alone(impl, case, dtype, device, tolerances):
+    runs(select_tokens, impl, device, case == "C 21" and dtype == torch.float32)
+    call = make(*(CASES | LARGE)[case], dtype=dtype, device=device, presence="best")
+    assert_as_good_as_eager(call, impl, tolerances[dtype])
+
+
+def near_classes(batch: int, count: int, classes: int, width: int, device: str) -> tuple[Tensor, Tensor]:
+    """All have a direction in common, so that a token is near to many of them, or, every fifth, to none."""
+    common = normal(batch, 1, width, seed=7)
+    tokens, text = normal(batch, count, width), normal(batch, classes, width, seed=1)
+    tokens += 0.6 * common
+    tokens[:, ::5] *= -1
+    return tokens.to(device), (text + 0.8 * common).to(device)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 6, 20), (1, 40, 33, 12), (2, 600, 70, 40)], ids=str)
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_presence_and_its_gradients_are_those_of_equation_a2(impl, shape, device):
+    """Of several classes a token, in more words of bits than one, some of which no token is best for."""
+    runs(select_tokens, impl, device, shape[1] < 100)
+    tensors = near_classes(*shape, device)
+    wide, leaves = ([x.to(dtype).requires_grad_() for x in tensors] for dtype in (torch.float64, torch.float32))
+    reached = (cosines(*tensors) >= 0.2).sum(2)
+    assert reached.max() >= 3
+    assert reached.min() == 0
+    assert not clear(*tensors, 0.2, 0).logical_not().any()
+    want, found = literal(*wide, 0.2), select_tokens(*leaves, threshold=0.2, length=50, impl=impl)
+    torch.testing.assert_close(found.presence.double(), want, rtol=1e-6, atol=1e-7)
+    weights = normal(*want.shape, seed=2, device=device)
+    exact = torch.autograd.grad((want * weights).sum(), wide)
+    for got, grad in zip(torch.autograd.grad((found.presence * weights).sum(), leaves), exact, strict=True):
+        assert (got - grad).norm() <= 2e-6 * grad.norm()
+    best = select_tokens(*tensors, threshold=0.2, length=50, presence="best", impl=impl)
+    assert torch.equal(best.tokens, found.tokens)
+    assert torch.equal(best.counts, found.counts)
+    assert not torch.allclose(best.presence, found.presence)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_of_two_near_classes_both_are_found(impl, device):
+    """No token is best for the second, and yet all 300 reach it."""
+    runs(select_tokens, impl, device)
+    axes = torch.eye(16, device=device)
+    classes = torch.stack([axes[0], 0.9 * axes[0] + 0.19**0.5 * axes[1], axes[2]])[None]
+    tokens = 0.8 * axes[:1] + 0.6 * torch.nn.functional.normalize(normal(300, 13, device=device)) @ axes[3:]
+    found = select_tokens(tokens[None], classes, threshold=0.3, length=32, impl=impl)
+    assert found.counts.tolist() == [[300, 0, 0]]
+    torch.testing.assert_close(found.presence, torch.tensor([[0.8, 0.72, 0.0]], device=device))
+    assert not found.tokens[0, 1:].any()
+    before = select_tokens(tokens[None], classes, threshold=0.3, length=32, presence="best", impl=impl)
+    torch.testing.assert_close(before.presence, torch.tensor([[0.8, 0.0, 0.0]], device=device))
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
@@ -110,15 +181,16 @@ def test_of_equal_cosines_the_lower_class_wins(impl, dtype, device):
     classes = torch.stack([axes[1], 4 * axes[0], axes[0], axes[1] / 2, half])[None].to(device, dtype)
     tokens = torch.stack([axes[1], 2 * axes[0], half / 4, axes[2], -axes[0], axes[7]])[None].to(device, dtype)
     expected = {
-        1.0: [1, 1, 0, 0, 1],
-        0.5: [1, 1, 0, 0, 2],
-        0.0: [3, 1, 0, 0, 2],  # the last two: 0 with the first
-        -1.0: [3, 1, 0, 0, 2],
+        1.0: ([1, 1, 0, 0, 1], [1] * 5),
+        0.5: ([1, 1, 0, 0, 2], [0.75, 0.75, 0.75, 0.75, 0.625]),
+        0.0: ([3, 1, 0, 0, 2], [0.25, 0.3, 0.3, 0.25, 0.5]),  # the last two: 0 with the first
+        -1.0: ([3, 1, 0, 0, 2], [0.25, 0.5 / 6, 0.5 / 6, 0.25, 2 / 6]),
     }
-    for threshold, counts in expected.items():
+    for threshold, (counts, presence) in expected.items():
         got = select_tokens(tokens, classes, threshold=threshold, length=24, impl=impl)
         assert got.counts.tolist() == [counts]
         assert got.tokens[0, 0, :8].tolist() == axes[1].tolist()
+        torch.testing.assert_close(got.presence, torch.tensor([presence], device=device).to(dtype))
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
@@ -290,10 +362,15 @@ def test_opcheck(impl, device):
     runs(select_tokens, impl, device)
     for shape in ((2, 40, 5, 18, 70), (0, 5, 3, 4, 9), (1, 0, 2, 3, 5)):
         tokens, classes = make(*shape, device=device).tensors.values()
-        found = checks.opcheck("select_tokens", impl, tokens, classes, 0.1, shape[-1])
-        selected, counts, presence, best, cosine = found
-        want, place = (unit(tokens) @ unit(classes).mT).max(dim=2)
-        torch.testing.assert_close(cosine, want)
-        assert torch.equal(best, place.where(want >= 0.1, -1).int())
-        gradients = (torch.ones_like(selected), torch.ones_like(presence))
-        checks.opcheck("select_tokens_backward", impl, *gradients, tokens, classes, counts, best, cosine)
+        cosine = cosines(tokens, classes)
+        want, place = cosine.max(dim=2)
+        bits = (cosine >= 0.1).int() << torch.arange(shape[2], device=device)
+        for best_only in (False, True):
+            found = checks.opcheck("select_tokens", impl, tokens, classes, 0.1, shape[-1], best_only)
+            selected, counts, presence, *saved = found
+            support, best, above = saved
+            assert torch.equal(best, place.where(want >= 0.1, -1).int())
+            assert torch.equal(support, counts if best_only else (cosine >= 0.1).sum(1))
+            assert torch.equal(above, best.new_empty(*best.shape, 0) if best_only else bits.sum(2, keepdim=True).int())
+            gradients = (torch.ones_like(selected), torch.ones_like(presence))
+            checks.opcheck("select_tokens_backward", impl, *gradients, tokens, classes, *saved)
