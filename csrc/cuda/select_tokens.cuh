@@ -17,6 +17,7 @@ constexpr int kDepth = 32;    // channels at a time
 constexpr int kGroup = 8;     // threads that share tokens, each with every kGroup-th class
 constexpr int kTokensEach = kTokens / (kThreads / kGroup);
 constexpr int kClassesEach = kClasses / kGroup;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kStride = kDepth + 4;  // of shared rows: eight of them read at once touch every bank once
 constexpr float kSmallest = 1e-12f;
 
@@ -27,8 +28,12 @@ struct AssignParams {
   int64 class_image_stride, class_stride, class_channel_stride;
   int64 count, class_count, channels, tiles;  // tiles of kTokens tokens in an image
   double threshold;
-  int* best;      // [B, N]
-  float* cosine;  // [B, N]
+  int* best;          // [B, N]
+  float* cosine;      // [B, N], with the best
+  int64 words;        // ⌈C / 32⌉, or 0 where presence is of the best alone, and then the rest is not written
+  unsigned* above;    // [B, N, words], a bit for each class that the token reaches the threshold with
+  float* tile_sums;   // [B, C, tiles], of these cosines
+  float* tile_reach;  // [B, C, tiles], how many
 };
 
 struct alignas(16) AssignShared {
@@ -36,7 +41,10 @@ struct alignas(16) AssignShared {
   float classes[kClasses][kStride];
   float token_length[kTokens];
   float class_length[kClasses];
+  float sums[kWarps][kClasses];
+  float reach[kWarps][kClasses];
 };
+static_assert(kClasses == 32, "the classes of a turn have one word of bits");
 
 // Channels [first, first + kDepth) of `rows` rows as float32, zeros past the ends; kThreads / rows threads have a row,
 // and each returns the squares of its own elements.
@@ -73,6 +81,44 @@ __device__ inline float length_of(float squares, int threads) {
   for (int step = threads / 2; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
   const float length = sqrtf(squares);
   return length < kSmallest ? kSmallest : length;
+}
+
+// What a turn's classes reach: the bits of a thread's tokens, and the tile's sums. Neighbouring threads have the same
+// tokens and different classes; the threads of a warp with the same classes are kGroup apart.
+__device__ inline void keep_reached(const AssignParams& p, AssignShared& s,
+                                    const float (&cosine)[kTokensEach][kClassesEach], int64 b, int64 first,
+                                    int64 first_class) {
+  const int group = threadIdx.x % kGroup, own = threadIdx.x / kGroup * kTokensEach;
+  const float threshold = static_cast<float>(p.threshold);
+  for (int t = 0; t < kTokensEach; ++t) {
+    unsigned bits = 0;
+    for (int c = 0; c < kClassesEach; ++c)
+      if (cosine[t][c] >= threshold) bits |= 1u << (group + c * kGroup);
+    for (int step = kGroup / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, step);
+    if (group == 0 && first + own + t < p.count)
+      p.above[(b * p.count + first + own + t) * p.words + first_class / kClasses] = bits;
+  }
+  for (int c = 0; c < kClassesEach; ++c) {
+    float sum = 0.f, reach = 0.f;
+    for (int t = 0; t < kTokensEach; ++t)
+      if (cosine[t][c] >= threshold) sum += cosine[t][c], reach += 1.f;
+    for (int step = kWarp / 2; step >= kGroup; step /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, step);
+      reach += __shfl_xor_sync(kAllLanes, reach, step);
+    }
+    if (threadIdx.x % kWarp < kGroup) {
+      s.sums[threadIdx.x / kWarp][group + c * kGroup] = sum;
+      s.reach[threadIdx.x / kWarp][group + c * kGroup] = reach;
+    }
+  }
+  __syncthreads();
+  const int64 c = first_class + threadIdx.x;
+  if (threadIdx.x >= kClasses || c >= p.class_count) return;
+  float sum = 0.f, reach = 0.f;
+  for (int w = 0; w < kWarps; ++w) sum += s.sums[w][threadIdx.x], reach += s.reach[w][threadIdx.x];
+  const int64 to = (b * p.class_count + c) * p.tiles + first / kTokens;
+  p.tile_sums[to] = sum;
+  p.tile_reach[to] = reach;
 }
 
 // Grid (B · tiles).
@@ -121,10 +167,13 @@ __device__ void assign(const AssignParams& p, AssignShared& s) {
     for (int t = 0; t < kTokensEach; ++t)
       for (int c = 0; c < kClassesEach; ++c) {
         const int number = static_cast<int>(first_class) + group + c * kGroup;
-        const float cosine = sum[t][c] / s.token_length[own + t] / s.class_length[group + c * kGroup];
+        float& cosine = sum[t][c];
+        cosine = cosine / s.token_length[own + t] / s.class_length[group + c * kGroup];
+        if (number >= p.class_count || own + t >= tokens_left) cosine = __int_as_float(0x7fffffff);
         // NaN is never above; equal cosines keep the lower class, which comes first.
-        if (number < p.class_count && cosine > best[t]) best[t] = cosine, best_class[t] = number;
+        if (cosine > best[t]) best[t] = cosine, best_class[t] = number;
       }
+    if (p.words) keep_reached(p, s, sum, b, first, first_class);
   }
   for (int t = 0; t < kTokensEach; ++t) {
     for (int step = kGroup / 2; step > 0; step /= 2) {
@@ -146,9 +195,13 @@ struct CollectParams {
   int64 count, class_count, channels, length;
   const int* best;      // [B, N]
   const float* cosine;  // [B, N]
-  void* selected;       // [B, C, length]
-  int64* counts;        // [B, C]
-  void* presence;       // [B, C]
+  int64 words, tiles;   // as assign has them, and what it leaves
+  const float* tile_sums;
+  const float* tile_reach;
+  void* selected;  // [B, C, length]
+  int64* counts;   // [B, C]
+  void* presence;  // [B, C]
+  int64* support;  // [B, C], of how many tokens presence is the mean
 };
 
 // Grid (B · C): a block has one class of one image.
@@ -158,6 +211,8 @@ __device__ void collect(const CollectParams& p, scan::Shared& s) {
   const int lane = threadIdx.x % kWarp, c = static_cast<int>(blockIdx.x % p.class_count);
   const int* best = p.best + b * p.count;
   const scan::Found found = scan::count(best, p.cosine + b * p.count, p.count, c, s);
+  scan::Total total{found.total, found.cosines};
+  if (p.words) total = scan::total(p.tile_reach + blockIdx.x * p.tiles, p.tile_sums + blockIdx.x * p.tiles, p.tiles, s);
   const T* tokens = static_cast<const T*>(p.tokens) + b * p.image_stride;
   T* selected = static_cast<T*>(p.selected) + blockIdx.x * p.length;
   const int64 places = (p.length + p.channels - 1) / p.channels;
@@ -170,7 +225,8 @@ __device__ void collect(const CollectParams& p, scan::Shared& s) {
   for (int64 i = filled + threadIdx.x; i < p.length; i += scan::kThreads) store(selected + i, 0.f);
   if (threadIdx.x != 0) return;
   p.counts[blockIdx.x] = found.total;
-  store(static_cast<T*>(p.presence) + blockIdx.x, found.total ? found.cosines / found.total : 0.f);
+  p.support[blockIdx.x] = total.count;
+  store(static_cast<T*>(p.presence) + blockIdx.x, total.count ? total.sum / total.count : 0.f);
 }
 
 }  // namespace fastcss::cuda::select_tokens

@@ -22,6 +22,7 @@ struct Found {
 // Tokens of a warp's run; whole words of a ballot.
 __device__ inline int64 run_length(int64 tokens) { return (tokens + kThreads - 1) / kThreads * kWarp; }
 
+// Without `cosine` there is no sum.
 __device__ inline Found count(const int* best, const float* cosine, int64 tokens, int c, Shared& s) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64 run = run_length(tokens), begin = warp * run, end = begin + run < tokens ? begin + run : tokens;
@@ -31,7 +32,7 @@ __device__ inline Found count(const int* best, const float* cosine, int64 tokens
   for (int64 n = begin + lane; n < end; n += kWarp)
     if (best[n] == c) {
       ++own;
-      sum += cosine[n];
+      if (cosine) sum += cosine[n];
     }
   for (int step = kWarp / 2; step > 0; step /= 2) own += __shfl_xor_sync(kAllLanes, own, step);
   sum = warp_sum(sum);
@@ -44,6 +45,25 @@ __device__ inline Found count(const int* best, const float* cosine, int64 tokens
     found.cosines += s.cosines[w];
   }
   return found;
+}
+
+struct Total {
+  int64 count;
+  float sum;
+};
+
+// What the whole block adds up of two lists, in the same order always. Every thread has the result.
+__device__ inline Total total(const float* counts, const float* sums, int64 size, Shared& s) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  float count = 0.f, sum = 0.f;  // a tile has few tokens, and a thread few tiles: a whole number
+  for (int64 i = threadIdx.x; i < size; i += kThreads) count += counts[i], sum += sums[i];
+  count = warp_sum(count), sum = warp_sum(sum);
+  __syncthreads();
+  if (lane == 0) s.counts[warp] = static_cast<int64>(count), s.cosines[warp] = sum;
+  __syncthreads();
+  Total result{0, 0.f};
+  for (int w = 0; w < kWarps; ++w) result.count += s.counts[w], result.sum += s.cosines[w];
+  return result;
 }
 
 // visit(token, rank) by the whole warp for every token of class c in its run, up to the rank `limit`.

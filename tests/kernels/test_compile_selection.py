@@ -38,8 +38,9 @@ class Selection(NamedTuple):
             kernels.merge_masks.merge_masks(masks, scores, order, size, size, 1024, 1024, 0.0, True)
         elif self.op == "select_tokens":
             tokens, texts = empty(1, size, 256), empty(1, classes, 256)
-            selected, counts, presence, *saved = kernels.select_tokens.select_tokens(tokens, texts, 0.3, 512)
-            kernels.select_tokens_backward.select_tokens_backward(selected, presence, tokens, texts, counts, *saved)
+            for best_only in (False, True):
+                selected, _, presence, *saved = kernels.select_tokens.select_tokens(tokens, texts, 0.3, 512, best_only)
+                kernels.select_tokens_backward.select_tokens_backward(selected, presence, tokens, texts, *saved)
         else:
             z, index = empty(20, size), empty(20, dtype="int64")
             w1, b1 = empty(classes, size, 1024), empty(classes, 1024)

@@ -181,16 +181,17 @@ def test_merge_masks_passes_over_nan_and_masks_that_are_not_there(run):
         (0, 4, 3, 8, 5),
     ],
 )
-def test_select_tokens(run, batch, count, class_count, channels, length, dtype, layout):
+@pytest.mark.parametrize("best_only", [False, True])
+def test_select_tokens(run, batch, count, class_count, channels, length, best_only, dtype, layout):
     tokens, classes = (
         normal(batch, count, channels, dtype=dtype),
         normal(batch, class_count, channels, seed=1, dtype=dtype),
     )
     if count > 30:
         tokens[0, 3], tokens[0, 11] = 0, float("nan")
-    want = select_tokens.select_tokens(tokens.double(), classes.double(), 0.1, length)
+    want = select_tokens.select_tokens(tokens.double(), classes.double(), 0.1, length, best_only)
     given = [inside(x, layout) for x in (tokens, classes)]
-    selected, counts, presence, best, cosine = run("select_tokens", *given, 0.1, length)
+    selected, counts, presence, *saved = run("select_tokens", *given, 0.1, length, best_only)
     assert torch.equal(selected.double(), want[0])
     assert torch.equal(counts, want[1])
     assert_near(presence, want[2], want[2].to(dtype))
@@ -199,9 +200,9 @@ def test_select_tokens(run, batch, count, class_count, channels, length, dtype, 
     wide = [x.double().nan_to_num().requires_grad_() for x in (tokens, classes)]
     exact = [torch.zeros_like(x) for x in wide]
     if selected.numel():
-        outputs = select_tokens.select_tokens(*wide, 0.1, length)
+        outputs = select_tokens.select_tokens(*wide, 0.1, length, best_only)
         exact = torch.autograd.grad((outputs[0], outputs[2]), wide, (dselected.double(), dpresence.double()))
-    arguments = (inside(dselected, layout), inside(dpresence, layout), *given, counts, best, cosine)
+    arguments = (inside(dselected, layout), inside(dpresence, layout), *given, *saved)
     for got, grad in zip(run("select_tokens_backward", *arguments), exact, strict=True):
         assert_near(got, grad, grad.to(dtype))
 
@@ -210,11 +211,16 @@ def test_select_tokens_ties_and_rows_of_zeros(run):
     classes = torch.eye(4)[None, [0, 1, 0]]
     tokens = torch.eye(4)[None, [0, 3, 1, 0]].clone()
     tokens[0, 1] = 0
-    selected, counts, presence, best, _ = run("select_tokens", tokens, classes, 0.0, 6)
+    selected, counts, presence, support, best, above = run("select_tokens", tokens, classes, 0.0, 6, False)
     assert best.tolist() == [[0, 0, 1, 0]]  # equal cosines, and those of zeros, go to the lower class
     assert counts.tolist() == [[3, 1, 0]]
     assert selected[0].tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0] * 6]
-    torch.testing.assert_close(presence, torch.tensor([[2 / 3, 1, 0]]))
+    assert above.tolist() == [[[7]] * 4]  # no cosine is below 0
+    assert support.tolist() == [[4, 4, 4]]
+    torch.testing.assert_close(presence, torch.tensor([[1 / 2, 1 / 4, 1 / 2]]))
+    torch.testing.assert_close(
+        run("select_tokens", tokens, classes, 0.0, 6, True)[2], torch.tensor([[2 / 3, 1, 0]])
+    )
 
 
 @INPUTS

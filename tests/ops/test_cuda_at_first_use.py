@@ -37,8 +37,9 @@ def test_selection(inputs, dtype):
     order = scores.argsort(descending=True, stable=True)
     both("merge_masks", masks, scores, order, 45, 70, 50, 77, 0.5, True)
     tokens, classes = inputs(2, 130, 24, dtype=dtype), inputs(2, 37, 24, dtype=dtype, seed=1)
-    selected, counts, presence, best, cosine = both("select_tokens", tokens, classes, 0.1, 60)
-    both("select_tokens_backward", selected, presence, tokens, classes, counts, best, cosine)
+    for best_only in (False, True):
+        selected, _, presence, *saved = both("select_tokens", tokens, classes, 0.1, 60, best_only)
+        both("select_tokens_backward", selected, presence, tokens, classes, *saved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
