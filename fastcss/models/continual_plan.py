@@ -38,6 +38,7 @@ DEFAULTS = {
             "hidden": 32,
             "rank": 8,
             "alpha": 16,
+            "presence": "all",
             "confidence": "presence",
         },
         {
@@ -49,7 +50,16 @@ DEFAULTS = {
         },
     ),
     "voc": Defaults(
-        {"threshold": 0.3, "length": 512, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32, "confidence": "sam"},
+        {
+            "threshold": 0.3,
+            "length": 512,
+            "prompts": 6,
+            "hidden": 1024,
+            "rank": 32,
+            "alpha": 32,
+            "presence": "all",
+            "confidence": "sam",
+        },
         {
             "recipe": Recipe(epochs=5, batch_size=24, learning_rate=1e-4),
             "shortest": 800,
@@ -58,7 +68,16 @@ DEFAULTS = {
         },
     ),
     "ade": Defaults(
-        {"threshold": 0.2, "length": 1024, "prompts": 6, "hidden": 1024, "rank": 32, "alpha": 32, "confidence": "sam"},
+        {
+            "threshold": 0.2,
+            "length": 1024,
+            "prompts": 6,
+            "hidden": 1024,
+            "rank": 32,
+            "alpha": 32,
+            "presence": "all",
+            "confidence": "sam",
+        },
         {"recipe": Recipe(epochs=20, batch_size=24, learning_rate=1e-4), "shortest": 800, "longest": 1333},
     ),
 }

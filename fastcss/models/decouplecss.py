@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import SelectedTokens, merge_masks, select_tokens
+from ..ops.select_tokens import PRESENCES
 from .all_tasks import AllTasks
 from .class_detector import ClassDetector, DetectedClasses
 from .grounding_dino import LORA_SITES
@@ -76,6 +77,8 @@ class DecoupleCSS(nn.Module):
             share the image encoder; this is how the paper says its models were trained (appendix B.2), and six tasks
             take 22.5 MiB with the published shapes, the published 22.18 MB. "swin+fusion" or "convnext+fusion", as the
             detector's backbone is, adapt that as well (section 3.2.2): 41.9 MiB with Swin-T.
+        presence: of ``select_tokens``: "all", r of eq. A.2; or "best", what the first runs of this project have, with
+            which a class is overlooked whose tokens all are nearer to another one.
         confidence: one of ``CONFIDENCES``. The paper's is "sam", which knows nothing of classes: where two tasks take
             one object for theirs, "presence" asks which is the surer.
         initial_generator: of one class, and of the sizes above: what the generator of every new class begins as. By
@@ -96,12 +99,15 @@ class DecoupleCSS(nn.Module):
         rank: int = 32,
         alpha: float = 32,
         sites: str = "fusion",
+        presence: str = "all",
         confidence: str = "sam",
         initial_generator: PromptGenerator | None = None,
     ) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
             raise ValueError(f"DecoupleCSS: threshold must be above 0 and at most 1, got {threshold}")
+        if presence not in PRESENCES:
+            raise ValueError(f"DecoupleCSS: presence must be one of {', '.join(PRESENCES)}, got {presence!r}")
         if confidence not in CONFIDENCES:
             raise ValueError(f"DecoupleCSS: confidence must be one of {', '.join(CONFIDENCES)}, got {confidence!r}")
         _check_sites(sites, detector)
@@ -113,7 +119,7 @@ class DecoupleCSS(nn.Module):
         self.segmenter = segmenter.requires_grad_(False)
         self.initial_generator = initial_generator
         self.tasks = nn.ModuleList()
-        self.threshold, self.length, self.confidence = threshold, length, confidence
+        self.threshold, self.length, self.presence, self.confidence = threshold, length, presence, confidence
         self.generator_settings = sizes
         self.lora_settings = {"r": rank, "lora_alpha": alpha, "target_modules": LORA_SITES[sites]}
         self._all: AllTasks | None = None
@@ -176,7 +182,7 @@ class DecoupleCSS(nn.Module):
         if self._all is None or self._all.is_stale():
             self._all = AllTasks(self)
         found = self._all.detect(pixel_values) if mode == "one_pass" else self._all.detect_in_turn(pixel_values)
-        present = (found.counts > 0) & (found.presence >= self._all.thresholds)
+        present = _present(found, self._all.thresholds)
         embeddings, labels = self.segmenter.embed(sam_pixel_values), []
         for b, size in enumerate(sizes):
             index = present[b].nonzero()[:, 0]
@@ -200,7 +206,7 @@ class DecoupleCSS(nn.Module):
             detector = self.detector.get_base_model()
             phrases = detector.embed_phrases(task.input_ids, task.attention_mask)
             found = self.select(self.detector(pixel_values, phrases=phrases))
-            present = (found.counts > 0) & (found.presence >= task.thresholds)
+            present = _present(found, task.thresholds)
             embeddings = self.segmenter.embed(sam_pixel_values)
             for b in batch:
                 for k in present[b].nonzero()[:, 0].split(1):
@@ -223,8 +229,9 @@ class DecoupleCSS(nn.Module):
         return Segmentation(labels, torch.cat(presents, 1), torch.cat(presences, 1))
 
     def select(self, detected: DetectedClasses) -> SelectedTokens:
-        """The tokens of each class, eq. 3 and 4."""
-        return select_tokens(detected.tokens, detected.classes, threshold=self.threshold, length=self.length)
+        """The tokens of each class, eq. 3 and 4, and its presence."""
+        sizes = {"threshold": self.threshold, "length": self.length}
+        return select_tokens(detected.tokens, detected.classes, **sizes, presence=self.presence)
 
     def _rated(self, masks: Masks, presence: Tensor, thresholds: Tensor) -> Masks:
         if self.confidence == "sam":
@@ -284,6 +291,14 @@ class DecoupleCSS(nn.Module):
                 raise ValueError(f"DecoupleCSS.segment: {name} must have one entry an image, got {len(given)}")
         if any(max(crop) > wanted[-1] for crop in crops or ()):
             raise ValueError(f"DecoupleCSS.segment: crops must be within sam_pixel_values, {wanted[2:]}, got {crops}")
+
+
+def _present(found: SelectedTokens, thresholds: Tensor) -> Tensor:
+    """By r alone: a class that is best for no token is prompted for by what its generator has learned of it, L_k.
+
+    r is 0 where no token reaches τ, which is above 0; a task that is not calibrated has a threshold of 0.
+    """
+    return (found.presence > 0) & (found.presence >= thresholds)
 
 
 def _check_sites(sites: str, detector: ClassDetector) -> None:

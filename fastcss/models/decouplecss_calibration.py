@@ -53,7 +53,7 @@ def best_thresholds(presence: Tensor, present: Tensor) -> Tensor:
     highest: elsewhere more is absent. A class that no threshold finds anywhere has infinity: it is never present.
 
     Args:
-        presence: ``[n, c]``, r of eq. A.2, 0 where no token was selected, which is never present.
+        presence: ``[n, c]``, r of eq. A.2, 0 where no token reaches τ, which is never present.
         present: bool ``[n, c]``.
 
     Returns:

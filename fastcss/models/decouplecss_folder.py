@@ -236,7 +236,7 @@ def _settings(model: DecoupleCSS) -> dict:
     sites = next(name for name, pattern in LORA_SITES.items() if pattern == lora["target_modules"])
     return {
         "threshold": model.threshold, **model.generator_settings, "rank": lora["r"], "alpha": lora["lora_alpha"],
-        "sites": sites, "confidence": model.confidence,
+        "sites": sites, "presence": model.presence, "confidence": model.confidence,
     }  # fmt: skip
 
 
@@ -264,7 +264,9 @@ def _read_config(folder: Path) -> dict:
         raise ValueError(
             f"DecoupleCSS: {folder} is of version {config.get('version')}, this fastcss reads version {VERSION}"
         )
-    return _read_json(folder / "config.json", ("settings", "detector", "segmenter"))
+    config = _read_json(folder / "config.json", ("settings", "detector", "segmenter"))
+    config["settings"] = {"presence": "best"} | config["settings"]  # of runs from before eq. A.2 was followed
+    return config
 
 
 def _read_json(path: Path, keys: tuple[str, ...]) -> dict:

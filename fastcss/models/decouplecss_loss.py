@@ -59,13 +59,13 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def presence_probability(found: SelectedTokens, largest: Tensor, threshold: float) -> Tensor:
     """How probable it is that an image shows each class: p of eq. A.3, from the cosines.
 
-    The paper takes r of eq. A.2, the mean cosine of a class's tokens, for p, and so does this where the class has any.
-    Where it has none r is 0 whatever the weights, and a class that is overlooked would never learn to be seen. Its
-    largest cosine s takes the place of r there; and since that may be negative, below τ the line goes on as
+    The paper takes r of eq. A.2, the mean cosine of the tokens that reach τ with the class, for p, and so does this
+    where there is any. Else r is 0 whatever the weights, and a class that is overlooked would never learn to be seen.
+    Its largest cosine s takes the place of r there; and since that may be negative, below τ the line goes on as
     ``τ exp(s/τ - 1)``, which has its value and slope at τ and stays above 0: ``log p`` falls on as steeply as at τ.
 
     Args:
-        found: ``counts`` and ``presence`` ``[B, c]``.
+        found: ``presence`` ``[B, c]``, r, or 0 where no token reaches τ.
         largest: ``[B, c]``, the largest cosine of each class with any token.
         threshold: τ, above 0.
 
@@ -74,7 +74,7 @@ def presence_probability(found: SelectedTokens, largest: Tensor, threshold: floa
 
     Source: DecoupleCSS eq. A.2 and A.3; what is below τ is this project's.
     """
-    cosine = torch.where(found.counts > 0, _wide(found.presence), _wide(largest))
+    cosine = torch.where(found.presence > 0, _wide(found.presence), _wide(largest))
     below = threshold * ((cosine - threshold).clamp(max=0) / threshold).exp()
     return torch.where(cosine >= threshold, cosine, below)
 

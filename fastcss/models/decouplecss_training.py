@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..ops import SelectedTokens, select_tokens
+from ..ops import SelectedTokens
 from .class_detector import DetectedClasses
 from .decouplecss import DecoupleCSS, Task
 from .decouplecss_loss import asymmetric_loss, mask_loss, presence_probability, token_loss
@@ -256,7 +256,7 @@ def detect(
     selected, detected = [], []
     for members in groups.values():
         of = model.detector(torch.stack([pictures[b] for b in members]), phrases=phrases)
-        selected.append(select_tokens(of.tokens, of.classes, threshold=model.threshold, length=model.length))
+        selected.append(model.select(of))
         detected += [DetectedClasses(*each, of.shapes) for each in zip(of.tokens, of.classes, strict=True)]
     order = torch.tensor([b for members in groups.values() for b in members]).argsort()
     found = SelectedTokens(*(torch.cat(part)[order.to(phrases.device)] for part in zip(*selected, strict=True)))

@@ -60,7 +60,7 @@ def test_literal_is_what_the_parts_make(models, confidence):
         found = select_tokens(tokens, classes, threshold=0.05, length=128, impl="reference")
         for own in range(len(task.classes)):
             k += 1
-            if not found.counts[0, own] or found.presence[0, own] < task.thresholds[own]:
+            if not found.presence[0, own] or found.presence[0, own] < task.thresholds[own]:
                 continue
             prompt = task.generator(found.tokens[:, own], torch.tensor([own]))
             places = sam.get_image_wide_positional_embeddings()

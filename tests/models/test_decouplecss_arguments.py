@@ -19,6 +19,7 @@ from fastcss.models.sam import SamSegmenter
         ({"threshold": 0}, "threshold must be above 0 and at most 1, got 0"),
         ({"threshold": 1.5}, "threshold must be above 0 and at most 1, got 1.5"),
         ({"sites": "bert"}, "sites must be one of swin+fusion, convnext+fusion, fusion, got 'bert'"),
+        ({"presence": "most"}, "presence must be one of all, best, got 'most'"),
         ({"confidence": "best"}, "confidence must be one of sam, presence, got 'best'"),
         (
             {"sites": "convnext+fusion"},

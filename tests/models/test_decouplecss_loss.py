@@ -143,19 +143,19 @@ def test_certainty_is_finite(certain, gammas):
     assert p.grad.isfinite().all()
 
 
-def probability_of(presence: torch.Tensor, counts: torch.Tensor, largest: torch.Tensor, threshold: float = 0.3):
-    return presence_probability(SelectedTokens(torch.empty(0), counts, presence), largest, threshold)
+def probability_of(presence: torch.Tensor, largest: torch.Tensor, threshold: float = 0.3):
+    none = torch.zeros_like(presence).long()  # counts: of the tokens whose best class it is there may be none
+    return presence_probability(SelectedTokens(torch.empty(0), none, presence), largest, threshold)
 
 
-def test_probability_is_r_where_tokens_were_selected():
+def test_probability_is_r_where_tokens_reach_the_threshold():
     presence = torch.tensor([[0.31, 0.7, 0.999]])
-    assert torch.equal(probability_of(presence, torch.ones(1, 3).long(), torch.full((1, 3), -1.0)), presence)
+    assert torch.equal(probability_of(presence, torch.full((1, 3), -1.0)), presence)
 
 
 def test_a_class_without_tokens_is_pulled_up_by_its_largest_cosine():
-    largest = torch.tensor([[-1.0, -0.2, 0.0, 0.2, 0.299, 0.6]], requires_grad=True)  # 0.6: its token went elsewhere
-    presence, counts = torch.zeros(1, 6), torch.zeros(1, 6).long()
-    p = probability_of(presence, counts, largest)
+    largest = torch.tensor([[-1.0, -0.2, 0.0, 0.2, 0.299, 0.6]], requires_grad=True)  # 0.6: "best", and its token went elsewhere
+    p = probability_of(torch.zeros(1, 6), largest)
     assert (p > 0).all()
     assert (p.diff() > 0).all()
     p.log().sum().backward()
@@ -165,7 +165,7 @@ def test_a_class_without_tokens_is_pulled_up_by_its_largest_cosine():
 @pytest.mark.parametrize("threshold", [0.005, 0.3, 1.0])
 def test_probability_has_no_step_at_the_threshold(threshold):
     near = torch.tensor([[threshold * 0.9999, threshold, threshold * 1.0001]], requires_grad=True)
-    p = probability_of(torch.zeros(1, 3), torch.zeros(1, 3).long(), near, threshold)
+    p = probability_of(torch.zeros(1, 3), near, threshold)
     p.sum().backward()
     torch.testing.assert_close(p, near, rtol=1e-6, atol=0)
     torch.testing.assert_close(near.grad, torch.ones(1, 3), rtol=2e-4, atol=0)
@@ -173,5 +173,5 @@ def test_probability_has_no_step_at_the_threshold(threshold):
 
 def test_gradients_stay_finite_far_from_a_small_threshold():
     far = torch.tensor([[1.0, -1.0]], requires_grad=True)
-    probability_of(torch.zeros(1, 2), torch.zeros(1, 2).long(), far, 0.005).sum().backward()
+    probability_of(torch.zeros(1, 2), far, 0.005).sum().backward()
     assert far.grad.isfinite().all()

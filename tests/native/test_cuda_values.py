@@ -173,7 +173,7 @@ def test_merge_masks_passes_over_nan_and_masks_that_are_not_there(run):
 @pytest.mark.parametrize(
     ("batch", "count", "class_count", "channels", "length"),
     [
-        (2, 130, 37, 24, 60),
+        (2, 100, 37, 24, 60),
         (1, 1100, 3, 40, 500),
         (2, 40, 1, 5, 11),
         (1, 3, 2, 300, 700),
@@ -181,8 +181,16 @@ def test_merge_masks_passes_over_nan_and_masks_that_are_not_there(run):
         (0, 4, 3, 8, 5),
     ],
 )
-@pytest.mark.parametrize("best_only", [False, True])
-def test_select_tokens(run, batch, count, class_count, channels, length, best_only, dtype, layout):
+def test_select_tokens(run, batch, count, class_count, channels, length, dtype, layout):
+    assert_selects(run, (batch, count, class_count, channels, length), False, dtype, layout)
+
+
+def test_select_tokens_with_presence_of_the_best(run):
+    assert_selects(run, (1, 100, 37, 24, 60), True, torch.float32, "slice")
+
+
+def assert_selects(run, shape: tuple[int, ...], best_only: bool, dtype: torch.dtype, layout: str) -> None:
+    batch, count, class_count, channels, length = shape
     tokens, classes = (
         normal(batch, count, channels, dtype=dtype),
         normal(batch, class_count, channels, seed=1, dtype=dtype),
