@@ -78,7 +78,8 @@ def _tokens_and_classes(shape: dict, device: str) -> tuple[Tensor, Tensor]:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs of the cosines, and in the backward pass of one class a token; bytes in and out of memory."""
+    """FLOPs of the cosines, and in the backward pass of a class a token, as the inputs have it; bytes in and out of memory.
+    """
     n, c, d, length = (shape[name] for name in ("N", "C", "D", "length"))
     flops, moved = 2 * n * c * d, n * d + c * d + c * length
     return (flops, moved * itemsize) if mode == "fwd" else (flops + 4 * n * d, 2 * moved * itemsize)
@@ -91,12 +92,12 @@ def _literal(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> 
     selected, counts, presence = [], [], []
     for b in range(len(tokens)):
         for c in range(classes.shape[1]):
-            kept = (best[b] == c) & (value[b] >= threshold)
-            flat = tokens[b][kept].flatten()[:length]
+            own = tokens[b][(best[b] == c) & (value[b] >= threshold)]
+            flat = own.flatten()[:length]
             selected.append(F.pad(flat, (0, length - len(flat))))
-            cosines = value[b][kept]
-            counts.append(len(cosines))
-            presence.append(cosines.mean() if len(cosines) else value.new_zeros(()))
+            counts.append(len(own))
+            reaching = cosine[b, :, c][cosine[b, :, c] >= threshold]
+            presence.append(reaching.mean() if len(reaching) else value.new_zeros(()))
     shape = classes.shape[:2]
     counts = torch.tensor(counts, device=tokens.device).view(shape)
     return torch.stack(selected).view(*shape, length), counts, torch.stack(presence).view(shape)
@@ -109,8 +110,9 @@ def _sorted(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> t
     value, best = cosine.max(dim=2)
     best = torch.where(value >= threshold, best, class_count)  # [B, N]; the last class is none
     counts = best.new_zeros(len(best), class_count + 1).scatter_add_(1, best, torch.ones_like(best))
-    total = value.float().new_zeros(counts.shape).scatter_add(1, best, value.float())
-    presence = (total / counts.clamp(min=1)).to(tokens.dtype)[:, :class_count]
+    reaches = cosine >= threshold
+    total = torch.where(reaches, cosine, 0).sum(dim=1, dtype=torch.float32)
+    presence = (total / reaches.sum(dim=1).clamp(min=1)).to(tokens.dtype)
     order = best.argsort(dim=1, stable=True)
     rank = torch.arange(places, device=tokens.device)
     first = (counts.cumsum(dim=1) - counts)[:, :class_count, None]

@@ -168,7 +168,7 @@ OPS = {
         test_select_tokens.make,
         lambda n: tuples(n(0, 3), n(0, 300), n(1, 40), n(4, 80), n(1, 300)),
         test_select_tokens.assert_as_good_as_eager,
-        {"threshold": sampled_from([0.1, 0.0, -0.3])},
+        {"threshold": sampled_from([0.1, 0.0, -0.3]), "presence": sampled_from(["all", "best"])},
     ),
     "prompt_mlp": Drawn(test_prompt_mlp.make, lambda n: tuples(n(0, 30), n(1, 9), n(0, 90), n(0, 90), n(0, 90))),
     "merge_masks": Drawn(

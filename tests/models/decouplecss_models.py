@@ -67,7 +67,7 @@ def add_task(model: DecoupleCSS, classes: int) -> None:
     """With an adapter as if it were trained: as it comes it does nothing."""
     number = len(model.tasks)
     task = model.add_task([f"class {number}.{k}" for k in range(classes)], phrases(classes, number))
-    task.thresholds.fill_(0.1)
+    task.thresholds.fill_(0.101)
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for name, parameter in model.detector.named_parameters():

@@ -84,6 +84,11 @@ def test_a_cosine_is_between_minus_1_and_1(threshold):
     refused("select_tokens", TypeError, "threshold must be a number, got str", threshold="0.3")
 
 
+@pytest.mark.parametrize("presence", ["mean", "", None, True])
+def test_presence_is_of_all_tokens_or_of_the_best(presence):
+    refused("select_tokens", ValueError, f"presence must be one of all, best, got {presence!r}", presence=presence)
+
+
 @pytest.mark.parametrize(("index", "low", "high"), [([2, -2], -2, 2), ([3, 0], 0, 3), ([-1, 2**40], -1, 2**40)])
 @pytest.mark.parametrize("impl", ["reference", "composed", "auto"])
 def test_classes_of_prompts_in_range(index, low, high, impl):
