@@ -132,7 +132,7 @@ class Adapted(nn.Module):
         """What ``pack`` makes of these adapters; kept as long as none of them changes, made anew where they train."""
         weights = [w for w in map(self.adapters.__getitem__, tasks) if w is not None]
         tensors = [t for w in weights for t in (w.a, w.b, w.bias) if t is not None]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return self.pack(tasks)
         stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
         kept = self._packs.get(tasks)

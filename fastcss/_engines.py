@@ -43,6 +43,8 @@ class Engine:
         replay: Callable[[], object],
     ) -> object:
         """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``."""
+        if torch.compiler.is_exporting():
+            return self._exported(replay)
         must_replay = stand_in.must_replay()
         if self._asked == "vmap" and (must_replay or vmap is None):
             reason = must_replay or "the inputs of the samples differ in more than values (in shape, say)"
@@ -52,6 +54,12 @@ class Engine:
         if vmap is None or self.name(stand_in.training) == "replay":
             return replay()
         return self._try(stand_in, inputs, vmap, replay)
+
+    def _exported(self, replay: Callable[[], object]) -> object:
+        """torch.export has no way to hold an autograd function under vmap, which every adapted layer is."""
+        if self._asked == "vmap":
+            raise RuntimeError("one_pass: engine 'vmap' cannot be exported; engine='replay' or 'auto' can")
+        return replay()
 
     def _try(
         self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]

@@ -216,7 +216,7 @@ class Axes:
         if leaf.dim() > 1 and not bool((leaf == leaf[:1]).all()):
             raise ValueError(
                 f"one_pass: output {name!r}, {list(leaf.shape[1:])} for each sample, has no batch axis, so route "
-                "cannot put the samples' together; leave it out of the model's output, or call the runner once an adapter"
+                "cannot put the samples' together; leave it out of the output, or call the runner once an adapter"
             )
         return leaf[0] if leaf.dim() > 1 else leaf
 

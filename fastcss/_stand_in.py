@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -30,6 +31,7 @@ class StandIn:
     """A structural copy of ``model`` that shares its tensors, with all adapters in each adapted layer."""
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+        _warn_of_fused_encoders(model, adapters)
         tensors = chain(model.parameters(), model.buffers())
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
         self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
@@ -79,7 +81,7 @@ class StandIn:
         ``known`` are the ids of the tensors that earlier runs wrote, None where there was none.
         """
         if self._modules is None:
-            self._modules = list(self.model.modules())
+            self._modules = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
         copied = tensors if known is None else [t for t in tensors if id(t) in known]
         self._slots.undo = Undo(self._modules, tensors, copied)
@@ -254,3 +256,16 @@ class StandIn:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
             yield SharedWork([*self.tensors(), *inputs.tensors])
+
+
+def _warn_of_fused_encoders(model: nn.Module, adapters: Adapters) -> None:
+    for name, module in model.named_modules():
+        inside = [layer for layer in adapters.layers if layer.startswith(f"{name}." if name else "")]
+        if isinstance(module, nn.TransformerEncoderLayer) and inside:
+            warnings.warn(
+                f"one_pass: layer {inside[0]!r} is in a torch.nn.TransformerEncoderLayer, which in eval mode without "
+                "gradients reads its layers' weights past PEFT, so that PEFT's own output ignores the adapter; one pass "
+                "applies it, as PEFT does in training (or after torch.backends.mha.set_fastpath_enabled(False))",
+                stacklevel=5,
+            )
+            return

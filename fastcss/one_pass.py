@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ._capture import Captures
 from ._engines import Engine
@@ -35,6 +36,8 @@ class OnePass:
             them on a GPU; on a CPU as many as keep its tensors small enough for the C library and the caches.
         fuse: run the model's own modules on the fused ops, as ``fastcss.fuse`` does (here on the runner's copy). None:
             where that was measured to be faster, which is on a CPU.
+        task_dim: 0, or 1 for outputs ``[B, T, …]``: what takes the first axis of an output for the batch, as
+            transformers' Trainer and accelerate's ``gather_for_metrics`` do, would cut the tasks otherwise.
 
     Attributes:
         adapters: the adapters' names, in the order of the task axis.
@@ -49,9 +52,16 @@ class OnePass:
     """
 
     def __init__(
-        self, model: nn.Module, *, engine: str = "auto", group_size: int | None = None, fuse: bool | None = None
+        self,
+        model: nn.Module,
+        *,
+        engine: str = "auto",
+        group_size: int | None = None,
+        fuse: bool | None = None,
+        task_dim: int = 0,
     ) -> None:
         self._build(*read_peft(model), engine, group_size, fuse)
+        self.task_dim = _check_task_dim(task_dim)
 
     @classmethod
     def from_directories(
@@ -63,6 +73,7 @@ class OnePass:
         engine: str = "auto",
         group_size: int | None = None,
         fuse: bool | None = None,
+        task_dim: int = 0,
     ) -> OnePass:
         """A runner for a bare model and adapters saved by PEFT, without PEFT.
 
@@ -75,7 +86,7 @@ class OnePass:
             model: the base model of the adapters.
             directories: PEFT adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``).
             names: the adapters' names, by default the folders'.
-            engine, group_size, fuse: as for ``OnePass``.
+            engine, group_size, fuse, task_dim: as for ``OnePass``.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would
@@ -84,6 +95,7 @@ class OnePass:
         """
         runner = cls.__new__(cls)
         runner._build(model, read_directories(model, directories, names), engine, group_size, fuse)
+        runner.task_dim = _check_task_dim(task_dim)
         return runner
 
     def _build(
@@ -135,7 +147,7 @@ class OnePass:
 
         Returns:
             The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
-            view where the output does not depend on them). With ``route`` there is no such axis, only the model's own;
+            view where the output does not depend on them); with ``task_dim=1`` that is the second axis. With ``route`` there is no such axis, only the model's own;
             a number (a loss, say) becomes one a sample, ``[B]``.
 
         Raises:
@@ -195,12 +207,13 @@ class OnePass:
     def _all_tasks(self, tasks: tuple[int, ...], *args, per_adapter: dict[str, Tensor] | None = None, **kwargs):
         inputs = Inputs(args, kwargs, per_adapter or {})
         stand_in, size = self._stand_in, self.group_size
-        return self._engine.run(
+        output = self._engine.run(
             stand_in,
             inputs,
             lambda: stand_in.side_by_side(tasks, size, inputs),
             lambda: stand_in.in_turn(tasks, inputs),
         )
+        return output if self.task_dim == 0 else pytree.tree_map(_task_axis_second, output)
 
     def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:
         if adapters is None:
@@ -222,6 +235,16 @@ def _check_per_adapter(per_adapter: Mapping[str, Tensor], kwargs: dict, tasks: i
         if tensor.shape[:1] != (tasks,):
             raise ValueError(f"one_pass: per_adapter[{name!r}] must be [{tasks}, …], got {list(tensor.shape)}")
     return dict(per_adapter)
+
+
+def _check_task_dim(dim: int) -> int:
+    if dim not in (0, 1):
+        raise ValueError(f"one_pass: task_dim must be 0 or 1, got {dim!r}")
+    return dim
+
+
+def _task_axis_second(leaf: object) -> object:
+    return leaf.movedim(0, 1) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf
 
 
 def _check_route(route: Tensor, adapters: object, per_adapter: object, names: tuple[str, ...]) -> Tensor:
