@@ -264,8 +264,8 @@ def _warn_of_fused_encoders(model: nn.Module, adapters: Adapters) -> None:
         if isinstance(module, nn.TransformerEncoderLayer) and inside:
             warnings.warn(
                 f"one_pass: layer {inside[0]!r} is in a torch.nn.TransformerEncoderLayer, which in eval mode without "
-                "gradients reads its layers' weights past PEFT, so that PEFT's own output ignores the adapter; one pass "
-                "applies it, as PEFT does in training (or after torch.backends.mha.set_fastpath_enabled(False))",
+                "gradients reads its layers' weights past PEFT, so that PEFT's own output ignores the adapter; one "
+                "pass applies it, as PEFT does in training (or after torch.backends.mha.set_fastpath_enabled(False))",
                 stacklevel=5,
             )
             return

@@ -147,8 +147,8 @@ class OnePass:
 
         Returns:
             The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
-            view where the output does not depend on them); with ``task_dim=1`` that is the second axis. With ``route`` there is no such axis, only the model's own;
-            a number (a loss, say) becomes one a sample, ``[B]``.
+            view where the output does not depend on them); with ``task_dim=1`` that is the second axis. With ``route``
+            there is no such axis, only the model's own; a number (a loss, say) becomes one a sample, ``[B]``.
 
         Raises:
             KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route.

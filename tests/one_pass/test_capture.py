@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from adapted_models import adapt
 from pretend_cuda import PretendDevice, PretendGraph, to_device
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -210,3 +211,32 @@ def test_what_is_lifted_are_faults(fuse, device):
             runner(**example)
     assert "aten._to_copy.default" in pretended.faults  # numbers made into tensors
     assert ("aten._local_scalar_dense.default" in pretended.faults) == (not fuse)  # the check of the levels' sizes
+
+
+class TwoTensors(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, moving, *, kept):
+        return self.layer(moving) + kept
+
+
+def test_a_tensor_that_is_fixed_and_moving(place):
+    """Given twice in the example: the fixed place keeps it, the moving one takes what later calls give."""
+    torch.manual_seed(0)
+    sites = {"r": 2, "target_modules": ["layer"]}
+    runner = fastcss.one_pass(moved(adapt(TwoTensors(), sites, sites), place))
+    x, other = moved(torch.randn(3, 4), place), moved(torch.randn(3, 4), place)
+    runner.capture(x, kept=x, fixed=("kept",))
+    with torch.no_grad():
+        for moving in (other, x):
+            assert_same_bits(leaves(runner(moving, kept=x)), eager_of(runner, moving, kept=x))
+
+
+def eager_of(runner, *args, **kwargs) -> list[Tensor]:
+    captures, runner._captures = runner._captures, _capture.Captures()
+    try:
+        return leaves(runner(*args, **kwargs))
+    finally:
+        runner._captures = captures

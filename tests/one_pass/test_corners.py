@@ -1,4 +1,4 @@
-"""Where the runner meets torch's and other libraries' own ways: subclasses, scripts, exporters, trainers, fused layers."""
+"""Where the runner meets others: tensor subclasses, scripts, exporters, trainers, torch's fused layers."""
 
 from __future__ import annotations
 
