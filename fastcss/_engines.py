@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ._eager_parts import eager_parts
+from ._kept import KeepsError, where_kept
 from ._leaves import Inputs
 from ._stand_in import StandIn
 from ._task_rules import Disagreement
@@ -25,6 +26,7 @@ class Engine:
         self._asked = asked
         # All by training:
         self._refused: dict[bool, str] = {}  # why vmap does not run the model
+        self._spoilt: str | None = None  # why the runner's copy of the model is of no use any more
         self._failed: dict[bool, str] = {}  # how the last run under vmap failed, where replay did not
         self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the buffers that it writes
 
@@ -43,6 +45,8 @@ class Engine:
         replay: Callable[[], object],
     ) -> object:
         """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``."""
+        if self._spoilt:
+            raise RuntimeError(self._spoilt)
         if torch.compiler.is_exporting():
             return self._exported(replay)
         must_replay = stand_in.must_replay()
@@ -73,6 +77,7 @@ class Engine:
                 if self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
                     raise
                 failure = error
+                self._check_clean(stand_in, error)
             else:
                 self._failed.pop(training, None)
                 self._written[training] = self._written.get(training, set()) | {id(t) for t in undo.written()}
@@ -80,13 +85,22 @@ class Engine:
         result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
         reason = _reason(failure)
         # An error that is not vmap's own may have passed by itself; the next call tells.
-        if isinstance(failure, Disagreement) or any(word in str(failure) for word in _OF_VMAP):
+        if isinstance(failure, (Disagreement, KeepsError)) or any(word in str(failure) for word in _OF_VMAP):
             self._refuse(stand_in, reason)
         elif training in self._failed:
             self._refuse(stand_in, f"{reason} (twice under vmap, and not in turn)")
         else:
             self._failed[training] = reason
         return result
+
+    def _check_clean(self, stand_in: StandIn, error: Exception) -> None:
+        """Raise where values of the failed run are still in the model: no later run could tell them from its own."""
+        if isinstance(error, KeepsError) and where_kept(stand_in.model, error.tensors):
+            self._spoilt = (
+                f"one_pass: {type(stand_in.model).__name__} cannot run under vmap: {error}, where nothing can take it "
+                "back; build another runner with engine='replay'"
+            )
+            raise RuntimeError(self._spoilt) from None
 
     def _refuse(self, stand_in: StandIn, reason: str) -> None:
         self._refused[stand_in.training] = reason

@@ -30,6 +30,14 @@ class KeptError(RuntimeError):
         )
 
 
+class KeepsError(RuntimeError):
+    """A run under vmap left ``tensors`` of its tasks in the model."""
+
+    def __init__(self, place: str, tensors: list[Tensor]) -> None:
+        super().__init__(f"the model keeps a value that differs between the tasks after its call, in {place!r}")
+        self.tensors = tensors
+
+
 def mark(tensor: Tensor, origin: tuple) -> Tensor:
     """``tensor``, which from now on is known to depend on the adapter of ``origin``."""
     setattr(tensor, _ORIGIN, origin)

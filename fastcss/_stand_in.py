@@ -16,12 +16,12 @@ from ._adapted import Adapted, Slots
 from ._adapted_layers import adapted
 from ._checkpoints import bind_checkpoints
 from ._group_size import Widest, group_size
-from ._kept import KeptError, Mapped, OneTask, mark, where_kept
+from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, where_kept
 from ._leaves import Inputs, Output, join
 from ._read_adapters import Adapters
 from ._replay import SharedWork
 from ._samples import Axes, Samples
-from ._task_rules import Disagreement, TaskRules, is_mapped
+from ._task_rules import TaskRules, is_mapped
 from ._undo import Undo
 
 MOST_KINDS = 256  # of batches, whose outputs are known to be put together in some way
@@ -226,7 +226,7 @@ class StandIn:
         alive = mapped.alive(output.mapped_leaves())
         kept = where_kept(self.model, alive) if alive else None
         if kept:
-            raise Disagreement(f"the model keeps a value that differs between the tasks after its call, in {kept!r}")
+            raise KeepsError(kept, alive)
 
     def _single(self, tasks: tuple[int, ...], inputs: Inputs, shared: SharedWork | None) -> Output:
         """The model with one adapter or, with ``tasks`` empty, none."""

@@ -213,6 +213,33 @@ def test_one_adapters_features_are_no_others(engine):
             runner(x, adapters=["task0"])
 
 
+@pytest.mark.filterwarnings("ignore:.*does not run under vmap")
+@torch.no_grad()
+def test_what_vmap_leaves_in_a_cache_spoils_no_later_call():
+    model, x = remembers(True), torch.rand(3, 4)
+    model.get_base_model().known = Cache()
+    runner = fastcss.one_pass(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot run under vmap: the model keeps.*in 'known', where nothing"):
+            runner(x)
+
+
+class Cache:
+    """No list or dict, so that nobody knows how to put it back."""
+
+    def __init__(self):
+        self.features = {}
+
+    def __contains__(self, key):
+        return key in self.features
+
+    def __getitem__(self, key):
+        return self.features[key]
+
+    def __setitem__(self, key, value):
+        self.features[key] = value
+
+
 @pytest.mark.parametrize("engine", ["vmap", "replay"])
 @torch.no_grad()
 def test_features_that_no_adapter_touches_may_be_kept(engine):
