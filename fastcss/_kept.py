@@ -58,8 +58,11 @@ class OneTask:
     def depends(self, func: Callable, args: tuple, kwargs: dict) -> bool:
         """Whether a call depends on the adapter; raises where that is another pass's."""
         found = False
-        for tensor in _tensors(args, kwargs):
-            origin = getattr(tensor, _ORIGIN, None)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, (list, tuple)):
+                found |= self.depends(func, tuple(value), {})
+                continue
+            tensor, origin = value, getattr(value, _ORIGIN, None)
             if origin is None:
                 continue
             if origin != self._origin and origin[0] is self._origin[0]:
@@ -69,9 +72,9 @@ class OneTask:
 
     def follow(self, result: object) -> None:
         """The result of a call that depends on the adapter."""
-        for tensor in _tensors((result,), {}):
-            if id(tensor) not in self._owned:
-                mark(tensor, self._origin)
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, Tensor) and id(value) not in self._owned:
+                mark(value, self._origin)
 
 
 class Mapped:
@@ -123,12 +126,3 @@ def _inside(value: object) -> Iterator[object]:
         yield from (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
     elif not isinstance(value, (type, types.ModuleType)):
         yield from getattr(value, "__dict__", {}).values()
-
-
-def _tensors(args: tuple, kwargs: dict) -> Iterator[Tensor]:
-    """The tensors among arguments, and in lists and tuples there: enough to meet all that a call works on."""
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, Tensor))

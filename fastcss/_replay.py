@@ -67,16 +67,18 @@ class SharedWork(TorchFunctionMode):
                 return pytree.tree_unflatten(known, form)
         if key is None:
             result, again = func(*args, **kwargs), False
+            if isinstance(result, Tensor) and func not in _UNCOUNTED:  # nearly all of these calls
+                return result
         else:
             result, drew = draws(func, args, kwargs, leaves, structure)
             again = not drew
         returned, form = pytree.tree_flatten(result)
         if func in _UNCOUNTED or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in returned):
             self._unshare(_tensors(leaves))
-        writes = not all(map(self.is_shared, _tensors(leaves)))
         # What gives nothing back is called for what it does: no_grad, say, which torch shows to its modes as a call.
         again = again and bool(returned) and all(isinstance(leaf, (Tensor, int, float)) for leaf in returned)
-        if again and not writes and not any(map(Tensor.is_inference, _tensors(returned))):
+        again = again and all(map(self.is_shared, _tensors(leaves)))  # else it has written them
+        if again and not any(map(Tensor.is_inference, _tensors(returned))):
             self._results[key] = returned, form
             self._share(_tensors(returned))
         return result
@@ -111,7 +113,8 @@ def _surroundings() -> tuple:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        *((torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None) for d in _DEVICES),
+        torch._C._is_any_autocast_enabled()
+        and tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _DEVICES),
     )
 
 

@@ -220,7 +220,7 @@ def test_what_vmap_leaves_in_a_cache_spoils_no_later_call():
     model.get_base_model().known = Cache()
     runner = fastcss.one_pass(model)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="cannot run under vmap: the model keeps.*in 'known', where nothing"):
+        with pytest.raises(RuntimeError, match=r"cannot run under vmap: the model keeps.*in 'known', where nothing"):
             runner(x)
 
 
