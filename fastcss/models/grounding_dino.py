@@ -155,10 +155,12 @@ class GroundingDinoEncoder(nn.Module):
             pixel_mask = torch.ones(
                 pixel_values.shape[0], *pixel_values.shape[-2:], dtype=torch.long, device=pixel_values.device
             )
-        missing = [max(0, self._least_side - side) for side in pixel_values.shape[-2:]]
-        if any(missing):
-            padding = (0, missing[1], 0, missing[0])
-            pixel_values, pixel_mask = (nn.functional.pad(of, padding) for of in (pixel_values, pixel_mask))
+        if self._least_side > 1:
+            height, width = (max(0, self._least_side - side) for side in pixel_values.shape[-2:])
+            pixel_values, pixel_mask = (
+                nn.functional.pad(of, (0, width, 0, height)) if height or width else of
+                for of in (pixel_values, pixel_mask)
+            )
         maps, positions = self.backbone(pixel_values, pixel_mask)
         last = maps[-1][0]
         levels, masks = [], []
