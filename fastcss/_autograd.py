@@ -1,4 +1,11 @@
-"""What the ops' autograd functions share: gradients that are once differentiable, and vmap as a larger batch."""
+"""Gradients of the raw ops, under every transform of torch, and torch.vmap as a larger batch.
+
+A raw op has its gradient in two places, from one ``torch.autograd.Function``. What ``Kernels`` gives for a call asks
+whether autograd has anything to record, and goes to the Function, or past autograd, by itself: that is the quicker. The
+raw op itself has the same Function at torch's dispatch key for autograd, for whoever meets the op in the dispatcher:
+``torch.compile`` and ``torch.export``, whose graphs name raw ops, and ``torch.func``, whose levels each come by there.
+Without it torch would drop the gradient, and a tangent, without a word.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +13,56 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _any_requires_grad, _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from ._schema import COMPILED, LIBRARY
+
+
+class Kernels:
+    """The implementations of the raw op ``name``, differentiable by ``function``.
+
+    Args:
+        function: its ``forward`` has the arguments of the raw op and then the name of the implementation, and calls
+            ``beneath``.
+        vmap: what the mapped axis becomes, ``fold_vmap`` or the like.
+
+    Attributes:
+        beneath: implementation → the raw op where autograd is not asked any more.
+    """
+
+    def __init__(self, name: str, function: type[torch.autograd.Function], *, vmap: Callable) -> None:
+        self.beneath: dict[str, Callable] = {}
+        self._calls: dict[str, Callable] = {}
+        function.jvp = staticmethod(_no_tangents(name))
+        for impl, op in kernels(name).items():
+            self.beneath[impl] = _beneath(op)
+            self._calls[impl] = _call(op, function, impl)
+            LIBRARY.impl(f"{name}.{impl}", _at_autograd_key(op, function, impl), "Autograd", with_keyset=True)
+        register_vmap(name, vmap)
+
+    def __getitem__(self, impl: str) -> Callable:
+        return self._calls[impl]
+
+
+def once_differentiable(name: str, *, vmap: Callable) -> Kernels:
+    """The raw op ``name`` of an op's backward pass: differentiating its gradients (create_graph=True) raises."""
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            *arguments, impl = arguments
+            return backward.beneath[impl](*arguments)
+
+        @staticmethod
+        def backward(ctx, *_):
+            op = name.removesuffix("_backward")
+            raise RuntimeError(f"{op}: differentiable once only; for second derivatives use impl='composed'")
+
+    backward = Kernels(name, Gradient, vmap=vmap)
+    return backward
 
 
 def kernels(name: str) -> dict[str, Callable]:
@@ -15,40 +70,81 @@ def kernels(name: str) -> dict[str, Callable]:
     return {impl: getattr(getattr(torch.ops.fastcss, name), impl) for impl in COMPILED}
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives (``torch.func.jvp``, ``forward_ad.dual_level``) are being taken."""
+    return forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler: the transforms within a
+# compiled function are entered while it is traced, and torch guards those around it.
+forward_mode._dynamo_marked_constant = True
+
+
+def _call(op: Callable, function: type[torch.autograd.Function], impl: str) -> Callable:
+    def call(*arguments):
+        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or torch._C._get_tracing_state():
+            return op(*arguments)
+        if _is_recorded(arguments):
+            return function.apply(*arguments, impl)
+        with _AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return call
+
+
+def _at_autograd_key(op: Callable, function: type[torch.autograd.Function], impl: str) -> Callable:
+    # Of torch.func's levels the dispatcher gives one at a time; the outer ones come by when `beneath` goes on to them.
+    methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
+    one_level = type(function.__name__, (_SingleLevelFunction,), methods)
+
+    def kernel(keyset, *arguments):
+        if not _is_recorded(arguments):
+            with _AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        with enable_single_level_autograd_function():
+            return one_level.apply(*arguments, impl)
+
+    return kernel
+
+
+def _is_recorded(arguments: Sequence) -> bool:
+    return (torch.is_grad_enabled() and _any_requires_grad(*arguments)) or forward_ad._current_level >= 0
+
+
+def _beneath(op: Callable) -> Callable:
+    def beneath(*arguments):
+        if not _are_functorch_transforms_active():
+            with _AutoDispatchBelowAutograd():
+                return op(*arguments)
+        # A Function turns both modes off for its forward pass, where torch.func's outer levels have yet to record it.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    return beneath
+
+
+def _no_tangents(name: str) -> Callable:
+    def jvp(ctx, *tangents):
+        op = name.removesuffix("_backward")
+        raise NotImplementedError(
+            f"{op}: the compiled implementations have no forward-mode derivatives (jvp, jacfwd, hessian); use "
+            "impl='composed', or impl='auto' within the transform"
+        )
+
+    return jvp
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Autograd must see a call on these."""
-    return torch.is_grad_enabled() and any(tensor is not None and requires_grad(tensor) for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and _requires_grad(tensor) for tensor in tensors)
 
 
-def requires_grad(tensor: Tensor) -> bool:
+def _requires_grad(tensor: Tensor) -> bool:
     """Also of a tensor mapped by torch.vmap, whose wrapper says no where what it wraps says yes."""
     if not torch.compiler.is_compiling():
         while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad
-
-
-def once_differentiable(op: str, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Gradients tied to what they were computed from, so that differentiating them (create_graph=True) raises."""
-    if not torch.is_grad_enabled():
-        return grads
-    return _OnceDifferentiable.apply(op, len(inputs), *inputs, *grads)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op, count, *tensors):
-        return tuple(None if g is None else g.view_as(g) for g in tensors[count:])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.op}: differentiable once only; for second derivatives use impl='composed'")
 
 
 def fold_vmap(op: Callable, batch: int, in_dims: Sequence[int | None], arguments: Sequence):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _nvrtc
+from ._autograd import forward_mode
 
 IMPLEMENTATIONS = ("reference", "composed", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,11 +122,15 @@ def why_not(impl: str, x: Tensor, op: str | None = None) -> str | None:
 def choose(op: str, impl: str, x: Tensor) -> str:
     """The implementation to run: the one asked for, or the fastest that can run where ``impl`` is "auto".
 
+    Within forward-mode differentiation that is "composed".
+
     Raises:
         ValueError: ``impl`` is unknown.
         RuntimeError: the implementation asked for cannot run here; the message says why.
     """
     if impl == "auto":
+        if forward_mode():
+            return "composed"  # kernels have no tangents
         for name in ("cpu",) if x.device.type == "cpu" else MEASURED_ON_GPU.get(op, ()):
             if why_not(name, x, op) is None:
                 return name

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backends
+from ._autograd import forward_mode
 from .ops import multi_lora
 from .packed_lora import PackedLora
 
@@ -47,6 +48,8 @@ def _own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.dim() == 2
         and math.prod(x.shape[:-1]) >= FEWEST_ROWS
         and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_tracing_state() is None  # torch.jit.trace records torch's own calls
+        and not forward_mode()  # torch's linear has tangents
         and _backends.why_not("cpu", x) is None
     )
 

@@ -14,8 +14,15 @@ def one_call(op: Callable) -> Callable:
 
     @functools.wraps(op)
     def call(*args, **kwargs):
-        if torch._C._is_torch_function_mode_enabled():
+        if _watched():
             return handle_torch_function(call, (), *args, **kwargs)
         return op(*args, **kwargs)
 
     return call
+
+
+def _watched() -> bool:
+    # Of the two questions torch 2.10 can compile only the second.
+    if not torch.compiler.is_compiling():
+        return torch._C._is_torch_function_mode_enabled()
+    return torch._C._len_torch_function_stack() > 0

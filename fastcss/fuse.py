@@ -73,6 +73,8 @@ def fuse(model: nn.Module) -> Fusion:
     it had. Hooks on Swin's projections get the map in one piece, no longer cut into windows. Results are the same to
     the rounding of the dtype, and can be differentiated once.
 
+    Who quantizes with ``torch.ao.quantization`` does it before: it would pass over fused linear layers, and is refused.
+
     Attention weights are never stored, so that no model can return them: asked for them it raises ValueError, but for
     Donut, MaskFormer's Swin and CLAP, which then run as before, and so does a module in training with dropout of
     attention weights.

@@ -16,6 +16,9 @@ _tables: dict[str, list[dict]] = defaultdict(list)
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors of the tests live")
     parser.addoption(
+        "--all-transforms", action="store_true", help="every op under every pair of transforms (tests/hardening)"
+    )
+    parser.addoption(
         "--fuzz-examples", type=int, help="random examples of each op, new ones each time (tests/hardening)"
     )
 

@@ -15,7 +15,7 @@ LEAST = -50000.0
 #   logarithm of Σ e^(t - largest). One number for both would lose what a large t leaves of the logarithm.
 _BI_ATTENTION = (
     "(Tensor q, Tensor k, Tensor v_image, Tensor v_text, Tensor? text_mask, Tensor? image_mask, float scale, "
-    "int group) -> (Tensor image, Tensor text, Tensor image_stats, Tensor text_stats, Tensor floor)"
+    "SymInt group) -> (Tensor image, Tensor text, Tensor image_stats, Tensor text_stats, Tensor floor)"
 )
 
 

@@ -7,7 +7,7 @@ from ._library import define
 # are from pack_text, or empty. k ≤ T. cost [B, k, P, H, W] in the dtype
 # of image, index int64 [B, k], best class first, ties by lower class; score [B, k] = max of cost over P, H, W.
 _COST_FILTER = (
-    "(Tensor image, Tensor text, Tensor scale, Tensor panels, int k) -> (Tensor cost, Tensor index, Tensor score)"
+    "(Tensor image, Tensor text, Tensor scale, Tensor panels, SymInt k) -> (Tensor cost, Tensor index, Tensor score)"
 )
 
 
@@ -47,7 +47,7 @@ def _pack_text_fake(text, want_panels) -> tuple[Tensor, Tensor]:
 define("pack_text", _PACK_TEXT, _pack_text_fake)
 
 # score [B, T]; the k ≤ T best of each row in order, NaN above all, ties by lower index. index int64.
-_TOP_CLASSES = "(Tensor score, int k) -> (Tensor score, Tensor index)"
+_TOP_CLASSES = "(Tensor score, SymInt k) -> (Tensor score, Tensor index)"
 
 
 def _top_classes_fake(score, k) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@ from ._library import define
 
 # value [B, S, heads, D]; shapes: h and w of each level in turn, Σ h w = S; reference_points [B, Q, levels, 2 or 4];
 # offsets [B, Q, heads, levels, points, 2], logits [B, Q, heads, levels, points]. → [B, Q, heads · D].
-_DEFORMABLE_ATTENTION = "(Tensor value, int[] shapes, Tensor reference_points, Tensor offsets, Tensor logits) -> Tensor"
+_DEFORMABLE_ATTENTION = (
+    "(Tensor value, SymInt[] shapes, Tensor reference_points, Tensor offsets, Tensor logits) -> Tensor"
+)
 
 
 def _deformable_attention_fake(value, shapes, reference_points, offsets, logits) -> Tensor:
@@ -15,7 +17,7 @@ define("deformable_attention", _DEFORMABLE_ATTENTION, _deformable_attention_fake
 
 # dreference is empty unless need_reference.
 _DEFORMABLE_ATTENTION_BACKWARD = (
-    "(Tensor dout, Tensor value, int[] shapes, Tensor reference_points, Tensor offsets, Tensor logits, "
+    "(Tensor dout, Tensor value, SymInt[] shapes, Tensor reference_points, Tensor offsets, Tensor logits, "
     "bool need_reference) -> (Tensor dvalue, Tensor dreference, Tensor doffsets, Tensor dlogits)"
 )
 

@@ -7,7 +7,7 @@ from ._library import define
 # width. labels int64 [height, width]: 1 + the first mask in `order` (int64 [K], best score first) that is above
 # threshold there, or 0. score: its score in the dtype of scores, or 0; empty unless want_score.
 _MERGE_MASKS = (
-    "(Tensor masks, Tensor scores, Tensor order, int height, int width, int crop_height, int crop_width, "
+    "(Tensor masks, Tensor scores, Tensor order, SymInt height, SymInt width, SymInt crop_height, SymInt crop_width, "
     "float threshold, bool want_score) -> (Tensor labels, Tensor score)"
 )
 

@@ -9,7 +9,7 @@ from ._library import define
 # ones. For the backward pass best int32 [B, N], the class a token survives for or -1, and above int32 [B, N, ⌈C/32⌉]:
 # bit c % 32 of word c / 32 says that class c averages the token; with best_only, where best says it, there are no words.
 _SELECT_TOKENS = (
-    "(Tensor tokens, Tensor classes, float threshold, int length, bool best_only) "
+    "(Tensor tokens, Tensor classes, float threshold, SymInt length, bool best_only) "
     "-> (Tensor selected, Tensor counts, Tensor presence, Tensor support, Tensor best, Tensor above)"
 )
 

@@ -6,7 +6,7 @@ from ._library import define
 # features [B, N, D], prototypes [C, D], bias [C]. Of the k ≤ N tokens of largest score = max_c (features · prototypes_c
 # + bias_c), best first, NaN above all, ties by lower token: queries [B, k, D], index int64 [B, k], score [B, k].
 _TOPK_QUERIES = (
-    "(Tensor features, Tensor prototypes, Tensor? bias, int k) -> (Tensor queries, Tensor index, Tensor score)"
+    "(Tensor features, Tensor prototypes, Tensor? bias, SymInt k) -> (Tensor queries, Tensor index, Tensor score)"
 )
 
 

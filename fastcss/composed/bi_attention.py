@@ -48,6 +48,7 @@ def bi_attention(
         return image.flatten(2), text.flatten(2)
     with torch.no_grad():
         peaks = torch.stack([*row_chunks(largest, (q, read_image), (wide_k,), columns)]).amax(dim=0)
+        peaks = peaks.detach()  # no_grad lets tangents through
         peak = peaks[0].max()
         most = (peaks[1] - peak).clamp(min=LEAST)  # [B, heads, L]
     parts = row_chunks(attend, (q, v_image, read_image), (wide_k, wide_v, peak, most), columns)

@@ -19,7 +19,7 @@ def cost_filter(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor, Te
     with torch.no_grad():
         size = max(1, ELEMENTS.get(image.device.type, 1 << 24) // max(1, batch * prompts * height * width))
         best = [_cost(part, pixels).unflatten(1, (-1, prompts)).amax(dim=(2, 3)) for part in text.split(size, dim=1)]
-        score, index = top_classes(torch.cat(best, dim=1), k)
+        score, index = top_classes(torch.cat(best, dim=1).detach(), k)  # no_grad lets tangents through
     kept = text.take_along_dim(index[:, :, None, None], dim=1)
     return _cost(kept, pixels).view(batch, k, prompts, height, width), index, score
 

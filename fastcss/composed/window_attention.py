@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._autograd import forward_mode
+
 
 def window_attention(
     q: Tensor,
@@ -47,9 +49,11 @@ def window_attention(
 
 
 def _kernels(*tensors: Tensor) -> AbstractContextManager:
-    """Under torch.func torch's kernels do not see that a bias needs its gradient; what is composed does."""
-    mapped = not torch.compiler.is_compiling() and any(
-        torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
+    """Under torch.func torch's kernels do not see that a bias needs its gradient, and they have no tangents; what is
+    composed has both."""
+    mapped = forward_mode() or (
+        not torch.compiler.is_compiling()
+        and any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
     )
     return sdpa_kernel(SDPBackend.MATH) if mapped else nullcontext()
 

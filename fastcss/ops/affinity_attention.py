@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from ..composed import affinity_attention as composed
 from ..reference import affinity_attention as reference
 from ._arguments import autocast, check_alike, check_flag, check_number, check_shapes
-
-FORWARD = kernels("affinity_attention")
-BACKWARD = kernels("affinity_attention_backward")
 
 
 def affinity_attention(
@@ -53,8 +50,6 @@ def affinity_attention(
         return reference.affinity_attention(q, k, v, scale, mean)
     if impl == "composed":
         return composed.affinity_attention(q, k, v, scale, mean)
-    if needs_grad(q, k, v):
-        return AffinityAttention.apply(q, k, v, scale, mean, impl)
     return FORWARD[impl](q, k, v, scale, mean)
 
 
@@ -62,25 +57,16 @@ class AffinityAttention(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(q, k, v, scale, mean, impl):
-        return FORWARD[impl](q, k, v, scale, mean)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.mean, ctx.impl = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx, q, k, v, scale, mean, impl):
+        ctx.scale, ctx.mean, ctx.impl = scale, mean, impl
+        ctx.save_for_backward(q, k, v)
+        return FORWARD.beneath[impl](q, k, v, scale, mean)
 
     @staticmethod
     def backward(ctx, dintra, dinter):
-        tensors = (dintra, dinter, *ctx.saved_tensors)
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](*tensors, ctx.scale, ctx.mean)
-        return (*once_differentiable("affinity_attention", tensors, grads), None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(AffinityAttention.apply, info.batch_size, in_dims, arguments)
+        grads = BACKWARD[ctx.impl](dintra, dinter, *ctx.saved_tensors, ctx.scale, ctx.mean)
+        return *grads, None, None, None
 
 
-register_vmap("affinity_attention", fold_vmap)
-register_vmap("affinity_attention_backward", fold_vmap)
+FORWARD = Kernels("affinity_attention", AffinityAttention, vmap=fold_vmap)
+BACKWARD = once_differentiable("affinity_attention_backward", vmap=fold_vmap)

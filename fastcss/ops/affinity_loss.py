@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, loop_vmap, once_differentiable
 from ..composed import affinity_loss as composed
 from ..reference import affinity_loss as reference
 from ._arguments import autocast, check_alike, check_count, check_integer, check_labels, check_number, check_shapes
 
-FORWARD = kernels("affinity_loss")
-BACKWARD = kernels("affinity_loss_backward")
 LARGEST_LABEL = 2**31 - 1
 
 
@@ -64,8 +62,6 @@ def affinity_loss(
         return reference.affinity_loss(q, k, labels, scale, ignore_index)
     if impl == "composed":
         return composed.affinity_loss(q, k, labels, scale, ignore_index)
-    if needs_grad(q, k):
-        return AffinityLoss.apply(q, k, labels, scale, ignore_index, impl)
     return FORWARD[impl](q, k, labels, scale, ignore_index)
 
 
@@ -73,28 +69,19 @@ class AffinityLoss(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(q, k, labels, scale, ignore_index, impl):
-        return FORWARD[impl](q, k, labels, scale, ignore_index)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.ignore_index, ctx.impl = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx, q, k, labels, scale, ignore_index, impl):
+        ctx.scale, ctx.ignore_index, ctx.impl = scale, ignore_index, impl
+        ctx.save_for_backward(q, k, labels)
+        return FORWARD.beneath[impl](q, k, labels, scale, ignore_index)
 
     @staticmethod
     def backward(ctx, dloss):
-        tensors = (dloss, *ctx.saved_tensors)
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](*tensors, ctx.scale, ctx.ignore_index)
-        return (*once_differentiable("affinity_loss", tensors[:3], grads), None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return loop_vmap(AffinityLoss.apply, info.batch_size, in_dims, arguments)
+        grads = BACKWARD[ctx.impl](dloss, *ctx.saved_tensors, ctx.scale, ctx.ignore_index)
+        return *grads, None, None, None, None
 
 
-register_vmap("affinity_loss", loop_vmap)
-register_vmap("affinity_loss_backward", loop_vmap)
+FORWARD = Kernels("affinity_loss", AffinityLoss, vmap=loop_vmap)
+BACKWARD = once_differentiable("affinity_loss_backward", vmap=loop_vmap)
 
 
 def _labels(q: Tensor, labels: Tensor, batch: int, pixels: int, ignore_index: int, num_classes: int | None) -> Tensor:

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from .._one_call import one_call
 from ..composed import bi_attention as composed
 from ..reference import bi_attention as reference
 from ._arguments import autocast, check_alike, check_device, check_number, check_shapes, no_autocast
-
-FORWARD = kernels("bi_attention")
-BACKWARD = kernels("bi_attention_backward")
 
 
 class BiAttention(NamedTuple):
@@ -97,38 +94,26 @@ def bi_attention(
         form = composed.bi_attention if impl == "composed" else reference.bi_attention
         with no_autocast(q):
             return BiAttention(*form(q, k, v_image, v_text, text_mask, image_mask, scale))
-    arguments = (q, k, v_image, v_text, text_mask, image_mask, scale, q.shape[0])
-    if needs_grad(q, k, v_image, v_text):
-        return BiAttention(*_BiAttention.apply(*arguments, impl)[:2])
-    return BiAttention(*FORWARD[impl](*arguments)[:2])
+    return BiAttention(*FORWARD[impl](q, k, v_image, v_text, text_mask, image_mask, scale, q.shape[0])[:2])
 
 
 class _BiAttention(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(q, k, v_image, v_text, text_mask, image_mask, scale, group, impl):
-        return FORWARD[impl](q, k, v_image, v_text, text_mask, image_mask, scale, group)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        *tensors, ctx.scale, _, ctx.impl = inputs
-        _, text, *statistics = outputs
+    def forward(ctx, q, k, v_image, v_text, text_mask, image_mask, scale, group, impl):
+        tensors = (q, k, v_image, v_text, text_mask, image_mask)
+        image, text, *statistics = FORWARD.beneath[impl](*tensors, scale, group)
+        ctx.scale, ctx.impl = scale, impl
         ctx.mark_non_differentiable(*statistics)
         ctx.save_for_backward(*tensors, text, *statistics)
+        return image, text, *statistics
 
     @staticmethod
     def backward(ctx, dimage, dtext, *_):
-        tensors = ctx.saved_tensors
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](dimage, dtext, *tensors, ctx.scale)
-        grads = once_differentiable("bi_attention", (dimage, dtext, *tensors[:4]), grads)
+        grads = BACKWARD[ctx.impl](dimage, dtext, *ctx.saved_tensors, ctx.scale)
         return *grads, None, None, None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(_BiAttention.apply, info.batch_size, in_dims, arguments)
 
-
-register_vmap("bi_attention", fold_vmap)
-register_vmap("bi_attention_backward", fold_vmap)
+FORWARD = Kernels("bi_attention", _BiAttention, vmap=fold_vmap)
+BACKWARD = once_differentiable("bi_attention_backward", vmap=fold_vmap)

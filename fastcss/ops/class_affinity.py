@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from ..composed import class_affinity as composed
 from ..reference import class_affinity as reference
 from ._arguments import autocast, check_alike, check_flag, check_number, check_shapes
 from .affinity_attention import affinity_attention
-
-FORWARD = kernels("class_affinity")
-BACKWARD = kernels("class_affinity_backward")
 
 
 def class_affinity(
@@ -68,8 +65,6 @@ def class_affinity(
         gathered = affinity_attention(q, k, feats, scale=scale, mean=mean, impl=impl)
         intra, inter = (torch.bmm(torch.bmm(x, centers.transpose(1, 2)).softmax(dim=2), centers) for x in gathered)
         return intra, inter
-    if needs_grad(q, k, feats, centers):
-        return ClassAffinity.apply(q, k, feats, centers, scale, mean, impl)[:2]
     return FORWARD[impl](q, k, feats, centers, scale, mean, False)[:2]
 
 
@@ -77,26 +72,18 @@ class ClassAffinity(torch.autograd.Function):
     """The compiled implementations with their gradients, in the order M (F Cᵀ)."""
 
     @staticmethod
-    def forward(q, k, feats, centers, scale, mean, impl):
-        return FORWARD[impl](q, k, feats, centers, scale, mean, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.mean, ctx.impl = inputs
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(*tensors, output[2])
+    def forward(ctx, q, k, feats, centers, scale, mean, _, impl):
+        intra, inter, tp = FORWARD.beneath[impl](q, k, feats, centers, scale, mean, True)
+        ctx.scale, ctx.mean, ctx.impl = scale, mean, impl
+        ctx.mark_non_differentiable(tp)
+        ctx.save_for_backward(q, k, feats, centers, tp)
+        return intra, inter, tp
 
     @staticmethod
     def backward(ctx, dintra, dinter, _):
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](dintra, dinter, *ctx.saved_tensors, ctx.scale, ctx.mean)
-        inputs = (dintra, dinter, *ctx.saved_tensors[:4])
-        return (*once_differentiable("class_affinity", inputs, grads), None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(ClassAffinity.apply, info.batch_size, in_dims, arguments)
+        grads = BACKWARD[ctx.impl](dintra, dinter, *ctx.saved_tensors, ctx.scale, ctx.mean)
+        return *grads, None, None, None, None
 
 
-register_vmap("class_affinity", fold_vmap)
-register_vmap("class_affinity_backward", fold_vmap)
+FORWARD = Kernels("class_affinity", ClassAffinity, vmap=fold_vmap)
+BACKWARD = once_differentiable("class_affinity_backward", vmap=fold_vmap)

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from ..composed import class_centers as composed
 from ..reference import class_centers as reference
 from ._arguments import autocast, check_alike, check_shapes
-
-FORWARD = kernels("class_centers")
-BACKWARD = kernels("class_centers_backward")
 
 
 def class_centers(logits: Tensor, feats: Tensor, *, over: str = "pixels", impl: str = "auto") -> Tensor:
@@ -53,8 +50,6 @@ def class_centers(logits: Tensor, feats: Tensor, *, over: str = "pixels", impl: 
         return reference.class_centers(logits, feats, over == "classes")
     if impl == "composed":
         return composed.class_centers(logits, feats, over == "classes")
-    if needs_grad(logits, feats):
-        return ClassCenters.apply(logits, feats, over == "classes", impl)[0].to(feats.dtype)
     return FORWARD[impl](logits, feats, over == "classes")[0].to(feats.dtype)
 
 
@@ -62,26 +57,17 @@ class ClassCenters(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(logits, feats, over_classes, impl):
-        return FORWARD[impl](logits, feats, over_classes)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, feats, _, ctx.impl = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(logits, feats, *output)
+    def forward(ctx, logits, feats, over_classes, impl):
+        centers, *sums = FORWARD.beneath[impl](logits, feats, over_classes)
+        ctx.impl = impl
+        ctx.mark_non_differentiable(*sums)
+        ctx.save_for_backward(logits, feats, centers, *sums)
+        return centers, *sums
 
     @staticmethod
     def backward(ctx, dcenters, *_):
-        logits, feats, *_ = ctx.saved_tensors
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](dcenters, *ctx.saved_tensors)
-        return (*once_differentiable("class_centers", (dcenters, logits, feats), grads), None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(ClassCenters.apply, info.batch_size, in_dims, arguments)
+        return *BACKWARD[ctx.impl](dcenters, *ctx.saved_tensors), None, None
 
 
-register_vmap("class_centers", fold_vmap)
-register_vmap("class_centers_backward", fold_vmap)
+FORWARD = Kernels("class_centers", ClassCenters, vmap=fold_vmap)
+BACKWARD = once_differentiable("class_centers_backward", vmap=fold_vmap)

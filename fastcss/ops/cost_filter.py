@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, kernels, loop_vmap, once_differentiable, register_vmap
 from ..composed import cost_filter as composed
 from ..reference import cost_filter as reference
 from ._arguments import (
@@ -24,8 +24,6 @@ from ._arguments import (
     readable,
 )
 
-FORWARD = kernels("cost_filter")
-BACKWARD = kernels("cost_filter_backward")
 PACK = kernels("pack_text")
 TOP_CLASSES = kernels("top_classes")
 
@@ -106,40 +104,29 @@ def cost_filter(image: Tensor, text: Tensor | PackedText, k: int, *, impl: str =
     scale, panels = (image.new_empty(0, dtype=torch.float32) for _ in range(2))
     if packed and text.dtype == given:
         scale, panels = packed.scale, packed.panels if impl == "cpu" else panels
-    arguments = (image, text, scale, panels, k)
-    if needs_grad(image, text):
-        return FilteredCost(*CostFilter.apply(*arguments, impl))
-    return FilteredCost(*FORWARD[impl](*arguments))
+    return FilteredCost(*FORWARD[impl](image, text, scale, panels, k))
 
 
 class CostFilter(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(image, text, scale, panels, k, impl):
-        return FORWARD[impl](image, text, scale, panels, k)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        image, text, *_, ctx.impl = inputs
-        cost, index, score = output
+    def forward(ctx, image, text, scale, panels, k, impl):
+        cost, index, score = FORWARD.beneath[impl](image, text, scale, panels, k)
+        ctx.impl = impl
         ctx.mark_non_differentiable(index, score)
         ctx.save_for_backward(image, text, cost, index)
+        return cost, index, score
 
     @staticmethod
     def backward(ctx, dcost, *_):
-        image, text, *_ = ctx.saved_tensors
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](dcost, *ctx.saved_tensors)
-        return (*once_differentiable("cost_filter", (dcost, image, text), grads), None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return loop_vmap(CostFilter.apply, info.batch_size, in_dims, arguments)
+        return *BACKWARD[ctx.impl](dcost, *ctx.saved_tensors), None, None, None, None
 
 
-for name in ("cost_filter", "cost_filter_backward", "pack_text", "top_classes"):
-    register_vmap(name, loop_vmap)
+FORWARD = Kernels("cost_filter", CostFilter, vmap=loop_vmap)
+BACKWARD = once_differentiable("cost_filter_backward", vmap=loop_vmap)
+register_vmap("pack_text", loop_vmap)
+register_vmap("top_classes", loop_vmap)
 
 
 def pack_text(text: Tensor, *, impl: str = "auto") -> PackedText:
@@ -231,8 +218,8 @@ def scatter_cost(filtered: FilteredCost, classes: int, fill: float = -100.0) -> 
     fill = check_number(op, "fill", fill)
     if torch.finfo(cost.dtype).max < abs(fill) < math.inf:
         raise ValueError(f"{op}: fill must be a number that {cost.dtype} holds, got {fill}")
-    whole = cost.new_full((len(cost), classes, *cost.shape[2:]), fill)
-    return whole.scatter(1, index.reshape(*index.shape, *(1,) * (cost.dim() - 2)).expand_as(cost), cost)
+    whole = cost.new_full((cost.shape[0], classes, *cost.shape[2:]), fill)
+    return whole.scatter(1, _along(cost, index), cost)
 
 
 def filtered_argmax(filtered: FilteredCost) -> Tensor:
@@ -251,8 +238,8 @@ def filtered_argmax(filtered: FilteredCost) -> Tensor:
     """
     cost, index = _filtered("filtered_argmax", filtered)
     by_class, order = index.sort(dim=1)
-    place = cost.take_along_dim(order.reshape(*order.shape, *(1,) * (cost.dim() - 2)), dim=1).argmax(dim=1)
-    return by_class.gather(1, place[:, None].flatten(1)).view_as(place)
+    place = cost.gather(1, _along(cost, order)).argmax(dim=1)
+    return by_class.gather(1, place.flatten(1) if place.dim() > 1 else place[:, None]).view_as(place)
 
 
 def _text(op: str, text: Tensor) -> Tensor:
@@ -277,6 +264,11 @@ def _packed(op: str, packed: PackedText, text: Tensor) -> None:
         raise ValueError(
             f"{op}: text.scale must be of text.text, {list(text.shape[:3])}, got {list(packed.scale.shape)}"
         )
+
+
+def _along(cost: Tensor, index: Tensor) -> Tensor:
+    """``index`` [B, k] for every element of ``cost`` [B, k, …]."""
+    return index[(..., *(None,) * (cost.dim() - 2))].expand_as(cost)
 
 
 def _filtered(op: str, filtered: FilteredCost) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from .._one_call import one_call
 from ..composed import deformable_attention as composed
 from ..reference import deformable_attention as reference
 from ._arguments import autocast, check_alike, check_device, check_floating, check_shapes, no_autocast
-
-FORWARD = kernels("deformable_attention")
-BACKWARD = kernels("deformable_attention_backward")
 
 
 @one_call
@@ -76,55 +73,46 @@ def deformable_attention(
     value, offsets, logits = autocast(value, offsets, logits)
     impl = _backends.choose(op, impl, value)
     if impl in ("reference", "composed"):
-        with no_autocast(value):
-            if impl == "composed":
-                return composed.deformable_attention(value, shapes, reference_points, offsets, logits)
-            return reference.deformable_attention(value, shapes, reference_points.to(value.dtype), offsets, logits)
+        form = composed if impl == "composed" else reference
+        points = reference_points if impl == "composed" else reference_points.to(value.dtype)
+        try:
+            with no_autocast(value):
+                return form.deformable_attention(value, shapes, points, offsets, logits)
+        except NotImplementedError as error:  # of a tangent
+            raise NotImplementedError(
+                f"{op}: torch has a forward-mode derivative of grid_sample from 2.15 on, and this is "
+                f"{torch.__version__}; take reverse mode (torch.func.vjp, jacrev)"
+            ) from error
     flat = [size for shape in shapes for size in shape]
-    arguments = (value, flat, reference_points.to(torch.float32), offsets, logits)
-    if needs_grad(value, reference_points, offsets, logits):
-        return DeformableAttention.apply(*arguments, impl)
-    return FORWARD[impl](*arguments)
+    return FORWARD[impl](value, flat, reference_points.to(torch.float32), offsets, logits)
 
 
 class DeformableAttention(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(value, shapes, reference_points, offsets, logits, impl):
-        return FORWARD[impl](value, shapes, reference_points, offsets, logits)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        value, ctx.shapes, reference_points, offsets, logits, ctx.impl = inputs
+    def forward(ctx, value, shapes, reference_points, offsets, logits, impl):
+        ctx.shapes, ctx.impl = shapes, impl
         ctx.save_for_backward(value, reference_points, offsets, logits)
+        return FORWARD.beneath[impl](value, shapes, reference_points, offsets, logits)
 
     @staticmethod
     def backward(ctx, dout):
         value, reference_points, offsets, logits = ctx.saved_tensors
         need_reference = ctx.needs_input_grad[2]
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](dout, value, ctx.shapes, reference_points, offsets, logits, need_reference)
-        inputs = (dout, value, reference_points, offsets, logits)
-        dvalue, dreference, doffsets, dlogits = once_differentiable("deformable_attention", inputs, grads)
+        grads = BACKWARD[ctx.impl](dout, value, ctx.shapes, reference_points, offsets, logits, need_reference)
+        dvalue, dreference, doffsets, dlogits = grads
         return dvalue, None, dreference if need_reference else None, doffsets, dlogits, None
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(DeformableAttention.apply, info.batch_size, _flat(in_dims, arguments), arguments)
-
-
-def _flat(in_dims: Sequence, arguments: Sequence) -> tuple:
-    """vmap gives a list's dimensions as a list; here only tensors have one."""
-    return tuple(dim if isinstance(value, Tensor) else None for dim, value in zip(in_dims, arguments, strict=True))
 
 
 def _fold(op, batch, in_dims, arguments):
-    return fold_vmap(op, batch, _flat(in_dims, arguments), arguments)
+    # vmap gives a list's dimensions as a list; here only tensors have one.
+    dims = [dim if isinstance(value, Tensor) else None for dim, value in zip(in_dims, arguments, strict=True)]
+    return fold_vmap(op, batch, dims, arguments)
 
 
-register_vmap("deformable_attention", _fold)
-register_vmap("deformable_attention_backward", _fold)
+FORWARD = Kernels("deformable_attention", DeformableAttention, vmap=_fold)
+BACKWARD = once_differentiable("deformable_attention_backward", vmap=_fold)
 
 
 def _shapes(op: str, spatial_shapes: Sequence[tuple[int, int]], sizes: dict[str, int]) -> list[tuple[int, int]]:
@@ -136,7 +124,7 @@ def _shapes(op: str, spatial_shapes: Sequence[tuple[int, int]], sizes: dict[str,
     shapes = [tuple(shape) if isinstance(shape, Sequence) else shape for shape in spatial_shapes]
     if len(shapes) != sizes["levels"] or any(not isinstance(shape, tuple) or len(shape) != 2 for shape in shapes):
         raise ValueError(f"{op}: spatial_shapes must be {sizes['levels']} pairs (height, width), got {shapes}")
-    if any(not isinstance(size, int) or size < 1 for shape in shapes for size in shape):
+    if any(not isinstance(size, int | torch.SymInt) or size < 1 for shape in shapes for size in shape):
         raise ValueError(f"{op}: spatial_shapes must be whole numbers of at least 1, got {shapes}")
     if sum(height * width for height, width in shapes) != sizes["S"]:
         total = sum(height * width for height, width in shapes)

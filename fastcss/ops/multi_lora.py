@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap, requires_grad
+from .._autograd import Kernels, loop_vmap, once_differentiable
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
 from ._arguments import autocasts, check_device, check_floating, check_tensor
 
 MODES = ("shared", "diverged", "routed")
-FORWARD = kernels("multi_lora")
-BACKWARD = kernels("multi_lora_backward")
 
 
 def multi_lora(
@@ -66,58 +64,42 @@ def multi_lora(
     inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
     rows = x
     if len(inner) != 1:  # the raw op takes [M, K] or [slots, M, K]
-        rows = x.reshape(*x.shape[: 0 if mode == "shared" else 1], inner.numel(), x.shape[-1])
+        rows = x.flatten(-1 - len(inner), -2) if inner else x.unsqueeze(-2)
     if impl in ("reference", "composed"):
         room = reference if impl == "reference" else composed
         y = room.multi_lora(rows, weight, bias, lora, index)
     else:
-        y = _run(impl, rows, weight, bias, lora, index)
+        pack = (lora.a, lora.b, lora.offsets, lora.scales)
+        y = FORWARD[impl](rows, weight, bias, *pack, index, lora.max_rank, False)[0]
     return y if len(inner) == 1 else y.reshape(y.shape[0], *inner, y.shape[-1])
 
 
-def _run(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora, index: Tensor | None) -> Tensor:
-    tensors = (x, weight, bias, lora.a, lora.b)
-    arguments = (*tensors, lora.offsets, lora.scales, index, lora.max_rank)
-    if needs_grad(*tensors):
-        save_h = requires_grad(lora.a) or requires_grad(lora.b)
-        return MultiLora.apply(*arguments, save_h, impl)[0]
-    return FORWARD[impl](*arguments, False)[0]
-
-
 class MultiLora(torch.autograd.Function):
-    """The compiled implementations with their gradients; ``torch.vmap`` folds its axis into the op's slots."""
+    """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(x, weight, bias, a, b, offsets, scales, index, max_rank, save_h, impl):
-        return FORWARD[impl](x, weight, bias, a, b, offsets, scales, index, max_rank, save_h)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, a, b, offsets, scales, index, ctx.max_rank, _, ctx.impl = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, a, b, offsets, scales, index, output[1])
+    def forward(ctx, x, weight, bias, a, b, offsets, scales, index, max_rank, save_h, impl):
+        save_h = save_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        y, h = FORWARD.beneath[impl](x, weight, bias, a, b, offsets, scales, index, max_rank, save_h)
+        ctx.max_rank, ctx.impl = max_rank, impl
+        ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(x, weight, a, b, offsets, scales, index, h)
+        return y, h
 
     @staticmethod
     def backward(ctx, dy, _):
         x, weight, a, b, offsets, scales, index, h = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         dx = da = db = dweight = dbias = None
-        with torch.no_grad():
-            if need_x or need_a or need_b:
-                route = (offsets, scales, index, h, ctx.max_rank)
-                dx, da, db = BACKWARD[ctx.impl](dy, x, weight, a, b, *route, need_x, need_a or need_b)
-            if need_weight:
-                dweight = dy.sum(0).t() @ x if x.dim() == 2 else dy.flatten(0, 1).t() @ x.flatten(0, 1)
-            if need_bias:
-                dbias = dy.sum((0, 1))
-        grads = [
-            g if need else None for g, need in zip((dx, dweight, dbias, da, db), ctx.needs_input_grad, strict=False)
-        ]
-        return (*once_differentiable("multi_lora", (dy, x, weight, a, b), grads), *[None] * 6)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _vmap(lambda *folded: MultiLora.apply(*folded), info.batch_size, in_dims, arguments)
+        if need_x or need_a or need_b:
+            route = (offsets, scales, index, h, ctx.max_rank)
+            dx, da, db = BACKWARD[ctx.impl](dy, x, weight, a, b, *route, need_x, need_a or need_b)
+        if need_weight:
+            dweight = dy.sum(0).t() @ x if x.dim() == 2 else dy.flatten(0, 1).t() @ x.flatten(0, 1)
+        if need_bias:
+            dbias = dy.sum((0, 1))
+        grads = zip((dx, dweight, dbias, da, db), ctx.needs_input_grad, strict=False)
+        return *(grad if need else None for grad, need in grads), *[None] * 6
 
 
 def _vmap(op, batch: int, in_dims: tuple, arguments: tuple):
@@ -154,8 +136,8 @@ def _vmap(op, batch: int, in_dims: tuple, arguments: tuple):
     return (y.unflatten(0, (batch, slots)), x.new_empty(0, dtype=torch.float32)), (0, None)
 
 
-register_vmap("multi_lora", _vmap)
-register_vmap("multi_lora_backward", loop_vmap)
+FORWARD = Kernels("multi_lora", MultiLora, vmap=_vmap)
+BACKWARD = once_differentiable("multi_lora_backward", vmap=loop_vmap)
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, loop_vmap, once_differentiable
 from ..composed import phrase_pool as composed
 from ..reference import phrase_pool as reference
 from ._arguments import check_alike, check_shapes, no_autocast, widest
-
-FORWARD = kernels("phrase_pool")
-BACKWARD = kernels("phrase_pool_backward")
 
 
 def phrase_pool(cls: Tensor, phrases: Tensor, *, impl: str = "auto") -> Tensor:
@@ -47,8 +44,6 @@ def phrase_pool(cls: Tensor, phrases: Tensor, *, impl: str = "auto") -> Tensor:
         form = reference if impl == "reference" else composed
         with no_autocast(cls):
             return form.phrase_pool(cls, phrases)
-    if needs_grad(cls, phrases):
-        return PhrasePool.apply(cls, phrases, impl)
     return FORWARD[impl](cls, phrases)
 
 
@@ -56,25 +51,15 @@ class PhrasePool(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(cls, phrases, impl):
-        return FORWARD[impl](cls, phrases)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        cls, phrases, ctx.impl = inputs
+    def forward(ctx, cls, phrases, impl):
+        ctx.impl = impl
         ctx.save_for_backward(cls, phrases)
+        return FORWARD.beneath[impl](cls, phrases)
 
     @staticmethod
     def backward(ctx, dpooled):
-        tensors = (dpooled, *ctx.saved_tensors)
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](*tensors)
-        return (*once_differentiable("phrase_pool", tensors, grads), None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return loop_vmap(PhrasePool.apply, info.batch_size, in_dims, arguments)
+        return *BACKWARD[ctx.impl](dpooled, *ctx.saved_tensors), None
 
 
-register_vmap("phrase_pool", loop_vmap)
-register_vmap("phrase_pool_backward", loop_vmap)
+FORWARD = Kernels("phrase_pool", PhrasePool, vmap=loop_vmap)
+BACKWARD = once_differentiable("phrase_pool_backward", vmap=loop_vmap)

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, loop_vmap, once_differentiable
 from ..composed import prompt_mlp as composed
 from ..reference import prompt_mlp as reference
 from ._arguments import autocast, check_alike, check_device, check_shapes, readable
-
-FORWARD = kernels("prompt_mlp")
-BACKWARD = kernels("prompt_mlp_backward")
 
 
 def prompt_mlp(
@@ -67,8 +64,6 @@ def prompt_mlp(
         return reference.prompt_mlp(*arguments)
     if impl == "composed":
         return composed.prompt_mlp(*arguments)
-    if needs_grad(z, w1, b1, w2, b2):
-        return PromptMLP.apply(*arguments, impl)[0]
     return FORWARD[impl](*arguments)[0]
 
 
@@ -76,22 +71,17 @@ class PromptMLP(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(z, w1, b1, w2, b2, index, impl):
-        return FORWARD[impl](z, w1, b1, w2, b2, index)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        z, w1, _, w2, _, index, ctx.impl = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(z, w1, w2, index, output[1])
+    def forward(ctx, z, w1, b1, w2, b2, index, impl):
+        y, hidden = FORWARD.beneath[impl](z, w1, b1, w2, b2, index)
+        ctx.impl = impl
+        ctx.mark_non_differentiable(hidden)
+        ctx.save_for_backward(z, w1, w2, index, hidden)
+        return y, hidden
 
     @staticmethod
     def backward(ctx, dy, _):
-        tensors = (dy, *ctx.saved_tensors)
         need_z, *need_weights = ctx.needs_input_grad[:5]
-        with torch.no_grad():
-            dz, *dweights = BACKWARD[ctx.impl](*tensors, need_z, any(need_weights))
-        dz, *dweights = once_differentiable("prompt_mlp", tensors[:4], (dz, *dweights))
+        dz, *dweights = BACKWARD[ctx.impl](dy, *ctx.saved_tensors, need_z, any(need_weights))
         return (
             dz if need_z else None,
             *(d if n else None for d, n in zip(dweights, need_weights, strict=True)),
@@ -99,10 +89,6 @@ class PromptMLP(torch.autograd.Function):
             None,
         )
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return loop_vmap(PromptMLP.apply, info.batch_size, in_dims, arguments)
 
-
-register_vmap("prompt_mlp", loop_vmap)
-register_vmap("prompt_mlp_backward", loop_vmap)
+FORWARD = Kernels("prompt_mlp", PromptMLP, vmap=loop_vmap)
+BACKWARD = once_differentiable("prompt_mlp_backward", vmap=loop_vmap)

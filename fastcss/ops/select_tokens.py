@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from ..composed import select_tokens as composed
 from ..reference import select_tokens as reference
 from ._arguments import check_alike, check_count, check_shapes, no_autocast, widest
 
-FORWARD = kernels("select_tokens")
-BACKWARD = kernels("select_tokens_backward")
 #: Whose mean cosine the presence of a class is: of all tokens that reach the threshold with it, or of those it is best for.
 PRESENCES = ("all", "best")
 
@@ -84,8 +82,6 @@ def select_tokens(
         form = reference if impl == "reference" else composed
         with no_autocast(tokens):
             return SelectedTokens(*form.select_tokens(tokens, classes, threshold, length, best_only))
-    if needs_grad(tokens, classes):
-        return SelectedTokens(*SelectTokens.apply(tokens, classes, float(threshold), length, best_only, impl)[:3])
     return SelectedTokens(*FORWARD[impl](tokens, classes, float(threshold), length, best_only)[:3])
 
 
@@ -93,27 +89,17 @@ class SelectTokens(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(tokens, classes, threshold, length, best_only, impl):
-        return FORWARD[impl](tokens, classes, threshold, length, best_only)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        tokens, classes, *_, ctx.impl = inputs
-        _, counts, _, *saved = output  # support, best, above
-        ctx.mark_non_differentiable(counts, *saved)
+    def forward(ctx, tokens, classes, threshold, length, best_only, impl):
+        selected, counts, presence, *saved = FORWARD.beneath[impl](tokens, classes, threshold, length, best_only)
+        ctx.impl = impl
+        ctx.mark_non_differentiable(counts, *saved)  # support, best, above
         ctx.save_for_backward(tokens, classes, *saved)
+        return selected, counts, presence, *saved
 
     @staticmethod
     def backward(ctx, dselected, _counts, dpresence, *_):
-        tensors = (dselected, dpresence, *ctx.saved_tensors)
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](*tensors)
-        return (*once_differentiable("select_tokens", tensors[:4], grads), None, None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(SelectTokens.apply, info.batch_size, in_dims, arguments)
+        return *BACKWARD[ctx.impl](dselected, dpresence, *ctx.saved_tensors), None, None, None, None
 
 
-register_vmap("select_tokens", fold_vmap)
-register_vmap("select_tokens_backward", fold_vmap)
+FORWARD = Kernels("select_tokens", SelectTokens, vmap=fold_vmap)
+BACKWARD = once_differentiable("select_tokens_backward", vmap=fold_vmap)

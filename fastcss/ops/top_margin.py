@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, once_differentiable
 from ..composed import top_margin as composed
 from ..reference import top_margin as reference
 from ._arguments import check_alike, check_integer, check_labels, check_tensor
-
-FORWARD = kernels("top_margin")
-BACKWARD = kernels("top_margin_backward")
 
 
 class TopMargin(NamedTuple):
@@ -70,7 +67,7 @@ def top_margin(
     check_integer(op, "ignore_index", ignore_index)
     if logits.dim() < 2 or logits.shape[1] < 2:
         raise ValueError(f"{op}: logits must be [B, C, …] with at least two classes, got {list(logits.shape)}")
-    pixels = (len(logits), *logits.shape[2:])
+    pixels = (logits.shape[0], *logits.shape[2:])
     if labels is not None:
         check_labels(op, "logits", logits, labels, ignore_index, logits.shape[1])
         if tuple(labels.shape) != pixels:
@@ -82,8 +79,7 @@ def top_margin(
         found = (reference if impl == "reference" else composed).top_margin(flat, labels, ignore_index)
     else:
         nothing = torch.empty(0, dtype=torch.int64, device=flat.device)  # new_empty would be mapped by torch.vmap
-        arguments = (flat, nothing if labels is None else labels, ignore_index)
-        found = TopMarginFunction.apply(*arguments, impl) if needs_grad(flat) else FORWARD[impl](*arguments)
+        found = FORWARD[impl](flat, nothing if labels is None else labels, ignore_index)
     return TopMargin(*(x.view(pixels) for x in found[:5]))
 
 
@@ -91,27 +87,18 @@ class TopMarginFunction(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(logits, labels, ignore_index, impl):
-        return FORWARD[impl](logits, labels, ignore_index)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, _, _, ctx.impl = inputs
-        _, rival, *_, true, p_first = output
+    def forward(ctx, logits, labels, ignore_index, impl):
+        margin, rival, *probabilities, true, p_first = FORWARD.beneath[impl](logits, labels, ignore_index)
+        ctx.impl = impl
         ctx.mark_non_differentiable(rival, true, p_first)
         ctx.save_for_backward(logits, true, rival, p_first)
+        return margin, rival, *probabilities, true, p_first
 
     @staticmethod
     def backward(ctx, dmargin, _rival, dp_true, dp_rival, dcurvature, *_):
-        tensors = (dmargin, dp_true, dp_rival, dcurvature, *ctx.saved_tensors)
-        with torch.no_grad():
-            dlogits = BACKWARD[ctx.impl](*tensors)
-        return (*once_differentiable("top_margin", tensors[:5], (dlogits,)), None, None, None)
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return fold_vmap(TopMarginFunction.apply, info.batch_size, in_dims, arguments)
+        dlogits = BACKWARD[ctx.impl](dmargin, dp_true, dp_rival, dcurvature, *ctx.saved_tensors)
+        return dlogits, None, None, None
 
 
-register_vmap("top_margin", fold_vmap)
-register_vmap("top_margin_backward", fold_vmap)
+FORWARD = Kernels("top_margin", TopMarginFunction, vmap=fold_vmap)
+BACKWARD = once_differentiable("top_margin_backward", vmap=fold_vmap)

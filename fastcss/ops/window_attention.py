@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _backends
-from .._autograd import fold_vmap, kernels, loop_vmap, needs_grad, once_differentiable, register_vmap
+from .._autograd import Kernels, fold_vmap, loop_vmap, once_differentiable
 from .._one_call import one_call
 from ..composed import window_attention as composed
 from ..reference import window_attention as reference
 from ._arguments import autocast, check_alike, check_count, check_number, check_shapes, no_autocast
-
-FORWARD = kernels("window_attention")
-BACKWARD = kernels("window_attention_backward")
 
 
 @one_call
@@ -86,8 +83,6 @@ def window_attention(
         form = composed.window_attention if impl == "composed" else reference.window_attention
         with no_autocast(q):
             return form(*tensors, window, shift, scale)
-    if needs_grad(*tensors):
-        return WindowAttention.apply(*tensors, window, shift, scale, impl)
     return FORWARD[impl](*tensors, window, shift, scale)
 
 
@@ -95,25 +90,18 @@ class WindowAttention(torch.autograd.Function):
     """The compiled implementations with their gradients."""
 
     @staticmethod
-    def forward(q, k, v, bias, pad_key, pad_value, window, shift, scale, impl):
-        return FORWARD[impl](q, k, v, bias, pad_key, pad_value, window, shift, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.window, ctx.shift, ctx.scale, ctx.impl = inputs
+    def forward(ctx, q, k, v, bias, pad_key, pad_value, window, shift, scale, impl):
+        tensors = (q, k, v, bias, pad_key, pad_value)
+        ctx.window, ctx.shift, ctx.scale, ctx.impl = window, shift, scale, impl
         ctx.save_for_backward(*tensors)
+        return FORWARD.beneath[impl](*tensors, window, shift, scale)
 
     @staticmethod
     def backward(ctx, dout):
-        tensors, need_bias = ctx.saved_tensors, ctx.needs_input_grad[3]
-        with torch.no_grad():
-            grads = BACKWARD[ctx.impl](dout, *tensors, ctx.window, ctx.shift, ctx.scale, need_bias)
-        dq, dk, dv, dbias, *dpads = once_differentiable("window_attention", (dout, *tensors), grads)
+        need_bias = ctx.needs_input_grad[3]
+        settings = (ctx.window, ctx.shift, ctx.scale)
+        dq, dk, dv, dbias, *dpads = BACKWARD[ctx.impl](dout, *ctx.saved_tensors, *settings, need_bias)
         return dq, dk, dv, dbias if need_bias else None, *dpads, None, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _fold(WindowAttention.apply, info.batch_size, in_dims, arguments)
 
 
 def _fold(op: Callable, batch: int, in_dims: Sequence[int | None], arguments: Sequence):
@@ -128,6 +116,6 @@ def _fold(op: Callable, batch: int, in_dims: Sequence[int | None], arguments: Se
     return fold_vmap(with_bias, batch, [*in_dims[:3], *in_dims[4:]], [q, k, v, *rest])
 
 
-register_vmap("window_attention", _fold)
+FORWARD = Kernels("window_attention", WindowAttention, vmap=_fold)
 # Each sample has its own gradient of the bias.
-register_vmap("window_attention_backward", loop_vmap)
+BACKWARD = once_differentiable("window_attention_backward", vmap=loop_vmap)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from fused_models import EXACT, assert_equal, assert_same_bits, encoder, encoder_inputs, swin
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import fastcss
@@ -193,6 +194,55 @@ def test_base_layers_of_peft(monkeypatch):
     fusion = fastcss.fuse(model)
     assert fusion.replaced["base_model.model.0.base_layer"] == "linear"
     assert_equal(model(x), expected)
+
+
+def test_linear_in_torchscript(monkeypatch):
+    """A trace and a script of fused layers are those of unfused ones; and eager calls go on as before."""
+    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    model, x = perceptron().eval(), torch.randn(50, 8)
+    expected = model(x)
+    fastcss.fuse(model)
+    traced = torch.jit.trace(model, x)
+    assert "aten::linear" in str(traced.inlined_graph)
+    for form in (traced, torch.jit.script(model), model):
+        assert_equal(form(x), expected)
+
+
+def test_quantization_after_fusion_is_refused(monkeypatch):
+    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    model = perceptron().eval()
+    fusion = fastcss.fuse(model)
+    for quantize in (torch.ao.quantization.quantize_dynamic, _prepare):
+        with pytest.raises(RuntimeError, match=r"fuse: .*FusedLinear: undo the fusion before"):
+            quantize(model)
+    fusion.undo()
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    assert type(quantized[0]).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear"
+    assert "about to quantize" in fastcss.fuse(_prepare(model)).refused["0"]
+
+
+def _prepare(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.qconfig = torch.ao.quantization.default_qconfig
+    return torch.ao.quantization.prepare(model)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual level", "jacfwd", "hessian"])
+def test_forward_mode_of_linear(transform, monkeypatch):
+    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    model, x = perceptron(), torch.randn(20, 8)
+
+    def tangent() -> torch.Tensor:
+        if transform == "jvp":
+            return torch.func.jvp(model, (x,), (x,))[1]
+        if transform == "dual level":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
+        return getattr(torch.func, transform)(lambda x: model(x).square().sum())(x)
+
+    expected = tangent()
+    fastcss.fuse(model)
+    assert_equal(tangent(), expected)
 
 
 def test_import_leaves_transformers_alone():
