@@ -78,8 +78,7 @@ def _tokens_and_classes(shape: dict, device: str) -> tuple[Tensor, Tensor]:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs of the cosines, and in the backward pass of a class a token, as the inputs have it; bytes in and out of memory.
-    """
+    """FLOPs of the cosines, and in the backward pass of a class a token, as the inputs have it; bytes moved."""
     n, c, d, length = (shape[name] for name in ("N", "C", "D", "length"))
     flops, moved = 2 * n * c * d, n * d + c * d + c * length
     return (flops, moved * itemsize) if mode == "fwd" else (flops + 4 * n * d, 2 * moved * itemsize)

@@ -2,10 +2,11 @@
 
 2 N D bytes of tokens and 2 N C D FLOP: at C = 20 reading the tokens is the limit, some microseconds, so what counts is
 the number of launches. Two: the first multiplies a block of tokens with all classes, the squares of the same tiles
-giving the lengths, and leaves the best class of each token, a bit for each class whose threshold it reaches, and, for
-each class, how many tokens of the block it has, how many reach it and the sum of their cosines. A program of the second owns one place of one class: from the running count over blocks
-it finds the block, in it the token, and copies its row, or zeros where the class has no such token. No token is ever
-sent anywhere, so there is nothing to be ordered by atomics, and nothing is read on the host.
+giving the lengths, and leaves the best class of each token, a bit for each class with which it reaches the threshold,
+and, for each class, how many tokens of the block it has, how many reach it and the sum of their cosines. A program of
+the second owns one place of one class: from the running count over blocks it finds the block, in it the token, and
+copies its row, or zeros where the class has no such token. No token is ever sent anywhere, so there is nothing to be
+ordered by atomics, and nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -31,17 +32,16 @@ def clamped_root(squares):
 
 
 @triton.jit
-def _store_bits(above, reaches, n, c, N, C):
-    """The words of an image's tokens n …, a bit for each of the classes c …."""
-    BLOCK_N: tl.constexpr = reaches.shape[0]
-    LANES: tl.constexpr = reaches.shape[1] if reaches.shape[1] < 32 else 32
-    WORDS: tl.constexpr = reaches.shape[1] // LANES
-    bits = tl.reshape(reaches.to(tl.int32), [BLOCK_N, WORDS, LANES]) << tl.arange(0, LANES)[None, None, :]
-    rows = n + tl.arange(0, BLOCK_N)
-    words = c // 32 + tl.arange(0, WORDS)
-    count = tl.cdiv(C, 32)
-    place = rows.to(tl.int64)[:, None] * count + words[None, :]
-    tl.store(above + place, tl.sum(bits, 2), mask=(rows < N)[:, None] & (words < count)[None, :])
+def _store_bits(above, reaches, left, c, C):
+    """The words of a block of tokens, of which ``left`` are there, a bit for each of the classes c …."""
+    WORDS: tl.constexpr = (reaches.shape[1] + 31) // 32
+    classes = tl.arange(0, reaches.shape[1])
+    bits = reaches.to(tl.int32) << (classes % 32)[None, :]
+    rows, count = tl.arange(0, reaches.shape[0]), tl.cdiv(C, 32)
+    for word in tl.static_range(WORDS):
+        of_word = bits if WORDS == 1 else tl.where((classes // 32 == word)[None, :], bits, 0)
+        place = rows * count + c // 32 + word
+        tl.store(above + place, tl.sum(of_word, 1), mask=rows < tl.where(c // 32 + word < count, left, 0))
 
 
 @triton.jit
@@ -77,10 +77,11 @@ def best_class_kernel(
         there = (columns < C)[None, :] & (value == value)
         if not BEST_ONLY:
             reaches = there & (value >= threshold) & (n + tl.arange(0, BLOCK_N) < N)[:, None]
-            place = (batch * C + columns) * blocks + block
-            tl.store(block_support + place, tl.sum(reaches.to(tl.int32), 0), mask=columns < C)
-            tl.store(block_sums + place, tl.sum(tl.where(reaches, value, 0.0), 0), mask=columns < C)
-            _store_bits(above + batch * N * tl.cdiv(C, 32), reaches, n, c, N, C)
+            first = (batch * C + c) * blocks + block
+            place = tl.arange(0, BLOCK_C) * blocks
+            tl.store(block_support + first + place, tl.sum(reaches.to(tl.int32), 0), mask=columns < C)
+            tl.store(block_sums + first + place, tl.sum(tl.where(reaches, value, 0.0), 0), mask=columns < C)
+            _store_bits(above + (batch * N + n) * tl.cdiv(C, 32), reaches, N - n, c, C)
         value, column = tl.max(tl.where(there, value, float("-inf")), 1, return_indices=True)
         better = value > highest
         highest, highest_class = tl.where(better, value, highest), tl.where(better, c + column, highest_class)
@@ -155,9 +156,9 @@ def copy_selected_kernel(
 
 @tuned("BLOCK_C", "BLOCK_D")
 def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
-    c, d, stages = (32, 16, 3) if dtype == torch.float32 else (128, 64, 3)
+    c, d, warps = (32, 16, 4) if dtype == torch.float32 else (128, 64, 8)
     block_c = rank_block(classes, c)
-    return {"BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "BLOCK_D": d, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "BLOCK_D": d, "num_warps": warps, "num_stages": 3}
 
 
 def select_tokens(

@@ -100,7 +100,9 @@ def _pull(
         slope = tl.load(slopes + columns, mask=columns < C, other=0.0)
         pulls = load_tile(classes, c, d, C, D, stride_cc, stride_cd, BLOCK_C, BLOCK_D).to(tl.float32) * slope[:, None]
         mask = _pairs(chosen, above, rows, columns, there, C, BEST_ONLY)
-        acc = _add_masked(mask, tl.where((slope != 0.0)[:, None], pulls, 0.0), acc, classes.dtype.element_ty == tl.float32)
+        acc = _add_masked(
+            mask, tl.where((slope != 0.0)[:, None], pulls, 0.0), acc, classes.dtype.element_ty == tl.float32
+        )
     return acc
 
 

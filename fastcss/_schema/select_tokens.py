@@ -7,7 +7,7 @@ from ._library import define
 # after the other, cut or filled with zeros. counts int64 [B, C] of them. presence [B, C], the mean cosine, or 0, of the
 # support int64 [B, C] tokens whose cosine with the class is at least the threshold; with best_only of the surviving
 # ones. For the backward pass best int32 [B, N], the class a token survives for or -1, and above int32 [B, N, ⌈C/32⌉]:
-# bit c % 32 of word c / 32 says that class c averages the token; with best_only, where best says it, there are no words.
+# bit c % 32 of word c / 32 says that class c averages the token; with best_only, where best says it, there is no word.
 _SELECT_TOKENS = (
     "(Tensor tokens, Tensor classes, float threshold, SymInt length, bool best_only) "
     "-> (Tensor selected, Tensor counts, Tensor presence, Tensor support, Tensor best, Tensor above)"

@@ -13,7 +13,7 @@ from ..composed import select_tokens as composed
 from ..reference import select_tokens as reference
 from ._arguments import check_alike, check_count, check_shapes, no_autocast, widest
 
-#: Whose mean cosine the presence of a class is: of all tokens that reach the threshold with it, or of those it is best for.
+#: Of which tokens a class's presence is the mean cosine: of all that reach the threshold, or of those it is best for.
 PRESENCES = ("all", "best")
 
 

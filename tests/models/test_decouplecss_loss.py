@@ -154,7 +154,9 @@ def test_probability_is_r_where_tokens_reach_the_threshold():
 
 
 def test_a_class_without_tokens_is_pulled_up_by_its_largest_cosine():
-    largest = torch.tensor([[-1.0, -0.2, 0.0, 0.2, 0.299, 0.6]], requires_grad=True)  # 0.6: "best", and its token went elsewhere
+    largest = torch.tensor(
+        [[-1.0, -0.2, 0.0, 0.2, 0.299, 0.6]], requires_grad=True
+    )  # 0.6: "best", and its token went elsewhere
     p = probability_of(torch.zeros(1, 6), largest)
     assert (p > 0).all()
     assert (p.diff() > 0).all()

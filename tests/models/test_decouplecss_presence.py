@@ -45,7 +45,10 @@ def test_a_class_whose_tokens_are_all_nearer_to_another_is_found(mode, monkeypat
     assert found.present[0, 1:3].all()
     torch.testing.assert_close(found.presence[0, 2], found.presence[0, 1])
     by_embedding = model.tasks[1].generator(torch.zeros(1, model.length), torch.tensor([1]))[0]
-    assert sum(torch.allclose(prompt, by_embedding, atol=1e-6) for prompt in torch.cat([p for p in prompts if len(p)])) == 1
+    assert (
+        sum(torch.allclose(prompt, by_embedding, atol=1e-6) for prompt in torch.cat([p for p in prompts if len(p)]))
+        == 1
+    )
     model.presence = "best"
     before = model.segment(**given, mode=mode)
     assert before.present[0, 1]
@@ -99,7 +102,7 @@ def test_a_run_keeps_its_form_and_one_from_before_the_key_has_the_old(tmp_path):
     assert_alike(old.segment(**given), model.segment(**given))
     save_task(old, 2, tmp_path / "run", overwrite=True)  # it is gone on with
     old.presence = "all"
-    with pytest.raises(ValueError, match="'presence': 'best'.*the model has.*'presence': 'all'"):
+    with pytest.raises(ValueError, match=r"'presence': 'best'.*the model has.*'presence': 'all'"):
         save_task(old, 2, tmp_path / "run", overwrite=True)
 
 

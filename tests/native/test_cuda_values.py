@@ -226,9 +226,7 @@ def test_select_tokens_ties_and_rows_of_zeros(run):
     assert above.tolist() == [[[7]] * 4]  # no cosine is below 0
     assert support.tolist() == [[4, 4, 4]]
     torch.testing.assert_close(presence, torch.tensor([[1 / 2, 1 / 4, 1 / 2]]))
-    torch.testing.assert_close(
-        run("select_tokens", tokens, classes, 0.0, 6, True)[2], torch.tensor([[2 / 3, 1, 0]])
-    )
+    torch.testing.assert_close(run("select_tokens", tokens, classes, 0.0, 6, True)[2], torch.tensor([[2 / 3, 1, 0]]))
 
 
 @INPUTS

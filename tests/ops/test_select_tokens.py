@@ -16,8 +16,8 @@ from torch import Tensor
 from fastcss._cosine import unit
 from fastcss.ops import select_tokens
 
-# How near a cosine may come to the threshold, and the best of a token to the second: what the cosine of two rounded rows
-# of length one is off by, in this unit 2.5 / √D, and then what it is rounded by itself.
+# How near a cosine may come to the threshold, and the best of a token to the second: what the cosine of two rounded
+# rows of length one is off by, in this unit 2.5 / √D, and then what it is rounded by itself.
 UNIT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
@@ -97,7 +97,9 @@ def peers(call: Call, name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ..
     return [exact[name]]
 
 
-@pytest.mark.parametrize(("case", "dtype"), [("C 21", torch.float32), ("C 21", torch.bfloat16), ("D 256", torch.float32)])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("C 21", torch.float32), ("C 21", torch.bfloat16), ("D 256", torch.float32)]
+)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_presence_of_the_best_alone(impl, case, dtype, device, tolerances):
     runs(select_tokens, impl, device, case == "C 21" and dtype == torch.float32)
