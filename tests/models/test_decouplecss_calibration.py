@@ -92,7 +92,7 @@ def presence_of(trainer: TaskTrainer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_class_that_all_pictures_show_has_a_threshold_between_its_presence_on_and_off_the_objects():
-    trainer = single_class_trainer(2.0)
+    trainer = single_class_trainer(one_class_token_weight=2.0)
     while trainer.epoch < 30:
         trainer.run_epoch()
     assert all(trainer.pictures[i].present.all() for i in range(len(trainer.pictures)))
@@ -105,7 +105,7 @@ def test_a_class_that_all_pictures_show_has_a_threshold_between_its_presence_on_
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_picture_that_the_class_covers_has_nothing_without_it(ignored):
     """Nor has one whose other half does not count: the threshold is the lowest above nothing."""
-    trainer = single_class_trainer(0.0)
+    trainer = single_class_trainer(one_class_token_weight=0.0)
     labels = torch.full((48, 64), LABELS[0])
     labels[:, 32:] = 255 if ignored else LABELS[0]
     covered = [(trainer.pictures.dataset[i][0], labels) for i in range(3)]
