@@ -12,11 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-from torch._C import _any_requires_grad, _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+)
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
 
 from ._schema import COMPILED, LIBRARY
 
@@ -82,9 +88,9 @@ forward_mode._dynamo_marked_constant = True
 
 def _call(op: Callable, function: type[torch.autograd.Function], impl: str) -> Callable:
     def call(*arguments):
-        if torch.compiler.is_compiling() or _are_functorch_transforms_active() or torch._C._get_tracing_state():
+        if is_compiling() or _are_functorch_transforms_active() or _get_tracing_state() is not None:
             return op(*arguments)
-        if _is_recorded(arguments):
+        if (is_grad_enabled() and _any_requires_grad(*arguments)) or forward_ad._current_level >= 0:
             return function.apply(*arguments, impl)
         with _AutoDispatchBelowAutograd():
             return op(*arguments)
@@ -98,17 +104,13 @@ def _at_autograd_key(op: Callable, function: type[torch.autograd.Function], impl
     one_level = type(function.__name__, (_SingleLevelFunction,), methods)
 
     def kernel(keyset, *arguments):
-        if not _is_recorded(arguments):
+        if not (is_grad_enabled() and _any_requires_grad(*arguments)) and forward_ad._current_level < 0:
             with _AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
         with enable_single_level_autograd_function():
             return one_level.apply(*arguments, impl)
 
     return kernel
-
-
-def _is_recorded(arguments: Sequence) -> bool:
-    return (torch.is_grad_enabled() and _any_requires_grad(*arguments)) or forward_ad._current_level >= 0
 
 
 def _beneath(op: Callable) -> Callable:
@@ -136,12 +138,12 @@ def _no_tangents(name: str) -> Callable:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Autograd must see a call on these."""
-    return torch.is_grad_enabled() and any(tensor is not None and _requires_grad(tensor) for tensor in tensors)
+    return is_grad_enabled() and any(tensor is not None and _requires_grad(tensor) for tensor in tensors)
 
 
 def _requires_grad(tensor: Tensor) -> bool:
     """Also of a tensor mapped by torch.vmap, whose wrapper says no where what it wraps says yes."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad

@@ -57,8 +57,8 @@ def multi_lora(
         >>> multi_lora(torch.randn(100, 8), torch.randn(16, 8), lora).shape
         torch.Size([6, 100, 16])
     """
-    _check(x, weight, lora, bias, mode, index)
-    if autocasts(x):
+    casts = _check(x, weight, lora, bias, mode, index)
+    if casts:
         x, weight, bias, lora = _autocast(x, weight, bias, lora)
     impl = _backends.choose("multi_lora", impl, x)
     inner = x.shape[:-1] if mode == "shared" else x.shape[1:-1]
@@ -146,7 +146,8 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora
 
 
-def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mode: str, index: Tensor | None) -> bool:
+    """All arguments; returns whether autocast is on for them."""
     if mode not in MODES:
         raise ValueError(f"multi_lora: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not isinstance(lora, PackedLora):
@@ -178,11 +179,13 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
         raise ValueError(f"multi_lora: bias must be [N] = [{weight.shape[0]}], got {list(bias.shape)}")
     if (index is not None) != (mode == "routed"):
         raise ValueError(f"multi_lora: index goes with mode 'routed' and only with it, got mode {mode!r}")
+    device = x.device
     for name, (tensor, _) in given.items():
-        if tensor is not None:
+        if tensor is not None and tensor.device != device:
             check_device("multi_lora", "x", x, name, tensor)
     check_floating("multi_lora", "x", x)
-    if not autocasts(x):
+    casts = autocasts(x)
+    if not casts:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.dtype != x.dtype:
                 raise TypeError(f"multi_lora: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
@@ -195,6 +198,7 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
                 f"multi_lora: index must be int32 or int64 [S] = [{x.shape[0]}], got {index.dtype} {list(index.shape)}"
             )
         _check_index_range(index, lora.num_adapters)
+    return casts
 
 
 def _check_ranks(lora: PackedLora) -> None:

@@ -343,6 +343,6 @@ def test_tangents_of_a_kernel_are_refused(op, compile):
     run = tangent(f, tensors)
     with (
         _left_as_found(),
-        pytest.raises(Exception, match=f"{ERRORS.get(op, op.split()[0])}: .*no forward-mode .*impl='composed'"),
+        pytest.raises(Exception, match=rf"{ERRORS.get(op, op.split()[0])}: .*no forward-mode .*impl='composed'"),
     ):
         (compiled(run, tensors) if compile else run)(*tensors)
