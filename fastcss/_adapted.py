@@ -71,7 +71,7 @@ class Adapted(nn.Module):
         self.adapters = list(adapters)  # a plain list: the parameters stay the user's model's
         self.slots = slots
         self.training = base_layer.training
-        self._packs: dict[tuple[int, ...], tuple[tuple, object]] = {}
+        self.forget()
 
     def __getattr__(self, name: str):
         # Models read `layer.weight`, `layer.out_features`, … of the layers that we stand in for.
@@ -129,20 +129,60 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def packed(self, tasks: tuple[int, ...]):
-        """What ``pack`` makes of these adapters; kept as long as none of them changes, made anew where they train."""
-        weights = [w for w in map(self.adapters.__getitem__, tasks) if w is not None]
-        tensors = [t for w in weights for t in (w.a, w.b, w.bias) if t is not None]
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        """What ``pack`` makes of these adapters; kept until told to ``forget`` it, made anew where they train."""
+        if torch.compiler.is_compiling() or self._trains(tasks):
             return self.pack(tasks)
-        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
-        kept = self._packs.get(tasks)
-        if kept is None or kept[0] != stamp:
+        packs = self._packs
+        kept = packs.get(tasks)
+        if kept is None:
             # Normal tensors even under inference_mode, so that a later call may train the base weights through them.
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._packs[tasks] = (stamp, self.pack(tasks))
-        return kept[1]
+                kept = self._keep(packs, tasks)
+        return kept[0]
+
+    def tensors(self, tasks: tuple[int, ...] | None = None) -> list[Tensor]:
+        """The adapters' own."""
+        adapters = self.adapters if tasks is None else map(self.adapters.__getitem__, tasks)
+        return [t for w in adapters if w is not None for t in (w.a, w.b, w.bias) if t is not None]
+
+    def _trains(self, tasks: tuple[int, ...]) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors(tasks))
+
+    def forget(self) -> None:
+        """The adapters' values have changed."""
+        self._packs: dict[tuple[int, ...], tuple[object, int]] = {}  # tasks → the pack, and how many ranks it copied
+
+    def _keep(self, packs: dict, tasks: tuple[int, ...]) -> tuple[object, int]:
+        """Adapters that follow each other are a part of the pack of all, others have a pack of their own.
+
+        Those of their own, but for the last one, hold no more than half of what the pack of all holds.
+        """
+        everything, ranks = self._all(), [0 if w is None else w.a.shape[0] for w in self.adapters]
+        dtypes = {w.a.dtype for w in self.adapters if w is not None}
+        is_part = tasks != everything and tasks == tuple(range(tasks[0], tasks[-1] + 1)) and len(dtypes) == 1
+        copied = 0 if is_part else sum(ranks[t] for t in tasks)
+        # What goes is let go of first: the allocator then has a place for what comes.
+        others = {key: ranks for key, (_, ranks) in list(packs.items()) if key != everything}
+        while others and (len(others) > 2 * len(ranks) or copied + sum(others.values()) > sum(ranks) // 2):
+            oldest = next(iter(others))
+            del others[oldest]
+            packs.pop(oldest, None)
+        if is_part:
+            every, _ = packs.get(everything) or self._keep(packs, everything)
+            kept = self.part(every, tasks), 0
+        else:
+            kept = self.pack(tasks), copied
+        packs[tasks] = kept
+        return kept
 
     def pack(self, tasks: tuple[int, ...]):
+        raise NotImplementedError
+
+    def part(self, every, tasks: tuple[int, ...]):
+        """What ``pack(tasks)`` would be, of tasks that follow each other, as views of the pack of all.
+
+        What index -1 finds there is the next task's, or zeros: only all of them are routed.
+        """
         raise NotImplementedError
 
     def _all(self) -> tuple[int, ...]:

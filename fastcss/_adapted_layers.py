@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -108,17 +110,33 @@ class AdaptedLinear(Adapted):
         width_out, width_in = self._weight.shape
         adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
-        lora = PackedLora.pack(
-            [like.new_zeros(0, width_in) if w is None else w.a for w in adapters],
-            [like.new_zeros(width_out, 0) if w is None else w.b for w in adapters],
-            [0.0 if w is None else w.scale for w in adapters],
-        )
+        ranks = tuple(0 if w is None else w.a.shape[0] for w in adapters)
+        scales = tuple(0.0 if w is None else w.scale for w in adapters)
+        a = torch.cat([like.new_zeros(0, width_in) if w is None else w.a for w in adapters])
+        b = torch.cat([like.new_zeros(0, width_out) if w is None else w.b.t() for w in adapters])
         if like.dtype == torch.float64:  # which scales in float32 would not live up to
-            of_row = [w.scale for w in adapters if w is not None for _ in range(w.a.shape[0])]
-            lora = dataclasses.replace(
-                lora, b=lora.b * lora.b.new_tensor(of_row)[:, None], scales=torch.ones_like(lora.scales)
-            )
+            of_row = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+            b, scales = b * b.new_tensor(of_row)[:, None], (1.0,) * len(scales)
+        layout = _kept_layout if like.is_cuda and not torch.compiler.is_compiling() else _layout
+        lora = PackedLora(a, b, ranks, *layout(ranks, scales, like.device))
         return PackedLinear(lora, self._biases(tasks, width_out, like))
+
+    def part(self, every: PackedLinear, tasks: tuple[int, ...]) -> PackedLinear:
+        lora, first, end = every.lora, tasks[0], tasks[-1] + 1
+        rows = slice(sum(lora.ranks[:first]), sum(lora.ranks[:end]))
+        ranks, scales = lora.ranks[first:end], lora.scales[first:end]
+        lora = PackedLora(lora.a[rows], lora.b[rows], ranks, lora.offsets[first : end + 1] - rows.start, scales)
+        return PackedLinear(lora, None if every.biases is None else every.biases[first : end + 1])
+
+
+def _layout(ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A pack's offsets and scales."""
+    with torch.inference_mode(False):
+        offsets = torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32, device=device)
+        return offsets, torch.tensor(scales, dtype=torch.float32, device=device)
+
+
+_kept_layout = functools.lru_cache(maxsize=1024)(_layout)  # no CUDA graph can hold copies from the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +202,13 @@ class AdaptedConv2d(Adapted):
             y = y + pack.biases[:, None, :, None, None]
         return y.to(base.dtype)
 
+    def part(self, every: PackedConv2d, tasks: tuple[int, ...]) -> PackedConv2d:
+        rank = max(0 if self.adapters[t] is None else self.adapters[t].a.shape[0] for t in tasks)
+        of = slice(tasks[0], tasks[-1] + 2)
+        return PackedConv2d(
+            every.a[of, :rank], every.b[of, :, :rank], None if every.biases is None else every.biases[of]
+        )
+
     def pack(self, tasks: tuple[int, ...]) -> PackedConv2d:
         adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
@@ -233,3 +258,6 @@ class AdaptedEmbedding(Adapted):
         """Each adapter's table [V, r] and its scaled rows [r, N]."""
         adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         return [None if w is None else (w.a.t().contiguous(), w.b.t() * w.scale) for w in adapters]
+
+    def part(self, every: list, tasks: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
+        return every[tasks[0] : tasks[-1] + 1]

@@ -62,6 +62,9 @@ class Captures:
                 raise RuntimeError(f"one_pass.capture: wants the model and its inputs on a CUDA device, got {device}")
         if stand_in.training:
             raise RuntimeError("one_pass.capture: wants the model in eval mode; a graph holds inference only")
+        if stand_in.hooked is not None:
+            where = stand_in.hooked or "the model"
+            raise RuntimeError(f"one_pass.capture: {where} has hooks, which no replay of a graph would run")
         unknown = [name for name in fixed if name not in kwargs]
         if unknown:
             raise KeyError(f"one_pass.capture: fixed names {unknown[0]!r}, which is no keyword input of this call")
@@ -139,6 +142,11 @@ def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
 
 
 def _stamp(stand_in: StandIn, with_weights: bool) -> tuple:
-    """Changes when a tensor changes whose value a graph took over: packed adapters, and weights in lifted results."""
-    tensors = stand_in.adapter_tensors() + (stand_in.tensors() if with_weights else [])
-    return tuple((tensor.data_ptr(), version(tensor)) for tensor in tensors)
+    """Changes when a graph must be captured anew.
+
+    A graph reads weights and adapters where they lie, so new values there are seen. Only results that were lifted out
+    of it hold values of weights, of which the count of writes has to do: to compare them all would stall the device.
+    """
+    tensors = stand_in.tensors() + stand_in.adapter_tensors()
+    places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
+    return stand_in, places, tuple(map(version, stand_in.tensors())) if with_weights else ()

@@ -47,6 +47,7 @@ class Engine:
         """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``."""
         if self._spoilt:
             raise RuntimeError(self._spoilt)
+        stand_in.read_adapters()
         if torch.compiler.is_exporting():
             return self._exported(replay)
         must_replay = stand_in.must_replay()
@@ -107,7 +108,7 @@ class Engine:
         warnings.warn(
             f"one_pass: {type(stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
             f"(engine 'replay'): {reason}",
-            stacklevel=7,
+            stacklevel=9,
         )
 
 

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._fused.base import original_class
 
 # Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +80,13 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
             "one_pass: a PEFT model needs the package peft; one_pass.from_directories does not"
         ) from error
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     configs = getattr(model, "peft_config", {})
     for adapter, config in configs.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise TypeError(f"one_pass: adapter {adapter!r} is {kind}; only LORA adapters run in one pass")
+    # Not get_base_model(), which fails where the active adapter was deleted.
+    base = model.base_model.model if isinstance(model, PeftModel) else model
     tuned = {}
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -132,14 +136,38 @@ def _check_peft_layer(name: str, layer) -> None:
             f"one_pass: layer {name!r} is {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}; "
             "LoRA on Linear, Conv1D, Conv2d and Embedding runs in one pass"
         )
+    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
+        raise TypeError(f"one_pass: layer {name!r} has a replaced forward or is parametrized, which would be skipped")
     check_base_layer(name, base)
     if layer.merged:
-        raise ValueError(f"one_pass: layer {name!r} has merged adapters {layer.merged_adapters}; unmerge them first")
+        raise ValueError(
+            f"one_pass: layer {name!r} has merged adapters {layer.merged_adapters}; unmerge them first "
+            "(model.unmerge_adapter())"
+        )
+    for inner, module in layer.named_modules():
+        if module is not layer and not f"{inner}.".startswith("base_layer."):
+            _check_part(name, inner, module)
     variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
     variants = {adapter: variant for adapter, variant in variants.items() if variant not in PLAIN_VARIANTS}
     variants |= {adapter: "DoRA" for adapter, dora in layer.use_dora.items() if dora}
     for adapter, variant in variants.items():
         raise TypeError(f"one_pass: layer {name!r}, adapter {adapter!r}: {variant} is no plain LoRA")
+
+
+def _check_part(name: str, inner: str, part: nn.Module) -> None:
+    """Raise where ``part``, inside the adapted layer ``name``, does more than hold a weight."""
+    if "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS):
+        raise TypeError(
+            f"one_pass: layer {name!r}: its {inner} has hooks or a replaced forward, which one pass would skip; "
+            "hooks on the layer itself run"
+        )
+    if parametrize.is_parametrized(part):
+        raise TypeError(
+            f"one_pass: layer {name!r}: its {inner} is parametrized ({type(part).__name__}), which one pass would read "
+            "only once; remove_parametrizations first"
+        )
+    if inner.startswith(("lora_A.", "lora_B.")) and original_class(part) not in (nn.Linear, nn.Conv2d):
+        raise TypeError(f"one_pass: layer {name!r}: its {inner} is {type(part).__name__}, no plain LoRA")
 
 
 def _read_peft_layer(layer, adapter: str) -> LoraWeights:
@@ -152,7 +180,7 @@ def _read_peft_layer(layer, adapter: str) -> LoraWeights:
 
 def check_base_layer(name: str, base: nn.Module) -> None:
     """Raise where replacing ``base`` by its formula would lose something it does."""
-    if "forward" in vars(base) or base._forward_hooks or base._forward_pre_hooks:
+    if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS):
         raise TypeError(f"one_pass: layer {name!r} has hooks or a replaced forward, which one pass would skip")
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         raise TypeError(f"one_pass: layer {name!r} has max_norm, which rewrites its weight in every call")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -270,6 +271,27 @@ def _fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, 
         return with_taken_out(weights, base, config.get("init_lora_weights"))
     except TypeError as error:
         raise TypeError(f"{CALLER}: {where} has {error}") from error
+
+
+def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
+    """Adapters of folders for ``model`` as it is now, on its device."""
+    modules, again = dict(model.named_modules()), Adapters.empty(adapters.names)
+    for layer, weights in adapters.layers.items():
+        base = modules.get(layer)
+        kind = None if base is None else kind_of(base)
+        if kind is None:
+            raise ValueError(f"one_pass: the model has no layer {layer!r} any more that its adapters fit")
+        check_base_layer(layer, base)
+        for adapter, w in zip(adapters.names, weights, strict=True):
+            if w is None:
+                continue
+            wanted_a, (wanted_b, *_) = _shapes(kind, base, w.a.shape[0])
+            if w.a.shape != wanted_a or w.b.shape[0] != wanted_b[0]:
+                raise ValueError(f"one_pass: layer {layer!r} has another size now, which {adapter!r} does not fit")
+            device = base.weight.device
+            a, b, bias = (None if t is None else t.to(device) for t in (w.a, w.b, w.bias))
+            again.add(layer, adapter, dataclasses.replace(w, a=a, b=b, bias=bias))
+    return again
 
 
 def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:

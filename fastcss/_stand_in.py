@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -15,41 +15,64 @@ from torch.overrides import TorchFunctionMode
 from ._adapted import Adapted, Slots
 from ._adapted_layers import adapted
 from ._checkpoints import bind_checkpoints
+from ._fingerprint import Contents
 from ._group_size import Widest, group_size
 from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, where_kept
 from ._leaves import Inputs, Output, join
-from ._read_adapters import Adapters
+from ._read_adapters import HOOKS, Adapters
 from ._replay import SharedWork
 from ._samples import Axes, Samples
+from ._structure import StructuralCopy, holds_hooks
 from ._task_rules import TaskRules, is_mapped
 from ._undo import Undo
+from ._watch import Watch
 
 MOST_KINDS = 256  # of batches, whose outputs are known to be put together in some way
 
 
 class StandIn:
-    """A structural copy of ``model`` that shares its tensors, with all adapters in each adapted layer."""
+    """A structural copy of ``model`` that shares its tensors, with all adapters in each adapted layer.
+
+    Attributes:
+        model: the copy.
+        hooked: the name of a module with hooks that transformers did not make, None where there is none.
+    """
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
         _warn_of_fused_encoders(model, adapters)
-        tensors = chain(model.parameters(), model.buffers())
-        self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-        self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
         self._slots = Slots()
         self._modules: list[nn.Module] | None = None
         self._axes: dict[tuple, Axes] = {}  # by training and the kind of batch
         self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
-        layers = dict(self.model.named_modules())
-        replaced: dict[nn.Module, Adapted] = {}
-        for name, weights in adapters.layers.items():
-            layer = layers[name]  # PEFT's layer, or the bare one
-            replaced[layer] = adapted(getattr(layer, "base_layer", layer), weights, self._slots)
-        for path, parent in list(self.model.named_modules()):
-            for name, child in parent._modules.items():
-                # A bare layer is adapted under the name that an adapter gives it, and left bare under others it has.
-                if hasattr(child, "base_layer") or f"{path}.{name}".lstrip(".") in adapters.layers:
-                    parent._modules[name] = replaced.get(child, child)
-        self._pairs = [(original, replaced.get(ours, ours)) for original, ours in self._pairs]
+        copy, layers = StructuralCopy(model), {name: model.get_submodule(name) for name in adapters.layers}
+        stand_ins: dict[str, tuple[nn.Module, Adapted]] = {}
+        for name, layer in layers.items():
+            if hasattr(layer, "base_layer"):
+                ours = adapted(copy.of(layer.base_layer), adapters.layers[name], self._slots)
+                copy.replace(layer, ours)
+                stand_ins[name] = layer, ours
+        self.model = copy.of(model)
+        for name, layer in layers.items():
+            if name in stand_ins:
+                _take_hooks(layer, stand_ins[name][1], copy)
+            else:  # A bare layer is adapted under the name that an adapter gives it, and left bare wherever else it is.
+                ours = adapted(copy.of(layer), adapters.layers[name], self._slots)
+                parent, _, child = name.rpartition(".")
+                self.model.get_submodule(parent)._modules[child] = ours
+                stand_ins[name] = layer, ours
+        self._layers = [ours for _, ours in stand_ins.values()]
+        self._reads = {
+            id(t): name
+            for name, weights in adapters.layers.items()
+            for w in weights
+            if w is not None
+            for t in (w.a, w.b)
+        }
+        self._watch = Watch(model, stand_ins, copy.pairs)
+        self._contents = Contents(self.adapter_tensors())
+        self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
+        self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
+        self.hooked = next((name for name, module in model.named_modules() if _has_own_hooks(module)), None)
 
     @property
     def training(self) -> bool:
@@ -64,15 +87,40 @@ class StandIn:
         return [*self.model.parameters(), *self.model.buffers()]
 
     def adapter_tensors(self) -> list[Tensor]:
-        layers = [layer for layer in self.model.modules() if isinstance(layer, Adapted)]
-        weights = [w for layer in layers for w in layer.adapters if w is not None]
-        return [t for w in weights for t in (w.a, w.b, w.bias) if t is not None]
+        return [tensor for layer in self._layers for tensor in layer.tensors()]
 
-    def follow_mode(self) -> None:
-        """Take over train() and eval() of the original's modules."""
-        for original, ours in self._pairs:
-            if ours.training is not original.training:
-                ours.training = original.training
+    def follow(self) -> bool:
+        """Take over what was set on the original since; False where it wants a new stand-in.
+
+        Raises:
+            RuntimeError: its adapters are switched off.
+        """
+        if torch.compiler.is_compiling():
+            self._watch.follow_mode()
+            return True
+        disabled = self._watch.disabled()
+        if disabled is not None:
+            raise RuntimeError(
+                f"one_pass: layer {disabled!r} has its adapters switched off; call the runner outside of "
+                "disable_adapter(), or enable_adapters()"
+            )
+        return self._watch.is_as_built()
+
+    def read_adapters(self) -> None:
+        """Let layers forget packs of adapters whose values have changed; on a GPU, where to ask would stall, all."""
+        if torch.compiler.is_compiling():
+            return
+        if self._are_plain and all(t.is_cpu for t in self._contents.tensors):
+            changed = {self._layer_of[place] for place in self._contents.changed()}
+        else:
+            changed = self._layers
+        for layer in changed:
+            layer.forget()
+
+    def untrained(self, tasks: Sequence[int]) -> list[int]:
+        """Those of ``tasks`` whose adapters get no gradient, where others do."""
+        trains = {t: any(p.requires_grad for layer in self._layers for p in layer.tensors((t,))) for t in tasks}
+        return [t for t, does in trains.items() if not does] if any(trains.values()) else []
 
     @contextlib.contextmanager
     def undoing(self, inputs: Inputs, known: set[int] | None) -> Iterator[Undo]:
@@ -91,16 +139,16 @@ class StandIn:
             self._slots.undo = None
 
     def must_replay(self) -> str | None:
-        """Why the model's present mode rules vmap out, None where it does not."""
-        if not self.training:
-            return None
-        for name, module in self.model.named_modules():
+        """Why the model's present mode or its hooks rule vmap out, None where they do not."""
+        for name, module in self.model.named_modules() if self.training else ():
             if getattr(module, "gradient_checkpointing", False):
                 bind_checkpoints(self.model, self._slots)
                 return f"{name or 'the model'} has gradient checkpointing on, which computes again outside of vmap"
             counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
             if counts and module.training:
                 return f"layer {name!r} updates its running statistics in every task's forward pass"
+        if self.hooked is not None:
+            return f"{self.hooked or 'the model'} has hooks, which see the tensors of one adapter at a time"
         return None
 
     # --------------------------------------------------------------------------------- every task on the same input
@@ -207,7 +255,8 @@ class StandIn:
     ) -> Output:
         """``run(*values)`` with ``axis`` and ``values`` mapped along their dim 0."""
         outputs, size, mapped, undo = [], axis.shape[0], Mapped(), self._slots.undo
-        rules = TaskRules(self._owned(inputs), before_write=undo and undo.before_write, mapped=mapped)
+        before_write = undo and undo.before_write
+        rules = TaskRules(self._owned(inputs), before_write=before_write, mapped=mapped, adapters=self._reads)
 
         def body(axis: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             with contextlib.ExitStack() as stack:
@@ -232,7 +281,7 @@ class StandIn:
         """The model with one adapter or, with ``tasks`` empty, none."""
         origin, owned = self._slots.origin(tasks), self._owned(inputs)
         each = [mark(tensor[0], origin) for tensor in inputs.each.values()]
-        rules = TaskRules(owned, one_task=OneTask(origin, owned))
+        rules = TaskRules(owned, one_task=OneTask(origin, owned), adapters=self._reads)
         try:
             with rules, shared or contextlib.nullcontext(), self._slots.hold(tasks=tasks, rules=rules):
                 returned = inputs.call(self.model, each)
@@ -269,3 +318,21 @@ def _warn_of_fused_encoders(model: nn.Module, adapters: Adapters) -> None:
                 stacklevel=5,
             )
             return
+
+
+def _take_hooks(layer: nn.Module, ours: Adapted, copy: StructuralCopy) -> None:
+    """Let the hooks on PEFT's layer run around what stands for it."""
+    hooks = {name: value for name, value in vars(layer).items() if holds_hooks(name, value)}
+    vars(ours).update((name, copy.hooks(value)) for name, value in hooks.items())
+    ours._is_full_backward_hook = layer._is_full_backward_hook
+    ours.training = layer.training
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    """Of the user's: transformers' own collect a model's outputs, and leave it to us to give them a task axis."""
+    for hook in chain.from_iterable(getattr(module, name).values() for name in HOOKS):
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "fastcss.")):
+            return True
+    return False

@@ -9,7 +9,8 @@ made and that has no task axis yet. Linear layers go to the project's own GEMM w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,8 @@ def _has_alias(tensor: Tensor) -> bool:
 
 
 _READERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, torch.is_nonzero)
+# What PEFT's layers call on an adapter's weights.
+_OF_A_LORA_LAYER = (F.linear, F.conv2d, Tensor.T.__get__)
 _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__")
 RULES: dict[Callable, Callable] = {
     F.linear: _linear,
@@ -174,6 +177,7 @@ class TaskRules(TorchFunctionMode):
         before_write: told of each tensor without a task axis that a call is about to write.
         mapped: under vmap, follows the results with a task axis.
         one_task: in one adapter's pass, follows what depends on the adapter.
+        adapters: id of each adapter's tensor → its layer; what stands for the layer reads it, and nothing else may.
     """
 
     def __init__(
@@ -183,8 +187,10 @@ class TaskRules(TorchFunctionMode):
         before_write: Callable[[Tensor], None] | None = None,
         mapped: Mapped | None = None,
         one_task: OneTask | None = None,
+        adapters: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        self._adapters = adapters
         self._owned, self._before_write, self._mapped, self._one_task = owned, before_write, mapped, one_task
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -201,6 +207,8 @@ class TaskRules(TorchFunctionMode):
         return result
 
     def _call(self, func: Callable, args: tuple, kwargs: dict):
+        if func in _OF_A_LORA_LAYER:
+            self._refuse_a_lora_layer(args)
         if func in RULES:
             return RULES[func](*args, **kwargs)
         if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention" and any(map(is_mapped, args[:3])):
@@ -212,6 +220,14 @@ class TaskRules(TorchFunctionMode):
             if mapped is not None:
                 return self._write(func, mapped, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _refuse_a_lora_layer(self, args: tuple) -> None:
+        layer = next((self._adapters[id(value)] for value in args[:2] if id(value) in self._adapters), None)
+        if layer is not None:
+            raise TypeError(
+                f"one_pass: the model's own LoRA layer {layer!r} ran, with its active adapter for all tasks: something "
+                "refers to it that the runner could not see into (a function's globals, an object of another kind)"
+            )
 
     def _write(self, func: Callable, mapped: Tensor, target: Tensor, *args, **kwargs) -> Tensor | None:
         if id(target) in self._owned or _has_alias(target):

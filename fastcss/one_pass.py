@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,18 +15,22 @@ from ._capture import Captures
 from ._engines import Engine
 from ._leaves import Inputs
 from ._read_adapters import Adapters, read_peft
-from ._read_folders import read_directories
+from ._read_folders import fitted_again, read_directories
 from ._stand_in import StandIn
 from .fuse import Fusion, fuse_modules
 
 
-class OnePass:
+class OnePass(nn.Module):
     """Runs a model once for all of its LoRA adapters: each output equals the model's with that adapter alone.
 
     What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed
     once for all of them. The model is left as it is: the runner works on a copy of its structure that shares its
-    tensors, so updates of weights and adapters in place are seen, and training through the runner reaches them.
-    Adapters added, removed or rescaled later, and a model moved to another device, want a new runner.
+    tensors. Each call follows the model: new values of weights and adapters, however written; other parameters,
+    buffers, modules, hooks, scales, dtypes and devices; train() and eval(). Merged adapters and those switched off are
+    refused.
+    So are adapters that were added or removed, until ``refresh`` takes them over. Training through the runner reaches
+    every adapter that requires gradients, which by PEFT's default the active one does alone. A forward hook sees one
+    adapter's tensors at a time, so a model with hooks of the user's runs as engine "replay".
 
     Args:
         model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
@@ -40,6 +46,7 @@ class OnePass:
             transformers' Trainer and accelerate's ``gather_for_metrics`` do, would cut the tasks otherwise.
 
     Attributes:
+        model: the model, as it was given; its parameters and state_dict are the runner's.
         adapters: the adapters' names, in the order of the task axis.
         fusion: which modules run on the fused ops, a ``Fusion``, or None with ``fuse`` off.
 
@@ -60,8 +67,8 @@ class OnePass:
         fuse: bool | None = None,
         task_dim: int = 0,
     ) -> None:
-        self._build(*read_peft(model), engine, group_size, fuse)
-        self.task_dim = _check_task_dim(task_dim)
+        super().__init__()
+        self._begin(model, None, engine, group_size, fuse, task_dim)
 
     @classmethod
     def from_directories(
@@ -93,25 +100,85 @@ class OnePass:
                 leave out, is no plain LoRA adapter, or belongs to another base model; the message names the file or
                 the layer.
         """
+        return cls._made_of(model, read_directories(model, directories, names), engine, group_size, fuse, task_dim)
+
+    @classmethod
+    def _made_of(cls, model: nn.Module, adapters: Adapters | None, *options) -> OnePass:
+        """A runner for the adapters in ``model`` or, of a bare one, for ``adapters``."""
         runner = cls.__new__(cls)
-        runner._build(model, read_directories(model, directories, names), engine, group_size, fuse)
-        runner.task_dim = _check_task_dim(task_dim)
+        nn.Module.__init__(runner)
+        runner._begin(model, adapters, *options)
         return runner
 
-    def _build(
-        self, model: nn.Module, adapters: Adapters, engine: str, group_size: int | None, fuse: bool | None
+    def _begin(
+        self,
+        model: nn.Module,
+        adapters: Adapters | None,
+        engine: str,
+        group_size: int | None,
+        fuse: bool | None,
+        task_dim: int,
     ) -> None:
         if group_size is not None and group_size < 1:
             raise ValueError(f"one_pass: group_size must be at least 1, got {group_size}")
-        self.adapters = adapters.names
-        self.group_size = group_size
-        self._engine = Engine(engine)
-        self._stand_in = StandIn(model, adapters)
-        if fuse is None:
-            fuse = self._stand_in.device.type == "cpu"
-        # Linear layers are seen to already: by the adapted layers, and by the task rules.
-        self.fusion: Fusion | None = fuse_modules(self._stand_in.model, linears=False) if fuse else None
+        self.model, self._given = model, adapters
+        self.training = model.training
+        self.group_size, self.task_dim = group_size, _check_task_dim(task_dim)
+        self._asked, self._fuse = engine, fuse
+        self._has_warned = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the model as it is now: also adapters that were added, removed or put in another order.
+
+        Captured graphs are forgotten. Runners made by ``from_directories`` keep the adapters they have read.
+
+        Raises:
+            TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
+        """
+        base, adapters = self._read()
         self._captures = Captures()
+        self._take(base, adapters)
+
+    def _read(self) -> tuple[nn.Module, Adapters]:
+        if self._given is None:
+            return read_peft(self.model)
+        self._given = fitted_again(self.model, self._given)
+        return self.model, self._given
+
+    def _take(self, base: nn.Module, adapters: Adapters) -> None:
+        stand_in = StandIn(base, adapters)
+        fuse = stand_in.device.type == "cpu" if self._fuse is None else self._fuse
+        # Linear layers are seen to already: by the adapted layers, and by the task rules.
+        self.fusion: Fusion | None = fuse_modules(stand_in.model, linears=False) if fuse else None
+        self.adapters = adapters.names
+        self._engine = Engine(self._asked)
+        self._stand_in = stand_in
+
+    def _follow(self) -> None:
+        """Let the stand-in be what the model is now."""
+        if self._stand_in.follow():
+            return
+        base, adapters = self._read()
+        if adapters.names != self.adapters:
+            raise RuntimeError(
+                f"one_pass: the model's adapters are {', '.join(adapters.names)} now, and the runner has "
+                f"{', '.join(self.adapters)}; runner.refresh() takes them over"
+            )
+        self._take(base, adapters)
+
+    def __deepcopy__(self, memo: dict) -> OnePass:
+        """A runner of its own, without captured graphs, for a deep copy of the model."""
+        made = self._made_of(*copy.deepcopy((self.model, self._given), memo), *self._options)
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol) -> tuple:
+        return self._made_of, (self.model, self._given, *self._options)
+
+    @property
+    def _options(self) -> tuple:
+        return self._asked, self.group_size, self._fuse, self.task_dim
 
     def __repr__(self) -> str:
         model = type(self._stand_in.model).__name__
@@ -122,7 +189,7 @@ class OnePass:
         """The engine that runs the model in its present mode, "vmap" or "replay"."""
         return self._engine.name(self._stand_in.training)
 
-    def __call__(
+    def forward(
         self,
         *args,
         adapters: Sequence[str] | None = None,
@@ -151,17 +218,22 @@ class OnePass:
             there is no such axis, only the model's own; a number (a loss, say) becomes one a sample, ``[B]``.
 
         Raises:
-            KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route.
+            KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route; or a change of the model
+                that cannot run in one pass, named in the message.
+            RuntimeError: the model's adapters are others than the runner's, or switched off; the message says what
+                to do.
         """
-        self._stand_in.follow_mode()
+        self._follow()
         if route is not None:
             route = _check_route(route, adapters, per_adapter, self.adapters)
+            self._warn_of_untrained(range(len(self.adapters)))
             return self._routed(route, Inputs(args, kwargs), per_sample)
         if per_sample is not None:
             raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
         tasks = self._tasks(adapters)
         if per_adapter:
             kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
+        self._warn_of_untrained(tasks)
         captured = self._captures.find(tasks, self._stand_in, args, kwargs)
         return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
 
@@ -186,18 +258,21 @@ class OnePass:
         """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
 
         Each set of shapes wants its own capture; other calls run as before. A graph holds inference only. Outputs of a
-        replay are copies. Where an adapter has changed since, the next call captures anew.
+        replay are copies. A graph reads weights and adapters where they lie, so that new values are seen; where they
+        lie elsewhere, or the model has changed, the next call captures anew.
 
         Args:
             *args, **kwargs: example inputs on the GPU; their values do not matter.
             adapters, per_adapter: as in a call.
             fixed: names of keyword inputs that later calls will pass as the very same, unchanged tensors (the text
                 prompts, say): what depends on them and on the weights alone is computed now and left out of the graph.
+                Writes of such weights that torch does not count (``.data``, numpy) want ``refresh`` and a new capture.
 
         Raises:
-            RuntimeError: the model or an input is not on a CUDA device, or the model does what no graph can hold.
+            RuntimeError: the model or an input is not on a CUDA device, the model has hooks, or it does what no graph
+                can hold.
         """
-        self._stand_in.follow_mode()
+        self._follow()
         tasks = self._tasks(adapters)
         if per_adapter:
             kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
@@ -214,6 +289,18 @@ class OnePass:
             lambda: stand_in.in_turn(tasks, inputs),
         )
         return output if self.task_dim == 0 else pytree.tree_map(_task_axis_second, output)
+
+    def _warn_of_untrained(self, tasks: Sequence[int]) -> None:
+        if self._has_warned or not self._stand_in.training or not torch.is_grad_enabled():
+            return
+        untrained = [self.adapters[t] for t in self._stand_in.untrained(tasks)]
+        if untrained:
+            self._has_warned = True
+            warnings.warn(
+                f"one_pass: adapters {', '.join(untrained)} get no gradients, as PEFT lets the active adapter alone "
+                f"require them; to train them as well: model.set_requires_grad({untrained})",
+                stacklevel=5,
+            )
 
     def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:
         if adapters is None:

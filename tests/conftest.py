@@ -21,6 +21,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-examples", type=int, help="random examples of each op, new ones each time (tests/hardening)"
     )
+    parser.addoption(
+        "--sequences", type=int, help="random sequences of changes under a runner, new ones each time (tests/one_pass)"
+    )
 
 
 def pytest_configure(config):

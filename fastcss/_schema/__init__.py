@@ -9,6 +9,7 @@ from . import (  # noqa: F401  each defines the raw ops of its name
     class_centers,
     cost_filter,
     deformable_attention,
+    fingerprint,
     merge_masks,
     multi_lora,
     phrase_pool,

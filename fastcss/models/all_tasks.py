@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .._fingerprint import Contents
 from ..one_pass import OnePass
 from ..ops import SelectedTokens
 from .class_detector import DetectedClasses
@@ -23,8 +25,10 @@ class AllTasks:
 
     def __init__(self, model: DecoupleCSS) -> None:
         self._model, self._tasks = model, list(model.tasks)
-        self._stamp = self._stamp_now()
         detector: ClassDetector = model.detector.get_base_model()
+        self._contents = Contents(self._packed_tensors())
+        self._devices = [tensor.device for tensor in self._contents.tensors]
+        self._contents.changed()
         self._phrases = phrase_features(detector, self._tasks)
         self._runner = OnePass(model.detector)
         widest = max(map(len, self._phrases))
@@ -36,14 +40,16 @@ class AllTasks:
         self.thresholds = torch.cat([task.thresholds for task in self._tasks])
 
     def is_stale(self) -> bool:
-        """What was packed has changed since; the runner sees to the rest of the detector itself."""
-        return self._stamp != self._stamp_now()
+        """What was packed has changed since, by its values; the runner sees to the rest of the detector itself."""
+        now = self._packed_tensors()
+        if len(now) != len(self._contents.tensors) or not all(map(operator.is_, now, self._contents.tensors)):
+            return True
+        return [tensor.device for tensor in now] != self._devices or bool(self._contents.changed())
 
-    def _stamp_now(self) -> tuple:
+    def _packed_tensors(self) -> list[Tensor]:
         detector: ClassDetector = self._model.detector.get_base_model()
         modules = (*self._tasks, detector.text_backbone, detector.text_projection)
-        tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
     def detect(self, pixel_values: Tensor) -> SelectedTokens:
         """All tasks' classes, side by side."""

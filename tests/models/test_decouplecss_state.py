@@ -41,6 +41,8 @@ CHANGES = {
     "new generator weights": replace_weights,
     "class embeddings": lambda model: model.tasks[1].generator.class_embedding.add_(1),
     "thresholds": lambda model: model.tasks[1].thresholds.fill_(2),
+    "generator, uncounted": lambda model: model.tasks[1].generator.weight_2.data.neg_(),
+    "text encoder, uncounted": lambda model: model.detector.get_base_model().text_projection.weight.data.mul_(-1),
     "threshold": lambda model: setattr(model, "threshold", 0.1),
     "text encoder": lambda model: model.detector.get_base_model().text_projection.weight.mul_(-1),
     "phrases": lambda model: model.tasks[1].input_ids[..., 1].add_(7),

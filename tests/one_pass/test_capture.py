@@ -167,6 +167,25 @@ def test_what_changed_in_place_is_captured_anew(changed, place, replaying):
     assert_same_bits(after, eager(runner, example))
 
 
+def test_a_replay_reads_adapters_where_they_lie(place, replaying):
+    """Also what torch does not count: the pack is made within the graph."""
+    model = adapted(place)
+    runner, example = fastcss.one_pass(model, fuse=True), given(place)
+    runner.capture(**example)
+    assert list(place.faults) == []
+    before = replaying(runner, example)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(1.5)
+    after = replaying(runner, example)
+    assert not torch.equal(before[0], after[0])
+    assert_same_bits(after, eager(runner, example))
+    next(m for m in model.modules() if hasattr(m, "lora_A")).register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="has hooks, which no replay"):
+        runner.capture(**example)
+
+
 def test_capture_in_inference_mode(place, replaying):
     runner, example = fastcss.one_pass(adapted(place), fuse=True), given(place)
     with torch.inference_mode():
