@@ -73,9 +73,10 @@ class Engine:
         with stand_in.undoing(inputs, self._written.get(training)) as undo:
             try:
                 result = vmap()
-            except (RuntimeError, NotImplementedError) as error:
+            except BaseException as error:
                 undo()
-                if self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
+                own = not isinstance(error, RuntimeError)  # which vmap's errors are, NotImplementedError among them
+                if own or self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
                     raise
                 failure = error
                 self._check_clean(stand_in, error)

@@ -7,7 +7,7 @@ being counted, and what is freed and allocated again may lie at the same address
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,20 +25,24 @@ class Contents:
         self.tensors = list(tensors)
         self._hashes: Tensor | None = None
 
-    def changed(self) -> list[int]:
+    def changed(self, act: Callable[[int], None] | None = None) -> list[int]:
         """Places of the tensors whose values, shape or dtype differ from the last time; the first time of all.
 
-        Reads every byte: on a CPU at the speed of its memory, elsewhere the host waits for it.
+        ``act`` is called with each place before the change counts as seen: another thread that asks meanwhile sees it
+        too, and does not go on with what ``act`` is about to drop. Reads every byte: on a CPU at the speed of its
+        memory, elsewhere the host waits for it.
         """
         if not self.tensors:
             return []
         hashes, before = fingerprints(self.tensors), self._hashes
-        self._hashes = hashes
         if before is None:
-            return list(range(len(self.tensors)))
-        if torch.equal(hashes, before):
-            return []
-        return (hashes != before).nonzero()[:, 0].tolist()
+            places = list(range(len(self.tensors)))
+        else:
+            places = [] if torch.equal(hashes, before) else (hashes != before).nonzero()[:, 0].tolist()
+        for place in places if act else ():
+            act(place)
+        self._hashes = hashes
+        return places
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> Tensor:

@@ -111,11 +111,10 @@ class StandIn:
         if torch.compiler.is_compiling():
             return
         if self._are_plain and all(t.is_cpu for t in self._contents.tensors):
-            changed = {self._layer_of[place] for place in self._contents.changed()}
+            self._contents.changed(lambda place: self._layer_of[place].forget())
         else:
-            changed = self._layers
-        for layer in changed:
-            layer.forget()
+            for layer in self._layers:
+                layer.forget()
 
     def untrained(self, tasks: Sequence[int]) -> list[int]:
         """Those of ``tasks`` whose adapters get no gradient, where others do."""
@@ -131,8 +130,7 @@ class StandIn:
         if self._modules is None:
             self._modules = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
-        copied = tensors if known is None else [t for t in tensors if id(t) in known]
-        self._slots.undo = Undo(self._modules, tensors, copied)
+        self._slots.undo = Undo(self._modules, tensors, known)
         try:
             yield self._slots.undo
         finally:

@@ -35,7 +35,7 @@ class StructuralCopy:
         self._references: dict[int, object] = {}  # id of a module or function → what stands for it
         self._memo: dict[int, object] = {}  # the same for everything, as copy.deepcopy takes it
         self._held: list = []  # the originals, so that their ids stay their own
-        self.pairs: list[tuple[nn.Module, nn.Module]] = []  # the modules copied one by one, and their copies
+        self.pairs: list[tuple[nn.Module, nn.Module]] = []  # the modules, and copies that are not the modules themselves
         for module in model.modules():
             self._share(*module._parameters.values(), *module._buffers.values())
             for name, hooks in vars(module).items():
@@ -99,6 +99,7 @@ class StructuralCopy:
         for other in reversed(others):
             if id(other) not in self._references:
                 self.replace(other, copy.deepcopy(other, self._memo))
+                self.pairs.append((other, self._references[id(other)]))
         for original, ours in made:
             for name, value in list(vars(original).items()):
                 vars(ours)[name] = self.hooks(value) if holds_hooks(name, value) else self._attribute(value)

@@ -14,28 +14,30 @@ _OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 class Undo:
-    """The state of ``modules`` and of ``tensors`` (their buffers, the inputs) as a run begins.
+    """The state of ``modules`` and of ``tensors`` (buffers, the inputs) as a run begins.
 
-    Attributes of the modules are kept as they are, lists, dicts and sets in them by their entries. Of the tensors those
-    in ``copied`` are copied at once, any other when ``before_write`` announces the write.
+    Attributes of the modules are kept as they are, lists, dicts and sets in them by their entries. Of ``tensors``, and
+    of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their ids; None: all) are
+    copied at once, any other when ``before_write`` announces the write.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], copied: Iterable[Tensor]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], known: set[int] | None) -> None:
         self._attributes = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in modules]
-        self._contents = [
-            (value, copy.copy(value))
-            for attributes, *_ in self._attributes
-            for name, value in attributes.items()
-            if isinstance(value, _CONTAINERS) and name not in _OF_EVERY_MODULE
-        ]
-        self._versions = {id(t): (t, t._version) for t in tensors if not t.is_inference()}
+        own = [a[name] for _, a, *_ in self._attributes for name in a.keys() - _OF_EVERY_MODULE]
+        self._contents = [(value, copy.copy(value)) for value in own if isinstance(value, _CONTAINERS)]
+        for _, members in self._contents:
+            own += members.values() if isinstance(members, dict) else members
+        held = (value for value in own if isinstance(value, Tensor) and not isinstance(value, nn.Parameter))
+        tensors = [_whole(tensor) for tensor in (*tensors, *held) if not tensor.is_inference()]
+        self._versions = {id(t): (t, t._version) for t in tensors}
         self._values: dict[int, Tensor] = {}
-        for tensor in copied:
-            self.before_write(tensor)
+        for tensor in tensors:
+            if known is None or id(tensor) in known:
+                self.before_write(tensor)
 
     def before_write(self, tensor: Tensor) -> None:
         """``tensor``, or what it is a view of, is about to be written."""
-        tensor = tensor._base if tensor._is_view() else tensor
+        tensor = _whole(tensor)
         if id(tensor) in self._versions and id(tensor) not in self._values:
             self._values[id(tensor)] = tensor.detach().clone()
 
@@ -62,9 +64,14 @@ class Undo:
                     tensor.copy_(self._values[id(tensor)])
         if lost:
             raise RuntimeError(
-                f"one_pass: a run under vmap failed after it had written a buffer or input {list(lost[0].shape)}, "
-                "which cannot be put back; build the runner with engine='replay'"
+                f"one_pass: a run under vmap failed after it had written a tensor of the model or an input, "
+                f"{list(lost[0].shape)}, which cannot be put back; build the runner with engine='replay'"
             )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """``tensor``, or what it is a view of: both count the same writes."""
+    return tensor._base if tensor._is_view() else tensor
 
 
 def _restore(now: dict, before: dict) -> None:

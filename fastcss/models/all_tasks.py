@@ -29,6 +29,7 @@ class AllTasks:
         self._contents = Contents(self._packed_tensors())
         self._devices = [tensor.device for tensor in self._contents.tensors]
         self._contents.changed()
+        self._stale = False
         self._phrases = phrase_features(detector, self._tasks)
         self._runner = OnePass(model.detector)
         widest = max(map(len, self._phrases))
@@ -40,11 +41,20 @@ class AllTasks:
         self.thresholds = torch.cat([task.thresholds for task in self._tasks])
 
     def is_stale(self) -> bool:
-        """What was packed has changed since, by its values; the runner sees to the rest of the detector itself."""
+        """What was packed has changed since, by its values; the runner sees to the rest of the detector itself.
+
+        Once it has it stays so, for other threads and where making it anew has failed.
+        """
         now = self._packed_tensors()
         if len(now) != len(self._contents.tensors) or not all(map(operator.is_, now, self._contents.tensors)):
             return True
-        return [tensor.device for tensor in now] != self._devices or bool(self._contents.changed())
+        if [tensor.device for tensor in now] != self._devices:
+            return True
+        self._contents.changed(self._spoil)
+        return self._stale
+
+    def _spoil(self, place: int) -> None:
+        self._stale = True
 
     def _packed_tensors(self) -> list[Tensor]:
         detector: ClassDetector = self._model.detector.get_base_model()

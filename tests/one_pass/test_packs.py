@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,30 @@ def test_a_fingerprint_does_not_depend_on_threads():
         hashes.append(_fingerprint.fingerprints(tensors))
     assert torch.equal(hashes[0], hashes[1])
     assert torch.equal(hashes[0], hashes[2])
+
+
+def test_a_thread_sees_a_change_that_another_has_just_found(monkeypatch):
+    """One thread has found new values and is about to drop the old pack: a call of another must not run on that."""
+    torch.manual_seed(0)
+    model, x = adapt(nn.Sequential(nn.Linear(8, 4)), {"r": 2, "target_modules": ["0"]}), torch.randn(2, 8)
+    runner = fastcss.one_pass(model)
+    (layer,) = runner._stand_in._layers
+    with torch.no_grad():
+        runner(x)
+        next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(3)
+        expected, got, forget = model(x), [], layer.forget
+
+        def while_another_calls():
+            monkeypatch.setattr(layer, "forget", forget)
+            thread = threading.Thread(target=lambda: got.append(torch.no_grad()(runner)(x)[0]))
+            thread.start()
+            thread.join()
+            forget()
+
+        monkeypatch.setattr(layer, "forget", while_another_calls)
+        got.append(runner(x)[0])
+    for output in got:
+        torch.testing.assert_close(output, expected, atol=EXACT, rtol=0)
 
 
 @torch.no_grad()

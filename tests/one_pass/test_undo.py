@@ -22,10 +22,13 @@ class Counts(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("reassigned", torch.zeros(()))
         self.register_buffer("means", torch.zeros(2, 4))
+        self.no_buffer, self.in_a_list = torch.zeros(()), [torch.zeros(3)[1:]]
         self.steps, self.history, self.bound = 0, [], -1e9
 
     def forward(self, x, how=None):
         self.calls.add_(1)
+        self.no_buffer += 1
+        self.in_a_list[0].add_(1)
         self.reassigned = self.reassigned + 1
         self.steps += 1
         self.history.append(self.steps)
@@ -35,7 +38,8 @@ class Counts(nn.Module):
             torch.ops.aten.add_.Tensor(self.means, torch.ones(()))
         y = self.layer(x)
         if y.sum() > self.bound:
-            return y * self.calls + self.reassigned + self.steps + len(self.history) + self.means.sum()
+            y = y * self.calls + self.no_buffer * self.in_a_list[0].sum()
+            return y + self.reassigned + self.steps + len(self.history) + self.means.sum()
         return y - self.calls
 
 
@@ -57,7 +61,7 @@ def splitting_bound(model, x) -> float:
 
 def state(model) -> tuple:
     base = model.get_base_model()
-    return base.calls.item(), base.means.tolist()
+    return base.calls.item(), base.means.tolist(), base.no_buffer.item(), base.in_a_list[0].tolist()
 
 
 @pytest.mark.parametrize("how", [None, "once"])
@@ -89,7 +93,7 @@ def test_what_cannot_be_undone_is_refused():
     runner = fastcss.one_pass(model, group_size=3)
     runner(x)
     runner._stand_in.model.bound = splitting_bound(model, x)
-    with pytest.raises(RuntimeError, match=r"written a buffer or input \[2, 4\], which cannot be put back.*replay"):
+    with pytest.raises(RuntimeError, match=r"written a tensor of the model or an input, \[2, 4\], which cannot be put back.*replay"):
         runner(x, "unseen")
 
 
@@ -129,6 +133,34 @@ def test_an_error_that_passes_changes_no_engine():
     with pytest.warns(UserWarning, match="the camera is busy .twice under vmap, and not in turn"):
         assert_equal(runner(x), expected)
     assert runner.engine == "replay"
+
+
+class Keeps(nn.Module):
+    """Uses what its last call left; one that is interrupted leaves what it should not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.left = nn.Linear(4, 4), None
+
+    def forward(self, x, interrupt=None):
+        y = self.layer(x)
+        if self.left is not None:
+            y, self.left = y + self.left, None
+        if interrupt is not None:
+            self.left = y
+            raise interrupt
+        return y
+
+
+@pytest.mark.parametrize("error", [TypeError("no such option"), KeyboardInterrupt()])
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@torch.no_grad()
+def test_whatever_ends_a_run_is_undone(error, engine):
+    model, x = adapt(Keeps(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3))), torch.randn(2, 4)
+    runner, expected = fastcss.one_pass(model, engine=engine, group_size=3), loop(model, {"x": x})
+    with pytest.raises(type(error)):
+        runner(x, error)
+    assert_equal(runner(x), expected)
 
 
 class _Shared(list):
