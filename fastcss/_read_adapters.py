@@ -85,6 +85,12 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise TypeError(f"one_pass: adapter {adapter!r} is {kind}; only LORA adapters run in one pass")
+    for around in (model, model.base_model) if isinstance(model, PeftModel) else ():
+        if _has_own_calls(around):
+            raise TypeError(
+                f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one pass "
+                "would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
+            )
     # Not get_base_model(), which fails where the active adapter was deleted.
     base = model.base_model.model if isinstance(model, PeftModel) else model
     tuned = {}
@@ -156,7 +162,7 @@ def _check_peft_layer(name: str, layer) -> None:
 
 def _check_part(name: str, inner: str, part: nn.Module) -> None:
     """Raise where ``part``, inside the adapted layer ``name``, does more than hold a weight."""
-    if "forward" in vars(part) or any(getattr(part, hooks) for hooks in HOOKS):
+    if _has_own_calls(part):
         raise TypeError(
             f"one_pass: layer {name!r}: its {inner} has hooks or a replaced forward, which one pass would skip; "
             "hooks on the layer itself run"
@@ -170,6 +176,11 @@ def _check_part(name: str, inner: str, part: nn.Module) -> None:
         raise TypeError(f"one_pass: layer {name!r}: its {inner} is {type(part).__name__}, no plain LoRA")
 
 
+def _has_own_calls(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class says."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
+
+
 def _read_peft_layer(layer, adapter: str) -> LoraWeights:
     scale, dropout = float(layer.scaling[adapter]), getattr(layer.lora_dropout[adapter], "p", 0.0)
     if adapter in layer.lora_embedding_A:
@@ -180,7 +191,7 @@ def _read_peft_layer(layer, adapter: str) -> LoraWeights:
 
 def check_base_layer(name: str, base: nn.Module) -> None:
     """Raise where replacing ``base`` by its formula would lose something it does."""
-    if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS):
+    if _has_own_calls(base):
         raise TypeError(f"one_pass: layer {name!r} has hooks or a replaced forward, which one pass would skip")
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
         raise TypeError(f"one_pass: layer {name!r} has max_norm, which rewrites its weight in every call")

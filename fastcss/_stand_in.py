@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -33,12 +33,15 @@ MOST_KINDS = 256  # of batches, whose outputs are known to be put together in so
 class StandIn:
     """A structural copy of ``model`` that shares its tensors, with all adapters in each adapted layer.
 
+    Args:
+        around: modules that ``model`` is in, which are watched with it.
+
     Attributes:
         model: the copy.
         hooked: the name of a module with hooks that transformers did not make, None where there is none.
     """
 
-    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+    def __init__(self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = ()) -> None:
         _warn_of_fused_encoders(model, adapters)
         self._slots = Slots()
         self._modules: list[nn.Module] | None = None
@@ -68,7 +71,7 @@ class StandIn:
             if w is not None
             for t in (w.a, w.b)
         }
-        self._watch = Watch(model, stand_ins, copy.pairs)
+        self._watch = Watch(model, stand_ins, copy.pairs, around)
         self._contents = Contents(self.adapter_tensors())
         self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
         self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)

@@ -1,6 +1,7 @@
 """A copy of a model's modules that shares everything else with the model.
 
-Tensors are the model's own. So are objects that hooks belong to: a hook of the copy calls the user's own recorder.
+Tensors are the model's own. So are objects that hooks and other functions belong to or hold: a hook of the copy calls
+the user's own recorder, and reads what the model's forward has left in an object that both know.
 Whatever refers to a module of the model (a bound method, a closure, a list) refers to the copy's module in the copy.
 """
 
@@ -25,6 +26,8 @@ _PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), type(...), slice, range, type, enum.Enum, types.ModuleType),
     *(types.BuiltinFunctionType, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
 )
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+OF_EVERY_MODULE = vars(nn.Module()).keys()
 _COPY_PROTOCOL = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
 
 
@@ -38,9 +41,12 @@ class StructuralCopy:
         self.pairs: list[tuple[nn.Module, nn.Module]] = []  # the modules, and copies that are not the modules themselves
         for module in model.modules():
             self._share(*module._parameters.values(), *module._buffers.values())
-            for name, hooks in vars(module).items():
-                if holds_hooks(name, hooks):
-                    self._share(*(getattr(hook, "__self__", None) for hook in hooks.values()))
+            for name, value in vars(module).items():
+                for function in value.values() if holds_hooks(name, value) else (value,):
+                    if isinstance(function, _FUNCTIONS):
+                        self._share(*_objects_of(function))
+                    elif function is not value:  # a hook that is an object
+                        self._share(function, getattr(function, "__self__", None))
 
     def replace(self, original: object, ours: object) -> None:
         """Let ``ours`` stand for the module or function ``original`` from now on."""
@@ -68,7 +74,7 @@ class StructuralCopy:
             return self._module(value)
         if type(value) in _CONTAINERS:
             return _rebuilt(value, self._attribute)
-        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial, weakref.ref)):
+        if isinstance(value, (*_FUNCTIONS, weakref.ref)):
             return self.reference(value)
         try:
             return copy.deepcopy(value, self._memo)
@@ -171,6 +177,32 @@ class StructuralCopy:
             setattr(made, name, self.reference(getattr(function, name)))
         vars(made).update({name: self.reference(value) for name, value in vars(function).items()})
         return made
+
+
+def _objects_of(function: object) -> list:
+    """The objects that a function belongs to or holds, also through others and in containers.
+
+    One that holds a module itself is left out, unless the function belongs to it: the copy has its own of both.
+    """
+    found, seen, todo = [], set(), [function]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, (*_PLAIN, Tensor, nn.Module)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.MethodType):
+            found += [] if isinstance(value.__self__, (*_PLAIN, *_FUNCTIONS)) else [value.__self__]
+            todo.append(value.__func__)
+        elif isinstance(value, functools.partial):
+            todo += [value.func, *value.args, *value.keywords.values(), *vars(value).values()]
+        elif isinstance(value, types.FunctionType):
+            todo += [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
+            todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        elif type(value) in _CONTAINERS:
+            todo += value.values() if isinstance(value, dict) else value
+        elif not any(isinstance(held, nn.Module) for held in getattr(value, "__dict__", {}).values()):
+            found.append(value)
+    return found
 
 
 def _is_set(cell: types.CellType) -> bool:

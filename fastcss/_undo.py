@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ._structure import OF_EVERY_MODULE
+
 _CONTAINERS = (list, dict, set, collections.deque)
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 class Undo:
@@ -23,7 +24,7 @@ class Undo:
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], known: set[int] | None) -> None:
         self._attributes = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in modules]
-        own = [a[name] for _, a, *_ in self._attributes for name in a.keys() - _OF_EVERY_MODULE]
+        own = [a[name] for _, a, *_ in self._attributes for name in a.keys() - OF_EVERY_MODULE]
         self._contents = [(value, copy.copy(value)) for value in own if isinstance(value, _CONTAINERS)]
         for _, members in self._contents:
             own += members.values() if isinstance(members, dict) else members

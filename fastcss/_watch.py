@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import types
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
 
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ._read_adapters import HOOKS
+from ._structure import OF_EVERY_MODULE
 
+MOST_WATCHED = 10_000  # lists, dicts and objects that modules hold
 #: Values that a copy can take over as they are.
 _TAKEN_OVER = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
+_NOT_ENTERED = (*_TAKEN_OVER, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
 class Snapshot:
@@ -36,7 +41,8 @@ class Watch:
     Args:
         model: whose parameters, buffers, modules and hooks are watched, everywhere in it.
         layers: by name the adapted layers in it, as PEFT made them or bare, with what stands for them.
-        pairs: modules whose own attributes are watched, with their copies.
+        pairs: modules whose own attributes are watched, and what is in these, with their copies.
+        around: modules that ``model`` is in.
     """
 
     def __init__(
@@ -44,8 +50,9 @@ class Watch:
         model: nn.Module,
         layers: dict[str, tuple[nn.Module, nn.Module]],
         pairs: Sequence[tuple[nn.Module, nn.Module]],
+        around: Iterable[nn.Module],
     ) -> None:
-        modules = list(model.modules())
+        modules = [*model.modules(), *around]
         self._stand_ins = list(layers.values())
         self._layers = {name: layer for name, (layer, _) in layers.items() if hasattr(layer, "lora_A")}
         self._modules = modules
@@ -55,7 +62,7 @@ class Watch:
         views = [view for d in dicts if d for view in (d.keys(), d.values())]
         for layer in self._layers.values():
             views += [layer.scaling.keys(), layer.scaling.values(), layer.lora_variant.keys(), layer.merged_adapters]
-        self._structure = Snapshot(views)
+        self._structure = Snapshot([*views, *_insides(pairs)])
         # Of the modules inside PEFT's layers no attribute matters but these.
         copied = {id(original) for original, _ in pairs}
         others = [m for m in modules if id(m) not in copied]
@@ -72,7 +79,7 @@ class Watch:
         return next((name for name, layer in self._layers.items() if layer.disable_adapters), None)
 
     def is_as_built(self) -> bool:
-        """Structure and hooks are the same; plain attributes that changed have been given to the copies."""
+        """Structure, hooks and what modules hold are the same; plain attributes that were set the copies have now."""
         if any(self._empty) or self._structure.differs() or list(map(type, self._modules)) != self._classes:
             return False
         if list(map(len, self._others)) != self._sizes:
@@ -107,6 +114,34 @@ class Watch:
                 vars(ours)[name] = self._before[place][name] = value
         self._attributes.take()
         return True
+
+
+def _insides(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list:
+    """Live views of the lists, dicts and objects that modules hold, and of those in them, where the copy has its own."""
+    views, seen = [], set()
+    todo = [
+        (value, vars(ours).get(name))
+        for original, ours in pairs
+        for name, value in vars(original).items()
+        if name not in OF_EVERY_MODULE
+    ]
+    while todo and len(seen) < MOST_WATCHED:
+        value, copied = todo.pop()
+        if value is copied or type(value) is not type(copied) or isinstance(value, _NOT_ENTERED) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            views += [value.keys(), value.values()]
+            todo += [(held, copied.get(key)) for key, held in value.items()]
+        elif isinstance(value, (list, tuple, collections.deque)):
+            views.append(value)
+            todo += zip(value, copied, strict=False)
+        elif isinstance(value, (set, frozenset)):
+            views.append(value)
+        elif hasattr(value, "__dict__"):
+            views.append(vars(value).values())
+            todo += [(held, vars(copied).get(name)) for name, held in vars(value).items()]
+    return views
 
 
 def _follow_mode(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:

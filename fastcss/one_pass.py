@@ -26,11 +26,10 @@ class OnePass(nn.Module):
     What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed
     once for all of them. The model is left as it is: the runner works on a copy of its structure that shares its
     tensors. Each call follows the model: new values of weights and adapters, however written; other parameters,
-    buffers, modules, hooks, scales, dtypes and devices; train() and eval(). Merged adapters and those switched off are
-    refused.
-    So are adapters that were added or removed, until ``refresh`` takes them over. Training through the runner reaches
-    every adapter that requires gradients, which by PEFT's default the active one does alone. A forward hook sees one
-    adapter's tensors at a time, so a model with hooks of the user's runs as engine "replay".
+    buffers, modules, attributes, hooks, scales, dtypes and devices; train() and eval(). Merged adapters and those
+    switched off are refused. So are adapters that were added or removed, until ``refresh`` takes them over. Training
+    through the runner reaches every adapter that requires gradients, which by PEFT's default the active one does alone.
+    A forward hook sees one adapter's tensors at a time, so a model with hooks of the user's runs as engine "replay".
 
     Args:
         model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
@@ -147,7 +146,8 @@ class OnePass(nn.Module):
         return self.model, self._given
 
     def _take(self, base: nn.Module, adapters: Adapters) -> None:
-        stand_in = StandIn(base, adapters)
+        inside = set(base.modules())
+        stand_in = StandIn(base, adapters, [module for module in self.model.modules() if module not in inside])
         fuse = stand_in.device.type == "cpu" if self._fuse is None else self._fuse
         # Linear layers are seen to already: by the adapted layers, and by the task rules.
         self.fusion: Fusion | None = fuse_modules(stand_in.model, linears=False) if fuse else None
