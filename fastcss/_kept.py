@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
 
+from ._structure import held_by
+
 _ORIGIN = "_one_pass_origin"  # on a tensor: (the runner's slots, task), where it depends on that task's adapter
 _CONTAINERS = (list, tuple, dict, set, collections.deque)
 MOST_SEARCHED = 100_000  # objects
@@ -123,6 +125,6 @@ def _inside(value: object) -> Iterator[object]:
     elif isinstance(value, types.MethodType):
         yield value.__self__
     elif isinstance(value, types.FunctionType):
-        yield from (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
+        yield from held_by(value)
     elif not isinstance(value, (type, types.ModuleType)):
         yield from getattr(value, "__dict__", {}).values()

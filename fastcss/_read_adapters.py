@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ._fused.base import original_class
+from ._fused.base import HOOKS, original_class
 
 # Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +86,8 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
     for around in (model, model.base_model) if isinstance(model, PeftModel) else ():
         if _has_own_calls(around):
             raise TypeError(
-                f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one pass "
-                "would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
+                f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one "
+                "pass would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
             )
     # Not get_base_model(), which fails where the active adapter was deleted.
     base = model.base_model.model if isinstance(model, PeftModel) else model

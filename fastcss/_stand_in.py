@@ -16,10 +16,11 @@ from ._adapted import Adapted, Slots
 from ._adapted_layers import adapted
 from ._checkpoints import bind_checkpoints
 from ._fingerprint import Contents
+from ._fused.base import HOOKS
 from ._group_size import Widest, group_size
 from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, where_kept
 from ._leaves import Inputs, Output, join
-from ._read_adapters import HOOKS, Adapters
+from ._read_adapters import Adapters
 from ._replay import SharedWork
 from ._samples import Axes, Samples
 from ._structure import StructuralCopy, holds_hooks

@@ -38,7 +38,7 @@ class StructuralCopy:
         self._references: dict[int, object] = {}  # id of a module or function → what stands for it
         self._memo: dict[int, object] = {}  # the same for everything, as copy.deepcopy takes it
         self._held: list = []  # the originals, so that their ids stay their own
-        self.pairs: list[tuple[nn.Module, nn.Module]] = []  # the modules, and copies that are not the modules themselves
+        self.pairs: list[tuple[nn.Module, nn.Module]] = []  # the modules, and the copies made of them
         for module in model.modules():
             self._share(*module._parameters.values(), *module._buffers.values())
             for name, value in vars(module).items():
@@ -161,9 +161,7 @@ class StructuralCopy:
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         """``function`` with its closure, defaults and attributes on the copy."""
-        closure = function.__closure__ or ()
-        held = [cell.cell_contents for cell in closure if _is_set(cell)]
-        held += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
+        closure, held = function.__closure__ or (), held_by(function)
         self.replace(function, function)  # where it refers to itself
         if all(map(operator.is_, map(self.reference, held), held)):
             return function
@@ -196,13 +194,18 @@ def _objects_of(function: object) -> list:
         elif isinstance(value, functools.partial):
             todo += [value.func, *value.args, *value.keywords.values(), *vars(value).values()]
         elif isinstance(value, types.FunctionType):
-            todo += [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
-            todo += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+            todo += held_by(value)
         elif type(value) in _CONTAINERS:
             todo += value.values() if isinstance(value, dict) else value
         elif not any(isinstance(held, nn.Module) for held in getattr(value, "__dict__", {}).values()):
             found.append(value)
     return found
+
+
+def held_by(function: types.FunctionType) -> list:
+    """What ``function`` reads beside its arguments and its module: closure, defaults and attributes."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
+    return [*held, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
 
 
 def _is_set(cell: types.CellType) -> bool:

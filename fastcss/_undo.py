@@ -18,8 +18,8 @@ class Undo:
     """The state of ``modules`` and of ``tensors`` (buffers, the inputs) as a run begins.
 
     Attributes of the modules are kept as they are, lists, dicts and sets in them by their entries. Of ``tensors``, and
-    of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their ids; None: all) are
-    copied at once, any other when ``before_write`` announces the write.
+    of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their ids; None: all)
+    are copied at once, any other when ``before_write`` announces the write.
     """
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], known: set[int] | None) -> None:

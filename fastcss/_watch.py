@@ -11,7 +11,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from ._read_adapters import HOOKS
+from ._fused.base import HOOKS
 from ._structure import OF_EVERY_MODULE
 
 MOST_WATCHED = 10_000  # lists, dicts and objects that modules hold
@@ -117,7 +117,7 @@ class Watch:
 
 
 def _insides(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list:
-    """Live views of the lists, dicts and objects that modules hold, and of those in them, where the copy has its own."""
+    """Live views of the lists, dicts and objects that modules hold, however deep, where the copy has its own."""
     views, seen = [], set()
     todo = [
         (value, vars(ours).get(name))

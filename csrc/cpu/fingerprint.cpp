@@ -2,7 +2,7 @@
 //
 // A tensor is cut into chunks of a fixed size, so that its hash does not depend on the number of threads. Within one,
 // kStreams sums take a word each in turn: state ← rotate(state ⊕ word) · odd, which is a bijection of the word and of
-// the state, so that a change of a single word always changes the end.
+// the state, so that a change of a single word always changes its sum.
 
 #include <array>
 

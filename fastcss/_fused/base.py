@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fused:
@@ -46,7 +46,7 @@ class Fused:
                 return f"its {name} is a {full_name(type(inner))}"
             if "forward" in vars(inner):
                 return f"the forward of its {name} was set on the instance, and would not run"
-            if any(getattr(inner, hooks) for hooks in _HOOKS):
+            if any(getattr(inner, hooks) for hooks in HOOKS):
                 return f"its {name} has hooks, which would not run"
         return None
 

@@ -93,7 +93,7 @@ def test_what_cannot_be_undone_is_refused():
     runner = fastcss.one_pass(model, group_size=3)
     runner(x)
     runner._stand_in.model.bound = splitting_bound(model, x)
-    with pytest.raises(RuntimeError, match=r"written a tensor of the model or an input, \[2, 4\], which cannot be put back.*replay"):
+    with pytest.raises(RuntimeError, match=r"of the model or an input, \[2, 4\], which cannot be put back.*replay"):
         runner(x, "unseen")
 
 
