@@ -198,9 +198,14 @@ class Adapted(nn.Module):
         return torch.stack([*biases, zero])
 
     def _dropout(self, tasks: tuple[int, ...]) -> tuple[float, ...] | None:
-        """Each adapter's dropout in training [T + 1], None where there is none."""
-        dropout = [0.0 if self.adapters[t] is None else self.adapters[t].dropout for t in tasks]
-        return (*dropout, 0.0) if self.training and any(dropout) else None
+        """Each adapter's present dropout [T + 1], None where there is none."""
+        dropout = [self._present_dropout(self.adapters[t]) for t in tasks]
+        return (*dropout, 0.0) if any(dropout) else None
+
+    def _present_dropout(self, weights: LoraWeights | None) -> float:
+        if weights is None or not weights.dropout:
+            return 0.0
+        return weights.dropout if (weights.drops or self).training else 0.0
 
     def extra_repr(self) -> str:
         ranks = [0 if w is None else w.a.shape[0] for w in self.adapters]

@@ -24,6 +24,7 @@ class LoraWeights:
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         bias: ``[N]``, the bias of ``b``, where the adapter has one.
         dropout: probability of dropping an input of ``a`` in training.
+        drops: PEFT's module for that, which drops while it is in training; None: while the layer is.
         taken_out: how many of the last rows of ``a`` are no adapter's, but undo what is in ``base_layer`` and was taken
             out of it where the adapter began (PiSSA, OLoRA); their input is never dropped.
     """
@@ -33,6 +34,7 @@ class LoraWeights:
     scale: float
     bias: Tensor | None = None
     dropout: float = 0.0
+    drops: nn.Module | None = None
     taken_out: int = 0
 
 
@@ -180,11 +182,13 @@ def _has_own_calls(module: nn.Module) -> bool:
 
 
 def _read_peft_layer(layer, adapter: str) -> LoraWeights:
-    scale, dropout = float(layer.scaling[adapter]), getattr(layer.lora_dropout[adapter], "p", 0.0)
+    scale, drops = float(layer.scaling[adapter]), layer.lora_dropout[adapter]
+    dropout = getattr(drops, "p", 0.0)
     if adapter in layer.lora_embedding_A:
-        return LoraWeights(layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], scale, None, dropout)
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return LoraWeights(a, b, scale, None, dropout, drops)
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    return LoraWeights(a.weight, b.weight, scale, b.bias, dropout)
+    return LoraWeights(a.weight, b.weight, scale, b.bias, dropout, drops)
 
 
 def check_base_layer(name: str, base: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A copy of a model's modules that shares everything else with the model.
 
-Tensors are the model's own. So are objects that hooks and other functions belong to or hold: a hook of the copy calls
-the user's own recorder, and reads what the model's forward has left in an object that both know.
+Tensors and arrays are the model's own. So are objects that hooks and other functions belong to or hold: a hook of the
+copy calls the user's own recorder, and reads what the model's forward has left in an object that both know.
 Whatever refers to a module of the model (a bound method, a closure, a list) refers to the copy's module in the copy.
 """
 
@@ -15,6 +15,7 @@ import operator
 import types
 import weakref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -65,8 +66,8 @@ class StructuralCopy:
     # ------------------------------------------------------------------------------------------ what a module holds
 
     def _attribute(self, value: object) -> object:
-        """What the copy holds where the model holds ``value``: containers and objects of its own, shared tensors."""
-        if isinstance(value, (*_PLAIN, Tensor)) or _is_configuration(value):
+        """What the copy holds where the model holds ``value``: containers and objects of its own, shared arrays."""
+        if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or _is_configuration(value):
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
@@ -178,7 +179,7 @@ class StructuralCopy:
 
 
 def _objects_of(function: object) -> list:
-    """The objects that a function belongs to or holds, also through others and in containers.
+    """The objects and containers that a function belongs to or holds, also through others and in containers.
 
     One that holds a module itself is left out, unless the function belongs to it: the copy has its own of both.
     """
@@ -197,9 +198,17 @@ def _objects_of(function: object) -> list:
             todo += held_by(value)
         elif type(value) in _CONTAINERS:
             todo += value.values() if isinstance(value, dict) else value
+            found += [] if _is_rebuilt(value) else [value]
         elif not any(isinstance(held, nn.Module) for held in getattr(value, "__dict__", {}).values()):
             found.append(value)
     return found
+
+
+def _is_rebuilt(value: object) -> bool:
+    """``value`` may refer to a module, so that the copy cannot have the same container."""
+    if type(value) in _CONTAINERS:
+        return any(map(_is_rebuilt, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (nn.Module, *_FUNCTIONS))
 
 
 def held_by(function: types.FunctionType) -> list:

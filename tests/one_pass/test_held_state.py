@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 
+import numpy as np
 import pytest
 import torch
 from adapted_models import adapt, assert_equal, build_adapted, clip_text, inputs, loop, regnet, vit
@@ -32,12 +33,13 @@ class Holds(nn.Module):
         super().__init__()
         self.layer, self.act, self.factor = nn.Linear(4, 4), nn.Tanh(), Factor()
         self.table, self.steps, self.known = {"a": [1.0]}, [1.0], {1.0}
+        self.array = np.ones(4, dtype=np.float32)
         self.options = types.SimpleNamespace(by=1.0, more=types.SimpleNamespace(by=1.0))
 
     def forward(self, x):
         by = self.table["a"][-1] * self.steps[0] * sum(self.known) * self.options.by * self.options.more.by
         self.options.mean = x.mean()
-        return self.factor(self.act(self.layer(x) * by))
+        return self.factor(self.act(self.layer(x) * by * torch.from_numpy(self.array)))
 
 
 def held():
@@ -50,6 +52,7 @@ CHANGES = {
     "a list in a dict": lambda m: m.table["a"].append(3.0),
     "an entry of a dict": lambda m: m.table.update(a=[3.0]),
     "a set": lambda m: m.known.add(3.0),
+    "an array": lambda m: m.array.__setitem__(slice(None), 3.0),
     "an object": lambda m: setattr(m.options, "by", 3.0),
     "an object in an object": lambda m: setattr(m.options.more, "by", 3.0),
     "the attribute of a module that copies itself": lambda m: setattr(m.factor, "by", 3.0),
@@ -64,9 +67,9 @@ def test_what_modules_hold_is_followed(what):
     runner = fastcss.one_pass(model)
     before = runner(**given)
     CHANGES[what](model.get_base_model())
-    expected = loop(model, given)
-    assert not torch.allclose(expected[0], before[0], atol=1e-2)
-    assert_equal(runner(**given), expected)
+    got = runner(**given)  # before the loop, which changes what the model holds as well
+    assert not torch.allclose(got[0], before[0], atol=1e-2)
+    assert_equal(got, loop(model, given))
 
 
 @pytest.mark.parametrize("build", [vit, clip_text, regnet])
@@ -104,6 +107,45 @@ def test_a_hook_reads_what_the_forward_has_left_for_it(hook):
     base.options.mean = None
     base.act.register_forward_hook(hook(base.options))
     assert_equal(fastcss.one_pass(model, engine="replay")(**given), loop(model, given))
+
+
+@torch.no_grad()
+def test_a_hook_reads_a_list_that_the_forward_writes():
+    class Logs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.log = nn.Linear(4, 4), [1.0]
+
+        def forward(self, x):
+            self.log.append(self.log[-1] + 1)
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    model, x = adapt(Logs(), *({"r": 2, "target_modules": ["layer"]} for _ in range(2))), torch.randn(2, 4)
+    log = model.get_base_model().log
+    model.get_base_model().register_forward_hook(lambda module, args, output: output * log[-1])
+    expected = loop(model, {"x": x})
+    del log[1:]
+    assert_equal(fastcss.one_pass(model, engine="replay")(x), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv2d(4, 4, 1)], ids=["linear", "conv"])
+@torch.no_grad()
+def test_the_mode_of_an_adapters_dropout_is_its_own(layer):
+    """It may be off while the model trains, and on (MC dropout) while the model is in eval mode."""
+    torch.manual_seed(0)
+    config = {"r": 2, "target_modules": ["0"], "lora_dropout": 0.5}
+    model = adapt(nn.Sequential(layer), config, config)
+    given = {"input": torch.randn(3, 4) if isinstance(layer, nn.Linear) else torch.randn(1, 4, 5, 5)}
+    runner = fastcss.one_pass(model)
+    model.train()
+    model.get_base_model()[0].lora_dropout.eval()
+    assert_equal(runner(**given), loop(model, given))
+    model.eval()
+    model.get_base_model()[0].lora_dropout["task1"].train()
+    first, second = runner(**given), runner(**given)
+    torch.testing.assert_close(first[0], second[0])
+    assert not torch.allclose(first[1], second[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
