@@ -27,6 +27,7 @@ class Slots(threading.local):
     """What the layers of one runner compute in this thread's current call.
 
     Attributes:
+        name: of the runner's stand-in, no other's.
         tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
         axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
         routed: ``axis`` holds one adapter index a sample.
@@ -42,9 +43,13 @@ class Slots(threading.local):
     running: bool = False
     undo: Undo | None = None
 
-    def origin(self, tasks: tuple[int, ...]) -> tuple:
-        """Marks what depends on these adapters of this runner."""
-        return self, tasks
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name  # in every thread, for each of which this is called
+
+    def origin(self, tasks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """Marks what depends on these adapters of this runner: plain values, since hooks keep and save such tensors."""
+        return self.name, tasks
 
     @contextlib.contextmanager
     def hold(

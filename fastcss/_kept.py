@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._structure import held_by
 
-_ORIGIN = "_one_pass_origin"  # on a tensor: (the runner's slots, task), where it depends on that task's adapter
+_ORIGIN = "_one_pass_origin"  # on a tensor: (the stand-in's name, its adapters), where it depends on those
 _CONTAINERS = (list, tuple, dict, set, collections.deque)
 MOST_SEARCHED = 100_000  # objects
 
@@ -46,11 +46,17 @@ def mark(tensor: Tensor, origin: tuple) -> Tensor:
     return tensor
 
 
+def unmark(tensor: Tensor) -> None:
+    """Let ``tensor`` be an input as any other, though a hook may have kept it from some pass."""
+    if getattr(tensor, _ORIGIN, None) is not None:
+        delattr(tensor, _ORIGIN)
+
+
 class OneTask:
     """Follows what depends on the adapter through the calls of one adapter's pass.
 
     Args:
-        origin: the runner's slots and the task; -1 is the bare model.
+        origin: of this pass (``Slots.origin``); no adapters are the bare model.
         owned: ids of the tensors that outlive the call, and may well take over values from pass to pass.
     """
 
@@ -67,7 +73,7 @@ class OneTask:
             tensor, origin = value, getattr(value, _ORIGIN, None)
             if origin is None:
                 continue
-            if origin != self._origin and origin[0] is self._origin[0]:
+            if origin != self._origin and origin[0] == self._origin[0]:
                 raise KeptError(f"{getattr(func, '__name__', func)} of a tensor {list(tensor.shape)}", tensor)
             found = True
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -18,7 +19,7 @@ from ._checkpoints import bind_checkpoints
 from ._fingerprint import Contents
 from ._fused.base import HOOKS
 from ._group_size import Widest, group_size
-from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, where_kept
+from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, unmark, where_kept
 from ._leaves import Inputs, Output, join
 from ._read_adapters import Adapters
 from ._replay import SharedWork
@@ -44,7 +45,7 @@ class StandIn:
 
     def __init__(self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = ()) -> None:
         _warn_of_fused_encoders(model, adapters)
-        self._slots = Slots()
+        self._slots = Slots(uuid.uuid4().hex)
         self._modules: list[nn.Module] | None = None
         self._axes: dict[tuple, Axes] = {}  # by training and the kind of batch
         self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
@@ -282,6 +283,8 @@ class StandIn:
     def _single(self, tasks: tuple[int, ...], inputs: Inputs, shared: SharedWork | None) -> Output:
         """The model with one adapter or, with ``tasks`` empty, none."""
         origin, owned = self._slots.origin(tasks), self._owned(inputs)
+        for tensor in inputs.tensors:
+            unmark(tensor)
         each = [mark(tensor[0], origin) for tensor in inputs.each.values()]
         rules = TaskRules(owned, one_task=OneTask(origin, owned), adapters=self._reads)
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+import pickle
 import types
 import warnings
 
@@ -99,6 +102,27 @@ def test_a_recorder_is_the_users_own(where):
     seen = recorder.seen[3:] if len(recorder.seen) > 3 else recorder.seen  # ``checked`` runs the loop first
     for got, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(got, wanted, atol=EXACT, rtol=0)
+
+
+def saved(tensor):
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("duplicate", [saved, copy.deepcopy, lambda tensor: pickle.loads(pickle.dumps(tensor))])
+@torch.no_grad()
+def test_what_a_hook_recorded_can_be_saved_and_fed_back(duplicate):
+    torch.manual_seed(0)
+    config = {"r": 2, "target_modules": ["1"]}
+    model, seen = adapt(nn.Sequential(nn.Tanh(), nn.Linear(4, 4), nn.Tanh()), config, config), []
+    model.get_base_model()[2].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    runner = checked(model, {"input": torch.randn(3, 4)})
+    features = seen[-2:]
+    for tensor in features:
+        assert torch.equal(duplicate(tensor), tensor)
+        assert_equal(runner(tensor), loop(model, {"input": tensor}))
 
 
 def test_backward_hooks():
