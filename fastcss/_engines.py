@@ -24,11 +24,11 @@ class Engine:
         if asked not in ENGINES:
             raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {asked!r}")
         self._asked = asked
-        # All by training:
-        self._refused: dict[bool, str] = {}  # why vmap does not run the model
         self._spoilt: str | None = None  # why the runner's copy of the model is of no use any more
+        # The others are kept for training and eval mode apart.
+        self._refused: dict[bool, str] = {}  # why vmap does not run the model
         self._failed: dict[bool, str] = {}  # how the last run under vmap failed, where replay did not
-        self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the buffers that it writes
+        self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the tensors that it writes
 
     def name(self, training: bool) -> str:
         """What runs the model in this mode, "vmap" or "replay"."""

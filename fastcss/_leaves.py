@@ -88,7 +88,8 @@ def join(outputs: Sequence[Output]) -> Output:
         return first
     if any(output.structure != first.structure for output in outputs):
         raise ValueError(
-            "one_pass: the model's output has another structure for each adapter, so they cannot be joined"
+            "one_pass: the model's output has another structure for each adapter, so they cannot be joined; call the "
+            "runner for each by itself, adapters=[name]"
         )
     mapped = [any(of_leaf) for of_leaf in zip(*(output.mapped for output in outputs), strict=True)]
     leaves = [_join_leaf(outputs, i) if is_it else first.leaves[i] for i, is_it in enumerate(mapped)]
@@ -101,6 +102,7 @@ def _join_leaf(outputs: Sequence[Output], i: int) -> Tensor:
     shapes = dict.fromkeys(str(list(part.shape[1:])) for part in parts)
     if len(shapes) > 1:
         raise ValueError(
-            f"one_pass: an output has another shape for each adapter ({', '.join(shapes)}), so they cannot be joined"
+            f"one_pass: an output has another shape for each adapter ({', '.join(shapes)}), so they cannot be joined; "
+            "call the runner for each by itself, adapters=[name]"
         )
     return torch.cat(parts)

@@ -36,7 +36,10 @@ class Samples:
         if names is None:
             self.names = [name for name, value in arguments if _is_cut(value, size)]
             if not self.names:
-                raise ValueError(f"one_pass: route has {size} entries, and no input has a batch of that length")
+                raise ValueError(
+                    f"one_pass: route has {size} entries, and no input has a batch of that length; per_sample=[…] "
+                    "names inputs that have several rows a sample"
+                )
             for name, value in arguments:
                 _check_one_reading(name, value, size)
         else:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ._fused.base import HOOKS
 from ._structure import OF_EVERY_MODULE
 
-MOST_WATCHED = 10_000  # lists, dicts and objects that modules hold
+MOST_WATCHED = 10_000  # entries of what modules hold: each call reads them; a list that is longer is not watched
 #: Values that a copy can take over as they are.
 _TAKEN_OVER = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _NOT_ENTERED = (*_TAKEN_OVER, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
@@ -63,7 +64,7 @@ class Watch:
         for layer in self._layers.values():
             views += [layer.scaling.keys(), layer.scaling.values(), layer.lora_variant.keys(), layer.merged_adapters]
         self._structure = Snapshot([*views, *_insides(pairs)])
-        # Of the modules inside PEFT's layers no attribute matters but these.
+        # Of the modules inside PEFT's layers, and around the model, no attribute matters but these and a new one.
         copied = {id(original) for original, _ in pairs}
         others = [m for m in modules if id(m) not in copied]
         self._others = list(map(vars, others))
@@ -118,29 +119,30 @@ class Watch:
 
 def _insides(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list:
     """Live views of the lists, dicts and objects that modules hold, however deep, where the copy has its own."""
-    views, seen = [], set()
+    views, seen, left = [], set(), MOST_WATCHED
     todo = [
         (value, vars(ours).get(name))
         for original, ours in pairs
         for name, value in vars(original).items()
         if name not in OF_EVERY_MODULE
     ]
-    while todo and len(seen) < MOST_WATCHED:
+    while todo:
         value, copied = todo.pop()
         if value is copied or type(value) is not type(copied) or isinstance(value, _NOT_ENTERED) or id(value) in seen:
             continue
         seen.add(id(value))
+        if not isinstance(value, _CONTAINERS):
+            value, copied = getattr(value, "__dict__", {}), getattr(copied, "__dict__", {})
+        if len(value) > left:
+            continue
+        left -= len(value)
         if isinstance(value, dict):
             views += [value.keys(), value.values()]
             todo += [(held, copied.get(key)) for key, held in value.items()]
-        elif isinstance(value, (list, tuple, collections.deque)):
+        else:
             views.append(value)
-            todo += zip(value, copied, strict=False)
-        elif isinstance(value, (set, frozenset)):
-            views.append(value)
-        elif hasattr(value, "__dict__"):
-            views.append(vars(value).values())
-            todo += [(held, vars(copied).get(name)) for name, held in vars(value).items()]
+            if not isinstance(value, (set, frozenset)):  # whose members have no order, and are seldom changed
+                todo += zip(value, copied, strict=False)
     return views
 
 
