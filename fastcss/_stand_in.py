@@ -133,7 +133,8 @@ class StandIn:
         ``known`` are the ids of the tensors that earlier runs wrote, None where there was none.
         """
         if self._modules is None:
-            self._modules = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+            not_undone = (torch.jit.ScriptModule, Adapted)
+            self._modules = [m for m in self.model.modules() if not isinstance(m, not_undone)]
         tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
         self._slots.undo = Undo(self._modules, tensors, known)
         try:

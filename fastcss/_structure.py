@@ -67,7 +67,7 @@ class StructuralCopy:
 
     def _attribute(self, value: object) -> object:
         """What the copy holds where the model holds ``value``: containers and objects of its own, shared arrays."""
-        if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or _is_configuration(value):
+        if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or is_configuration(value):
             return value
         if id(value) in self._memo:
             return self._memo[id(value)]
@@ -240,7 +240,7 @@ def holds_hooks(name: str, value: object) -> bool:
     return isinstance(value, dict) and name.startswith("_") and "_hooks" in name
 
 
-def _is_configuration(value: object) -> bool:
+def is_configuration(value: object) -> bool:
     """transformers' configuration: what is set in the model's is read by the copy."""
     return any(cls.__name__ in ("PretrainedConfig", "PreTrainedConfig") for cls in type(value).__mro__)
 

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import collections
 import copy
+import types
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ._structure import OF_EVERY_MODULE
+from ._structure import OF_EVERY_MODULE, is_configuration
 
 _CONTAINERS = (list, dict, set, collections.deque)
+_NOT_ENTERED = (
+    *(bool, int, float, complex, str, bytes, type(None), type, Tensor, nn.Module, torch.dtype, torch.device),
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType),
+)
 
 
 class Undo:
     """The state of ``modules`` and of ``tensors`` (buffers, the inputs) as a run begins.
 
-    Attributes of the modules are kept as they are, lists, dicts and sets in them by their entries. Of ``tensors``, and
-    of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their ids; None: all)
-    are copied at once, any other when ``before_write`` announces the write.
+    Attributes of the modules are kept as they are, lists, dicts, sets and objects in them by their entries. Of
+    ``tensors``, and of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their
+    ids; None: all) are copied at once, any other when ``before_write`` announces the write.
     """
 
     def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], known: set[int] | None) -> None:
         self._attributes = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in modules]
         own = [a[name] for _, a, *_ in self._attributes for name in a.keys() - OF_EVERY_MODULE]
-        self._contents = [(value, copy.copy(value)) for value in own if isinstance(value, _CONTAINERS)]
-        for _, members in self._contents:
-            own += members.values() if isinstance(members, dict) else members
+        self._contents: list[tuple[object, object]] = []
+        seen: set[int] = set()
+        for value in own:  # which grows by what is in the values
+            if isinstance(value, _NOT_ENTERED) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if not isinstance(value, (*_CONTAINERS, tuple)):
+                value = None if is_configuration(value) else getattr(value, "__dict__", None)
+            if value:
+                own += value.values() if isinstance(value, dict) else value
+            if isinstance(value, _CONTAINERS):
+                self._contents.append((value, copy.copy(value)))
         held = (value for value in own if isinstance(value, Tensor) and not isinstance(value, nn.Parameter))
         tensors = [_whole(tensor) for tensor in (*tensors, *held) if not tensor.is_inference()]
         self._versions = {id(t): (t, t._version) for t in tensors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 
 import pytest
@@ -24,6 +25,7 @@ class Counts(nn.Module):
         self.register_buffer("means", torch.zeros(2, 4))
         self.no_buffer, self.in_a_list = torch.zeros(()), [torch.zeros(3)[1:]]
         self.steps, self.history, self.bound = 0, [], -1e9
+        self.nested = {"history": [], "count": types.SimpleNamespace(calls=0)}
 
     def forward(self, x, how=None):
         self.calls.add_(1)
@@ -32,6 +34,8 @@ class Counts(nn.Module):
         self.reassigned = self.reassigned + 1
         self.steps += 1
         self.history.append(self.steps)
+        self.nested["history"].append(self.steps)
+        self.nested["count"].calls += 1
         if how == "once":  # not in the calls before, so that nobody expects it
             self.means[0].add_(1)
         elif how == "unseen":
@@ -39,6 +43,7 @@ class Counts(nn.Module):
         y = self.layer(x)
         if y.sum() > self.bound:
             y = y * self.calls + self.no_buffer * self.in_a_list[0].sum()
+            y = y + len(self.nested["history"]) * self.nested["count"].calls
             return y + self.reassigned + self.steps + len(self.history) + self.means.sum()
         return y - self.calls
 
@@ -79,6 +84,7 @@ def test_a_failed_run_is_undone(calls_before, how):
     other = copy.deepcopy(model)
     theirs = other.get_base_model()
     theirs.steps, theirs.history, theirs.reassigned = ours.steps, list(ours.history), ours.reassigned.clone()
+    theirs.nested = copy.deepcopy(ours.nested)
     with pytest.warns(UserWarning, match="differs between the tasks"):
         got = runner(x, how)
     assert_equal(got, loop(other, {"x": x, "how": how}))
@@ -171,6 +177,8 @@ class _Shared(list):
 
 
 class _World:
+    __slots__ = ("shared",)
+
     def __init__(self, shared):
         self.shared = shared
 
