@@ -127,7 +127,8 @@ def test_models_made_and_changed_under_inference_mode():
     with torch.inference_mode():
         model = build_adapted(vit)
         runner = fastcss.one_pass(model)
-        assert_equal(runner(**given), loop(model, given))
+        for _ in range(3):  # from the second on in one group, whose pack is kept
+            assert_equal(runner(**given), loop(model, given))
         b(model).mul_(5)
         assert_equal(runner(**given), loop(model, given))
 
