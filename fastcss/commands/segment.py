@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     """Segment picture after picture, those that can be read.
 
     Raises:
-        ValueError: two pictures have one stem, or one would be overwritten; no run, or one without tasks. At the end:
+        ValueError: two pictures have one stem, or one would be overwritten, as a folder would (IsADirectoryError); no run, or one without tasks. At the end:
             some pictures could not be read or labelled, all others are done.
         OSError: a result cannot be written; those before it are there.
     """
@@ -147,7 +147,7 @@ class _Model:
 
 
 def _outputs(pictures: Sequence[str], out: Path) -> list[Output]:
-    """Where the results of each picture go; ValueError where one would take the place of something given."""
+    """Where the results of each picture go; an error where one would take the place of something given, or of a folder."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is no folder")
     inputs = {Path(picture).resolve() for picture in pictures}
@@ -158,6 +158,8 @@ def _outputs(pictures: Sequence[str], out: Path) -> list[Output]:
         for path in outputs[-1]:
             if path in owners:
                 raise ValueError(f"{owners[path]} and {picture} would both be written to {path}")
+            if path.is_dir():
+                raise IsADirectoryError(f"--out: {path}, which is to be written for {picture}, is a folder")
             if path.resolve() in inputs:
                 raise ValueError(f"--out: {path} is one of the pictures, and would be overwritten")
             owners[path] = picture

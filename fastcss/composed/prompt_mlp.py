@@ -6,12 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._readable import readable
+
 
 def prompt_mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tensor) -> Tensor:
     """``z`` [R, L], ``w1`` [K, L, H], ``b1`` [K, H], ``w2`` [K, H, O], ``b2`` [K, O], ``index`` [R] → [R, O]."""
     known = index.clamp(min=0)
     z = torch.where((index >= 0)[:, None], z, 0)  # what is in a row of no class has no part in class 0's gradients
-    if z.device.type == "cpu" and not torch.compiler.is_compiling() and not _mapped(index):
+    if readable(index):
         y = z.new_zeros(len(z), w2.shape[2])
         for c in known.unique().tolist():
             rows = (known == c).nonzero()[:, 0]
@@ -21,7 +23,3 @@ def prompt_mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index:
         hidden = torch.baddbmm(b1[known][:, None], z[:, None], w1[known]).relu()
         y = torch.baddbmm(b2[known][:, None], hidden, w2[known])[:, 0]
     return torch.where((index >= 0)[:, None], y, 0)
-
-
-def _mapped(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ORIENTATION = 0x0112  # of EXIF
 _BITS, _MEANING, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags of bits a sample and of what a grey value means, and one
+_RESCALED = "fastcss: rescaled"  # what ``_open`` notes in a picture's info
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -60,12 +61,18 @@ def read_labels(path: str | Path, classes: int) -> Tensor:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no picture or a damaged one, one of colours, or a label outside the set.
+        ValueError: a file that is no picture or a damaged one, one of colours or of grey that is not of 8 bits, or a
+            label outside the set.
         ModuleNotFoundError: Pillow is not installed.
     """
     picture = _open(path)
     if picture.mode not in ("P", "L"):
         raise ValueError(f"{path}: labels must be palette indices or 8-bit grey (mode P or L), got mode {picture.mode}")
+    if picture.info[_RESCALED]:
+        raise ValueError(
+            f"{path}: labels must be palette indices or 8-bit grey; this grey has fewer bits, another maximum or white "
+            "for 0, and would be read as other labels"
+        )
     labels = np.asarray(picture)
     outside = labels[(labels > classes) & (labels != 255)]
     if outside.size:
@@ -98,6 +105,15 @@ def _deep_grey(picture: Image) -> np.ndarray:
     return np.where(clear, np.float32(1), grey)
 
 
+def _rescaled(picture: Image) -> bool:
+    """Of a picture not yet loaded: Pillow will give other grey values than the file has, from 0 to 255."""
+    for codec, _, _, options in picture.tile:
+        raw_mode = options[0] if isinstance(options, tuple) and options else options
+        if codec == "ppm" or str(raw_mode).startswith("L;"):
+            return True
+    return False
+
+
 def _open(path: str | Path, pixels: bool = True, upright: bool = False) -> Image:
     """A picture of Pillow's, its file closed: wholly read, or without ``pixels`` its header."""
     try:
@@ -109,6 +125,7 @@ def _open(path: str | Path, pixels: bool = True, upright: bool = False) -> Image
         ) from error
     try:
         with Image.open(path) as picture:
+            picture.info[_RESCALED] = _rescaled(picture)
             if pixels:
                 picture.load()
             else:

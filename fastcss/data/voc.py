@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from pathlib import Path
 
 from ._labelled import LabelledPictures, pair
@@ -33,7 +34,7 @@ class VOC(LabelledPictures):
             is written below ``root``.
 
     Raises:
-        ValueError: an unknown split; a list of no names, or that is no text.
+        ValueError: an unknown split; a list of no names, of one name twice, or that is no text.
         FileNotFoundError: a folder, list, picture or label map is missing; names what was looked for.
 
     Each item is ``(image, labels)``: float32 ``[3, H, W]`` in 0…1, and int64 ``[H, W]`` of 0…20 (see ``CLASSES``), 255
@@ -103,7 +104,10 @@ def _names(path: Path) -> list[str]:
     lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"VOC: {path} lists no pictures")
-    return [_name(line) for line in lines]
+    names = [_name(line) for line in lines]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:  # would count as two pictures
+        raise ValueError(f"VOC: {path} lists {len(twice)} of its pictures more than once, the first is {twice[0]}")
+    return names
 
 
 def _name(line: str) -> str:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .._readable import readable
+
 
 def check_shapes(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
     """Each argument is ``name=(tensor, "B N D")``: a letter is a size, and the same everywhere. Returns the sizes.
@@ -94,16 +96,6 @@ def check_labels(op: str, first_name: str, first: Tensor, labels: Tensor, ignore
 def _within(labels: Tensor, classes: int) -> bool:
     low, high = labels.aminmax()
     return int(low) >= 0 and int(high) < classes
-
-
-def readable(tensor: Tensor) -> bool:
-    """Its values can be read without a stall: not on CUDA, not while tracing, not under vmap."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

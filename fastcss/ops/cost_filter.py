@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _backends
 from .._autograd import Kernels, kernels, loop_vmap, once_differentiable, register_vmap
+from .._readable import readable
 from ..composed import cost_filter as composed
 from ..reference import cost_filter as reference
 from ._arguments import (
@@ -21,7 +22,6 @@ from ._arguments import (
     check_number,
     check_shapes,
     check_tensor,
-    readable,
 )
 
 PACK = kernels("pack_text")

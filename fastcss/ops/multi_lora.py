@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _backends
 from .._autograd import Kernels, loop_vmap, once_differentiable
+from .._readable import readable
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference
@@ -215,10 +216,7 @@ def _check_ranks(lora: PackedLora) -> None:
 
 
 def _check_index_range(index: Tensor, num_adapters: int) -> None:
-    # Only where the values can be read without a stall: not on CUDA, not while tracing, not under vmap.
-    if index.device.type != "cpu" or index.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(index):
+    if not readable(index):
         return
     low, high = index.aminmax()
     if low < -1 or high >= num_adapters:

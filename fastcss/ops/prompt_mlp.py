@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import _backends
 from .._autograd import Kernels, loop_vmap, once_differentiable
+from .._readable import readable
 from ..composed import prompt_mlp as composed
 from ..reference import prompt_mlp as reference
-from ._arguments import autocast, check_alike, check_device, check_shapes, readable
+from ._arguments import autocast, check_alike, check_device, check_shapes
 
 
 def prompt_mlp(

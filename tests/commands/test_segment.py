@@ -345,8 +345,9 @@ def test_a_folder_in_the_place_of_a_result_is_named(command, tiny_run, picture, 
     (tmp_path / "out/noise_overlay.png").mkdir(parents=True)
     finished = command("segment", picture, "--model", tiny_run, "--out", tmp_path / "out")
     assert finished.code == 2
-    assert finished.err.endswith(f"error: {tmp_path / 'out/noise_overlay.png'}: Is a directory\n")
-    assert names_in(tmp_path / "out") == {"noise.png", "noise_overlay.png"}
+    there = tmp_path / "out/noise_overlay.png"
+    assert finished.err.endswith(f"error: --out: {there}, which is to be written for {picture}, is a folder\n")
+    assert names_in(tmp_path / "out") == {"noise_overlay.png"}  # refused before anything is labelled
 
 
 # ---- arguments

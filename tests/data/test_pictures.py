@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from fastcss.data import read_image
-from fastcss.data._pictures import read_size
+from fastcss.data._pictures import read_labels, read_size
 
 
 def save(tmp_path, pixels, mode=None, **options):
@@ -153,6 +153,27 @@ def test_deep_pictures_keep_their_scale(tmp_path, kind):
     torch.testing.assert_close(
         read_image(tmp_path / "deep")[:, 0], torch.tensor(expected).float(), atol=1 / 255, rtol=0
     )
+
+
+RESCALED = {  # labels 1, 2 of a file that Pillow reads as others
+    "4 bits": png(2, 4, 0, b"\x12"),
+    "2 bits": png(2, 2, 0, b"\x60"),
+    "4 bits of TIFF": tiff(2, 4, 1, b"\x12"),
+    "white is zero": tiff(2, 8, 0, b"\x01\x02"),
+    "another maximum": b"P5\n2 1\n150\n\x01\x02",
+}
+
+
+@pytest.mark.parametrize("kind", RESCALED)
+def test_labels_that_pillow_would_rescale_are_refused(tmp_path, kind):
+    (tmp_path / "labels").write_bytes(RESCALED[kind])
+    with pytest.raises(ValueError, match="labels: labels must be palette indices or 8-bit grey; this grey has fewer"):
+        read_labels(tmp_path / "labels", 254)
+
+
+def test_labels_of_few_palette_indices_are_read(tmp_path):
+    (tmp_path / "labels").write_bytes(png(2, 4, 3, b"\x12", (b"PLTE", bytes(9))))
+    assert read_labels(tmp_path / "labels", 2).tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "LAB", "LA", "PA"])

@@ -280,6 +280,11 @@ def test_names_with_dots_and_spaces_are_the_files_listed(root, odd_names, form):
     assert stems(listed(root, "train", text)) == odd_names
 
 
+def test_a_picture_listed_twice_is_named(root):
+    with pytest.raises(ValueError, match=r"train\.txt lists 1 of its pictures more than once, .* 2007_000002$"):
+        listed(root, "train", "2007_000002\n2007_000001\nJPEGImages/2007_000002.jpg\n")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with a mark", "utf-16-be with a mark"])
 def test_lists_of_other_editors_are_read(root, encoding):
     for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
