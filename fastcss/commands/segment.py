@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
     """Segment picture after picture, those that can be read.
 
     Raises:
-        ValueError: two pictures have one stem, or one would be overwritten, as a folder would (IsADirectoryError); no run, or one without tasks. At the end:
+        IsADirectoryError: a folder is in the place of a result.
+        ValueError: two pictures have one stem, or one would be overwritten; no run, or one without tasks. At the end:
             some pictures could not be read or labelled, all others are done.
         OSError: a result cannot be written; those before it are there.
     """
@@ -147,7 +148,7 @@ class _Model:
 
 
 def _outputs(pictures: Sequence[str], out: Path) -> list[Output]:
-    """Where the results of each picture go; an error where one would take the place of something given, or of a folder."""
+    """Where the results of each picture go; an error where one would take the place of something given or a folder."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is no folder")
     inputs = {Path(picture).resolve() for picture in pictures}
