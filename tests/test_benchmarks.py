@@ -89,6 +89,12 @@ def test_whole_numbers_must_be_equal():
     assert registry.largest_error((index,), (index + torch.tensor([0, 1]),)) == float("inf")
 
 
+def test_convolutions_are_of_full_precision_and_torch_still_exports():
+    assert not torch.backends.cudnn.allow_tf32
+    program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
+    assert program.module()(torch.zeros(1, 2)).shape == (1, 3)
+
+
 def test_rows_have_the_fields_and_their_values(outcome):
     row = outcome.rows[0]
     assert set(row) == FIELDS
