@@ -16,8 +16,8 @@ MODES = ("fwd", "bwd")
 
 Step = Callable[[], Sequence[Tensor]]
 
-# As torch.mm's, and as every tolerance has it: by default convolutions of float32 have 11 bits on a GPU. By the older of
-# torch's two settings: once the newer, cudnn.conv.fp32_precision, was used, torch.export fails in the process (2.13).
+# As torch.mm's, and as every tolerance has it: by default convolutions of float32 have 11 bits on a GPU. This is the
+# older of torch's two settings: after the newer, cudnn.conv.fp32_precision, torch.export fails in the process (2.13).
 torch.backends.cudnn.allow_tf32 = False
 
 
