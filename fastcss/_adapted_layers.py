@@ -110,7 +110,7 @@ class AdaptedLinear(Adapted):
         width_out, width_in = self._weight.shape
         adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
-        ranks = tuple(0 if w is None else w.a.shape[0] for w in adapters)
+        ranks = tuple(0 if w is None else int(w.a.shape[0]) for w in adapters)  # a tensor under torch.jit.trace
         scales = tuple(0.0 if w is None else w.scale for w in adapters)
         a = torch.cat([like.new_zeros(0, width_in) if w is None else w.a for w in adapters])
         b = torch.cat([like.new_zeros(0, width_out) if w is None else w.b.t() for w in adapters])

@@ -12,6 +12,7 @@ from ._kept import KeepsError, where_kept
 from ._leaves import Inputs
 from ._stand_in import StandIn
 from ._task_rules import Disagreement
+from ._undo import Undo, same_changes
 
 ENGINES = ("auto", "vmap", "replay")
 _OF_VMAP = ("vmap", "functorch", "atching rule", "BatchedTensor")
@@ -28,6 +29,7 @@ class Engine:
         # The others are kept for training and eval mode apart.
         self._refused: dict[bool, str] = {}  # why vmap does not run the model
         self._failed: dict[bool, str] = {}  # how the last run under vmap failed, where replay did not
+        self._agreed: set[bool] = set()  # several slots have run, and left what they leave in turn
         self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the tensors that it writes
 
     def name(self, training: bool) -> str:
@@ -43,13 +45,29 @@ class Engine:
         inputs: Inputs,
         vmap: Callable[[], object] | None,
         replay: Callable[[], object],
+        slots: int,
     ) -> object:
-        """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``."""
+        """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``.
+
+        ``slots``: how many tasks or samples these run.
+        """
         if self._spoilt:
             raise RuntimeError(self._spoilt)
         stand_in.read_adapters()
         if torch.compiler.is_exporting():
             return self._exported(replay)
+        result = self._run(stand_in, inputs, vmap, replay, slots)
+        stand_in.give_back()
+        return result
+
+    def _run(
+        self,
+        stand_in: StandIn,
+        inputs: Inputs,
+        vmap: Callable[[], object] | None,
+        replay: Callable[[], object],
+        slots: int,
+    ) -> object:
         must_replay = stand_in.must_replay()
         if self._asked == "vmap" and (must_replay or vmap is None):
             reason = must_replay or "the inputs of the samples differ in more than values (in shape, say)"
@@ -58,7 +76,7 @@ class Engine:
             self._refuse(stand_in, must_replay)
         if vmap is None or self.name(stand_in.training) == "replay":
             return replay()
-        return self._try(stand_in, inputs, vmap, replay)
+        return self._try(stand_in, inputs, vmap, replay, slots)
 
     def _exported(self, replay: Callable[[], object]) -> object:
         """torch.export has no way to hold an autograd function under vmap, which every adapted layer is."""
@@ -67,10 +85,11 @@ class Engine:
         return replay()
 
     def _try(
-        self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object]
+        self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object], slots: int
     ) -> object:
         training = stand_in.training
-        with stand_in.undoing(inputs, self._written.get(training)) as undo:
+        known = self._written.get(training) if slots == 1 or training in self._agreed else None
+        with stand_in.undoing(inputs, known) as undo:
             try:
                 result = vmap()
             except BaseException as error:
@@ -82,7 +101,11 @@ class Engine:
                 self._check_clean(stand_in, error)
             else:
                 self._failed.pop(training, None)
-                self._written[training] = self._written.get(training, set()) | {id(t) for t in undo.written()}
+                written, known = {id(t) for t in undo.written()}, self._written.get(training, set())
+                if slots > 1 and (training not in self._agreed or not written <= known):
+                    result = self._if_writes_agree(stand_in, undo, result, replay)
+                    self._agreed.add(training)
+                self._written[training] = known | written
                 return result
         result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
         reason = _reason(failure)
@@ -94,6 +117,25 @@ class Engine:
         else:
             self._failed[training] = reason
         return result
+
+    def _if_writes_agree(self, stand_in: StandIn, undo: Undo, result: object, replay: Callable[[], object]) -> object:
+        """``result`` of a run under vmap, or what runs in turn give where these leave another state in the model.
+
+        Under vmap the model's code runs once: it fills a cache as it should, and counts one call where there are many.
+        """
+        changes = undo.changes()
+        if not changes:
+            return result
+        undo()
+        in_turn = replay()
+        if same_changes(changes, undo.changes()):
+            return result
+        reason = "what it writes (a buffer, an attribute) is another value after a run for each adapter"
+        if self._asked == "vmap":
+            undo()
+            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
+        self._refuse(stand_in, reason)
+        return in_turn
 
     def _check_clean(self, stand_in: StandIn, error: Exception) -> None:
         """Raise where values of the failed run are still in the model: no later run could tell them from its own."""
@@ -109,7 +151,7 @@ class Engine:
         warnings.warn(
             f"one_pass: {type(stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
             f"(engine 'replay'): {reason}",
-            stacklevel=9,
+            stacklevel=10,
         )
 
 

@@ -91,9 +91,29 @@ def join(outputs: Sequence[Output]) -> Output:
             "one_pass: the model's output has another structure for each adapter, so they cannot be joined; call the "
             "runner for each by itself, adapters=[name]"
         )
-    mapped = [any(of_leaf) for of_leaf in zip(*(output.mapped for output in outputs), strict=True)]
+    for output in outputs[1:]:
+        _check_plain(first.leaves, output.leaves)
+    mapped = [_has_slots(i, outputs) for i in range(len(first.leaves))]
     leaves = [_join_leaf(outputs, i) if is_it else first.leaves[i] for i, is_it in enumerate(mapped)]
     return Output(leaves, mapped, first.structure, sum(output.size for output in outputs))
+
+
+def _has_slots(i: int, outputs: Sequence[Output]) -> bool:
+    """Leaf ``i`` has a slot axis, or ``outputs`` have tensors of their own: also what no adapter touches may differ."""
+    first = outputs[0].leaves[i]
+    return any(o.mapped[i] or (isinstance(first, Tensor) and o.leaves[i] is not first) for o in outputs)
+
+
+def _check_plain(leaves: Sequence, others: Sequence) -> None:
+    """Raise where a value that is no tensor, and so can have no slot axis, differs from slot to slot."""
+    for one, other in zip(leaves, others, strict=True):
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            continue
+        if type(one) is not type(other) or (one != other and one == one):
+            raise ValueError(
+                f"one_pass: the model's output holds a plain value that differs between the adapters ({one!r} and "
+                f"{other!r}); as a tensor it would have a place for each"
+            )
 
 
 def _join_leaf(outputs: Sequence[Output], i: int) -> Tensor:

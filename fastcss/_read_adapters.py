@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._fused.base import HOOKS, original_class
+from ._structure import is_compiled
 
 # Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
+
+
+GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +89,14 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
             "one_pass: a PEFT model needs the package peft; one_pass.from_directories does not"
         ) from error
 
+    model = model._orig_mod if is_compiled(model) else model
     configs = getattr(model, "peft_config", {})
     for adapter, config in configs.items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise TypeError(f"one_pass: adapter {adapter!r} is {kind}; only LORA adapters run in one pass")
     for around in (model, model.base_model) if isinstance(model, PeftModel) else ():
-        if _has_own_calls(around):
+        if _has_own_calls(around) or not type(around).forward.__module__.startswith("peft."):
             raise TypeError(
                 f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one "
                 "pass would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
@@ -112,6 +122,22 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
             _check_whole(name, layer, adapter, names)
             adapters.add(name, adapter, _read_peft_layer(layer, adapter))
     return base, adapters
+
+
+def check_global_hooks() -> None:
+    """Raise where all modules have a hook, but for torch's own (its counter of FLOPs, its profilers)."""
+    for hooks in map(torch.nn.modules.module.__dict__.get, GLOBAL_HOOKS):
+        if hooks and not all(is_made_by(hook, ("torch.",)) for hook in hooks.values()):
+            raise TypeError(
+                "one_pass: there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook and "
+                "the like), which would not see the modules inside of PEFT's layers; put it on those that it is for"
+            )
+
+
+def is_made_by(hook: Callable, packages: tuple[str, ...]) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(packages)
 
 
 def _adapters_of(layer) -> list[str]:

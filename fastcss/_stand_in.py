@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,13 +20,13 @@ from ._fused.base import HOOKS
 from ._group_size import Widest, group_size
 from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, unmark, where_kept
 from ._leaves import Inputs, Output, join
-from ._read_adapters import Adapters
+from ._read_adapters import Adapters, is_made_by
 from ._replay import SharedWork
 from ._samples import Axes, Samples
 from ._structure import StructuralCopy, holds_hooks
 from ._task_rules import TaskRules, is_mapped
 from ._undo import Undo
-from ._watch import Watch
+from ._watch import Snapshot, Watch
 
 MOST_KINDS = 256  # of batches, whose outputs are known to be put together in some way
 
@@ -74,6 +73,8 @@ class StandIn:
             for t in (w.a, w.b)
         }
         self._watch = Watch(model, stand_ins, copy.pairs, around)
+        self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in copy.pairs if ours._buffers]
+        self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         self._contents = Contents(self.adapter_tensors())
         self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
         self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
@@ -120,6 +121,15 @@ class StandIn:
         else:
             for layer in self._layers:
                 layer.forget()
+
+    def give_back(self) -> None:
+        """Let the original have the buffers that a run has set anew; those written in place it shares."""
+        if torch.compiler.is_compiling() or not self._set_buffers.differs():
+            return
+        for theirs, ours in self._buffers:
+            theirs.update((name, value) for name, value in ours.items() if value is not theirs.get(name))
+        self._set_buffers.take()
+        self._watch.structure.take()
 
     def untrained(self, tasks: Sequence[int]) -> list[int]:
         """Those of ``tasks`` whose adapters get no gradient, where others do."""
@@ -169,6 +179,8 @@ class StandIn:
             if size is None:
                 widest, done = Widest(), 1
                 outputs.append(self._group(tasks[:1], inputs.of(slice(1)), shared, widest))
+                if len(self._widest) > MOST_KINDS:
+                    self._widest.clear()
                 self._widest[inputs.shapes] = widest.bytes
                 size = self._known_size(len(tasks) - 1, inputs)
             for start in range(done, len(tasks), size):
@@ -336,9 +348,5 @@ def _take_hooks(layer: nn.Module, ours: Adapted, copy: StructuralCopy) -> None:
 
 def _has_own_hooks(module: nn.Module) -> bool:
     """Of the user's: transformers' own collect a model's outputs, and leave it to us to give them a task axis."""
-    for hook in chain.from_iterable(getattr(module, name).values() for name in HOOKS):
-        while isinstance(hook, functools.partial):
-            hook = hook.func
-        if not str(getattr(hook, "__module__", "")).startswith(("transformers.", "fastcss.")):
-            return True
-    return False
+    hooks = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
+    return not all(is_made_by(hook, ("transformers.", "fastcss.")) for hook in hooks)

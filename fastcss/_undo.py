@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ._structure import OF_EVERY_MODULE, is_configuration
+from ._task_rules import is_mapped
 
 _CONTAINERS = (list, dict, set, collections.deque)
+_MISSING = object()
+_COMPARABLE = (bool, int, float, str, Tensor)
 _NOT_ENTERED = (
     *(bool, int, float, complex, str, bytes, type(None), type, Tensor, nn.Module, torch.dtype, torch.device),
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType),
@@ -43,6 +46,7 @@ class Undo:
             if isinstance(value, _CONTAINERS):
                 self._contents.append((value, copy.copy(value)))
         held = (value for value in own if isinstance(value, Tensor) and not isinstance(value, nn.Parameter))
+        held = (value for value in held if not is_mapped(value))  # left by a run under vmap, and of no use
         tensors = [_whole(tensor) for tensor in (*tensors, *held) if not tensor.is_inference()]
         self._versions = {id(t): (t, t._version) for t in tensors}
         self._values: dict[int, Tensor] = {}
@@ -59,6 +63,20 @@ class Undo:
     def written(self) -> list[Tensor]:
         """The tensors that have been written since."""
         return [tensor for tensor, version in self._versions.values() if tensor._version != version]
+
+    def changes(self) -> list[tuple]:
+        """What was written or set since, and to which value: comparable by ``same_changes``."""
+        found = [(id(t), t.detach().clone()) for t in self.written()]
+        for place, (now, before, buffers_now, buffers) in enumerate(self._attributes):
+            found += _set_since((place, "attribute"), now, before) + _set_since((place, "buffer"), buffers_now, buffers)
+        for place, (now, before) in enumerate(self._contents):
+            if len(now) != len(before):
+                found.append((place, len(now)))
+            if isinstance(now, dict):
+                found += _set_since(place, now, before)
+            elif isinstance(now, list):
+                found += _set_since(place, dict(enumerate(now)), dict(enumerate(before)))
+        return found
 
     def __call__(self) -> None:
         """Put everything back.
@@ -82,6 +100,27 @@ class Undo:
                 f"one_pass: a run under vmap failed after it had written a tensor of the model or an input, "
                 f"{list(lost[0].shape)}, which cannot be put back; build the runner with engine='replay'"
             )
+
+
+def _set_since(place: object, now: dict, before: dict) -> list[tuple]:
+    """The plain values and tensors in ``now`` that ``before`` has not."""
+    new = [(key, value) for key, value in now.items() if value is not before.get(key, _MISSING)]
+    return [((place, key), value) for key, value in new if isinstance(value, _COMPARABLE)]
+
+
+def same_changes(some: list[tuple], others: list[tuple]) -> bool:
+    """Whether two runs from the same state have left the same one."""
+    return len(some) == len(others) and all(
+        one == other and _same(a, b) for (one, a), (other, b) in zip(some, others, strict=True)
+    )
+
+
+def _same(a: object, b: object) -> bool:
+    if is_mapped(a) or is_mapped(b):  # each adapter's own, which the next call sets anew
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, equal_nan=True)
+    return type(a) is type(b) and a == b
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import collections
 import types
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ MOST_WATCHED = 10_000  # entries of what modules hold: each call reads them; a l
 _TAKEN_OVER = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _NOT_ENTERED = (*_TAKEN_OVER, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+
+
+_PARTS = attrgetter("scaling", "lora_variant", "merged_adapters")  # of PEFT's layers
 
 
 class Snapshot:
@@ -44,6 +47,9 @@ class Watch:
         layers: by name the adapted layers in it, as PEFT made them or bare, with what stands for them.
         pairs: modules whose own attributes are watched, and what is in these, with their copies.
         around: modules that ``model`` is in.
+
+    Attributes:
+        structure: what of the model is compared by identity alone.
     """
 
     def __init__(
@@ -63,7 +69,10 @@ class Watch:
         views = [view for d in dicts if d for view in (d.keys(), d.values())]
         for layer in self._layers.values():
             views += [layer.scaling.keys(), layer.scaling.values(), layer.lora_variant.keys(), layer.merged_adapters]
-        self._structure = Snapshot([*views, *_insides(pairs)])
+        self.structure = Snapshot([*views, *_insides(pairs)])
+        self._parts = list(chain.from_iterable(map(_PARTS, self._layers.values())))  # a new dict is none of the views
+        scales = chain.from_iterable(layer.scaling.values() for layer in self._layers.values())
+        self._scales = [(scale, float(scale)) for scale in scales if isinstance(scale, Tensor)]  # written in place
         # Of the modules inside PEFT's layers, and around the model, no attribute matters but these and a new one.
         copied = {id(original) for original, _ in pairs}
         others = [m for m in modules if id(m) not in copied]
@@ -81,9 +90,13 @@ class Watch:
 
     def is_as_built(self) -> bool:
         """Structure, hooks and what modules hold are the same; plain attributes that were set the copies have now."""
-        if any(self._empty) or self._structure.differs() or list(map(type, self._modules)) != self._classes:
+        if any(self._empty) or self.structure.differs() or list(map(type, self._modules)) != self._classes:
             return False
         if list(map(len, self._others)) != self._sizes:
+            return False
+        if not all(map(is_, chain.from_iterable(map(_PARTS, self._layers.values())), self._parts)):
+            return False
+        if any(float(scale) != before for scale, before in self._scales):
             return False
         if list(map(attrgetter("p"), self._dropouts)) != self._probabilities:
             return False

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ._capture import Captures
 from ._engines import Engine
 from ._leaves import Inputs
-from ._read_adapters import Adapters, read_peft
+from ._read_adapters import Adapters, check_global_hooks, read_peft
 from ._read_folders import fitted_again, read_directories
 from ._stand_in import StandIn
 from .fuse import Fusion, fuse_modules
@@ -36,7 +36,7 @@ class OnePass(nn.Module):
             Adapters may differ in rank, alpha and the layers they cover.
         engine: "vmap" runs the adapters side by side under ``torch.vmap``; "replay" runs them in turn and repeats only
             what depends on the adapter, which any model allows; "auto" is "vmap", and "replay", with a warning, for a
-            model that vmap refuses. ``runner.engine`` says which of them runs.
+            model that vmap refuses or that counts its calls. ``runner.engine`` says which of them runs.
         group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of
             them on a GPU; on a CPU as many as keep its tensors small enough for the C library and the caches.
         fuse: run the model's own modules on the fused ops, as ``fastcss.fuse`` does (here on the runner's copy). None:
@@ -120,6 +120,9 @@ class OnePass(nn.Module):
     ) -> None:
         if group_size is not None and group_size < 1:
             raise ValueError(f"one_pass: group_size must be at least 1, got {group_size}")
+        inside = next((name for name, module in model.named_modules() if isinstance(module, OnePass)), None)
+        if inside is not None:
+            raise TypeError(f"one_pass: {inside or 'the model'} is a runner itself; give the model that it runs")
         self.model, self._given = model, adapters
         self.training = model.training
         self.group_size, self.task_dim = group_size, _check_task_dim(task_dim)
@@ -157,6 +160,7 @@ class OnePass(nn.Module):
 
     def _follow(self) -> None:
         """Let the stand-in be what the model is now."""
+        check_global_hooks()
         if self._stand_in.follow():
             return
         base, adapters = self._read()
@@ -166,6 +170,9 @@ class OnePass(nn.Module):
                 f"{', '.join(self.adapters)}; runner.refresh() takes them over"
             )
         self._take(base, adapters)
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError("one_pass: torch.nn.DataParallel cannot replicate a runner; use DistributedDataParallel")
 
     def __deepcopy__(self, memo: dict) -> OnePass:
         """A runner of its own, without captured graphs, for a deep copy of the model."""
@@ -223,6 +230,10 @@ class OnePass(nn.Module):
             RuntimeError: the model's adapters are others than the runner's, or switched off; the message says what
                 to do.
         """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return torch.compiler.disable(self.forward)(
+                *args, adapters=adapters, route=route, per_sample=per_sample, per_adapter=per_adapter, **kwargs
+            )
         self._follow()
         if route is not None:
             route = _check_route(route, adapters, per_adapter, self.adapters)
@@ -245,7 +256,7 @@ class OnePass(nn.Module):
         in_turn = functools.partial(stand_in.routed_in_turn, route, samples, axes)
         stacked = samples.stacked()
         vmap = stacked and functools.partial(stand_in.routed, route, samples, axes, stacked)
-        return self._engine.run(stand_in, inputs, vmap, in_turn)
+        return self._engine.run(stand_in, inputs, vmap, in_turn, len(route))
 
     def capture(
         self,
@@ -287,6 +298,7 @@ class OnePass(nn.Module):
             inputs,
             lambda: stand_in.side_by_side(tasks, size, inputs),
             lambda: stand_in.in_turn(tasks, inputs),
+            len(tasks),
         )
         return output if self.task_dim == 0 else pytree.tree_map(_task_axis_second, output)
 
@@ -305,6 +317,7 @@ class OnePass(nn.Module):
     def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:
         if adapters is None:
             return tuple(range(len(self.adapters)))
+        adapters = adapters if isinstance(adapters, str) else list(adapters)
         if isinstance(adapters, str) or not adapters:
             raise ValueError(f"one_pass: adapters must be a list of adapter names, got {adapters!r}")
         unknown = [name for name in adapters if name not in self.adapters]

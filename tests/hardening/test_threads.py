@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable
 
 import checks
 import pytest
 import torch
-from adapted_models import build_adapted, inputs, vit
+from adapted_models import adapt, build_adapted, inputs, loop, vit
 from calls import runs
 from fused_models import encoder, encoder_inputs
 from op_calls import OPS, example
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fastcss
@@ -97,3 +98,23 @@ def test_one_model(kind, one_thread):
             assert torch.equal(one, other)
 
     at_once(work)
+
+
+@torch.no_grad()
+def test_a_runner_whose_adapters_have_just_changed():
+    """None of the threads may run before the one that found the change has told the layers of it."""
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(4, 4)), *({"r": 2, "target_modules": ["0"]} for _ in range(3)))
+    runner, x = fastcss.one_pass(model), torch.randn(2, 4)
+    weight = next(p for name, p in model.named_parameters() if "lora_B.task1" in name)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(40):
+            weight.data.copy_(torch.randn_like(weight))
+            want = torch.stack(loop(model, {"input": x}))
+            at_once(
+                torch.no_grad()(lambda _, want=want: torch.testing.assert_close(runner(x), want, atol=1e-5, rtol=0))
+            )
+    finally:
+        sys.setswitchinterval(interval)
