@@ -25,7 +25,7 @@ from ._replay import SharedWork
 from ._samples import Axes, Samples
 from ._structure import StructuralCopy, holds_hooks
 from ._task_rules import TaskRules, is_mapped
-from ._undo import Undo
+from ._undo import Attributes, Undo
 from ._watch import Snapshot, Watch
 
 MOST_KINDS = 256  # of batches, whose outputs are known to be put together in some way
@@ -45,7 +45,7 @@ class StandIn:
     def __init__(self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = ()) -> None:
         _warn_of_fused_encoders(model, adapters)
         self._slots = Slots(uuid.uuid4().hex)
-        self._modules: list[nn.Module] | None = None
+        self._attributes: Attributes | None = None
         self._axes: dict[tuple, Axes] = {}  # by training and the kind of batch
         self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
         copy, layers = StructuralCopy(model), {name: model.get_submodule(name) for name in adapters.layers}
@@ -142,11 +142,11 @@ class StandIn:
 
         ``known`` are the ids of the tensors that earlier runs wrote, None where there was none.
         """
-        if self._modules is None:
+        if self._attributes is None:
             not_undone = (torch.jit.ScriptModule, Adapted)
-            self._modules = [m for m in self.model.modules() if not isinstance(m, not_undone)]
+            self._attributes = Attributes(m for m in self.model.modules() if not isinstance(m, not_undone))
         tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
-        self._slots.undo = Undo(self._modules, tensors, known)
+        self._slots.undo = Undo(self._attributes, tensors, known)
         try:
             yield self._slots.undo
         finally:

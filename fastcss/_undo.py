@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._structure import OF_EVERY_MODULE, is_configuration
 from ._task_rules import is_mapped
+from ._watch import Snapshot
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _MISSING = object()
@@ -22,17 +23,38 @@ _NOT_ENTERED = (
 )
 
 
-class Undo:
-    """The state of ``modules`` and of ``tensors`` (buffers, the inputs) as a run begins.
+class Attributes:
+    """The attributes and buffers of ``modules``, looked through anew only where one was set since."""
 
-    Attributes of the modules are kept as they are, lists, dicts, sets and objects in them by their entries. Of
-    ``tensors``, and of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their
-    ids; None: all) are copied at once, any other when ``before_write`` announces the write.
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._look()
+
+    def _look(self) -> None:
+        dicts = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in self._modules]
+        own = [a[name] for _, a, *_ in dicts for name in a.keys() - OF_EVERY_MODULE]
+        own = [value for value in own if isinstance(value, Tensor) or not isinstance(value, _NOT_ENTERED)]
+        views = [view for now, _, buffers, _ in dicts for d in (now, buffers) for view in (d.keys(), d.values())]
+        self._seen = Snapshot(views), dicts, own
+
+    def now(self) -> tuple[list[tuple[dict, dict, dict, dict]], list]:
+        """Of each module its attributes and a copy, its buffers and a copy; and what in them may hold more."""
+        if self._seen[0].differs():
+            self._look()
+        _, dicts, own = self._seen
+        return dicts, list(own)
+
+
+class Undo:
+    """The state of modules and of ``tensors`` (buffers, the inputs) as a run begins.
+
+    Their ``attributes`` are kept as they are, lists, dicts, sets and objects in them by their entries. Of ``tensors``,
+    and of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their ids; None:
+    all) are copied at once, any other when ``before_write`` announces the write.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], tensors: Sequence[Tensor], known: set[int] | None) -> None:
-        self._attributes = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in modules]
-        own = [a[name] for _, a, *_ in self._attributes for name in a.keys() - OF_EVERY_MODULE]
+    def __init__(self, attributes: Attributes, tensors: Sequence[Tensor], known: set[int] | None) -> None:
+        self._attributes, own = attributes.now()
         self._contents: list[tuple[object, object]] = []
         seen: set[int] = set()
         for value in own:  # which grows by what is in the values
