@@ -154,6 +154,7 @@ class Driver:
 
     def delete(self) -> None:
         if len(self.model.peft_config) > 1:
+            self.model.unmerge_adapter()  # PEFT deletes none that is merged
             self.model.delete_adapter(self.an_adapter())
 
     def activate(self) -> None:
