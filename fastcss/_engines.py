@@ -56,27 +56,19 @@ class Engine:
         stand_in.read_adapters()
         if torch.compiler.is_exporting():
             return self._exported(replay)
-        result = self._run(stand_in, inputs, vmap, replay, slots)
+        in_turn = self._runs_in_turn(stand_in, vmap)
+        result = replay() if in_turn else self._try(stand_in, inputs, vmap, replay, slots)
         stand_in.give_back()
         return result
 
-    def _run(
-        self,
-        stand_in: StandIn,
-        inputs: Inputs,
-        vmap: Callable[[], object] | None,
-        replay: Callable[[], object],
-        slots: int,
-    ) -> object:
+    def _runs_in_turn(self, stand_in: StandIn, vmap: Callable[[], object] | None) -> bool:
         must_replay = stand_in.must_replay()
         if self._asked == "vmap" and (must_replay or vmap is None):
             reason = must_replay or "the inputs of the samples differ in more than values (in shape, say)"
             raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
         if must_replay and self.name(stand_in.training) == "vmap":
             self._refuse(stand_in, must_replay)
-        if vmap is None or self.name(stand_in.training) == "replay":
-            return replay()
-        return self._try(stand_in, inputs, vmap, replay, slots)
+        return vmap is None or self.name(stand_in.training) == "replay"
 
     def _exported(self, replay: Callable[[], object]) -> object:
         """torch.export has no way to hold an autograd function under vmap, which every adapted layer is."""
@@ -151,7 +143,7 @@ class Engine:
         warnings.warn(
             f"one_pass: {type(stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
             f"(engine 'replay'): {reason}",
-            stacklevel=10,
+            stacklevel=9,
         )
 
 

@@ -16,14 +16,14 @@ from ._adapted import Adapted, Slots
 from ._adapted_layers import adapted
 from ._checkpoints import bind_checkpoints
 from ._fingerprint import Contents
-from ._fused.base import HOOKS
 from ._group_size import Widest, group_size
+from ._hooks import has_own_hooks, take_hooks
 from ._kept import KeepsError, KeptError, Mapped, OneTask, mark, unmark, where_kept
 from ._leaves import Inputs, Output, join
-from ._read_adapters import Adapters, is_made_by
+from ._read_adapters import Adapters
 from ._replay import SharedWork
 from ._samples import Axes, Samples
-from ._structure import StructuralCopy, holds_hooks
+from ._structure import StructuralCopy
 from ._task_rules import TaskRules, is_mapped
 from ._undo import Attributes, Undo
 from ._watch import Snapshot, Watch
@@ -58,7 +58,7 @@ class StandIn:
         self.model = copy.of(model)
         for name, layer in layers.items():
             if name in stand_ins:
-                _take_hooks(layer, stand_ins[name][1], copy)
+                take_hooks(layer, stand_ins[name][1], copy)
             else:  # A bare layer is adapted under the name that an adapter gives it, and left bare wherever else it is.
                 ours = adapted(copy.of(layer), adapters.layers[name], self._slots)
                 parent, _, child = name.rpartition(".")
@@ -78,7 +78,7 @@ class StandIn:
         self._contents = Contents(self.adapter_tensors())
         self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
         self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
-        self.hooked = next((name for name, module in model.named_modules() if _has_own_hooks(module)), None)
+        self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
 
     @property
     def training(self) -> bool:
@@ -336,17 +336,3 @@ def _warn_of_fused_encoders(model: nn.Module, adapters: Adapters) -> None:
                 stacklevel=5,
             )
             return
-
-
-def _take_hooks(layer: nn.Module, ours: Adapted, copy: StructuralCopy) -> None:
-    """Let the hooks on PEFT's layer run around what stands for it."""
-    hooks = {name: value for name, value in vars(layer).items() if holds_hooks(name, value)}
-    vars(ours).update((name, copy.hooks(value)) for name, value in hooks.items())
-    ours._is_full_backward_hook = layer._is_full_backward_hook
-    ours.training = layer.training
-
-
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Of the user's: transformers' own collect a model's outputs, and leave it to us to give them a task axis."""
-    hooks = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
-    return not all(is_made_by(hook, ("transformers.", "fastcss.")) for hook in hooks)

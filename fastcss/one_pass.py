@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ._call_arguments import check_per_adapter, check_route, check_task_dim
 from ._capture import Captures
 from ._engines import Engine
 from ._leaves import Inputs
@@ -125,7 +126,7 @@ class OnePass(nn.Module):
             raise TypeError(f"one_pass: {inside or 'the model'} is a runner itself; give the model that it runs")
         self.model, self._given = model, adapters
         self.training = model.training
-        self.group_size, self.task_dim = group_size, _check_task_dim(task_dim)
+        self.group_size, self.task_dim = group_size, check_task_dim(task_dim)
         self._asked, self._fuse = engine, fuse
         self._has_warned = False
         self.refresh()
@@ -236,14 +237,14 @@ class OnePass(nn.Module):
             )
         self._follow()
         if route is not None:
-            route = _check_route(route, adapters, per_adapter, self.adapters)
+            route = check_route(route, adapters, per_adapter, self.adapters)
             self._warn_of_untrained(range(len(self.adapters)))
             return self._routed(route, Inputs(args, kwargs), per_sample)
         if per_sample is not None:
             raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
         tasks = self._tasks(adapters)
         if per_adapter:
-            kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
+            kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
         self._warn_of_untrained(tasks)
         captured = self._captures.find(tasks, self._stand_in, args, kwargs)
         return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
@@ -286,7 +287,7 @@ class OnePass(nn.Module):
         self._follow()
         tasks = self._tasks(adapters)
         if per_adapter:
-            kwargs["per_adapter"] = _check_per_adapter(per_adapter, kwargs, len(tasks))
+            kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
         call = functools.partial(self._all_tasks, tasks)
         self._captures.add(tasks, self._stand_in, call, fixed, args, kwargs)
 
@@ -326,38 +327,8 @@ class OnePass(nn.Module):
         return tuple(map(self.adapters.index, adapters))
 
 
-def _check_per_adapter(per_adapter: Mapping[str, Tensor], kwargs: dict, tasks: int) -> dict[str, Tensor]:
-    for name, tensor in per_adapter.items():
-        if name in kwargs:
-            raise ValueError(f"one_pass: {name!r} is given twice, for all adapters and in per_adapter")
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"one_pass: per_adapter[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        if tensor.shape[:1] != (tasks,):
-            raise ValueError(f"one_pass: per_adapter[{name!r}] must be [{tasks}, …], got {list(tensor.shape)}")
-    return dict(per_adapter)
-
-
-def _check_task_dim(dim: int) -> int:
-    if dim not in (0, 1):
-        raise ValueError(f"one_pass: task_dim must be 0 or 1, got {dim!r}")
-    return dim
-
-
 def _task_axis_second(leaf: object) -> object:
     return leaf.movedim(0, 1) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf
-
-
-def _check_route(route: Tensor, adapters: object, per_adapter: object, names: tuple[str, ...]) -> Tensor:
-    if adapters is not None:
-        raise ValueError("one_pass: adapters and route exclude each other")
-    if per_adapter:
-        raise ValueError("one_pass: per_adapter and route exclude each other")
-    if not isinstance(route, Tensor) or route.dtype not in (torch.int32, torch.int64) or route.dim() != 1:
-        got = f"{route.dtype} {list(route.shape)}" if isinstance(route, Tensor) else type(route).__name__
-        raise TypeError(f"one_pass: route must be an int32 or int64 tensor [B], got {got}")
-    if route.device.type == "cpu" and len(route) and not -1 <= route.min() <= route.max() < len(names):
-        raise IndexError(f"one_pass: route must hold places of {len(names)} adapters, or -1, got {route.tolist()}")
-    return route
 
 
 one_pass = OnePass
