@@ -123,6 +123,30 @@ def test_traced():
     assert_as_peft(traced, model, torch.randn(3, 4))
 
 
+@pytest.mark.parametrize("target", ["first", "second"])
+@torch.no_grad()
+def test_vmapped_from_outside(target):
+    """The first layer's input has the outer axis alone where the second is the first with adapters."""
+    model, x = small(target_modules=[target])
+    runner, batches = fastcss.one_pass(model, engine="vmap"), torch.stack([x, -x, x.flip(0)])
+    wanted = torch.stack([peft_loop(model, batch) for batch in batches])
+    torch.testing.assert_close(torch.vmap(runner)(batches), wanted, atol=EXACT, rtol=0)
+
+
+class Differentiates(Small):
+    def forward(self, x):
+        return self.second(torch.relu(torch.func.grad(lambda x: self.first(x).square().sum())(x)).repeat(1, 2)[:, :6])
+
+
+@torch.no_grad()
+def test_a_model_that_differentiates_itself_runs_in_turn():
+    model, x = small(Differentiates)
+    runner = fastcss.one_pass(model)
+    with pytest.warns(UserWarning, match="Differentiates does not run under vmap.*torch.func"):
+        assert_as_peft(runner, model, x)
+    assert runner.engine == "replay"
+
+
 def test_runners_of_runners_are_refused_by_name():
     runner = fastcss.one_pass(small()[0])
     with pytest.raises(TypeError, match="the model is a runner itself"):
