@@ -139,7 +139,7 @@ class OptionalBuild(BuildExtension):
             self.extensions = []
 
     def note(self, folder: Path | None = None) -> Path:
-        """The file that says why there is no ``_cpu.abi3.so`` beside it: fastcss/_backends.py reads it."""
+        """The file that says why there is no ``_cpu.abi3.so`` beside it: fastcss/_dispatch/backends.py reads it."""
         return (folder or Path(self.get_ext_fullpath("fastcss._cpu")).parent) / "_cpu.not_built.txt"
 
     def build_extension(self, ext: Extension) -> None:
@@ -167,10 +167,12 @@ setup(
     version=version(),
     packages=[
         "fastcss",
-        "fastcss._fused",
+        "fastcss._dispatch",
+        "fastcss._fuse",
+        "fastcss._one_pass",
+        "fastcss._ops",
         "fastcss._schema",
         "fastcss.commands",
-        "fastcss.ops",
         "fastcss.reference",
         "fastcss.composed",
         "fastcss.nn",

@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastcss import _backends
-from fastcss._replay import SharedWork
+from fastcss._dispatch import backends
+from fastcss._one_pass.shared_work import SharedWork
 
 from . import measure
 from .registry import Step
@@ -55,10 +55,10 @@ def expected(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Te
 
 def on(impl: str, step: Step) -> Step:
     """``step`` with ``impl`` where impl="auto" has no choice on a GPU yet, for want of measurements such as this."""
-    choice = dict.fromkeys(_backends.KERNELS[impl], (impl,))
+    choice = dict.fromkeys(backends.KERNELS[impl], (impl,))
 
     def run():
-        with mock.patch.dict(_backends.MEASURED_ON_GPU, choice):
+        with mock.patch.dict(backends.MEASURED_ON_GPU, choice):
             return step()
 
     return run

@@ -19,7 +19,7 @@ from .registry import Case, Problem, Step
 # Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, and the means
 # of 4096 features of either sign are small beside the rounded terms.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/affinity_attention.py", "fastcss/composed/affinity_attention.py")
+SOURCES = ("fastcss/_ops/affinity_attention.py", "fastcss/composed/affinity_attention.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -20,7 +20,7 @@ from .registry import Case, Problem, Step
 # Relative to the largest expected value. float32: sums of up to 16,384² terms. bfloat16: the logits, rounded to its 8
 # bits where the map is in memory, and the gradients.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-SOURCES = ("fastcss/ops/affinity_loss.py", "fastcss/composed/affinity_loss.py")
+SOURCES = ("fastcss/_ops/affinity_loss.py", "fastcss/composed/affinity_loss.py")
 CLASSES = 21
 
 

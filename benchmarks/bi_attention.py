@@ -24,7 +24,7 @@ TOLERANCE = {
     "fwd": {torch.float32: 2e-5, torch.bfloat16: 5e-2},
     "bwd": {torch.float32: 3e-4, torch.bfloat16: 2.5e-1},
 }
-SOURCES = ("fastcss/ops/bi_attention.py", "fastcss/composed/bi_attention.py")
+SOURCES = ("fastcss/_ops/bi_attention.py", "fastcss/composed/bi_attention.py")
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 

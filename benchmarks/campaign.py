@@ -111,13 +111,13 @@ SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis"
 
 def count(kept: Path, rows: Path) -> Units:
     """The hardware's counters over the kernels of each op's first case: why one is as far from its limit as it is."""
-    from fastcss import _backends
+    from fastcss._dispatch import backends
 
     ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--target-processes", "all"]
     ncu += [word for section in SECTIONS for word in ("--section", section)]
     units = of_each_case(lambda name: with_environment([*ncu, *python("-m", "benchmarks.counted", name)]))
     first = {name.split("/")[0]: name for name in reversed(units)}.values()
-    counted = ("list", *_backends.KERNELS["triton"])
+    counted = ("list", *backends.KERNELS["triton"])
     return {name: units[name] for name in reversed(first) if name.split("/")[0] in counted}
 
 

@@ -19,7 +19,7 @@ from .registry import Case, Problem, Step
 # Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, also of the
 # softmaxed map where it is in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-SOURCES = ("fastcss/ops/class_centers.py", "fastcss/composed/class_centers.py")
+SOURCES = ("fastcss/_ops/class_centers.py", "fastcss/composed/class_centers.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

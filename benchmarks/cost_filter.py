@@ -20,7 +20,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value. float32: products of 512 rounded terms, sums of 576 in the gradients. bfloat16: its 8
 # bits, in the rows of length one and in the cost.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/cost_filter.py", "fastcss/composed/cost_filter.py", "fastcss/_cosine.py")
+SOURCES = ("fastcss/_ops/cost_filter.py", "fastcss/composed/cost_filter.py", "fastcss/_cosine.py")
 #: Elements of the cost map at a time that the chunked form tries.
 CHUNKS = (1 << 17, 1 << 19, 1 << 21)
 

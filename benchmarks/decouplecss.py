@@ -22,7 +22,7 @@ TASKS, CLASSES, PHRASES = 6, 3, 31
 TOLERANCE = 1e-4  # of the pixels: the specification's 99.99%
 MODES = {"fastcss": "one_pass", "shared": "shared", "literal": "literal"}
 SOURCES = (
-    "fastcss/models/*.py", "fastcss/*.py", "fastcss/_fused/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py",
+    "fastcss/models/*.py", "fastcss/_one_pass/*.py", "fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py",
 )  # fmt: skip
 
 #: Both models' sizes and where the adapters sit; τ, which leaves some classes of a picture of noise and not others; the

@@ -25,7 +25,7 @@ CLASSES, BATCH = 3, 2
 #: Of the largest gradient: in float32, of sums that a GPU adds up in no fixed order. On a CPU they are equal.
 TOLERANCE = 1e-5
 SOURCES = (
-    "fastcss/models/*.py", "fastcss/*.py", "fastcss/_fused/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py",
+    "fastcss/models/*.py", "fastcss/_one_pass/*.py", "fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py",
 )  # fmt: skip
 
 

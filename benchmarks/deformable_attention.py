@@ -21,7 +21,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value. float32: sums of some 1,300 rounded terms for each token of the smallest level.
 # bfloat16: its 8 bits of each of those terms where they are in memory, and of the sampled values and the attention.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
-SOURCES = ("fastcss/ops/deformable_attention.py", "fastcss/composed/deformable_attention.py")
+SOURCES = ("fastcss/_ops/deformable_attention.py", "fastcss/composed/deformable_attention.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

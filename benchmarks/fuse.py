@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastcss
-from fastcss.fuse import fuse_modules
+from fastcss._fuse.fusion import fuse_modules
 
 from . import _steps
 from .registry import Case, Problem, Step
@@ -23,7 +23,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value, which is the model's own in float64. float32: the specification's 1e-5. bfloat16: its 8
 # bits in each of some sixty layers.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
-SOURCES = ("fastcss/fuse.py", "fastcss/_fused/*.py", "fastcss/_linear.py", "fastcss/ops/*.py", "fastcss/composed/*.py")
+SOURCES = ("fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 import fastcss
-from fastcss import _backends
+from fastcss._dispatch import backends
 
 from .measure import times_ms
 
@@ -42,7 +42,7 @@ def _gemms(n: int, device: str, dtype: torch.dtype) -> list[Callable[[], object]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     steps = [lambda: torch.mm(a, b.t(), out=out)]
-    if device == "cpu" and _backends.why_not("cpu", a) is None:
+    if device == "cpu" and backends.why_not("cpu", a) is None:
         # One adapter of rank 0 is the bare layer: the project's own micro-kernel and nothing else.
         bare = fastcss.PackedLora.pack([a.new_empty(0, n)], [a.new_empty(n, 0)], [1.0])
         steps.append(lambda: fastcss.multi_lora(a, b, bare, impl="cpu"))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.measured FILE.jsonl…``: what of fastcss._backends.MEASURED_ON_GPU a GPU's rows support.
+"""``python -m benchmarks.measured FILE.jsonl…``: what of ``backends.MEASURED_ON_GPU`` a GPU's rows support.
 
 A kernel is one for impl="auto" where it was verified, and not slower than the op's composed form, in every case and
 mode of its op.

@@ -21,7 +21,7 @@ from .registry import Case, Problem, Step
 
 #: Share of pixels.
 TOLERANCE = 1e-4
-SOURCES = ("fastcss/ops/merge_masks.py", "fastcss/composed/merge_masks.py")
+SOURCES = ("fastcss/_ops/merge_masks.py", "fastcss/composed/merge_masks.py")
 #: Masks at a time that the chunked form tries; one is painting them over each other.
 CHUNKS = (1, 4, 16)
 

@@ -21,7 +21,7 @@ from .registry import MODES, Case, Problem, Step
 # Relative to the largest expected value. float32: sums of up to 4096 rounded products. bfloat16: its 8 bits, and
 # merged weights are rounded once more than the layer itself.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/multi_lora.py", "fastcss/composed/multi_lora.py", "fastcss/packed_lora.py")
+SOURCES = ("fastcss/_ops/multi_lora.py", "fastcss/composed/multi_lora.py", "fastcss/packed_lora.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -25,7 +25,7 @@ from .registry import Case, Problem, Step
 # between batch sizes.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 TASKS, RANK = 6, 32
-SOURCES = ("fastcss/*.py", "fastcss/_fused/*.py", "fastcss/ops/*.py", "fastcss/composed/*.py")
+SOURCES = ("fastcss/_one_pass/*.py", "fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -20,7 +20,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value. float32: products of 256 rounded terms. bfloat16: its 8 bits, also of the cosines and
 # of the weights where they are in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/phrase_pool.py", "fastcss/composed/phrase_pool.py", "fastcss/_cosine.py")
+SOURCES = ("fastcss/_ops/phrase_pool.py", "fastcss/composed/phrase_pool.py", "fastcss/_cosine.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

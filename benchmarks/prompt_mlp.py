@@ -19,7 +19,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value. float32: products of 512 and 1024 rounded terms. bfloat16: its 8 bits, also of the
 # hidden values where they are in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/prompt_mlp.py", "fastcss/composed/prompt_mlp.py")
+SOURCES = ("fastcss/_ops/prompt_mlp.py", "fastcss/composed/prompt_mlp.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -20,7 +20,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value. float32: products of 256 rounded terms, means of some 450 cosines. bfloat16: its 8
 # bits, also of the rows of length one and of the cosines where they are in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/select_tokens.py", "fastcss/composed/select_tokens.py", "fastcss/_cosine.py")
+SOURCES = ("fastcss/_ops/select_tokens.py", "fastcss/composed/select_tokens.py", "fastcss/_cosine.py")
 THRESHOLD = 0.3
 
 

@@ -19,7 +19,7 @@ from .registry import Case, Problem, Step
 # Of the largest expected value. float32: sums of 150 rounded exponentials. bfloat16: its 8 bits, also of the whole
 # softmax where it is in memory, and the curvature's difference of such.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-SOURCES = ("fastcss/ops/top_margin.py", "fastcss/composed/top_margin.py")
+SOURCES = ("fastcss/_ops/top_margin.py", "fastcss/composed/top_margin.py")
 
 Margins = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -16,7 +16,7 @@ from .registry import Case, Problem, Step
 
 # Of the largest expected value. float32: products of 256 rounded terms. bfloat16: its 8 bits, in the scores.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-SOURCES = ("fastcss/ops/topk_queries.py", "fastcss/composed/topk_queries.py")
+SOURCES = ("fastcss/_ops/topk_queries.py", "fastcss/composed/topk_queries.py")
 #: Tokens at a time that the chunked form tries.
 CHUNKS = (256, 1024, 4096)
 

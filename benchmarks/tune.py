@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from fastcss import _backends
+from fastcss._dispatch import backends
 from fastcss._files import whole_file
 
 from . import harness, measure, registry
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = read(options.out)
     cases = registry.select(registry.all_cases("cuda"), names=options.case) if options.case else []
     for case in cases:
-        if case.op not in _backends.KERNELS["triton"]:
+        if case.op not in backends.KERNELS["triton"]:
             print(f"{case.name}: no kernel of its own")
             continue
         tuner = Tuner(case, lock)

@@ -30,8 +30,8 @@ from .registry import Case, Problem, Step, largest_error
 # Of the largest expected value. float32: sums of 49 rounded products, or of 768 before them. bfloat16: its 8 bits of
 # scores of up to 10, and of the attention where it is in memory.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-SOURCES = ("fastcss/ops/window_attention.py", "fastcss/composed/window_attention.py")
-FUSE_SOURCES = ("fastcss/fuse.py", "fastcss/_fused/*.py")
+SOURCES = ("fastcss/_ops/window_attention.py", "fastcss/composed/window_attention.py")
+FUSE_SOURCES = ("fastcss/_fuse/*.py",)
 WINDOW, WIDTH = 7, 32
 
 

@@ -15,21 +15,21 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reference"
 
-#: Page → the package, and what its examples begin with.
+#: Page → the file that exports its names, and what its examples begin with.
 PAGES = {
-    "fastcss": ("fastcss", "import torch\n\nimport fastcss\nfrom fastcss import PackedLora, multi_lora"),
-    "ops": ("fastcss/ops", "import torch\n\nfrom fastcss import PackedLora\nfrom fastcss.ops import *"),
-    "nn": ("fastcss/nn", "import torch\n\nfrom fastcss.nn import *"),
+    "fastcss": ("fastcss/__init__.py", "import torch\n\nimport fastcss\nfrom fastcss import PackedLora, multi_lora"),
+    "ops": ("fastcss/ops.py", "import torch\n\nfrom fastcss import PackedLora\nfrom fastcss.ops import *"),
+    "nn": ("fastcss/nn/__init__.py", "import torch\n\nfrom fastcss.nn import *"),
     "models": (
-        "fastcss/models",
+        "fastcss/models/__init__.py",
         "import torch\n\nfrom fastcss.models.phrases import describe\n"
         "from fastcss.models.preprocessing import preprocess",
     ),
-    "data": ("fastcss/data", "from fastcss.data import *"),
+    "data": ("fastcss/data/__init__.py", "from fastcss.data import *"),
 }
 #: What is public beside ``__all__``: of a package whose modules are imported one by one, and results without a name.
 BESIDES = {
-    "fastcss": {"fuse": ("Fusion",)},
+    "fastcss": {"_fuse/fusion": ("Fusion",)},
     "models": {
         "class_detector": ("ClassDetector", "DetectedClasses"),
         "continual": ("begin", "train", "load_run"),
@@ -47,6 +47,8 @@ BESIDES = {
         "sam": ("Masks", "SamSegmenter"),
     },
 }
+#: What the first page has from there is described there.
+OPS = ROOT / "fastcss" / "ops.py"
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source|Example):\s+")
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign
 
@@ -65,15 +67,14 @@ def pages() -> dict[Path, str]:
     return {FOLDER / f"{page}.md": _page(page, *about) for page, about in PAGES.items()}
 
 
-def _page(page: str, package: str, preamble: str) -> str:
-    folder = ROOT / package
-    names = _exported(folder) | {
-        name: folder / f"{module}.py" for module, of in BESIDES.get(page, {}).items() for name in of
-    }
-    entries = [_entry(name, path) for name, path in names.items() if path.is_file()]
+def _page(page: str, file: str, preamble: str) -> str:
+    names, folder = _exported(ROOT / file), (ROOT / file).parent
+    names |= {name: folder / f"{module}.py" for module, of in BESIDES.get(page, {}).items() for name in of}
+    entries = [_entry(name, path) for name, path in names.items() if path != OPS]
     entries.sort(key=lambda entry: (entry.path, entry.node.lineno))
-    elsewhere = sorted(name for name, path in names.items() if path.is_dir())
-    parts = [f"# {package.replace('/', '.')}", _prose(_docstring(_parsed(folder / "__init__.py")))]
+    elsewhere = sorted(name for name, path in names.items() if path == OPS)
+    title = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    parts = [f"# {title}", _prose(_docstring(_parsed(ROOT / file)))]
     parts.append("Made by `python docs/make_reference.py` from the docstrings; changes belong there.")
     parts.append("\n".join(f"- [`{e.name}`](#{_anchor(e.name)}): {_first_line(e)}" for e in entries))
     if elsewhere:
@@ -90,13 +91,13 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _exported(folder: Path) -> dict[str, Path]:
-    """The names of ``__all__``, each with the module that the package has it from, or the package."""
-    tree, found, public = _parsed(folder / "__init__.py"), {}, set()
+def _exported(file: Path) -> dict[str, Path]:
+    """The names of ``__all__``, each with the module that the file has it from."""
+    tree, found, public = _parsed(file), {}, set()
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-            path = folder / node.module
-            found |= {name.name: path if path.is_dir() else path.with_suffix(".py") for name in node.names}
+            path = file.parent / f"{node.module.replace('.', '/')}.py"
+            found |= {name.name: path for name in node.names}
         elif isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
             public = set(ast.literal_eval(node.value))
     return {name: path for name, path in found.items() if name in public}

@@ -1,10 +1,10 @@
 """fastcss: kernels that run every task adapter of a continual-segmentation model in one pass."""
 
 from . import nn, ops
-from ._info import info
+from ._dispatch.info import info
+from ._fuse.fusion import fuse
 from ._malloc import tune_malloc
-from .fuse import fuse
-from .one_pass import one_pass
+from ._one_pass.runner import one_pass
 from .ops import affinity_loss, class_affinity, cost_filter, merge_masks, multi_lora, select_tokens
 from .packed_lora import PackedLora
 

@@ -7,28 +7,29 @@ import sys
 import pytest
 import torch
 
-from fastcss import _backends, _nvrtc, ops
-from fastcss._info import info
+from fastcss import ops
+from fastcss._dispatch import backends, nvrtc
+from fastcss._dispatch.info import info
 
 
 def test_an_implementation_without_a_kernel_for_the_op_is_refused(monkeypatch):
-    monkeypatch.setitem(_backends.UNAVAILABLE, "cuda", None)
-    monkeypatch.setitem(_backends.KERNELS, "cuda", frozenset({"merge_masks"}))
+    monkeypatch.setitem(backends.UNAVAILABLE, "cuda", None)
+    monkeypatch.setitem(backends.KERNELS, "cuda", frozenset({"merge_masks"}))
     with pytest.raises(RuntimeError, match=r"^top_classes: impl='cuda' cannot run: it has no kernel for this op$"):
         ops.top_classes(torch.zeros(1, 3), 1, impl="cuda")
-    assert _backends.why_not("cuda", torch.empty(0, device="meta"), "merge_masks").startswith("it runs on cuda")
+    assert backends.why_not("cuda", torch.empty(0, device="meta"), "merge_masks").startswith("it runs on cuda")
 
 
 def test_auto_takes_no_implementation_that_lacks_the_op(monkeypatch):
-    monkeypatch.setitem(_backends.UNAVAILABLE, "cpu", None)
-    monkeypatch.setitem(_backends.KERNELS, "cpu", frozenset())
-    assert _backends.choose("top_classes", "auto", torch.zeros(1, 3)) == "composed"
+    monkeypatch.setitem(backends.UNAVAILABLE, "cpu", None)
+    monkeypatch.setitem(backends.KERNELS, "cpu", frozenset())
+    assert backends.choose("top_classes", "auto", torch.zeros(1, 3)) == "composed"
 
 
 def test_without_a_compiled_module_the_reason_names_both_ways(monkeypatch):
-    monkeypatch.setattr(_backends, "_NO_CUDA_MODULE", "there is no module")
-    monkeypatch.setattr(_nvrtc, "why_not", lambda: "there is no CuPy")
-    assert _backends._probe_cuda() == (
+    monkeypatch.setattr(backends, "_NO_CUDA_MODULE", "there is no module")
+    monkeypatch.setattr(nvrtc, "why_not", lambda: "there is no CuPy")
+    assert backends._probe_cuda() == (
         "there is no module, and its kernels cannot be compiled at first use: there is no CuPy"
     )
 
@@ -47,7 +48,7 @@ def test_a_missing_nvrtc_is_named(monkeypatch, tmp_path, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = _nvrtc.why_not()
+    reason = nvrtc.why_not()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupy_backends")]:
         monkeypatch.delitem(sys.modules, name)
     if missing:
@@ -61,9 +62,9 @@ def test_a_missing_nvrtc_is_named(monkeypatch, tmp_path, missing):
 
 @pytest.mark.parametrize(("module", "way"), [(None, "available, compiled:"), ("none", "available, compiled by CuPy")])
 def test_info_says_how_cuda_is_served(monkeypatch, module, way):
-    monkeypatch.setattr(_backends, "_NO_CUDA_MODULE", module)
-    monkeypatch.setitem(_backends.UNAVAILABLE, "cuda", None)
-    monkeypatch.setitem(_backends.KERNELS, "cuda", frozenset({"merge_masks", "prompt_mlp", "prompt_mlp_backward"}))
+    monkeypatch.setattr(backends, "_NO_CUDA_MODULE", module)
+    monkeypatch.setitem(backends.UNAVAILABLE, "cuda", None)
+    monkeypatch.setitem(backends.KERNELS, "cuda", frozenset({"merge_masks", "prompt_mlp", "prompt_mlp_backward"}))
     line = info()["implementations"]["cuda"]
     assert line.startswith(way)
     assert line.endswith(": merge_masks, prompt_mlp")
@@ -108,7 +109,7 @@ def test_an_interpreter_that_cuts_off_is_refused_for_that_dtype(interpreter, mon
     assert interpreter.why_not(torch.float16) is None
     reason = interpreter.why_not(torch.bfloat16)
     assert "does not round float32 to torch.bfloat16" in reason
-    monkeypatch.setitem(_backends._NOT_INTERPRETED, torch.bfloat16, reason)
+    monkeypatch.setitem(backends._NOT_INTERPRETED, torch.bfloat16, reason)
     for dtype in (torch.float32, torch.float16):
         ops.top_classes(torch.zeros(1, 3, dtype=dtype), 1, impl="triton")
     with pytest.raises(RuntimeError, match="top_classes: impl='triton' cannot run: the interpreter of Triton"):
@@ -117,10 +118,10 @@ def test_an_interpreter_that_cuts_off_is_refused_for_that_dtype(interpreter, mon
 
 def test_every_raw_op_of_the_cuda_sources_has_both_launchers():
     """What csrc/cuda/*.cu registers and what is compiled at first use are the same ops."""
-    folder = _nvrtc.folder()
+    folder = nvrtc.folder()
     sources = "".join(path.read_text() for path in folder.glob("*.cu"))
     if not sources:
         pytest.skip("installed without csrc/cuda/*.cu")
-    assert {f'"{launcher.__name__}.cuda"' for launcher in _nvrtc.LAUNCHERS} == {
+    assert {f'"{launcher.__name__}.cuda"' for launcher in nvrtc.LAUNCHERS} == {
         part.split(",")[0] for part in sources.split("m.impl(")[1:]
     }

@@ -67,11 +67,11 @@ def test_what_hangs_has_failed(tmp_path):
 
 
 def test_every_op_with_a_kernel_is_checked(tmp_path):
-    from fastcss import _backends
+    from fastcss._dispatch import backends
 
     units = campaign.check(tmp_path, tmp_path)
     tested = {tool: " ".join(name for name in units if name.startswith(tool)) for tool in campaign.CHECKED}
-    ops = {op for op in _backends.KERNELS["triton"] if not op.endswith("_backward")} - {"pack_text"}  # cost_filter's
+    ops = {op for op in backends.KERNELS["triton"] if not op.endswith("_backward")} - {"pack_text"}  # cost_filter's
     assert len(ops) > 10
     for op in ops:
         assert all(f"test_{op.removesuffix('_attention')}" in names for names in tested.values()), op
@@ -85,12 +85,12 @@ def test_without_cuda_a_stage_of_cases_says_so(tmp_path):
 
 def test_every_op_with_a_kernel_is_counted_once(tmp_path, monkeypatch):
     from benchmarks import registry
-    from fastcss import _backends
+    from fastcss._dispatch import backends
 
     names = [case.name for case in registry.all_cases("cuda")]
     monkeypatch.setattr(campaign, "of_each_case", lambda command: {name: command(name) for name in names})
     units = campaign.count(tmp_path, tmp_path)
-    ops = {op for op in _backends.KERNELS["triton"] if not op.endswith("_backward")}
+    ops = {op for op in backends.KERNELS["triton"] if not op.endswith("_backward")}
     assert sorted(name.split("/")[0] for name in units) == sorted(ops & {name.split("/")[0] for name in names})
     assert all(command[-1] == name for name, command in units.items())
 

@@ -27,7 +27,7 @@ from benchmarks import (
     top_margin,
     window_attention,
 )
-from fastcss import _backends
+from fastcss._dispatch import backends
 
 SELECTION = ("cost_filter", "phrase_pool", "select_tokens", "prompt_mlp", "merge_masks", "topk_queries", "top_margin")
 
@@ -160,10 +160,10 @@ def test_work_of_caa():
 
 
 def test_an_unmeasured_implementation_is_chosen_while_its_step_runs():
-    before = dict(_backends.MEASURED_ON_GPU)
-    (chosen,) = _steps.on("cpu", lambda: (dict(_backends.MEASURED_ON_GPU),))()
-    assert chosen == dict.fromkeys(_backends.KERNELS["cpu"], ("cpu",))
-    assert before == _backends.MEASURED_ON_GPU
+    before = dict(backends.MEASURED_ON_GPU)
+    (chosen,) = _steps.on("cpu", lambda: (dict(backends.MEASURED_ON_GPU),))()
+    assert chosen == dict.fromkeys(backends.KERNELS["cpu"], ("cpu",))
+    assert before == backends.MEASURED_ON_GPU
 
 
 def test_labels_count_by_their_pixels():

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("rich")
 
 from benchmarks import harness, measured, report
-from fastcss import _backends
+from fastcss._dispatch import backends
 
 
 def rows_of(case: str, mode: str = "fwd", **times: float | None) -> list[dict]:
@@ -56,5 +56,5 @@ def test_it_says_where_a_kernel_lost(tmp_path, capsys):
 def test_what_is_taken_was_measured():
     files = (harness.ROOT / "benchmarks" / "results").glob("*.jsonl")
     found = measured.supported([row for file in files for row in report.read(file)])
-    for op, kernels in _backends.MEASURED_ON_GPU.items():
+    for op, kernels in backends.MEASURED_ON_GPU.items():
         assert set(kernels) <= set(found.get(op, ())), op

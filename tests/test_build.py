@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastcss import _backends
+from fastcss._dispatch import backends
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,5 +30,5 @@ def test_what_the_compiler_said_is_kept_and_told(tmp_path, monkeypatch):
     assert "THE COMPILED CPU KERNELS WERE NOT BUILT" in done.stderr
     said = f"{compiler} says pack.h:9: error: this compiler is too old"
     assert said in done.stderr
-    monkeypatch.setattr(_backends, "__file__", str(tmp_path / "lib" / "fastcss" / "_backends.py"))
-    assert _backends._load("_cpu") == f"_cpu.abi3.so was not built with this installation: {said}"
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "lib" / "fastcss" / "_dispatch" / "backends.py"))
+    assert backends._load("_cpu") == f"_cpu.abi3.so was not built with this installation: {said}"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from documents import ROOT
 
-from fastcss import PackedLora, _backends, multi_lora
+from fastcss import PackedLora, multi_lora
+from fastcss._dispatch import backends
 
 
 def test_the_table_of_tolerances_is_that_of_the_tests(tolerances):
@@ -20,8 +21,8 @@ def test_the_table_of_tolerances_is_that_of_the_tests(tolerances):
 @pytest.mark.parametrize("impl", ["composed", "cpu"])
 def test_denormals_stay(impl):
     """On every thread, in the ops and around them."""
-    if _backends.UNAVAILABLE[impl]:
-        pytest.skip(_backends.UNAVAILABLE[impl])
+    if backends.UNAVAILABLE[impl]:
+        pytest.skip(backends.UNAVAILABLE[impl])
     x = torch.full((64, 4096), 1e-40)  # enough for several threads
     lora = PackedLora.pack([torch.zeros(1, 4096)], [torch.zeros(1, 1)], [1.0])
     assert torch.equal(multi_lora(x, torch.eye(1, 4096), lora, impl=impl), x[None, :, :1])
@@ -45,8 +46,8 @@ def test_tf32_only_where_torch_is_told_to():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["shared", "diverged", "routed"])
 def test_threads_do_not_change_multi_lora(mode, dtype):
-    if _backends.UNAVAILABLE["cpu"]:
-        pytest.skip(_backends.UNAVAILABLE["cpu"])
+    if backends.UNAVAILABLE["cpu"]:
+        pytest.skip(backends.UNAVAILABLE["cpu"])
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

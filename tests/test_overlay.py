@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("PIL")
 from PIL import Image, ImageDraw
 
-from fastcss import _overlay
-from fastcss._overlay import INK, PAPER, Share, label_image, overlay, palette, percent, shares
+from fastcss.commands import _overlay
+from fastcss.commands._overlay import INK, PAPER, Share, label_image, overlay, palette, percent, shares
 
 NAMES = ("cat", "dog", "street sign")
 

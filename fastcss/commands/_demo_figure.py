@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .._overlay import painted, palette
+from ._overlay import painted, palette
 from ._tables import counted, percent
 from .demo import WAYS, Figures, Scene, learned_in
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .._info import info
+from .._dispatch.info import info
 
 HELP = "versions, devices, and which implementations run here"
 

@@ -106,7 +106,7 @@ class _Model:
 
     def segment(self, name: str, image: Tensor, output: Output) -> Iterator[str]:
         """Write the results for ``image``, float32 [3, H, W], and tell of them, line by line."""
-        from .._overlay import label_image, overlay
+        from ._overlay import label_image, overlay
 
         start = time.perf_counter()
         labels, present, presence = self._labels(image)
@@ -133,7 +133,7 @@ class _Model:
         return found.labels[0].cpu(), found.present[0].tolist(), found.presence[0].tolist()
 
     def _found(self, labels: Tensor, present: Sequence[bool], presence: Sequence[float]) -> Iterator[str]:
-        from .._overlay import percent
+        from ._overlay import percent
 
         counts = labels.flatten().bincount(minlength=len(present) + 1).tolist()
         first = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import needs_grad
+from .._dispatch.autograd import needs_grad
 
 # Elements of the map that exist at a time: with their temporaries they stay in the second-level cache of a CPU, and
 # keep a GPU busy.

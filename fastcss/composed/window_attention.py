@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._autograd import forward_mode
+from .._dispatch.autograd import forward_mode
 
 
 def window_attention(

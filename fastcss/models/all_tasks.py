@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._fingerprint import Contents
-from ..one_pass import OnePass
+from .._one_pass.runner import OnePass
+from .._ops.fingerprint import Contents
 from ..ops import SelectedTokens
 from .class_detector import DetectedClasses
 from .phrase_features import phrase_features

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from .._fuse.fusion import fuse
 from ..data import ContinualMetrics, Overlapped, training_set
-from ..fuse import fuse
 from .class_detector import ClassDetector
 from .continual_evaluation import evaluate
 from .continual_plan import DEFAULTS, Plan, check_same

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._ops.select_tokens import PRESENCES
 from ..ops import SelectedTokens, merge_masks, select_tokens
-from ..ops.select_tokens import PRESENCES
 from .all_tasks import AllTasks
 from .class_detector import ClassDetector, DetectedClasses
 from .grounding_dino import LORA_SITES

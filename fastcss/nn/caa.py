@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._backends import IMPLEMENTATIONS
-from .._readable import readable
+from .._dispatch.backends import IMPLEMENTATIONS
+from .._dispatch.readable import readable
+from .._ops._arguments import autocast, check_device, check_shapes
 from ..ops import affinity_attention, affinity_loss, class_centers
-from ..ops._arguments import autocast, check_device, check_shapes
 from ._resize import resize
 
 Norm = Callable[[int], nn.Module]

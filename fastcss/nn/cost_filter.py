@@ -6,9 +6,9 @@ import sys
 
 from torch import Tensor, nn
 
-from .._backends import IMPLEMENTATIONS
+from .._dispatch.backends import IMPLEMENTATIONS
+from .._ops._arguments import check_count, check_shapes
 from ..ops import FilteredCost, PackedText, cost_filter
-from ..ops._arguments import check_count, check_shapes
 
 
 class CategoryFilter(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._readable import readable
+from .._dispatch.readable import readable
+from .._ops._arguments import check_alike, check_device, check_shapes
 from ..ops import FilteredCost, PackedText, filtered_argmax, scatter_cost
-from ..ops._arguments import check_alike, check_device, check_shapes
 from ._resize import resize
 from .cost_filter import CategoryFilter
 from .cost_refinement import ClassRefinement, GuidedUpsampling, SpatialRefinement, conv_relu

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcss import _backends
+from fastcss._dispatch import backends
 from fastcss.selftest.comparison import TOLERANCES, Call, assert_as_good_as_eager
 from fastcss.selftest.inputs import CALLS
 
@@ -16,7 +16,7 @@ PLACES = [
     ("composed", "cpu"),
     ("cpu", "cpu"),
     ("composed", "cuda"),
-    ("triton", "cpu" if _backends.interpreting() else "cuda"),
+    ("triton", "cpu" if backends.interpreting() else "cuda"),
     ("cuda", "cuda"),
 ]
 
@@ -24,8 +24,8 @@ PLACES = [
 def why_not(impl: str, device: str, dtype: torch.dtype, op: str) -> str | None:
     """None where ``impl`` can run ``op`` on tensors of ``dtype`` on ``device``; else the reason."""
     if device == "cuda" and not torch.cuda.is_available():
-        return _backends.UNAVAILABLE[impl] or "there is no CUDA device"
-    return _backends.why_not(impl, torch.empty(0, device=device, dtype=dtype), op)
+        return backends.UNAVAILABLE[impl] or "there is no CUDA device"
+    return backends.why_not(impl, torch.empty(0, device=device, dtype=dtype), op)
 
 
 def make(name: str, impl: str, device: str, dtype: torch.dtype, record_property) -> Call:
@@ -59,10 +59,10 @@ def test_the_same_bits_again(name, impl, device, threads, record_property):
 
 
 @pytest.mark.parametrize(
-    ("module", "reason"), [("_cpu", _backends.UNAVAILABLE["cpu"]), ("_cuda", _backends._NO_CUDA_MODULE)]
+    ("module", "reason"), [("_cpu", backends.UNAVAILABLE["cpu"]), ("_cuda", backends._NO_CUDA_MODULE)]
 )
 def test_a_compiled_module_that_is_there_loads(module, reason):
-    there = Path(_backends.__file__).with_name(f"{module}.abi3.so").exists()
+    there = (Path(backends.__file__).parents[1] / f"{module}.abi3.so").exists()
     if not there or (module == "_cuda" and torch.version.cuda is None):
         pytest.skip(reason)
     assert reason is None

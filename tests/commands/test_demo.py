@@ -21,9 +21,9 @@ from PIL import Image
 from rich.progress import Progress
 from saved_runs import PLAN, SIDES, save_run
 
-from fastcss._overlay import painted, palette
 from fastcss.commands import demo
 from fastcss.commands._demo_figure import draw
+from fastcss.commands._overlay import painted, palette
 from fastcss.data import CLASS_NAMES, class_iou
 from fastcss.models.continual import load_run
 from fastcss.models.continual_evaluation import evaluate

@@ -19,8 +19,8 @@ from decouplecss_models import build
 from PIL import Image
 from saved_runs import PLAN, SIDES, save_run
 
-from fastcss._overlay import overlay, palette, percent
 from fastcss.commands import segment
+from fastcss.commands._overlay import overlay, palette, percent
 from fastcss.data import read_image
 from fastcss.models.continual import load_run
 from fastcss.models.decouplecss import MODES, DecoupleCSS

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import fastcss
-from fastcss import _linear
-from fastcss.fuse import fuse_modules
+from fastcss._fuse import linear
+from fastcss._fuse.fusion import fuse_modules
 
 
 def perceptron() -> nn.Sequential:
@@ -178,7 +178,7 @@ def test_linear_layers_alone_leave_weights_alone():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (50, 7), (2, 40, 7)])
 def test_linear(shape, bias, monkeypatch):
-    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     layer, x = nn.Linear(7, 5, bias=bias), torch.randn(shape, requires_grad=True)
     wanted = [x, *layer.parameters()]
     expected = layer(x), torch.autograd.grad(layer(x).square().sum(), wanted)
@@ -187,7 +187,7 @@ def test_linear(shape, bias, monkeypatch):
 
 
 def test_base_layers_of_peft(monkeypatch):
-    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model = peft.get_peft_model(perceptron(), peft.LoraConfig(r=2, target_modules=["0"]))
     x = torch.randn(50, 8)
     expected = model(x)
@@ -198,7 +198,7 @@ def test_base_layers_of_peft(monkeypatch):
 
 def test_linear_in_torchscript(monkeypatch):
     """A trace and a script of fused layers are those of unfused ones; and eager calls go on as before."""
-    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model, x = perceptron().eval(), torch.randn(50, 8)
     expected = model(x)
     fastcss.fuse(model)
@@ -209,7 +209,7 @@ def test_linear_in_torchscript(monkeypatch):
 
 
 def test_quantization_after_fusion_is_refused(monkeypatch):
-    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model = perceptron().eval()
     fusion = fastcss.fuse(model)
     for quantize in (torch.ao.quantization.quantize_dynamic, _prepare):
@@ -229,7 +229,7 @@ def _prepare(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("transform", ["jvp", "dual level", "jacfwd", "hessian"])
 def test_forward_mode_of_linear(transform, monkeypatch):
-    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model, x = perceptron(), torch.randn(20, 8)
 
     def tangent() -> torch.Tensor:

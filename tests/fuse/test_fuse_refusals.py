@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import fastcss
-from fastcss.fuse import fuse_modules
+from fastcss._fuse.fusion import fuse_modules
 
 
 def reason_for(change) -> str:

@@ -12,7 +12,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import Grounding
 from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import MMGroundingDinoBiMultiHeadAttention
 
 import fastcss
-from fastcss.fuse import fuse_modules
+from fastcss._fuse.fusion import fuse_modules
 
 CLASSES = pytest.mark.parametrize("cls", [GroundingDinoBiMultiHeadAttention, MMGroundingDinoBiMultiHeadAttention])
 

@@ -11,8 +11,8 @@ import transformers
 from fused_models import assert_equal, assert_same_bits, random_weights
 
 import fastcss
-from fastcss._fused.deformable_attention import DeformableAttention, PixelDecoderAttention
-from fastcss.fuse import fuse_modules
+from fastcss._fuse.deformable_attention import DeformableAttention, PixelDecoderAttention
+from fastcss._fuse.fusion import fuse_modules
 
 CLASSES = sorted(DeformableAttention.classes | PixelDecoderAttention.classes)
 SHAPES = [(5, 7), (3, 4)]

@@ -10,7 +10,7 @@ from fused_models import assert_equal, assert_same_bits, encoder, encoder_inputs
 from torch import nn
 
 import fastcss
-from fastcss.fuse import Fusion, fuse_modules
+from fastcss._fuse.fusion import Fusion, fuse_modules
 from fastcss.models.grounding_dino import LORA_SITES, add_adapters
 
 SITES = LORA_SITES | {

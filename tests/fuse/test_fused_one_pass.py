@@ -9,9 +9,9 @@ import torch
 from fused_models import assert_equal, encoder, encoder_inputs
 
 import fastcss
-from fastcss import _backends
-from fastcss._one_call import one_call
-from fastcss.fuse import fuse_modules
+from fastcss._dispatch import backends
+from fastcss._dispatch.torch_function import one_call
+from fastcss._fuse.fusion import fuse_modules
 from fastcss.models.grounding_dino import LORA_SITES, add_adapters
 
 TASKS = 3
@@ -51,7 +51,7 @@ def test_vmap_needs_no_slow_fallback(impl, monkeypatch):
     expected = loop(model, given)
     fastcss.fuse(model)
     if impl == "composed":
-        monkeypatch.setattr(_backends, "choose", lambda *_: "composed")
+        monkeypatch.setattr(backends, "choose", lambda *_: "composed")
     torch._C._functorch._set_vmap_fallback_warning_enabled(True)
     try:
         with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def test_what_no_adapter_touches_runs_once(options, grad, monkeypatch):
             calls.append(name)
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(f"fastcss._fused.{family}.{name}", one_call(counted))
+        monkeypatch.setattr(f"fastcss._fuse.{family}.{name}", one_call(counted))
     with torch.set_grad_enabled(grad):
         assert fastcss.one_pass(model, **options)(**given)[0].requires_grad is grad
     assert (calls.count("window_attention"), calls.count("bi_attention")) == (4, 2 * TASKS)

@@ -14,7 +14,7 @@ from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSw
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import fastcss
-from fastcss.fuse import fuse_modules
+from fastcss._fuse.fusion import fuse_modules
 
 SIZES = {"patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
 MODELS = {

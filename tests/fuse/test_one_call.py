@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastcss import ops
-from fastcss._replay import SharedWork
+from fastcss._one_pass.shared_work import SharedWork
 
 
 def _deformable(**options):

@@ -34,10 +34,10 @@ def test_no_kernel_is_specialised_for_the_size_of_a_batch():
 
 def test_the_loss_of_an_image_is_summed_by_itself(device):
     pytest.importorskip("triton")
-    from fastcss import _backends
+    from fastcss._dispatch import backends
 
-    if _backends.UNAVAILABLE["triton"]:
-        pytest.skip(_backends.UNAVAILABLE["triton"])
+    if backends.UNAVAILABLE["triton"]:
+        pytest.skip(backends.UNAVAILABLE["triton"])
     from fastcss.kernels.affinity_loss import mean_over_pairs
 
     labels = torch.full((3, 30), -1, device=device)

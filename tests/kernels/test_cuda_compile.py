@@ -16,7 +16,7 @@ import torch
 from reports import report
 from torch.utils.cpp_extension import include_paths
 
-from fastcss import _nvrtc
+from fastcss._dispatch import nvrtc
 
 FOLDER = Path(__file__).parents[2] / "csrc" / "cuda"
 SOURCES = sorted(FOLDER.glob("*.cu"))
@@ -67,7 +67,7 @@ def test_kernels_compile_without_spills(source, tmp_path, record_table):
     compiler = f"nvcc {version}, torch {torch.__version__}"
     rows = report(f"cuda_{source.stem}", sources, compiler, lambda: compile_one(source, tmp_path))
     files = [file for file in DEVICE_CODE if file.startswith(source.stem)]
-    entries = {name for file in files for name in _entries(_nvrtc.source(file))}
+    entries = {name for file in files for name in _entries(nvrtc.source(file))}
     assert {(row["kernel"], row["sm"]) for row in rows} == {(name, sm) for name in entries for sm in ARCHITECTURES}
 
     def family(row: dict) -> tuple[str, str]:
@@ -89,15 +89,15 @@ def _entries(source: str) -> set[str]:
 
 @pytest.mark.parametrize("file", DEVICE_CODE)
 def test_device_code_asks_nvrtc_for_no_header(file):
-    assert "#include" not in _nvrtc.source(file)
-    assert "stdint" not in _nvrtc.source(file)
+    assert "#include" not in nvrtc.source(file)
+    assert "stdint" not in nvrtc.source(file)
 
 
 @pytest.mark.parametrize("file", DEVICE_CODE)
 def test_nvrtc_compiles(file):
     nvrtc = _load_nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    source = _nvrtc.source(file).encode()
+    source = nvrtc.source(file).encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"fastcss.cu", 0, None, None) == 0
     options = (ctypes.c_char_p * 2)(b"--std=c++17", b"--gpu-architecture=sm_90")
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -12,7 +12,7 @@ import torch
 from cuda_build import CudaOnCpu, build
 from torch import Tensor
 
-from fastcss import _nvrtc
+from fastcss._dispatch import nvrtc
 from fastcss.reference import cost_filter, merge_masks, prompt_mlp, select_tokens
 
 
@@ -24,10 +24,10 @@ def on_cpu(pytestconfig) -> CudaOnCpu:
 @pytest.fixture
 def run(on_cpu, monkeypatch):
     """``run(op, …)``: what both launchers give, bit by bit the same whatever order a block's threads run in."""
-    monkeypatch.setattr(_nvrtc, "launch", on_cpu.launch)
+    monkeypatch.setattr(nvrtc, "launch", on_cpu.launch)
 
     def run(op: str, *arguments) -> tuple[Tensor, ...]:
-        compiled, by_python = getattr(torch.ops.fastcss, op).cuda, getattr(_nvrtc, op)
+        compiled, by_python = getattr(torch.ops.fastcss, op).cuda, getattr(nvrtc, op)
         found = []
         for order, launcher in enumerate((compiled, by_python, compiled)):
             on_cpu.set_order(order)
@@ -297,7 +297,7 @@ def test_launch_by_cupy(on_cpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-    _nvrtc._module.cache_clear()
+    nvrtc._module.cache_clear()
     on_cpu.set_order(0)
-    assert _nvrtc.top_classes(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2)[1].tolist() == [[1, 3]]
-    _nvrtc._module.cache_clear()
+    assert nvrtc.top_classes(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2)[1].tolist() == [[1, 3]]
+    nvrtc._module.cache_clear()

@@ -111,7 +111,7 @@ def _reads(func, args: tuple) -> bool:
 
 
 class PretendGraph:
-    """Stands for ``fastcss._capture.Graph``: a replay repeats the device's calls, on the memory that they had."""
+    """Stands for ``cuda_graphs.Graph``: a replay repeats the device's calls, on the memory that they had."""
 
     def __init__(self, device: PretendDevice) -> None:
         self._device = device

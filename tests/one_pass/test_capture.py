@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fastcss
-from fastcss import _capture
-from fastcss._replay import SharedWork
+from fastcss._one_pass import cuda_graphs
+from fastcss._one_pass.shared_work import SharedWork
 from fastcss.models.grounding_dino import GroundingDinoEncoder, add_adapters, phrases_to_ids
 
 FUSED = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
@@ -32,7 +32,7 @@ def place(device, monkeypatch):
         yield RealDevice()
         return
     with PretendDevice() as pretended:
-        monkeypatch.setattr(_capture, "Graph", lambda: PretendGraph(pretended))
+        monkeypatch.setattr(cuda_graphs, "Graph", lambda: PretendGraph(pretended))
         yield pretended
 
 
@@ -74,8 +74,8 @@ def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
 def replaying(monkeypatch) -> Callable:
     """``replaying(runner, inputs)``: what a call gives that was replayed, and made the host wait for nothing."""
     replays = []
-    replay = _capture._replay
-    monkeypatch.setattr(_capture, "_replay", lambda *args: replays.append(args) or replay(*args))
+    replay = cuda_graphs._replay
+    monkeypatch.setattr(cuda_graphs, "_replay", lambda *args: replays.append(args) or replay(*args))
 
     def call(runner, inputs) -> list[Tensor]:
         before, real = len(replays), inputs["pixel_values"].is_cuda and torch.cuda.is_available()
@@ -97,7 +97,7 @@ def replaying(monkeypatch) -> Callable:
 def eager(runner, inputs) -> list[Tensor]:
     """The same call of the same runner, which has nothing captured now."""
     with torch.no_grad():
-        captures, runner._captures = runner._captures, _capture.Captures()
+        captures, runner._captures = runner._captures, cuda_graphs.Captures()
         try:
             return leaves(runner(**inputs))
         finally:
@@ -201,7 +201,7 @@ def test_the_bare_encoder(fuse, place):
     model = encoder(place)
     if fuse:
         fastcss.fuse(model)
-    example, graph = given(place), _capture.Graph()
+    example, graph = given(place), cuda_graphs.Graph()
     image = example["pixel_values"].clone()
     constants = SharedWork([example["input_ids"], *model.parameters(), *model.buffers()])
 
@@ -254,7 +254,7 @@ def test_a_tensor_that_is_fixed_and_moving(place):
 
 
 def eager_of(runner, *args, **kwargs) -> list[Tensor]:
-    captures, runner._captures = runner._captures, _capture.Captures()
+    captures, runner._captures = runner._captures, cuda_graphs.Captures()
     try:
         return leaves(runner(*args, **kwargs))
     finally:

@@ -11,7 +11,7 @@ from adapted_models import EXACT, adapt, assert_equal, loop
 from torch import Tensor, nn
 
 import fastcss
-from fastcss import _linear
+from fastcss._fuse import linear
 
 
 class Between(nn.Module):
@@ -62,7 +62,7 @@ class Quantised(Tensor):
 @torch.no_grad()
 def test_a_quantised_layer_keeps_its_own_linear(engine, fuse, monkeypatch):
     """Also where our own GEMM is the faster for plain weights."""
-    monkeypatch.setattr(_linear, "OWN_GEMM_LEADS", True)
+    monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model, x = between(nn.Linear(8, 8)), torch.randn(4, 20, 8)
     middle = model.get_base_model().middle
     middle.weight = nn.Parameter(Quantised(middle.weight), requires_grad=False)

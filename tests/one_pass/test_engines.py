@@ -63,23 +63,23 @@ def test_groups_share_the_prefix():
 @torch.no_grad()
 def test_the_runner_chooses_how_many_tasks_run_side_by_side(monkeypatch):
     """The first call runs one task alone to measure it; no group's widest tensor may pass the limit then."""
-    from fastcss import _group_size, _stand_in
+    from fastcss._one_pass import group_size, model_copy
 
     model, given = build_adapted(vit), inputs(vit)
-    assert _group_size.group_size(6, 28 << 20) in (2, 6)  # which one is the C library's doing
-    assert _group_size.group_size(6, 0) == 6
-    assert _group_size.group_size(6, 1 << 40) == 1
-    groups, run = [], _stand_in.StandIn._group
+    assert group_size.group_size(6, 28 << 20) in (2, 6)  # which one is the C library's doing
+    assert group_size.group_size(6, 0) == 6
+    assert group_size.group_size(6, 1 << 40) == 1
+    groups, run = [], model_copy.StandIn._group
 
     def record(self, group, *rest):
         groups.append(group)
         return run(self, group, *rest)
 
-    monkeypatch.setattr(_stand_in.StandIn, "_group", record)
+    monkeypatch.setattr(model_copy.StandIn, "_group", record)
     widest = 17 * 64 * 4  # the MLP's hidden activations: tokens × width × bytes
     for limit, expected in ((10**9, [(0,), (1, 2), (0, 1, 2)]), (2 * widest, [(0,), (1, 2), (0, 1), (2,)])):
-        monkeypatch.setattr(_group_size, "WIDEST_MAPPED", limit)
-        monkeypatch.setattr(_group_size, "WIDEST_KEPT", limit)
+        monkeypatch.setattr(group_size, "WIDEST_MAPPED", limit)
+        monkeypatch.setattr(group_size, "WIDEST_KEPT", limit)
         runner = fastcss.one_pass(model)
         groups.clear()
         for _ in range(2):

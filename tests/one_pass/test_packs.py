@@ -14,7 +14,7 @@ from adapted_models import EXACT, adapt, build_adapted, clip_text, inputs, loop,
 from torch import nn
 
 import fastcss
-from fastcss import _fingerprint
+from fastcss._ops import fingerprint
 
 GROWTH = """
 import ctypes, random, resource, sys
@@ -112,8 +112,8 @@ def test_subsets_of_layers_with_biases_and_other_ranks():
 @pytest.fixture(params=["compiled", "torch"])
 def contents(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setitem(_fingerprint._backends.UNAVAILABLE, "cpu", "not built")
-    return _fingerprint.Contents
+        monkeypatch.setitem(fingerprint.backends.UNAVAILABLE, "cpu", "not built")
+    return fingerprint.Contents
 
 
 SHAPES = [(), (1,), (7,), (3, 5), (64, 32), (1000, 333), (0, 4)]
@@ -159,7 +159,7 @@ def test_a_fingerprint_does_not_depend_on_threads():
     hashes = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        hashes.append(_fingerprint.fingerprints(tensors))
+        hashes.append(fingerprint.fingerprints(tensors))
     assert torch.equal(hashes[0], hashes[1])
     assert torch.equal(hashes[0], hashes[2])
 
@@ -190,7 +190,7 @@ def test_a_thread_sees_a_change_that_another_has_just_found(monkeypatch):
 
 @torch.no_grad()
 def test_writes_are_seen_where_nothing_is_compiled(monkeypatch):
-    monkeypatch.setitem(_fingerprint._backends.UNAVAILABLE, "cpu", "not built")
+    monkeypatch.setitem(fingerprint.backends.UNAVAILABLE, "cpu", "not built")
     model, given = build_adapted(regnet), inputs(regnet)
     runner = fastcss.one_pass(model)
     before = runner(**given).last_hidden_state

@@ -10,7 +10,7 @@ import transformers
 from adapted_models import gpt2, vit
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from fastcss._target_modules import targeted
+from fastcss._one_pass.target_modules import targeted
 
 WANTED = (["q_proj", "fc1"], ["layers.1.mlp.fc2", "o_proj"], r".*\.1\..*(q_proj|fc2)", r"q_proj", ["0", "projection"])
 EXCLUDED = (None, ["q_proj"], ["layers.0.mlp.fc1", "projection"], r"layers\.0\..*", [])

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastcss import _backends
+from fastcss._dispatch import backends
 from fastcss.selftest.comparison import Call, assert_as_good_as_eager, normal  # noqa: F401  of every op's tests
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +26,7 @@ def runs(op: Callable, impl: str, device: str, light: bool = True) -> str:
 
     Triton's interpreter, some thousand times slower than a GPU, takes only the ``light`` points of a test.
     """
-    reason = _backends.why_not(impl, torch.empty(0, device=device))
+    reason = backends.why_not(impl, torch.empty(0, device=device))
     if reason is None and impl == "triton" and device == "cpu" and not light:
         reason = f"{op.__name__} has enough points without this one in Triton's interpreter"
     if reason:

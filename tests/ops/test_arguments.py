@@ -8,7 +8,8 @@ import pytest
 import torch
 from arguments import ARGUMENTS, refused
 
-from fastcss import _backends, ops
+from fastcss import ops
+from fastcss._dispatch import backends
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
@@ -133,8 +134,8 @@ def test_an_explicit_implementation_never_falls_back(op, impl):
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_the_cpu_kernels_say_which_dtypes_they_have(op):
-    if _backends.UNAVAILABLE["cpu"]:
-        pytest.skip(_backends.UNAVAILABLE["cpu"])
+    if backends.UNAVAILABLE["cpu"]:
+        pytest.skip(backends.UNAVAILABLE["cpu"])
     arguments = doubled(op)
     message = "impl='cpu' cannot run: it takes float32, bfloat16 and float16, and the tensors are torch.float64"
     refused(op, RuntimeError, message, **arguments, impl="cpu")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastcss import _backends
+from fastcss._dispatch import backends
 
 TIME = """
 import time, torch, fastcss
@@ -36,7 +36,7 @@ def run(capability, *arguments):
 
 @pytest.fixture(autouse=True)
 def compiled(device):
-    if device != "cpu" or _backends.UNAVAILABLE["cpu"]:
+    if device != "cpu" or backends.UNAVAILABLE["cpu"]:
         pytest.skip("no compiled CPU kernels here")
 
 

@@ -7,12 +7,12 @@ import torch
 from calls import DTYPES, normal
 from torch import Tensor
 
-from fastcss import _backends, _nvrtc
+from fastcss._dispatch import backends, nvrtc
 
 
 def both(op: str, *arguments) -> tuple[Tensor, ...]:
     """What both give."""
-    compiled, at_first_use = getattr(torch.ops.fastcss, op).cuda(*arguments), getattr(_nvrtc, op)(*arguments)
+    compiled, at_first_use = getattr(torch.ops.fastcss, op).cuda(*arguments), getattr(nvrtc, op)(*arguments)
     assert len(compiled) == len(at_first_use)
     for one, other in zip(compiled, at_first_use, strict=True):
         torch.testing.assert_close(other, one, equal_nan=True)
@@ -24,7 +24,7 @@ def inputs(device):
     """``inputs(*shape, dtype)``, where there are both."""
     if device != "cuda":
         pytest.skip("needs --device cuda")
-    for reason in (_nvrtc.why_not(), _backends._NO_CUDA_MODULE):
+    for reason in (nvrtc.why_not(), backends._NO_CUDA_MODULE):
         if reason:
             pytest.skip(reason)
     return lambda *shape, dtype, seed=0: normal(*shape, seed=seed, dtype=dtype, device=device)

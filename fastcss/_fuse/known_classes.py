@@ -1,0 +1,63 @@
+"""Which classes are replaced by what, and why those that look like them are not."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+from torch import nn
+
+from .bi_attention import BiMultiHeadAttention
+from .deformable_attention import DeformableAttention, PixelDecoderAttention
+from .fused_module import Fused, full_name
+from .linear import Linear
+from .swin import DonutSwinLayer, MaskFormerSwinLayer, SwinLayer
+
+_FORMS = (
+    DeformableAttention,
+    PixelDecoderAttention,
+    BiMultiHeadAttention,
+    SwinLayer,
+    MaskFormerSwinLayer,
+    DonutSwinLayer,
+    Linear,
+)
+_FUSED: dict[str, type[Fused]] = {name: form for form in _FORMS for name in form.classes}
+
+_COSINE = "its attention is a cosine with a learned scale, and its bias comes from a network"
+_POINTS = "it has points of its own number in each level, and scales their offsets"
+_KNOWN = {
+    "Swinv2Layer": _COSINE,
+    "Swin2SRLayer": _COSINE,
+    "RTDetrV2MultiscaleDeformableAttention": _POINTS,
+    "DFineMultiscaleDeformableAttention": _POINTS,
+    "Deimv2MultiscaleDeformableAttention": _POINTS,
+}
+_NAMES = {"MultiscaleDeformableAttention": "deformable_attention", "BiMultiHeadAttention": "bi_attention"}
+
+
+def fused_form(cls: type[nn.Module]) -> type[Fused] | None:
+    """What modules of ``cls``, which is no subclass of theirs, can become."""
+    return _FUSED.get(full_name(cls))
+
+
+@functools.cache
+def why_not_known(cls: type[nn.Module]) -> str | None:
+    """Why modules of ``cls``, which has no fused form, are left as they are; None where nobody would expect one."""
+    if issubclass(cls, Fused):
+        return "it is fused already"
+    if cls.__name__ in _KNOWN:
+        return _KNOWN[cls.__name__]
+    base = next((base for base in cls.__mro__ if full_name(base) in _FUSED), None)
+    if base:
+        return f"it is a subclass of {base.__name__}, and may compute something else"
+    op = next((op for name, op in _NAMES.items() if name in cls.__name__), None)
+    if op is None and _partitions(cls):
+        op = "window_attention"
+    return op and f"it is not known to compute what {op} does"
+
+
+def _partitions(cls: type[nn.Module]) -> bool:
+    """Its forward takes a map apart into windows."""
+    code = getattr(inspect.unwrap(inspect.getattr_static(cls, "forward")), "__code__", None)
+    return code is not None and "window_partition" in code.co_names

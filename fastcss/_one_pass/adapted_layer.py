@@ -1,0 +1,217 @@
+"""What stands in a model's copy for an adapted layer: the base layer with all T adapters at once.
+
+A layer runs in one of three ways, which ``Slots`` holds while a call is under way:
+
+- one adapter (``axis`` is None): the layer of a model in which that adapter alone is active;
+- the adapters ``tasks`` side by side, under ``torch.vmap``: an input that no adapter has touched yet has no task axis,
+  and what the tasks share of this layer's work is done once;
+- routed, under ``torch.vmap`` over the samples: each sample through adapter ``axis`` (-1: none).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .kept_values import mark
+from .read_adapters import LoraWeights
+from .undo import Undo
+from .vmap_rules import TaskRules, on_physical_tensors
+
+
+class Slots(threading.local):
+    """What the layers of one runner compute in this thread's current call.
+
+    Attributes:
+        name: of the runner's stand-in, no other's.
+        tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
+        axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
+        routed: ``axis`` holds one adapter index a sample.
+        rules: those that one adapter's pass runs under.
+        running: a call is under way.
+        undo: what puts the model back where the call fails half-way.
+    """
+
+    tasks: tuple[int, ...] = ()
+    axis: Tensor | None = None
+    routed: bool = False
+    rules: TaskRules | None = None
+    running: bool = False
+    undo: Undo | None = None
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name  # in every thread, for each of which this is called
+
+    def origin(self, tasks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """Marks what depends on these adapters of this runner: plain values, since hooks keep and save such tensors."""
+        return self.name, tasks
+
+    @contextlib.contextmanager
+    def hold(
+        self,
+        tasks: tuple[int, ...] = (),
+        axis: Tensor | None = None,
+        routed: bool = False,
+        rules: TaskRules | None = None,
+    ) -> Iterator[None]:
+        before = self.tasks, self.axis, self.routed, self.rules, self.running
+        self.tasks, self.axis, self.routed, self.rules, self.running = tasks, axis, routed, rules, True
+        try:
+            yield
+        finally:
+            self.tasks, self.axis, self.routed, self.rules, self.running = before
+
+
+class Adapted(nn.Module):
+    """A base layer with T adapters; a subclass says how several of them run on one input or on one input each."""
+
+    def __init__(self, base_layer: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = list(adapters)  # a plain list: the parameters stay the user's model's
+        self.slots = slots
+        self.training = base_layer.training
+        self.forget()
+
+    def __getattr__(self, name: str):
+        # Models read `layer.weight`, `layer.out_features`, … of the layers that we stand in for.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = self.slots
+        if not slots.running:
+            raise RuntimeError(
+                "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the "
+                "backward pass; use the model's own gradient_checkpointing_enable(), or none"
+            )
+        with torch._C.DisableTorchFunction():  # the task rules are for the model's own calls
+            if slots.axis is not None:
+                return on_physical_tensors(self._fold, x, slots.axis)
+            y = (self.shared(x, slots.tasks) if self._covered(slots.tasks) else self.base(x[None]))[0]
+        return mark(y, slots.origin(slots.tasks))
+
+    def _fold(self, size: int, dims: tuple, x: Tensor, axis: Tensor) -> tuple[Tensor, int | None]:
+        slots, dim = self.slots, dims[0]
+        if slots.routed:
+            return self.routed(x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0), axis), 0
+        if not self._covered(slots.tasks):
+            return self._bare(x, dim)
+        if dim is None:
+            return self.shared(x, slots.tasks), 0
+        return self.diverged(x.movedim(dim, 0), slots.tasks), 0
+
+    def _bare(self, x: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
+        """No adapter of the group touches this layer: an input without a task axis stays without."""
+        if dim is None:
+            return self.base(x[None])[0], None
+        return self.base(x.movedim(dim, 0)), 0
+
+    def base(self, x: Tensor) -> Tensor:
+        """The base layer on ``x`` [S, *]."""
+        return self.base_layer(x)
+
+    def _covered(self, tasks: tuple[int, ...]) -> bool:
+        return any(self.adapters[t] is not None for t in tasks)
+
+    def shared(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
+        """``x`` [*] through each adapter of ``tasks`` → [T, *]."""
+        raise NotImplementedError
+
+    def diverged(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
+        """``x`` [T, *], each through its own adapter of ``tasks`` → [T, *]."""
+        raise NotImplementedError
+
+    def routed(self, x: Tensor, index: Tensor) -> Tensor:
+        """``x`` [S, *], sample s through adapter ``index[s]``, -1 for none → [S, *]."""
+        raise NotImplementedError
+
+    def packed(self, tasks: tuple[int, ...]):
+        """What ``pack`` makes of these adapters; kept until told to ``forget`` it, made anew where they train."""
+        if torch.compiler.is_compiling() or self._trains(tasks):
+            return self.pack(tasks)
+        packs = self._packs
+        kept = packs.get(tasks)
+        if kept is None:
+            # Normal tensors even under inference_mode, so that a later call may train the base weights through them.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._keep(packs, tasks)
+        return kept[0]
+
+    def tensors(self, tasks: tuple[int, ...] | None = None) -> list[Tensor]:
+        """The adapters' own."""
+        adapters = self.adapters if tasks is None else map(self.adapters.__getitem__, tasks)
+        return [t for w in adapters if w is not None for t in (w.a, w.b, w.bias) if t is not None]
+
+    def _trains(self, tasks: tuple[int, ...]) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors(tasks))
+
+    def forget(self) -> None:
+        """The adapters' values have changed."""
+        self._packs: dict[tuple[int, ...], tuple[object, int]] = {}  # tasks → the pack, and how many ranks it copied
+
+    def _keep(self, packs: dict, tasks: tuple[int, ...]) -> tuple[object, int]:
+        """Adapters that follow each other are a part of the pack of all, others have a pack of their own.
+
+        Those of their own, but for the last one, hold no more than half of what the pack of all holds.
+        """
+        everything, ranks = self._all(), [0 if w is None else w.a.shape[0] for w in self.adapters]
+        dtypes = {w.a.dtype for w in self.adapters if w is not None}
+        is_part = tasks != everything and tasks == tuple(range(tasks[0], tasks[-1] + 1)) and len(dtypes) == 1
+        copied = 0 if is_part else sum(ranks[t] for t in tasks)
+        # What goes is let go of first: the allocator then has a place for what comes.
+        others = {key: ranks for key, (_, ranks) in list(packs.items()) if key != everything}
+        while others and (len(others) > 2 * len(ranks) or copied + sum(others.values()) > sum(ranks) // 2):
+            oldest = next(iter(others))
+            del others[oldest]
+            packs.pop(oldest, None)
+        if is_part:
+            every, _ = packs.get(everything) or self._keep(packs, everything)
+            kept = self.part(every, tasks), 0
+        else:
+            kept = self.pack(tasks), copied
+        packs[tasks] = kept
+        return kept
+
+    def pack(self, tasks: tuple[int, ...]):
+        raise NotImplementedError
+
+    def part(self, every, tasks: tuple[int, ...]):
+        """What ``pack(tasks)`` would be, of tasks that follow each other, as views of the pack of all.
+
+        What index -1 finds there is the next task's, or zeros: only all of them are routed.
+        """
+        raise NotImplementedError
+
+    def _all(self) -> tuple[int, ...]:
+        return tuple(range(len(self.adapters)))
+
+    def _biases(self, tasks: tuple[int, ...], width: int, like: Tensor) -> Tensor | None:
+        """``scale · bias`` of each adapter [T + 1, N], with a row of zeros at the end, where index -1 finds it."""
+        adapters = [self.adapters[t] for t in tasks]
+        if all(w is None or w.bias is None for w in adapters):
+            return None
+        zero = like.new_zeros(width)
+        biases = [zero if w is None or w.bias is None else w.bias.to(like.dtype) * w.scale for w in adapters]
+        return torch.stack([*biases, zero])
+
+    def _dropout(self, tasks: tuple[int, ...]) -> tuple[float, ...] | None:
+        """Each adapter's present dropout [T + 1], None where there is none."""
+        dropout = [self._present_dropout(self.adapters[t]) for t in tasks]
+        return (*dropout, 0.0) if any(dropout) else None
+
+    def _present_dropout(self, weights: LoraWeights | None) -> float:
+        if weights is None or not weights.dropout:
+            return 0.0
+        return weights.dropout if (weights.drops or self).training else 0.0
+
+    def extra_repr(self) -> str:
+        ranks = [0 if w is None else w.a.shape[0] for w in self.adapters]
+        return f"ranks={ranks}"

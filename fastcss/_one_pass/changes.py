@@ -1,0 +1,168 @@
+"""What of a model was changed since it was copied: told in microseconds, at every call of its runner."""
+
+from __future__ import annotations
+
+import collections
+import types
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+
+import torch
+from torch import Tensor, nn
+
+from .._fuse.fused_module import HOOKS
+from .structural_copy import OF_EVERY_MODULE
+
+MOST_WATCHED = 10_000  # entries of what modules hold: each call reads them; a list that is longer is not watched
+#: Values that a copy can take over as they are.
+_TAKEN_OVER = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
+_NOT_ENTERED = (*_TAKEN_OVER, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
+
+
+_PARTS = attrgetter("scaling", "lora_variant", "merged_adapters")  # of PEFT's layers
+
+
+class Snapshot:
+    """The identities of what ``views`` show: live views of dicts and lists, read in one go."""
+
+    def __init__(self, views: Sequence) -> None:
+        self._views = list(views)
+        self.take()
+
+    def take(self) -> None:
+        self._held = list(chain.from_iterable(self._views))  # held, so that no id is given to another object
+        self._ids = list(map(id, self._held))
+
+    def differs(self) -> bool:
+        return list(map(id, chain.from_iterable(self._views))) != self._ids
+
+
+class Watch:
+    """Compares a model with what it was.
+
+    Args:
+        model: whose parameters, buffers, modules and hooks are watched, everywhere in it.
+        layers: by name the adapted layers in it, as PEFT made them or bare, with what stands for them.
+        pairs: modules whose own attributes are watched, and what is in these, with their copies.
+        around: modules that ``model`` is in.
+
+    Attributes:
+        structure: what of the model is compared by identity alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, tuple[nn.Module, nn.Module]],
+        pairs: Sequence[tuple[nn.Module, nn.Module]],
+        around: Iterable[nn.Module],
+    ) -> None:
+        modules = [*model.modules(), *around]
+        self._stand_ins = list(layers.values())
+        self._layers = {name: layer for name, (layer, _) in layers.items() if hasattr(layer, "lora_A")}
+        self._modules = modules
+        self._classes = list(map(type, modules))
+        dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules, *(getattr(m, h) for h in HOOKS))]
+        self._empty = [d for d in dicts if not d]
+        views = [view for d in dicts if d for view in (d.keys(), d.values())]
+        for layer in self._layers.values():
+            views += [layer.scaling.keys(), layer.scaling.values(), layer.lora_variant.keys(), layer.merged_adapters]
+        self.structure = Snapshot([*views, *_insides(pairs)])
+        self._parts = list(chain.from_iterable(map(_PARTS, self._layers.values())))  # a new dict is none of the views
+        scales = chain.from_iterable(layer.scaling.values() for layer in self._layers.values())
+        self._scales = [(scale, float(scale)) for scale in scales if isinstance(scale, Tensor)]  # written in place
+        # Of the modules inside PEFT's layers, and around the model, no attribute matters but these and a new one.
+        copied = {id(original) for original, _ in pairs}
+        others = [m for m in modules if id(m) not in copied]
+        self._others = list(map(vars, others))
+        self._sizes = list(map(len, self._others))
+        self._dropouts = [m for m in others if isinstance(m, nn.Dropout)]
+        self._probabilities = list(map(attrgetter("p"), self._dropouts))
+        self._pairs = list(pairs)
+        self._attributes = Snapshot([vars(original).values() for original, _ in pairs])
+        self._before = [dict(vars(original)) for original, _ in pairs]
+
+    def disabled(self) -> str | None:
+        """The name of a layer whose adapters are switched off."""
+        return next((name for name, layer in self._layers.items() if layer.disable_adapters), None)
+
+    def is_as_built(self) -> bool:
+        """Structure, hooks and what modules hold are the same; plain attributes that were set the copies have now."""
+        if any(self._empty) or self.structure.differs() or list(map(type, self._modules)) != self._classes:
+            return False
+        if list(map(len, self._others)) != self._sizes:
+            return False
+        if not all(map(is_, chain.from_iterable(map(_PARTS, self._layers.values())), self._parts)):
+            return False
+        if any(float(scale) != before for scale, before in self._scales):
+            return False
+        if list(map(attrgetter("p"), self._dropouts)) != self._probabilities:
+            return False
+        _follow_mode(self._stand_ins)
+        return not self._attributes.differs() or self._take_over()
+
+    def follow_mode(self) -> None:
+        """Take over train() and eval() alone."""
+        _follow_mode(self._stand_ins)
+        _follow_mode(self._pairs)
+
+    def _take_over(self) -> bool:
+        """Give the copies the attributes that were set since; False where one is not a plain value."""
+        changes = []
+        for place, (original, ours) in enumerate(self._pairs):
+            now, before = vars(original), self._before[place]
+            for name in now.keys() | before.keys():
+                value = now.get(name, _MISSING)
+                if value is before.get(name, _MISSING):
+                    continue
+                if value is not _MISSING and not isinstance(value, _TAKEN_OVER):
+                    return False
+                changes.append((place, ours, name, value))
+        for place, ours, name, value in changes:
+            if value is _MISSING:
+                vars(ours).pop(name, None)
+                del self._before[place][name]
+            else:
+                vars(ours)[name] = self._before[place][name] = value
+        self._attributes.take()
+        return True
+
+
+def _insides(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list:
+    """Live views of the lists, dicts and objects that modules hold, however deep, where the copy has its own."""
+    views, seen, left = [], set(), MOST_WATCHED
+    todo = [
+        (value, vars(ours).get(name))
+        for original, ours in pairs
+        for name, value in vars(original).items()
+        if name not in OF_EVERY_MODULE
+    ]
+    while todo:
+        value, copied = todo.pop()
+        if value is copied or type(value) is not type(copied) or isinstance(value, _NOT_ENTERED) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, _CONTAINERS):
+            value, copied = getattr(value, "__dict__", {}), getattr(copied, "__dict__", {})
+        if len(value) > left:
+            continue
+        left -= len(value)
+        if isinstance(value, dict):
+            views += [value.keys(), value.values()]
+            todo += [(held, copied.get(key)) for key, held in value.items()]
+        else:
+            views.append(value)
+            if not isinstance(value, (set, frozenset)):  # whose members have no order, and are seldom changed
+                todo += zip(value, copied, strict=False)
+    return views
+
+
+def _follow_mode(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    for original, ours in pairs:
+        if ours.training is not original.training:
+            ours.training = original.training
+
+
+_MISSING = object()

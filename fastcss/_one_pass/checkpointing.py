@@ -1,0 +1,41 @@
+"""Gradient checkpointing of a model whose adapters run in turn: each layer is computed again with its own adapter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+from torch import nn
+
+from .adapted_layer import Slots
+
+ATTRIBUTE = "_gradient_checkpointing_func"  # where transformers keeps torch's checkpoint, in each module that uses it
+
+
+def bind_checkpoints(model: nn.Module, slots: Slots) -> None:
+    """Let the modules of ``model`` compute in the backward pass what they computed in the forward pass."""
+    for module in model.modules():
+        checkpoint = vars(module).get(ATTRIBUTE)
+        if checkpoint is not None and not isinstance(checkpoint, _Bound):
+            vars(module)[ATTRIBUTE] = _Bound(checkpoint, slots)
+
+
+class _Bound:
+    """``checkpoint`` for functions that depend on the task of the present pass."""
+
+    def __init__(self, checkpoint: Callable, slots: Slots) -> None:
+        self._checkpoint, self._slots = checkpoint, slots
+
+    def __call__(self, function: Callable, *args, **kwargs) -> object:
+        tasks, rules, again = self._slots.tasks, self._slots.rules, False
+
+        def run(*args, **kwargs):
+            nonlocal again
+            with contextlib.ExitStack() as stack:
+                if again:  # in the backward pass, which may be another thread
+                    stack.enter_context(rules)
+                    stack.enter_context(self._slots.hold(tasks=tasks, rules=rules))
+                again = True
+                return function(*args, **kwargs)
+
+        return self._checkpoint(run, *args, **kwargs)

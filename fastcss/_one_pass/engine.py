@@ -1,0 +1,153 @@
+"""Which way a runner runs its model: the adapters side by side under vmap, or in turn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .force_eager import eager_parts
+from .inputs_outputs import Inputs
+from .kept_values import KeepsError, where_kept
+from .model_copy import StandIn
+from .undo import Undo, same_changes
+from .vmap_rules import Disagreement
+
+ENGINES = ("auto", "vmap", "replay")
+_OF_VMAP = ("vmap", "functorch", "atching rule", "BatchedTensor")
+
+
+class Engine:
+    """The engine of one runner: the one ``asked`` for or, with "auto", vmap until it has refused the model."""
+
+    def __init__(self, asked: str) -> None:
+        if asked not in ENGINES:
+            raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {asked!r}")
+        self._asked = asked
+        self._spoilt: str | None = None  # why the runner's copy of the model is of no use any more
+        # The others are kept for training and eval mode apart.
+        self._refused: dict[bool, str] = {}  # why vmap does not run the model
+        self._failed: dict[bool, str] = {}  # how the last run under vmap failed, where replay did not
+        self._agreed: set[bool] = set()  # several slots have run, and left what they leave in turn
+        self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the tensors that it writes
+
+    def name(self, training: bool) -> str:
+        """What runs the model in this mode, "vmap" or "replay"."""
+        if self._asked != "auto":
+            return self._asked
+        return "replay" if training in self._refused else "vmap"
+
+    @eager_parts()
+    def run(
+        self,
+        stand_in: StandIn,
+        inputs: Inputs,
+        vmap: Callable[[], object] | None,
+        replay: Callable[[], object],
+        slots: int,
+    ) -> object:
+        """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``.
+
+        ``slots``: how many tasks or samples these run.
+        """
+        if self._spoilt:
+            raise RuntimeError(self._spoilt)
+        stand_in.read_adapters()
+        if torch.compiler.is_exporting():
+            return self._exported(replay)
+        in_turn = self._runs_in_turn(stand_in, vmap)
+        result = replay() if in_turn else self._try(stand_in, inputs, vmap, replay, slots)
+        stand_in.give_back()
+        return result
+
+    def _runs_in_turn(self, stand_in: StandIn, vmap: Callable[[], object] | None) -> bool:
+        must_replay = stand_in.must_replay()
+        if self._asked == "vmap" and (must_replay or vmap is None):
+            reason = must_replay or "the inputs of the samples differ in more than values (in shape, say)"
+            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
+        if must_replay and self.name(stand_in.training) == "vmap":
+            self._refuse(stand_in, must_replay)
+        return vmap is None or self.name(stand_in.training) == "replay"
+
+    def _exported(self, replay: Callable[[], object]) -> object:
+        """torch.export has no way to hold an autograd function under vmap, which every adapted layer is."""
+        if self._asked == "vmap":
+            raise RuntimeError("one_pass: engine 'vmap' cannot be exported; engine='replay' or 'auto' can")
+        return replay()
+
+    def _try(
+        self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object], slots: int
+    ) -> object:
+        training = stand_in.training
+        known = self._written.get(training) if slots == 1 or training in self._agreed else None
+        with stand_in.undoing(inputs, known) as undo:
+            try:
+                result = vmap()
+            except BaseException as error:
+                undo()
+                own = not isinstance(error, RuntimeError)  # which vmap's errors are, NotImplementedError among them
+                if own or self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                failure = error
+                self._check_clean(stand_in, error)
+            else:
+                self._failed.pop(training, None)
+                written, known = {id(t) for t in undo.written()}, self._written.get(training, set())
+                if slots > 1 and (training not in self._agreed or not written <= known):
+                    result = self._if_writes_agree(stand_in, undo, result, replay)
+                    self._agreed.add(training)
+                self._written[training] = known | written
+                return result
+        result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
+        reason = _reason(failure)
+        # An error that is not vmap's own may have passed by itself; the next call tells.
+        if isinstance(failure, (Disagreement, KeepsError)) or any(word in str(failure) for word in _OF_VMAP):
+            self._refuse(stand_in, reason)
+        elif training in self._failed:
+            self._refuse(stand_in, f"{reason} (twice under vmap, and not in turn)")
+        else:
+            self._failed[training] = reason
+        return result
+
+    def _if_writes_agree(self, stand_in: StandIn, undo: Undo, result: object, replay: Callable[[], object]) -> object:
+        """``result`` of a run under vmap, or what runs in turn give where these leave another state in the model.
+
+        Under vmap the model's code runs once: it fills a cache as it should, and counts one call where there are many.
+        """
+        changes = undo.changes()
+        if not changes:
+            return result
+        undo()
+        in_turn = replay()
+        if same_changes(changes, undo.changes()):
+            return result
+        reason = "what it writes (a buffer, an attribute) is another value after a run for each adapter"
+        if self._asked == "vmap":
+            undo()
+            raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
+        self._refuse(stand_in, reason)
+        return in_turn
+
+    def _check_clean(self, stand_in: StandIn, error: Exception) -> None:
+        """Raise where values of the failed run are still in the model: no later run could tell them from its own."""
+        if isinstance(error, KeepsError) and where_kept(stand_in.model, error.tensors):
+            self._spoilt = (
+                f"one_pass: {type(stand_in.model).__name__} cannot run under vmap: {error}, where nothing can take it "
+                "back; build another runner with engine='replay'"
+            )
+            raise RuntimeError(self._spoilt) from None
+
+    def _refuse(self, stand_in: StandIn, reason: str) -> None:
+        self._refused[stand_in.training] = reason
+        warnings.warn(
+            f"one_pass: {type(stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
+            f"(engine 'replay'): {reason}",
+            stacklevel=9,
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The line of a message that says what vmap minds."""
+    lines = str(error).split("\n")
+    return next((line for line in lines if any(word in line for word in _OF_VMAP)), lines[0])

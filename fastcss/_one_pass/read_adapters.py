@@ -1,0 +1,237 @@
+"""LoRA adapters in the form in which one pass takes them, and their reading from the layers of a PEFT model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .._fuse.fused_module import HOOKS, original_class
+from .structural_copy import is_compiled
+
+# Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
+PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
+
+
+GLOBAL_HOOKS = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraWeights:
+    """One adapter on one layer, as PEFT keeps it.
+
+    Attributes:
+        a: ``[r, K]`` (linear), ``[r, C, kh, kw]`` (convolution) or ``[r, V]`` (embedding).
+        b: ``[N, r]``, for a convolution ``[N, r / groups, 1, 1]``, or ``[N, r, 1, 1]`` as of peft before 0.16.
+        scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        bias: ``[N]``, the bias of ``b``, where the adapter has one.
+        dropout: probability of dropping an input of ``a`` in training.
+        drops: PEFT's module for that, which drops while it is in training; None: while the layer is.
+        taken_out: how many of the last rows of ``a`` are no adapter's, but undo what is in ``base_layer`` and was taken
+            out of it where the adapter began (PiSSA, OLoRA); their input is never dropped.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    drops: nn.Module | None = None
+    taken_out: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """T named adapters of one model: for every adapted layer, each adapter's weights or None where it has none."""
+
+    names: tuple[str, ...]
+    layers: dict[str, list[LoraWeights | None]]
+
+    @classmethod
+    def empty(cls, names: Sequence[str]) -> Adapters:
+        return cls(tuple(names), {})
+
+    def add(self, layer: str, adapter: str, weights: LoraWeights) -> None:
+        self.layers.setdefault(layer, [None] * len(self.names))[self.names.index(adapter)] = weights
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "linear", "conv2d" or "embedding" for a base layer that one pass can run, None for any other."""
+    cls = original_class(module)
+    if cls in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module):
+        return "linear"
+    return {nn.Conv2d: "conv2d", nn.Embedding: "embedding"}.get(cls)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer that keeps its weight as [K, N]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+# ------------------------------------------------------------------------------------------------ a PEFT model
+
+
+def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
+    """The base model inside ``model``, with its LoRA layers in place, and its adapters."""
+    try:
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    except ImportError as error:
+        raise ImportError(
+            "one_pass: a PEFT model needs the package peft; one_pass.from_directories does not"
+        ) from error
+
+    model = model._orig_mod if is_compiled(model) else model
+    configs = getattr(model, "peft_config", {})
+    for adapter, config in configs.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA":
+            raise TypeError(f"one_pass: adapter {adapter!r} is {kind}; only LORA adapters run in one pass")
+    for around in (model, model.base_model) if isinstance(model, PeftModel) else ():
+        if _has_own_calls(around) or not type(around).forward.__module__.startswith("peft."):
+            raise TypeError(
+                f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one "
+                "pass would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
+            )
+    # Not get_base_model(), which fails where the active adapter was deleted.
+    base = model.base_model.model if isinstance(model, PeftModel) else model
+    tuned = {}
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise TypeError(
+                f"one_pass: layer {name!r} is trained whole ({type(module).__name__}: modules_to_save or "
+                "trainable tokens); only LoRA adapters run in one pass"
+            )
+        if isinstance(module, BaseTunerLayer):
+            tuned[name] = module
+    if not tuned:
+        raise ValueError(f"one_pass: {type(model).__name__} has no LoRA layer; it wants a model with PEFT adapters")
+    names = list(configs) or list(dict.fromkeys(key for layer in tuned.values() for key in _adapters_of(layer)))
+    adapters = Adapters.empty(names)
+    for name, layer in tuned.items():
+        _check_peft_layer(name, layer)
+        for adapter in _adapters_of(layer):
+            _check_whole(name, layer, adapter, names)
+            adapters.add(name, adapter, _read_peft_layer(layer, adapter))
+    return base, adapters
+
+
+def check_global_hooks() -> None:
+    """Raise where all modules have a hook, but for torch's own (its counter of FLOPs, its profilers)."""
+    for hooks in map(torch.nn.modules.module.__dict__.get, GLOBAL_HOOKS):
+        if hooks and not all(is_made_by(hook, ("torch.",)) for hook in hooks.values()):
+            raise TypeError(
+                "one_pass: there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook and "
+                "the like), which would not see the modules inside of PEFT's layers; put it on those that it is for"
+            )
+
+
+def is_made_by(hook: Callable, packages: tuple[str, ...]) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(packages)
+
+
+def _adapters_of(layer) -> list[str]:
+    parts = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    return list(dict.fromkeys(adapter for part in parts for adapter in getattr(layer, part, ())))
+
+
+def _check_whole(name: str, layer, adapter: str, names: Sequence[str]) -> None:
+    """Raise for what ``add_adapter`` leaves in layers if it fails half-way."""
+    kind = "lora_embedding_" if isinstance(layer.base_layer, nn.Embedding) else "lora_"
+    parts = (f"{kind}A", f"{kind}B", "scaling", "lora_dropout")
+    missing = [part for part in parts if adapter not in getattr(layer, part)]
+    if missing or adapter not in names:
+        what = f"has no {', '.join(missing)}" if missing else f"is none of the model's adapters ({', '.join(names)})"
+        raise ValueError(
+            f"one_pass: layer {name!r}, adapter {adapter!r}: it {what}, as an add_adapter that failed half-way leaves "
+            f"it; call delete_adapter({adapter!r}) of this layer and of every other that holds it"
+        )
+
+
+def _check_peft_layer(name: str, layer) -> None:
+    from peft.tuners import lora
+
+    kinds = {lora.Linear: "linear", lora.Conv2d: "conv2d", lora.Embedding: "embedding"}
+    base = layer.base_layer
+    if kinds.get(type(layer)) is None or kinds[type(layer)] != kind_of(base):
+        raise TypeError(
+            f"one_pass: layer {name!r} is {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}; "
+            "LoRA on Linear, Conv1D, Conv2d and Embedding runs in one pass"
+        )
+    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
+        raise TypeError(f"one_pass: layer {name!r} has a replaced forward or is parametrized, which would be skipped")
+    check_base_layer(name, base)
+    if layer.merged:
+        raise ValueError(
+            f"one_pass: layer {name!r} has merged adapters {layer.merged_adapters}; unmerge them first "
+            "(model.unmerge_adapter())"
+        )
+    for inner, module in layer.named_modules():
+        if module is not layer and not f"{inner}.".startswith("base_layer."):
+            _check_part(name, inner, module)
+    variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
+    variants = {adapter: variant for adapter, variant in variants.items() if variant not in PLAIN_VARIANTS}
+    variants |= {adapter: "DoRA" for adapter, dora in layer.use_dora.items() if dora}
+    for adapter, variant in variants.items():
+        raise TypeError(f"one_pass: layer {name!r}, adapter {adapter!r}: {variant} is no plain LoRA")
+
+
+def _check_part(name: str, inner: str, part: nn.Module) -> None:
+    """Raise where ``part``, inside the adapted layer ``name``, does more than hold a weight."""
+    if _has_own_calls(part):
+        raise TypeError(
+            f"one_pass: layer {name!r}: its {inner} has hooks or a replaced forward, which one pass would skip; "
+            "hooks on the layer itself run"
+        )
+    if parametrize.is_parametrized(part):
+        raise TypeError(
+            f"one_pass: layer {name!r}: its {inner} is parametrized ({type(part).__name__}), which one pass would read "
+            "only once; remove_parametrizations first"
+        )
+    if inner.startswith(("lora_A.", "lora_B.")) and original_class(part) not in (nn.Linear, nn.Conv2d):
+        raise TypeError(f"one_pass: layer {name!r}: its {inner} is {type(part).__name__}, no plain LoRA")
+
+
+def _has_own_calls(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class says."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def _read_peft_layer(layer, adapter: str) -> LoraWeights:
+    scale, drops = float(layer.scaling[adapter]), layer.lora_dropout[adapter]
+    dropout = getattr(drops, "p", 0.0)
+    if adapter in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        return LoraWeights(a, b, scale, None, dropout, drops)
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+    return LoraWeights(a.weight, b.weight, scale, b.bias, dropout, drops)
+
+
+def check_base_layer(name: str, base: nn.Module) -> None:
+    """Raise where replacing ``base`` by its formula would lose something it does."""
+    if _has_own_calls(base):
+        raise TypeError(f"one_pass: layer {name!r} has hooks or a replaced forward, which one pass would skip")
+    if isinstance(base, nn.Embedding) and base.max_norm is not None:
+        raise TypeError(f"one_pass: layer {name!r} has max_norm, which rewrites its weight in every call")
+    if isinstance(base, nn.Embedding) and getattr(base, "embed_scale", None) is not None:
+        raise TypeError(f"one_pass: layer {name!r} has an embed_scale, by which PEFT multiplies its adapters")
+    if isinstance(base, nn.Conv2d) and base.padding != "same" and _is_spread(base):
+        raise TypeError(
+            f"one_pass: layer {name!r} is a convolution with dilation {tuple(base.dilation)}: PEFT's adapter has none "
+            "and gives maps of another size, so PEFT cannot add it either; only with padding='same' it can"
+        )
+
+
+def _is_spread(base: nn.Conv2d) -> bool:
+    """Whether dilation makes a difference."""
+    return any(size > 1 and dilation > 1 for size, dilation in zip(base.kernel_size, base.dilation, strict=True))

@@ -1,0 +1,310 @@
+"""Reads LoRA adapters from the folders that PEFT saves: without PEFT, and as it reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .._files import read_tensors
+from .base_decompositions import CONVERT, why_not_repeatable, with_taken_out
+from .read_adapters import Adapters, LoraWeights, check_base_layer, is_conv1d, kind_of
+from .target_modules import targeted
+
+CALLER = "one_pass.from_directories"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# Options of a LoraConfig that make an adapter more than x Aᵀ Bᵀ, or train something beside it.
+NOT_PLAIN_LORA = (
+    "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+    "layer_replication", "megatron_config",
+)  # fmt: skip
+# The others that PEFT writes up to 0.21.
+KNOWN = frozenset((
+    *NOT_PLAIN_LORA, "peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision",
+    "peft_version", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias",
+    "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config", "lora_bias", "ensure_weight_tying",
+))  # fmt: skip
+
+DROPPED = (
+    "PEFT saves no layer that has another adapter's name in its own, such as '1' in 'layers.1'; rename it and save anew"
+)
+
+
+def read_directories(model: nn.Module, directories: Sequence, names: Sequence[str] | None) -> Adapters:
+    """The adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled."""
+    folders = [Path(directory) for directory in directories]
+    if not folders:
+        raise ValueError(f"{CALLER}: wants at least one folder, got none")
+    names = [folder.name for folder in folders] if names is None else list(names)
+    if len(names) != len(folders) or len(set(names)) != len(names):
+        raise ValueError(f"{CALLER}: wants {len(folders)} different adapter names, got {names}")
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
+            raise ValueError(f"{CALLER}: layer {name!r} has adapters already; it wants the bare model")
+    modules = dict(model.named_modules())
+    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    adapters = Adapters.empty(names)
+    for folder, adapter in zip(folders, names, strict=True):
+        config = _read_config(folder)
+        layers = _by_layer(folder, read_tensors(folder / WEIGHTS_FILE, CALLER), model)
+        _check_targets(folder, config, model, layers)
+        for layer, parts in layers.items():
+            weights = _fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
+            if weights.taken_out and users[id(modules[layer].weight)] > 1:
+                init = config["init_lora_weights"]
+                raise TypeError(
+                    f"{CALLER}: {folder}: layer {layer!r} was initialised by {init}, which changes the weight that it "
+                    f"shares with another layer; {CONVERT}"
+                )
+            adapters.add(layer, adapter, weights)
+    return adapters
+
+
+# ----------------------------------------------------------------------------------------------- adapter_config.json
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{CALLER}: {path} is missing; a PEFT adapter folder holds it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{CALLER}: {path} is no PEFT configuration: {error}") from error
+    if kind is None:
+        raise ValueError(f"{CALLER}: {path} is no PEFT configuration: it has no peft_type")
+    if kind != "LORA":
+        raise TypeError(f"{CALLER}: {folder} is a {kind} adapter; only LORA adapters run in one pass")
+    for option in NOT_PLAIN_LORA:
+        if config.get(option):
+            raise TypeError(f"{CALLER}: {folder} uses {option}; only plain LoRA runs in one pass")
+    why = why_not_repeatable(config.get("init_lora_weights"))
+    if why:
+        raise TypeError(f"{CALLER}: {folder}: init_lora_weights={config['init_lora_weights']!r} {why}")
+    unknown = {key: value for key, value in config.items() if key not in KNOWN and value}
+    if unknown:
+        _warn(f"{folder}: {CONFIG_FILE} has options that fastcss does not know and leaves out as PEFT would: {unknown}")
+    return config
+
+
+def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -> None:
+    """Hold the layers that the weights are for against those that the folder's own config names."""
+    names = targeted(config, model)
+    if names is None:
+        return
+    surplus = [layer for layer in layers if layer not in names]
+    if config.get("ensure_weight_tying"):  # it adds the layers whose own weight is that of a targeted embedding
+        surplus = [layer for layer in surplus if not _is_tied(layers[layer], layers)]
+        untied = _untied(model, layers)
+        if untied:
+            raise ValueError(
+                f"{CALLER}: {folder} holds no weights for {_some(untied)}, where ensure_weight_tying has PEFT adapt "
+                "what shares the embedding's weight: PEFT ties and saves a model's first adapter only; load this one "
+                "alone by PEFT and save it anew"
+            )
+    if surplus:
+        raise ValueError(
+            f"{CALLER}: {folder} holds weights for {_some(surplus)}, where its own {CONFIG_FILE} (target_modules, "
+            "exclude_modules, layers_to_transform, ensure_weight_tying) wants none such: PEFT would leave them out; "
+            "mend one of the files"
+        )
+    missing = [name for name in names if name not in layers]
+    if not missing:
+        return
+    init = config.get("init_lora_weights", True)
+    said = f"{folder} holds no weights for {_some(missing)}, which its own {CONFIG_FILE} targets"
+    if init in (False, "orthogonal"):
+        raise ValueError(f"{CALLER}: {said}; PEFT would draw them at random (init_lora_weights={init!r}). {DROPPED}")
+    _warn(f"{said}; these layers run without the adapter, as PEFT runs them. {DROPPED}")
+
+
+def _is_tied(parts: dict[str, Tensor], layers: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether A and B are, transposed, the B and A of another layer."""
+    pairs = ((parts.get("a"), other.get("b"), parts.get("b"), other.get("a")) for other in layers.values())
+    pairs = (pair for pair in pairs if all(x is not None and x.dim() == 2 for x in pair))
+    return any(torch.equal(a, other_b.t()) and torch.equal(b, other_a.t()) for a, other_b, b, other_a in pairs)
+
+
+def _untied(model: nn.Module, layers: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Layers without weights that share the weight of an embedding with some, of a name by which PEFT ties."""
+    weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
+    embeddings = [layer for layer in layers if layer.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+    shared = {id(weights[layer]) for layer in embeddings if layer in weights}
+    return [name for name, weight in weights.items() if id(weight) in shared and name not in layers]
+
+
+def _some(layers: Sequence[str]) -> str:
+    more = f" and {len(layers) - 3} more layers" if len(layers) > 3 else ""
+    return ", ".join(repr(layer) for layer in layers[:3]) + more
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{CALLER}: {message}", stacklevel=5)  # where from_directories is called
+
+
+# ----------------------------------------------------------------------------------------- adapter_model.safetensors
+
+PREFIX = "base_model.model."
+# The adapter's own name is in keys that were saved without PEFT's help, as its state_dict has it.
+_PAIR = re.compile(r"(?P<layer>.+?)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
+_EMBEDDING = re.compile(r"(?P<layer>.+?)\.lora_embedding_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?")
+WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP", "module.": "DistributedDataParallel"}
+
+
+def _by_layer(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Layer → {"a", "b", "bias"}, from keys such as ``base_model.model.encoder.query.lora_A.weight``."""
+    modules = dict(model.named_modules())
+    layers: dict[str, dict[str, Tensor]] = {}
+    adapters = set()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = _PAIR.fullmatch(name) or _EMBEDDING.fullmatch(name)
+        if match is None:
+            _check_not_lora(folder, key, name, tensor, model)
+            continue
+        layer, part = match["layer"], match["part"].lower()
+        if match.groupdict().get("kind") == "bias":
+            part = "bias" if part == "b" else "bias of A"
+        if layer not in modules:
+            raise ValueError(f"{CALLER}: {folder}: {_why_not_there(layer, model)}")
+        if part == "bias of A" or part in layers.setdefault(layer, {}):
+            raise ValueError(f"{CALLER}: {folder}: {key!r} has no place in a LoRA adapter, or is there a second time")
+        layers[layer][part] = tensor
+        adapters.add(match["adapter"])
+    if len(adapters) > 1:
+        raise ValueError(
+            f"{CALLER}: {folder} holds several adapters, {sorted(map(str, adapters))} by their keys; save each in a "
+            "folder of its own"
+        )
+    if not layers:
+        raise ValueError(f"{CALLER}: {folder} holds no adapter weights. {DROPPED}")
+    return layers
+
+
+def _check_not_lora(folder: Path, key: str, name: str, tensor: Tensor, model: nn.Module) -> None:
+    """Raise unless ``tensor`` is the model's own as it is: PEFT saves embeddings, and loads them into the model."""
+    layer, _, part = name.partition(".lora_")
+    if part.startswith(("down.", "up.")) or name.endswith(".alpha"):
+        raise TypeError(
+            f"{CALLER}: {folder}: {key!r} is a key of kohya's scripts (lora_down, lora_up, alpha); convert the file to "
+            "PEFT's format (lora_A, lora_B)"
+        )
+    if part:
+        raise TypeError(f"{CALLER}: {folder}: layer {layer!r} holds 'lora_{part}', which is no plain LoRA")
+    own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    mine = own.get(name.replace(".base_layer.", "."))
+    if mine is None:
+        raise TypeError(f"{CALLER}: {folder}: {key!r} is no LoRA weight (modules_to_save?)")
+    if mine.shape != tensor.shape or not torch.equal(tensor.to(mine), mine.detach()):
+        raise TypeError(
+            f"{CALLER}: {folder}: {key!r} {list(tensor.shape)} differs from the model's own {list(mine.shape)}, which "
+            "PEFT would overwrite for every adapter (bias=, a trained or resized embedding); load it into the model"
+        )
+
+
+def _why_not_there(layer: str, model: nn.Module) -> str:
+    alias = dict(model.named_modules(remove_duplicate=False)).get(layer)
+    modules = dict(model.named_modules())
+    if alias is not None:
+        first = next(name for name, module in modules.items() if module is alias)
+        return f"layer {layer!r} is the model's {first!r} by another name; PEFT adapts a module by its first name only"
+    for wrapper, tool in WRAPPERS.items():
+        if layer.replace(wrapper, "") in modules:
+            return f"the key of layer {layer!r} has {wrapper!r} of {tool} in it; save the unwrapped model's adapter"
+    return (
+        f"the model has no layer {layer!r}; the adapter belongs to another base model, or to this one in a release of "
+        "transformers that names its layers otherwise"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ one layer
+
+
+def _fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, layer: str) -> LoraWeights:
+    kind = kind_of(base)
+    if kind is None:
+        raise TypeError(
+            f"{CALLER}: {where} is {type(base).__name__}; LoRA on Linear, Conv1D, Conv2d and Embedding runs in one pass"
+        )
+    check_base_layer(layer, base)
+    if not {"a", "b"} <= tensors.keys():
+        raise ValueError(f"{CALLER}: {where} has only one half of its LoRA pair")
+    a, b, bias = tensors["a"], tensors["b"], tensors.get("bias")
+    if (bias is not None) != bool(config.get("lora_bias")):
+        held, said = "no bias" if bias is None else "a bias", bool(config.get("lora_bias"))
+        raise ValueError(f"{CALLER}: {where} holds {held} of B, but lora_bias is {said} in {CONFIG_FILE}")
+    if not a.numel() or not b.numel():
+        raise ValueError(
+            f"{CALLER}: {where} is empty, {list(a.shape)} and {list(b.shape)}: saved from a sharded model (DeepSpeed "
+            "ZeRO-3, FSDP) without gathering its weights"
+        )
+    rank = a.shape[0]
+    wanted_a, wanted_b = _shapes(kind, base, rank)
+    if tuple(a.shape) != wanted_a or tuple(b.shape) not in wanted_b or (bias is not None and bias.shape != b.shape[:1]):
+        raise ValueError(
+            f"{CALLER}: {where} wants A {list(wanted_a)} and B {' or '.join(str(list(w)) for w in wanted_b)} at rank "
+            f"{rank}, the folder holds {list(a.shape)} and {list(b.shape)}; the adapter belongs to another base model"
+        )
+    if rank != _of_pattern(config.get("rank_pattern"), layer, config.get("r", 8)):
+        raise ValueError(f"{CALLER}: {where} is of rank {rank}, its {CONFIG_FILE} (r, rank_pattern) says another")
+    alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    # In float32 whatever was saved, beside a float64 layer in its dtype: as PEFT loads them.
+    dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+    a, b, bias = (None if tensor is None else tensor.to(base.weight.device, dtype) for tensor in (a, b, bias))
+    weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)))
+    try:
+        return with_taken_out(weights, base, config.get("init_lora_weights"))
+    except TypeError as error:
+        raise TypeError(f"{CALLER}: {where} has {error}") from error
+
+
+def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
+    """Adapters of folders for ``model`` as it is now, on its device."""
+    modules, again = dict(model.named_modules()), Adapters.empty(adapters.names)
+    for layer, weights in adapters.layers.items():
+        base = modules.get(layer)
+        kind = None if base is None else kind_of(base)
+        if kind is None:
+            raise ValueError(f"one_pass: the model has no layer {layer!r} any more that its adapters fit")
+        check_base_layer(layer, base)
+        for adapter, w in zip(adapters.names, weights, strict=True):
+            if w is None:
+                continue
+            wanted_a, (wanted_b, *_) = _shapes(kind, base, w.a.shape[0])
+            if w.a.shape != wanted_a or w.b.shape[0] != wanted_b[0]:
+                raise ValueError(f"one_pass: layer {layer!r} has another size now, which {adapter!r} does not fit")
+            device = base.weight.device
+            a, b, bias = (None if t is None else t.to(device) for t in (w.a, w.b, w.bias))
+            again.add(layer, adapter, dataclasses.replace(w, a=a, b=b, bias=bias))
+    return again
+
+
+def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Shape of A, and the shapes that B may have."""
+    if kind == "embedding":
+        return (rank, base.num_embeddings), ((base.embedding_dim, rank),)
+    if kind == "conv2d":  # peft before 0.16 has a dense B beside grouped convolutions too
+        inner = dict.fromkeys((rank // base.groups if rank % base.groups == 0 else rank, rank))
+        return (rank, base.in_channels, *base.kernel_size), tuple((base.out_channels, r, 1, 1) for r in inner)
+    width_out, width_in = base.weight.shape[::-1] if is_conv1d(base) else base.weight.shape
+    return (rank, width_in), ((width_out, rank),)
+
+
+def _of_pattern(patterns: dict | None, layer: str, default: float) -> float:
+    """PEFT's rank_pattern/alpha_pattern rule: the first pattern that is the layer's name or the end of it."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)

@@ -1,0 +1,334 @@
+"""Every LoRA adapter of a model in one pass over it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .._fuse.fusion import Fusion, fuse_modules
+from .call_arguments import check_per_adapter, check_route, check_task_dim
+from .cuda_graphs import Captures
+from .engine import Engine
+from .inputs_outputs import Inputs
+from .model_copy import StandIn
+from .read_adapters import Adapters, check_global_hooks, read_peft
+from .read_folders import fitted_again, read_directories
+
+
+class OnePass(nn.Module):
+    """Runs a model once for all of its LoRA adapters: each output equals the model's with that adapter alone.
+
+    What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed
+    once for all of them. The model is left as it is: the runner works on a copy of its structure that shares its
+    tensors. Each call follows the model: new values of weights and adapters, however written; other parameters,
+    buffers, modules, attributes, hooks, scales, dtypes and devices; train() and eval(). Merged adapters and those
+    switched off are refused. So are adapters that were added or removed, until ``refresh`` takes them over. Training
+    through the runner reaches every adapter that requires gradients, which by PEFT's default the active one does alone.
+    A forward hook sees one adapter's tensors at a time, so a model with hooks of the user's runs as engine "replay".
+
+    Args:
+        model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
+            Adapters may differ in rank, alpha and the layers they cover.
+        engine: "vmap" runs the adapters side by side under ``torch.vmap``; "replay" runs them in turn and repeats only
+            what depends on the adapter, which any model allows; "auto" is "vmap", and "replay", with a warning, for a
+            model that vmap refuses or that counts its calls. ``runner.engine`` says which of them runs.
+        group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of
+            them on a GPU; on a CPU as many as keep its tensors small enough for the C library and the caches.
+        fuse: run the model's own modules on the fused ops, as ``fastcss.fuse`` does (here on the runner's copy). None:
+            where that was measured to be faster, which is on a CPU.
+        task_dim: 0, or 1 for outputs ``[B, T, …]``: what takes the first axis of an output for the batch, as
+            transformers' Trainer and accelerate's ``gather_for_metrics`` do, would cut the tasks otherwise.
+
+    Attributes:
+        model: the model, as it was given; its parameters and state_dict are the runner's.
+        adapters: the adapters' names, in the order of the task axis.
+        fusion: which modules run on the fused ops, a ``Fusion``, or None with ``fuse`` off.
+
+    Raises:
+        TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
+
+    Example:
+        >>> runner = fastcss.one_pass(peft_model)
+        >>> runner(pixel_values=image).last_hidden_state.shape  # [T, B, N, C]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        engine: str = "auto",
+        group_size: int | None = None,
+        fuse: bool | None = None,
+        task_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self._begin(model, None, engine, group_size, fuse, task_dim)
+
+    @classmethod
+    def from_directories(
+        cls,
+        model: nn.Module,
+        directories: Sequence,
+        names: Sequence[str] | None = None,
+        *,
+        engine: str = "auto",
+        group_size: int | None = None,
+        fuse: bool | None = None,
+        task_dim: int = 0,
+    ) -> OnePass:
+        """A runner for a bare model and adapters saved by PEFT, without PEFT.
+
+        Each adapter runs as ``PeftModel.from_pretrained(model, folder)`` runs it: in float32 whatever it was saved in
+        (float64 beside float64 layers); a PiSSA or OLoRA adapter beside what it leaves of the base layer, though here
+        the model stays as it is; a layer of several names under the first alone. Keys may have the adapter's own name
+        in them. A warning names layers that a folder lacks and its config targets, and options that are not known.
+
+        Args:
+            model: the base model of the adapters.
+            directories: PEFT adapter folders (``adapter_config.json`` and ``adapter_model.safetensors``).
+            names: the adapters' names, by default the folders'.
+            engine, group_size, fuse, task_dim: as for ``OnePass``.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would
+                leave out, is no plain LoRA adapter, or belongs to another base model; the message names the file or
+                the layer.
+        """
+        return cls._made_of(model, read_directories(model, directories, names), engine, group_size, fuse, task_dim)
+
+    @classmethod
+    def _made_of(cls, model: nn.Module, adapters: Adapters | None, *options) -> OnePass:
+        """A runner for the adapters in ``model`` or, of a bare one, for ``adapters``."""
+        runner = cls.__new__(cls)
+        nn.Module.__init__(runner)
+        runner._begin(model, adapters, *options)
+        return runner
+
+    def _begin(
+        self,
+        model: nn.Module,
+        adapters: Adapters | None,
+        engine: str,
+        group_size: int | None,
+        fuse: bool | None,
+        task_dim: int,
+    ) -> None:
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"one_pass: group_size must be at least 1, got {group_size}")
+        inside = next((name for name, module in model.named_modules() if isinstance(module, OnePass)), None)
+        if inside is not None:
+            raise TypeError(f"one_pass: {inside or 'the model'} is a runner itself; give the model that it runs")
+        self.model, self._given = model, adapters
+        self.training = model.training
+        self.group_size, self.task_dim = group_size, check_task_dim(task_dim)
+        self._asked, self._fuse = engine, fuse
+        self._has_warned = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the model as it is now: also adapters that were added, removed or put in another order.
+
+        Captured graphs are forgotten. Runners made by ``from_directories`` keep the adapters they have read.
+
+        Raises:
+            TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
+        """
+        base, adapters = self._read()
+        self._captures = Captures()
+        self._take(base, adapters)
+
+    def _read(self) -> tuple[nn.Module, Adapters]:
+        if self._given is None:
+            return read_peft(self.model)
+        self._given = fitted_again(self.model, self._given)
+        return self.model, self._given
+
+    def _take(self, base: nn.Module, adapters: Adapters) -> None:
+        inside = set(base.modules())
+        stand_in = StandIn(base, adapters, [module for module in self.model.modules() if module not in inside])
+        fuse = stand_in.device.type == "cpu" if self._fuse is None else self._fuse
+        # Linear layers are seen to already: by the adapted layers, and by the task rules.
+        self.fusion: Fusion | None = fuse_modules(stand_in.model, linears=False) if fuse else None
+        self.adapters = adapters.names
+        self._engine = Engine(self._asked)
+        self._stand_in = stand_in
+
+    def _follow(self) -> None:
+        """Let the stand-in be what the model is now."""
+        check_global_hooks()
+        if self._stand_in.follow():
+            return
+        base, adapters = self._read()
+        if adapters.names != self.adapters:
+            raise RuntimeError(
+                f"one_pass: the model's adapters are {', '.join(adapters.names)} now, and the runner has "
+                f"{', '.join(self.adapters)}; runner.refresh() takes them over"
+            )
+        self._take(base, adapters)
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError("one_pass: torch.nn.DataParallel cannot replicate a runner; use DistributedDataParallel")
+
+    def __deepcopy__(self, memo: dict) -> OnePass:
+        """A runner of its own, without captured graphs, for a deep copy of the model."""
+        made = self._made_of(*copy.deepcopy((self.model, self._given), memo), *self._options)
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol) -> tuple:
+        return self._made_of, (self.model, self._given, *self._options)
+
+    @property
+    def _options(self) -> tuple:
+        return self._asked, self.group_size, self._fuse, self.task_dim
+
+    def __repr__(self) -> str:
+        model = type(self._stand_in.model).__name__
+        return f"OnePass({model}, adapters={list(self.adapters)}, engine={self.engine!r})"
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs the model in its present mode, "vmap" or "replay"."""
+        return self._engine.name(self._stand_in.training)
+
+    def forward(
+        self,
+        *args,
+        adapters: Sequence[str] | None = None,
+        route: Tensor | None = None,
+        per_sample: Sequence[str] | None = None,
+        per_adapter: Mapping[str, Tensor] | None = None,
+        **kwargs,
+    ):
+        """Call the model with every adapter.
+
+        Args:
+            *args, **kwargs: what the model takes.
+            adapters: names of the adapters to run, in the order wanted; by default all.
+            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its
+                adapter in ``runner.adapters``, -1 for the bare model. Each sample runs as a batch of one.
+            per_sample: with ``route``, names of all inputs that hold an entry a sample: tensors with one row a sample
+                (or several, one after the other), lists of B. None: tensors and lists of length B. Such a guess is
+                checked once for every kind of batch: the bare model must give for a sample alone what it gives for it
+                in its batch.
+            per_adapter: keyword inputs of the model that differ between the adapters, such as each task's own classes:
+                tensors with a leading axis ``[T, …]`` in the order of the adapters. Not with ``route``.
+
+        Returns:
+            The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
+            view where the output does not depend on them); with ``task_dim=1`` that is the second axis. With ``route``
+            there is no such axis, only the model's own; a number (a loss, say) becomes one a sample, ``[B]``.
+
+        Raises:
+            KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route; or a change of the model
+                that cannot run in one pass, named in the message.
+            RuntimeError: the model's adapters are others than the runner's, or switched off; the message says what
+                to do.
+        """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return torch.compiler.disable(self.forward)(
+                *args, adapters=adapters, route=route, per_sample=per_sample, per_adapter=per_adapter, **kwargs
+            )
+        self._follow()
+        if route is not None:
+            route = check_route(route, adapters, per_adapter, self.adapters)
+            self._warn_of_untrained(range(len(self.adapters)))
+            return self._routed(route, Inputs(args, kwargs), per_sample)
+        if per_sample is not None:
+            raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
+        tasks = self._tasks(adapters)
+        if per_adapter:
+            kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
+        self._warn_of_untrained(tasks)
+        captured = self._captures.find(tasks, self._stand_in, args, kwargs)
+        return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
+
+    def _routed(self, route: Tensor, inputs: Inputs, per_sample: Sequence[str] | None):
+        stand_in = self._stand_in
+        if not len(route):
+            return stand_in.bare(inputs)
+        samples, axes = stand_in.samples(inputs, len(route), per_sample)
+        in_turn = functools.partial(stand_in.routed_in_turn, route, samples, axes)
+        stacked = samples.stacked()
+        vmap = stacked and functools.partial(stand_in.routed, route, samples, axes, stacked)
+        return self._engine.run(stand_in, inputs, vmap, in_turn, len(route))
+
+    def capture(
+        self,
+        *args,
+        adapters: Sequence[str] | None = None,
+        per_adapter: Mapping[str, Tensor] | None = None,
+        fixed: Sequence[str] = (),
+        **kwargs,
+    ) -> None:
+        """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
+
+        Each set of shapes wants its own capture; other calls run as before. A graph holds inference only. Outputs of a
+        replay are copies. A graph reads weights and adapters where they lie, so that new values are seen; where they
+        lie elsewhere, or the model has changed, the next call captures anew.
+
+        Args:
+            *args, **kwargs: example inputs on the GPU; their values do not matter.
+            adapters, per_adapter: as in a call.
+            fixed: names of keyword inputs that later calls will pass as the very same, unchanged tensors (the text
+                prompts, say): what depends on them and on the weights alone is computed now and left out of the graph.
+                Writes of such weights that torch does not count (``.data``, numpy) want ``refresh`` and a new capture.
+
+        Raises:
+            RuntimeError: the model or an input is not on a CUDA device, the model has hooks, or it does what no graph
+                can hold.
+        """
+        self._follow()
+        tasks = self._tasks(adapters)
+        if per_adapter:
+            kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
+        call = functools.partial(self._all_tasks, tasks)
+        self._captures.add(tasks, self._stand_in, call, fixed, args, kwargs)
+
+    def _all_tasks(self, tasks: tuple[int, ...], *args, per_adapter: dict[str, Tensor] | None = None, **kwargs):
+        inputs = Inputs(args, kwargs, per_adapter or {})
+        stand_in, size = self._stand_in, self.group_size
+        output = self._engine.run(
+            stand_in,
+            inputs,
+            lambda: stand_in.side_by_side(tasks, size, inputs),
+            lambda: stand_in.in_turn(tasks, inputs),
+            len(tasks),
+        )
+        return output if self.task_dim == 0 else pytree.tree_map(_task_axis_second, output)
+
+    def _warn_of_untrained(self, tasks: Sequence[int]) -> None:
+        if self._has_warned or not self._stand_in.training or not torch.is_grad_enabled():
+            return
+        untrained = [self.adapters[t] for t in self._stand_in.untrained(tasks)]
+        if untrained:
+            self._has_warned = True
+            warnings.warn(
+                f"one_pass: adapters {', '.join(untrained)} get no gradients, as PEFT lets the active adapter alone "
+                f"require them; to train them as well: model.set_requires_grad({untrained})",
+                stacklevel=5,
+            )
+
+    def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:
+        if adapters is None:
+            return tuple(range(len(self.adapters)))
+        adapters = adapters if isinstance(adapters, str) else list(adapters)
+        if isinstance(adapters, str) or not adapters:
+            raise ValueError(f"one_pass: adapters must be a list of adapter names, got {adapters!r}")
+        unknown = [name for name in adapters if name not in self.adapters]
+        if unknown:
+            raise KeyError(f"one_pass: no adapter {unknown[0]!r}; there are {', '.join(self.adapters)}")
+        return tuple(map(self.adapters.index, adapters))
+
+
+def _task_axis_second(leaf: object) -> object:
+    return leaf.movedim(0, 1) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf
+
+
+one_pass = OnePass

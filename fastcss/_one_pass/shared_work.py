@@ -1,0 +1,135 @@
+"""Remembers the calls of a model that do not depend on the adapters, so that a second run takes their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .random_draws import draws
+from .vmap_rules import is_mapped
+
+_PLAIN = (
+    int,
+    float,
+    complex,
+    str,
+    slice,
+    type(None),
+    type(...),
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.qscheme,
+)
+# After these a tensor may be written without that its version counts it.
+_UNCOUNTED = {Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr}
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+class SharedWork(TorchFunctionMode):
+    """While active, a call whose tensors are all *shared* is run once and then answered from memory.
+
+    Shared are the tensors given at the start (weights, inputs) and the results of calls on shared tensors only. An
+    adapted layer's result is not, nor what follows from it, and those calls run every time. A tensor that has been
+    written in place, itself or through a view, is shared no longer: each run computes it anew and writes it again. So
+    it is with one whose memory the model asked for (``data``, ``numpy()``, ``data_ptr()``), which it may then write
+    unseen. Random numbers are drawn in each run. Lists and other containers are handed out as copies.
+
+    Not for ``torch.inference_mode``, whose tensors do not count their writes: what a model does in it runs every time.
+    """
+
+    def __init__(self, shared: Iterable[Tensor]) -> None:
+        super().__init__()
+        # id → the tensor, which it holds so that the id stays its own, and its version when it became shared.
+        self._shared: dict[int, tuple[Tensor, int]] = {}
+        self._results: dict[tuple, tuple[list, pytree.TreeSpec]] = {}
+        self._share(shared)
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        entry = self._shared.get(id(tensor))
+        return entry is not None and not is_mapped(tensor) and entry[1] == version(tensor)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is Tensor.__iter__:  # whose iterator holds calls that nothing would see
+            return iter(self.__torch_function__(Tensor.unbind, types, args))
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        key = self._key(func, leaves, structure)
+        if key in self._results:
+            known, form = self._results[key]
+            if all(map(self.is_shared, _tensors(known))):
+                return pytree.tree_unflatten(known, form)
+        if key is None:
+            result, again = func(*args, **kwargs), False
+            if isinstance(result, Tensor) and func not in _UNCOUNTED:  # nearly all of these calls
+                return result
+        else:
+            result, drew = draws(func, args, kwargs, leaves, structure)
+            again = not drew
+        returned, form = pytree.tree_flatten(result)
+        if func in _UNCOUNTED or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in returned):
+            self._unshare(_tensors(leaves))
+        # What gives nothing back is called for what it does: no_grad, say, which torch shows to its modes as a call.
+        again = again and bool(returned) and all(isinstance(leaf, (Tensor, int, float)) for leaf in returned)
+        again = again and all(map(self.is_shared, _tensors(leaves)))  # else it has written them
+        if again and not any(map(Tensor.is_inference, _tensors(returned))):
+            self._results[key] = returned, form
+            self._share(_tensors(returned))
+        return result
+
+    def _share(self, tensors: Iterable[Tensor]) -> None:
+        self._shared.update((id(t), (t, version(t))) for t in tensors)
+
+    def _unshare(self, tensors: Iterable[Tensor]) -> None:
+        """Forget these tensors and all that lie in the same memory."""
+        memory = {_memory(tensor) for tensor in tensors if id(tensor) in self._shared}
+        if memory:
+            self._shared = {key: entry for key, entry in self._shared.items() if _memory(entry[0]) not in memory}
+
+    def _key(self, func: Callable, leaves: list, structure: pytree.TreeSpec) -> tuple | None:
+        """What makes a later call the same call; None for a call that must not be remembered."""
+        parts = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if not self.is_shared(leaf):
+                    return None
+                parts.append(id(leaf))
+            elif isinstance(leaf, _PLAIN):
+                parts.append((type(leaf), repr(leaf)))
+            else:
+                return None
+        return func, structure, tuple(parts), _surroundings()
+
+
+def _surroundings() -> tuple:
+    """What beside its arguments decides what a call gives."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch._C._is_any_autocast_enabled()
+        and tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _DEVICES),
+    )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Tells whether tensors lie in the same memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one without memory
+        return id(tensor)
+
+
+def _tensors(leaves: list) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def version(tensor: Tensor) -> int:
+    """Counts the writes of ``tensor``; nothing counts those of inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,54 @@
+"""Which layers of a model a saved LoraConfig names, by PEFT's rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from .read_adapters import is_conv1d
+
+CLASSIFIERS = ("score", "classifier")  # what "all-linear" leaves out of a model for SEQ_CLS
+
+
+def targeted(config: dict, model: nn.Module) -> list[str] | None:
+    """Names of the layers that PEFT gives an adapter of this ``config``; None where the config does not say.
+
+    A pattern in ``target_modules`` or ``exclude_modules`` matches whole names; an entry of a list is a name or, after a
+    dot, the end of one. A module with several names goes by its first, under which alone PEFT finds it.
+    """
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if not wanted:  # PEFT looks it up by the kind of model
+        return None
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        wanted = _all_linear(config, model)
+    names = [name for name, _ in model.named_modules() if name and not (excluded and _matches(excluded, name))]
+    return [name for name in names if _matches(wanted, name) and _at_wanted_index(config, wanted, name)]
+
+
+def _matches(wanted: str | Sequence[str], name: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
+
+
+def _at_wanted_index(config: dict, wanted: str | Sequence[str], name: str) -> bool:
+    """Whether ``name`` lies in a layer of ``layers_to_transform``, which says nothing about names given in full."""
+    indices = config.get("layers_to_transform")
+    if indices is None or indices == [] or isinstance(wanted, str) or name in wanted:
+        return True
+    given = config.get("layers_pattern") or []
+    given = [given] if isinstance(given, str) else given
+    patterns = [rf"(?:^|.*?\.){pattern}" for pattern in given] or [r".*?\.[^.]*"]
+    found = next(filter(None, (re.match(rf"{pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)), None)
+    return found is not None and int(found["index"]) in ([indices] if isinstance(indices, int) else indices)
+
+
+def _all_linear(config: dict, model: nn.Module) -> list[str]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = next((name for name in CLASSIFIERS if getattr(model, name, None) is not None), None)
+    left_out = getattr(model, head) if output is None and head and config.get("task_type") == "SEQ_CLS" else output
+    modules = model.named_modules()
+    linears = [(name, module) for name, module in modules if isinstance(module, nn.Linear) or is_conv1d(module)]
+    return [name for name, module in linears if module is not left_out]

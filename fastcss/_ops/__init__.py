@@ -1,0 +1,1 @@
+"""The ops, one file each; ``fastcss.ops`` has their public names."""
