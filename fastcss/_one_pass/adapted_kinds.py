@@ -19,7 +19,7 @@ from .read_adapters import LoraWeights, is_conv1d, kind_of
 
 
 def adapted(base: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> Adapted:
-    """The stand-in for ``base`` with ``adapters``."""
+    """What stands for ``base`` with ``adapters``."""
     kind = {"linear": AdaptedLinear, "conv2d": AdaptedConv2d, "embedding": AdaptedEmbedding}[kind_of(base)]
     return kind(base, adapters, slots)
 

@@ -27,7 +27,7 @@ class Slots(threading.local):
     """What the layers of one runner compute in this thread's current call.
 
     Attributes:
-        name: of the runner's stand-in, no other's.
+        name: of the runner's copy of the model, no other's.
         tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
         axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
         routed: ``axis`` holds one adapter index a sample.

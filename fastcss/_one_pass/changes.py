@@ -60,7 +60,7 @@ class Watch:
         around: Iterable[nn.Module],
     ) -> None:
         modules = [*model.modules(), *around]
-        self._stand_ins = list(layers.values())
+        self._adapted = list(layers.values())
         self._layers = {name: layer for name, (layer, _) in layers.items() if hasattr(layer, "lora_A")}
         self._modules = modules
         self._classes = list(map(type, modules))
@@ -100,12 +100,12 @@ class Watch:
             return False
         if list(map(attrgetter("p"), self._dropouts)) != self._probabilities:
             return False
-        _follow_mode(self._stand_ins)
+        _follow_mode(self._adapted)
         return not self._attributes.differs() or self._take_over()
 
     def follow_mode(self) -> None:
         """Take over train() and eval() alone."""
-        _follow_mode(self._stand_ins)
+        _follow_mode(self._adapted)
         _follow_mode(self._pairs)
 
     def _take_over(self) -> bool:

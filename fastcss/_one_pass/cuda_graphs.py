@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .model_copy import StandIn
+from .model_copy import ModelCopy
 from .shared_work import SharedWork, version
 
 WARM_UPS = 3  # library handles, workspaces and autotuning settle before the capture
@@ -54,40 +54,46 @@ class Captures:
         self._graphs: dict[tuple, _Captured] = {}
 
     def add(
-        self, tasks: tuple[int, ...], stand_in: StandIn, call: Callable, fixed: Sequence[str], args: tuple, kwargs: dict
+        self,
+        tasks: tuple[int, ...],
+        copy: ModelCopy,
+        call: Callable,
+        fixed: Sequence[str],
+        args: tuple,
+        kwargs: dict,
     ) -> None:
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        for device in (stand_in.device, *(tensor.device for tensor in inputs)):
+        for device in (copy.device, *(tensor.device for tensor in inputs)):
             if device.type != "cuda":
                 raise RuntimeError(f"one_pass.capture: wants the model and its inputs on a CUDA device, got {device}")
-        if stand_in.training:
+        if copy.training:
             raise RuntimeError("one_pass.capture: wants the model in eval mode; a graph holds inference only")
-        if stand_in.hooked is not None:
-            where = stand_in.hooked or "the model"
+        if copy.hooked is not None:
+            where = copy.hooked or "the model"
             raise RuntimeError(f"one_pass.capture: {where} has hooks, which no replay of a graph would run")
         unknown = [name for name in fixed if name not in kwargs]
         if unknown:
             raise KeyError(f"one_pass.capture: fixed names {unknown[0]!r}, which is no keyword input of this call")
         fixed = tuple(fixed)
-        captured = _capture(stand_in, call, fixed, args, kwargs)
+        captured = _capture(copy, call, fixed, args, kwargs)
         self._graphs[tasks, fixed, _key(fixed, args, kwargs)] = captured
 
-    def find(self, tasks: tuple[int, ...], stand_in: StandIn, args: tuple, kwargs: dict) -> Callable | None:
+    def find(self, tasks: tuple[int, ...], copy: ModelCopy, args: tuple, kwargs: dict) -> Callable | None:
         """The replay for these inputs, None where nothing captured fits them."""
-        if not self._graphs or stand_in.training or torch.is_grad_enabled():
+        if not self._graphs or copy.training or torch.is_grad_enabled():
             return None
         for fixed in dict.fromkeys(key[1] for key in self._graphs):
             key = tasks, fixed, _key(fixed, args, kwargs)
             captured = self._graphs.get(key)
             if captured is None:
                 continue
-            if captured.stamp != _stamp(stand_in, bool(fixed)):
-                captured = self._graphs[key] = _capture(stand_in, captured.call, fixed, args, kwargs)
+            if captured.stamp != _stamp(copy, bool(fixed)):
+                captured = self._graphs[key] = _capture(copy, captured.call, fixed, args, kwargs)
             return lambda captured=captured: _replay(captured, args, kwargs)
         return None
 
 
-def _capture(stand_in: StandIn, call: Callable, fixed: tuple[str, ...], args: tuple, kwargs: dict) -> _Captured:
+def _capture(copy: ModelCopy, call: Callable, fixed: tuple[str, ...], args: tuple, kwargs: dict) -> _Captured:
     inputs = _moving(fixed, args, kwargs)
     with torch.inference_mode(False):
         static = [tensor.clone() for tensor in inputs]
@@ -95,7 +101,7 @@ def _capture(stand_in: StandIn, call: Callable, fixed: tuple[str, ...], args: tu
     # Results that depend on shapes (and on the fixed inputs) alone are computed in the warm-up, and taken from there in
     # the capture: copies from the host and reads of scalars, which no graph can hold, are among them.
     given = [kwargs[name] for name in fixed]
-    constants = SharedWork([*given, *stand_in.tensors()] if fixed else [])
+    constants = SharedWork([*given, *copy.tensors()] if fixed else [])
     graph = Graph()
     with torch.inference_mode(False), torch.no_grad(), constants:  # SharedWork has to see writes
         graph.warm_up(lambda: call(*args, **kwargs))
@@ -103,10 +109,10 @@ def _capture(stand_in: StandIn, call: Callable, fixed: tuple[str, ...], args: tu
             output = graph.record(lambda: call(*args, **kwargs))
         except RuntimeError as error:
             raise RuntimeError(
-                f"one_pass.capture: {type(stand_in.model).__name__} does what no CUDA graph can hold "
+                f"one_pass.capture: {type(copy.model).__name__} does what no CUDA graph can hold "
                 f"(inputs that never change can be named in fixed=): {error}"
             ) from error
-    return _Captured(call, fixed, graph, static, output, constants, _stamp(stand_in, bool(fixed)))
+    return _Captured(call, fixed, graph, static, output, constants, _stamp(copy, bool(fixed)))
 
 
 def _replay(captured: _Captured, args: tuple, kwargs: dict) -> object:
@@ -141,12 +147,12 @@ def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
     return structure, moving, same, modes
 
 
-def _stamp(stand_in: StandIn, with_weights: bool) -> tuple:
+def _stamp(copy: ModelCopy, with_weights: bool) -> tuple:
     """Changes when a graph must be captured anew.
 
     A graph reads weights and adapters where they lie, so new values there are seen. Only results that were lifted out
     of it hold values of weights, of which the count of writes has to do: to compare them all would stall the device.
     """
-    tensors = stand_in.tensors() + stand_in.adapter_tensors()
+    tensors = copy.tensors() + copy.adapter_tensors()
     places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
-    return stand_in, places, tuple(map(version, stand_in.tensors())) if with_weights else ()
+    return copy, places, tuple(map(version, copy.tensors())) if with_weights else ()

@@ -10,7 +10,7 @@ import torch
 from .force_eager import eager_parts
 from .inputs_outputs import Inputs
 from .kept_values import KeepsError, where_kept
-from .model_copy import StandIn
+from .model_copy import ModelCopy
 from .undo import Undo, same_changes
 from .vmap_rules import Disagreement
 
@@ -41,7 +41,7 @@ class Engine:
     @eager_parts()
     def run(
         self,
-        stand_in: StandIn,
+        copy: ModelCopy,
         inputs: Inputs,
         vmap: Callable[[], object] | None,
         replay: Callable[[], object],
@@ -53,22 +53,22 @@ class Engine:
         """
         if self._spoilt:
             raise RuntimeError(self._spoilt)
-        stand_in.read_adapters()
+        copy.read_adapters()
         if torch.compiler.is_exporting():
             return self._exported(replay)
-        in_turn = self._runs_in_turn(stand_in, vmap)
-        result = replay() if in_turn else self._try(stand_in, inputs, vmap, replay, slots)
-        stand_in.give_back()
+        in_turn = self._runs_in_turn(copy, vmap)
+        result = replay() if in_turn else self._try(copy, inputs, vmap, replay, slots)
+        copy.give_back()
         return result
 
-    def _runs_in_turn(self, stand_in: StandIn, vmap: Callable[[], object] | None) -> bool:
-        must_replay = stand_in.must_replay()
+    def _runs_in_turn(self, copy: ModelCopy, vmap: Callable[[], object] | None) -> bool:
+        must_replay = copy.must_replay()
         if self._asked == "vmap" and (must_replay or vmap is None):
             reason = must_replay or "the inputs of the samples differ in more than values (in shape, say)"
             raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
-        if must_replay and self.name(stand_in.training) == "vmap":
-            self._refuse(stand_in, must_replay)
-        return vmap is None or self.name(stand_in.training) == "replay"
+        if must_replay and self.name(copy.training) == "vmap":
+            self._refuse(copy, must_replay)
+        return vmap is None or self.name(copy.training) == "replay"
 
     def _exported(self, replay: Callable[[], object]) -> object:
         """torch.export has no way to hold an autograd function under vmap, which every adapted layer is."""
@@ -77,11 +77,16 @@ class Engine:
         return replay()
 
     def _try(
-        self, stand_in: StandIn, inputs: Inputs, vmap: Callable[[], object], replay: Callable[[], object], slots: int
+        self,
+        copy: ModelCopy,
+        inputs: Inputs,
+        vmap: Callable[[], object],
+        replay: Callable[[], object],
+        slots: int,
     ) -> object:
-        training = stand_in.training
+        training = copy.training
         known = self._written.get(training) if slots == 1 or training in self._agreed else None
-        with stand_in.undoing(inputs, known) as undo:
+        with copy.undoing(inputs, known) as undo:
             try:
                 result = vmap()
             except BaseException as error:
@@ -90,12 +95,12 @@ class Engine:
                 if own or self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
                     raise
                 failure = error
-                self._check_clean(stand_in, error)
+                self._check_clean(copy, error)
             else:
                 self._failed.pop(training, None)
                 written, known = {id(t) for t in undo.written()}, self._written.get(training, set())
                 if slots > 1 and (training not in self._agreed or not written <= known):
-                    result = self._if_writes_agree(stand_in, undo, result, replay)
+                    result = self._if_writes_agree(copy, undo, result, replay)
                     self._agreed.add(training)
                 self._written[training] = known | written
                 return result
@@ -103,14 +108,14 @@ class Engine:
         reason = _reason(failure)
         # An error that is not vmap's own may have passed by itself; the next call tells.
         if isinstance(failure, (Disagreement, KeepsError)) or any(word in str(failure) for word in _OF_VMAP):
-            self._refuse(stand_in, reason)
+            self._refuse(copy, reason)
         elif training in self._failed:
-            self._refuse(stand_in, f"{reason} (twice under vmap, and not in turn)")
+            self._refuse(copy, f"{reason} (twice under vmap, and not in turn)")
         else:
             self._failed[training] = reason
         return result
 
-    def _if_writes_agree(self, stand_in: StandIn, undo: Undo, result: object, replay: Callable[[], object]) -> object:
+    def _if_writes_agree(self, copy: ModelCopy, undo: Undo, result: object, replay: Callable[[], object]) -> object:
         """``result`` of a run under vmap, or what runs in turn give where these leave another state in the model.
 
         Under vmap the model's code runs once: it fills a cache as it should, and counts one call where there are many.
@@ -126,22 +131,22 @@ class Engine:
         if self._asked == "vmap":
             undo()
             raise RuntimeError(f"one_pass: engine 'vmap' cannot run the model: {reason}")
-        self._refuse(stand_in, reason)
+        self._refuse(copy, reason)
         return in_turn
 
-    def _check_clean(self, stand_in: StandIn, error: Exception) -> None:
+    def _check_clean(self, copy: ModelCopy, error: Exception) -> None:
         """Raise where values of the failed run are still in the model: no later run could tell them from its own."""
-        if isinstance(error, KeepsError) and where_kept(stand_in.model, error.tensors):
+        if isinstance(error, KeepsError) and where_kept(copy.model, error.tensors):
             self._spoilt = (
-                f"one_pass: {type(stand_in.model).__name__} cannot run under vmap: {error}, where nothing can take it "
+                f"one_pass: {type(copy.model).__name__} cannot run under vmap: {error}, where nothing can take it "
                 "back; build another runner with engine='replay'"
             )
             raise RuntimeError(self._spoilt) from None
 
-    def _refuse(self, stand_in: StandIn, reason: str) -> None:
-        self._refused[stand_in.training] = reason
+    def _refuse(self, copy: ModelCopy, reason: str) -> None:
+        self._refused[copy.training] = reason
         warnings.warn(
-            f"one_pass: {type(stand_in.model).__name__} does not run under vmap, so its adapters run in turn "
+            f"one_pass: {type(copy.model).__name__} does not run under vmap, so its adapters run in turn "
             f"(engine 'replay'): {reason}",
             stacklevel=9,
         )

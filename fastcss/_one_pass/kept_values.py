@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .structural_copy import held_by
 
-_ORIGIN = "_one_pass_origin"  # on a tensor: (the stand-in's name, its adapters), where it depends on those
+_ORIGIN = "_one_pass_origin"  # on a tensor: (the name of a model's copy, its adapters), where it depends on those
 _CONTAINERS = (list, tuple, dict, set, collections.deque)
 MOST_SEARCHED = 100_000  # objects
 

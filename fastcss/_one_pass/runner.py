@@ -16,7 +16,8 @@ from .call_arguments import check_per_adapter, check_route, check_task_dim
 from .cuda_graphs import Captures
 from .engine import Engine
 from .inputs_outputs import Inputs
-from .model_copy import StandIn
+from .model_copy import ModelCopy
+from .passes import Passes
 from .read_adapters import Adapters, check_global_hooks, read_peft
 from .read_folders import fitted_again, read_directories
 
@@ -151,18 +152,18 @@ class OnePass(nn.Module):
 
     def _take(self, base: nn.Module, adapters: Adapters) -> None:
         inside = set(base.modules())
-        stand_in = StandIn(base, adapters, [module for module in self.model.modules() if module not in inside])
-        fuse = stand_in.device.type == "cpu" if self._fuse is None else self._fuse
+        model_copy = ModelCopy(base, adapters, [module for module in self.model.modules() if module not in inside])
+        fuse = model_copy.device.type == "cpu" if self._fuse is None else self._fuse
         # Linear layers are seen to already: by the adapted layers, and by the task rules.
-        self.fusion: Fusion | None = fuse_modules(stand_in.model, linears=False) if fuse else None
+        self.fusion: Fusion | None = fuse_modules(model_copy.model, linears=False) if fuse else None
         self.adapters = adapters.names
         self._engine = Engine(self._asked)
-        self._stand_in = stand_in
+        self._model_copy, self._passes = model_copy, Passes(model_copy)
 
     def _follow(self) -> None:
-        """Let the stand-in be what the model is now."""
+        """Let the copy be what the model is now."""
         check_global_hooks()
-        if self._stand_in.follow():
+        if self._model_copy.follow():
             return
         base, adapters = self._read()
         if adapters.names != self.adapters:
@@ -189,13 +190,13 @@ class OnePass(nn.Module):
         return self._asked, self.group_size, self._fuse, self.task_dim
 
     def __repr__(self) -> str:
-        model = type(self._stand_in.model).__name__
+        model = type(self._model_copy.model).__name__
         return f"OnePass({model}, adapters={list(self.adapters)}, engine={self.engine!r})"
 
     @property
     def engine(self) -> str:
         """The engine that runs the model in its present mode, "vmap" or "replay"."""
-        return self._engine.name(self._stand_in.training)
+        return self._engine.name(self._model_copy.training)
 
     def forward(
         self,
@@ -246,18 +247,18 @@ class OnePass(nn.Module):
         if per_adapter:
             kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
         self._warn_of_untrained(tasks)
-        captured = self._captures.find(tasks, self._stand_in, args, kwargs)
+        captured = self._captures.find(tasks, self._model_copy, args, kwargs)
         return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
 
     def _routed(self, route: Tensor, inputs: Inputs, per_sample: Sequence[str] | None):
-        stand_in = self._stand_in
+        passes = self._passes
         if not len(route):
-            return stand_in.bare(inputs)
-        samples, axes = stand_in.samples(inputs, len(route), per_sample)
-        in_turn = functools.partial(stand_in.routed_in_turn, route, samples, axes)
+            return passes.bare(inputs)
+        samples, axes = passes.samples(inputs, len(route), per_sample)
+        in_turn = functools.partial(passes.routed_in_turn, route, samples, axes)
         stacked = samples.stacked()
-        vmap = stacked and functools.partial(stand_in.routed, route, samples, axes, stacked)
-        return self._engine.run(stand_in, inputs, vmap, in_turn, len(route))
+        vmap = stacked and functools.partial(passes.routed, route, samples, axes, stacked)
+        return self._engine.run(self._model_copy, inputs, vmap, in_turn, len(route))
 
     def capture(
         self,
@@ -289,24 +290,24 @@ class OnePass(nn.Module):
         if per_adapter:
             kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
         call = functools.partial(self._all_tasks, tasks)
-        self._captures.add(tasks, self._stand_in, call, fixed, args, kwargs)
+        self._captures.add(tasks, self._model_copy, call, fixed, args, kwargs)
 
     def _all_tasks(self, tasks: tuple[int, ...], *args, per_adapter: dict[str, Tensor] | None = None, **kwargs):
         inputs = Inputs(args, kwargs, per_adapter or {})
-        stand_in, size = self._stand_in, self.group_size
+        passes, size = self._passes, self.group_size
         output = self._engine.run(
-            stand_in,
+            self._model_copy,
             inputs,
-            lambda: stand_in.side_by_side(tasks, size, inputs),
-            lambda: stand_in.in_turn(tasks, inputs),
+            lambda: passes.side_by_side(tasks, size, inputs),
+            lambda: passes.in_turn(tasks, inputs),
             len(tasks),
         )
         return output if self.task_dim == 0 else pytree.tree_map(_task_axis_second, output)
 
     def _warn_of_untrained(self, tasks: Sequence[int]) -> None:
-        if self._has_warned or not self._stand_in.training or not torch.is_grad_enabled():
+        if self._has_warned or not self._model_copy.training or not torch.is_grad_enabled():
             return
-        untrained = [self.adapters[t] for t in self._stand_in.untrained(tasks)]
+        untrained = [self.adapters[t] for t in self._model_copy.untrained(tasks)]
         if untrained:
             self._has_warned = True
             warnings.warn(

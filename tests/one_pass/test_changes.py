@@ -285,15 +285,15 @@ def test_what_changes_the_tasks_is_refused_with_the_remedy(what):
 
 @torch.no_grad()
 def test_set_adapter_changes_nothing():
-    """What PEFT's loop does between calls costs no new stand-in."""
+    """What PEFT's loop does between calls costs no new copy."""
     model, given = build_adapted(vit), inputs(vit)
     runner = fastcss.one_pass(model)
-    stand_in = runner._stand_in
+    model_copy = runner._model_copy
     for _ in range(2):
         assert_equal(runner(**given), loop(model, given))
         model.train()
         model.eval()
-    assert runner._stand_in is stand_in
+    assert runner._model_copy is model_copy
 
 
 def test_one_warning_names_the_adapters_that_do_not_train():

@@ -62,8 +62,8 @@ def test_a_runner_is_a_module_with_the_model_in_it():
     assert list(runner.state_dict()) == [f"model.{name}" for name in model.state_dict()]
     runner.train()
     assert model.training
-    assert runner._stand_in.follow()
-    assert runner._stand_in.training
+    assert runner._model_copy.follow()
+    assert runner._model_copy.training
     runner.eval().to(torch.float64)
     given = {name: t.double() for name, t in inputs(vit).items()}
     with torch.no_grad():

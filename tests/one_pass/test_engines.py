@@ -63,19 +63,19 @@ def test_groups_share_the_prefix():
 @torch.no_grad()
 def test_the_runner_chooses_how_many_tasks_run_side_by_side(monkeypatch):
     """The first call runs one task alone to measure it; no group's widest tensor may pass the limit then."""
-    from fastcss._one_pass import group_size, model_copy
+    from fastcss._one_pass import group_size, passes
 
     model, given = build_adapted(vit), inputs(vit)
     assert group_size.group_size(6, 28 << 20) in (2, 6)  # which one is the C library's doing
     assert group_size.group_size(6, 0) == 6
     assert group_size.group_size(6, 1 << 40) == 1
-    groups, run = [], model_copy.StandIn._group
+    groups, run = [], passes.Passes._group
 
     def record(self, group, *rest):
         groups.append(group)
         return run(self, group, *rest)
 
-    monkeypatch.setattr(model_copy.StandIn, "_group", record)
+    monkeypatch.setattr(passes.Passes, "_group", record)
     widest = 17 * 64 * 4  # the MLP's hidden activations: tokens × width × bytes
     for limit, expected in ((10**9, [(0,), (1, 2), (0, 1, 2)]), (2 * widest, [(0,), (1, 2), (0, 1), (2,)])):
         monkeypatch.setattr(group_size, "WIDEST_MAPPED", limit)

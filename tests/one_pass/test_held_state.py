@@ -74,13 +74,13 @@ def test_what_modules_hold_is_followed(what):
 
 @pytest.mark.parametrize("build", [vit, clip_text, regnet])
 @torch.no_grad()
-def test_a_loop_over_the_adapters_wants_no_new_stand_in(build):
+def test_a_loop_over_the_adapters_wants_no_new_copy(build):
     model, given = build_adapted(build), inputs(build)
     runner = fastcss.one_pass(model)
-    stand_in = runner._stand_in
+    model_copy = runner._model_copy
     assert_equal(runner(**given), loop(model, given))
     assert_equal(runner(**given), loop(model, given))
-    assert runner._stand_in is stand_in
+    assert runner._model_copy is model_copy
 
 
 def through_a_closure(options):

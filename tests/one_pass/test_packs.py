@@ -68,7 +68,7 @@ def kept_bytes(runner) -> int:
         elif hasattr(value, "__dataclass_fields__"):
             [visit(part) for part in vars(value).values()]
 
-    for layer in runner._stand_in._layers:
+    for layer in runner._model_copy._layers:
         visit([pack for pack, _ in layer._packs.values()])
     return sum(found.values())
 
@@ -169,7 +169,7 @@ def test_a_thread_sees_a_change_that_another_has_just_found(monkeypatch):
     torch.manual_seed(0)
     model, x = adapt(nn.Sequential(nn.Linear(8, 4)), {"r": 2, "target_modules": ["0"]}), torch.randn(2, 8)
     runner = fastcss.one_pass(model)
-    (layer,) = runner._stand_in._layers
+    (layer,) = runner._model_copy._layers
     with torch.no_grad():
         runner(x)
         next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(3)

@@ -113,7 +113,7 @@ def test_gradients_are_switched_off_in_every_run():
     model, x = beside(call), torch.rand(3, 4, requires_grad=True)
     seen = []
     runner = fastcss.one_pass(model, engine="replay")
-    runner._stand_in.model.get_submodule("").call = lambda x: seen.append(call(x)) or seen[-1]
+    runner._model_copy.model.get_submodule("").call = lambda x: seen.append(call(x)) or seen[-1]
     runner(x)
     assert [t.requires_grad for t in seen] == [False] * 3
 

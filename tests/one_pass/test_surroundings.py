@@ -203,13 +203,13 @@ def test_changes_inside_of_attributes_are_seen(change):
     assert_as_peft(runner, model, x)
 
 
-def test_an_unchanged_model_keeps_its_stand_in():
+def test_an_unchanged_model_keeps_its_copy():
     model, given = build_adapted(vit), inputs(vit)
     runner = fastcss.one_pass(model)
-    stand_in = runner._stand_in
+    model_copy = runner._model_copy
     loop(model, given)
     runner(**given)
-    assert runner._stand_in is stand_in
+    assert runner._model_copy is model_copy
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])

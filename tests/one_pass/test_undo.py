@@ -81,7 +81,7 @@ def test_a_failed_run_is_undone(calls_before, how):
     for _ in range(calls_before):
         runner(x, "quiet")
     assert runner.engine == "vmap"
-    ours = runner._stand_in.model  # Python state is the copy's
+    ours = runner._model_copy.model  # Python state is the copy's
     ours.bound = model.get_base_model().bound = splitting_bound(model, x)
     other = copy.deepcopy(model)
     theirs = other.get_base_model()
@@ -100,7 +100,7 @@ def test_what_cannot_be_undone_is_refused():
     model, x = counts()
     runner = fastcss.one_pass(model, group_size=3)
     runner(x, "quiet")
-    runner._stand_in.model.bound = splitting_bound(model, x)
+    runner._model_copy.model.bound = splitting_bound(model, x)
     with pytest.raises(RuntimeError, match=r"of the model or an input, \[2, 4\], which cannot be put back.*replay"):
         runner(x, "unseen")
 
