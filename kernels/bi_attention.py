@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch.private_apis import gpu_architecture
 from .._schema import LIBRARY
 from .affinity_tiles import MULTIPROCESSORS
 from .bi_attention_device import BOUND, bounded, combine_kernel, load_read, load_rows, peak_of, place_of, products
@@ -137,7 +138,7 @@ def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[s
         r, k, warps, stages, chunk = 64, 32, 8, 2, 0
     elif few <= 64:  # two programs a multiprocessor
         r, k, warps, stages, chunk = 32, 32, 4, 3, 0
-    elif triton.runtime.driver.active.get_current_target().arch < 100:
+    elif gpu_architecture() < 100:
         r, k, warps, stages, chunk = 128, 64, 8, 2, 0
     else:  # Blackwell keeps the accumulator elsewhere, and passes it through registers to scale it
         r, k, warps, stages, chunk = 128, 32, 8, 3, 0

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._dispatch.private_apis import gpu_architecture
 from .._schema import LIBRARY
 from .multi_lora_device import expand_kernel, fused_kernel, shrink_kernel
 from .tuned import tuned
@@ -82,7 +83,7 @@ def _tile(m: int, n: int, k: int, r: int, warps: int, stages: int) -> dict[str, 
 
 def _operands_stay_in_shared_memory() -> bool:
     """Hopper and data-centre Blackwell read operands from shared memory, which leaves registers for 256 columns."""
-    return not triton.knobs.runtime.interpret and 90 <= triton.runtime.driver.active.get_current_target().arch < 120
+    return not triton.knobs.runtime.interpret and 90 <= gpu_architecture() < 120
 
 
 @tuned("BLOCK_M", "BLOCK_N", "BLOCK_K")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import triton
 
+from .._dispatch.private_apis import gpu_architecture
 from .tuned_tiles import TILES
 
 #: "<file>.<function>" of a choice of tiles → the sizes that may be others, for the same results but for rounding.
@@ -37,7 +38,7 @@ def tuned(*free: str) -> Callable:
 def _table() -> dict[str, dict] | None:
     if not TILES or triton.knobs.runtime.interpret:
         return None
-    return TILES.get(triton.runtime.driver.active.get_current_target().arch)
+    return TILES.get(gpu_architecture())
 
 
 def size_class(name: str, sizes: tuple) -> str:

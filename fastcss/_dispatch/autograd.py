@@ -13,18 +13,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import (
-    _any_requires_grad,
-    _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
-    _get_tracing_state,
-)
-from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 
 from .._schema import COMPILED, LIBRARY
+from .private_apis import (
+    BelowAutograd,
+    SingleLevelFunction,
+    after_autograd_keyset,
+    any_requires_grad,
+    enable_single_level_autograd_function,
+    forward_mode,
+    forward_mode_enabled,
+    get_unwrapped,
+    is_wrapped,
+    tracing_state,
+    transforms_are_active,
+)
 
 
 class Kernels:
@@ -76,23 +80,13 @@ def kernels(name: str) -> dict[str, Callable]:
     return {impl: getattr(getattr(torch.ops.fastcss, name), impl) for impl in COMPILED}
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives (``torch.func.jvp``, ``forward_ad.dual_level``) are being taken."""
-    return forward_ad._current_level >= 0
-
-
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler: the transforms within a
-# compiled function are entered while it is traced, and torch guards those around it.
-forward_mode._dynamo_marked_constant = True
-
-
 def _call(op: Callable, function: type[torch.autograd.Function], impl: str) -> Callable:
     def call(*arguments):
-        if is_compiling() or _are_functorch_transforms_active() or _get_tracing_state() is not None:
+        if is_compiling() or transforms_are_active() or tracing_state() is not None:
             return op(*arguments)
-        if (is_grad_enabled() and _any_requires_grad(*arguments)) or forward_ad._current_level >= 0:
+        if (is_grad_enabled() and any_requires_grad(*arguments)) or forward_mode():
             return function.apply(*arguments, impl)
-        with _AutoDispatchBelowAutograd():
+        with BelowAutograd():
             return op(*arguments)
 
     return call
@@ -101,12 +95,12 @@ def _call(op: Callable, function: type[torch.autograd.Function], impl: str) -> C
 def _at_autograd_key(op: Callable, function: type[torch.autograd.Function], impl: str) -> Callable:
     # Of torch.func's levels the dispatcher gives one at a time; the outer ones come by when `beneath` goes on to them.
     methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
-    one_level = type(function.__name__, (_SingleLevelFunction,), methods)
+    one_level = type(function.__name__, (SingleLevelFunction,), methods)
 
     def kernel(keyset, *arguments):
-        if not (is_grad_enabled() and _any_requires_grad(*arguments)) and forward_ad._current_level < 0:
-            with _AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        if not (is_grad_enabled() and any_requires_grad(*arguments)) and not forward_mode():
+            with BelowAutograd():
+                return op.redispatch(keyset & after_autograd_keyset, *arguments)
         with enable_single_level_autograd_function():
             return one_level.apply(*arguments, impl)
 
@@ -115,11 +109,11 @@ def _at_autograd_key(op: Callable, function: type[torch.autograd.Function], impl
 
 def _beneath(op: Callable) -> Callable:
     def beneath(*arguments):
-        if not _are_functorch_transforms_active():
-            with _AutoDispatchBelowAutograd():
+        if not transforms_are_active():
+            with BelowAutograd():
                 return op(*arguments)
         # A Function turns both modes off for its forward pass, where torch.func's outer levels have yet to record it.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+        with torch.enable_grad(), forward_mode_enabled(True), BelowAutograd():
             return op(*arguments)
 
     return beneath
@@ -144,8 +138,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def _requires_grad(tensor: Tensor) -> bool:
     """Also of a tensor mapped by torch.vmap, whose wrapper says no where what it wraps says yes."""
     if not is_compiling():
-        while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        while not tensor.requires_grad and is_wrapped(tensor):
+            tensor = get_unwrapped(tensor)
     return tensor.requires_grad
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import nvrtc
-from .autograd import forward_mode
+from .private_apis import forward_mode, registrations
 
 IMPLEMENTATIONS = ("reference", "composed", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,7 +79,7 @@ UNAVAILABLE["triton"] = _probe_triton()
 
 def _kernels(impl: str, key: str) -> frozenset[str]:
     start, end = "fastcss::", f".{impl}"
-    names = torch._C._dispatch_get_registrations_for_dispatch_key(key)
+    names = registrations(key)
     return frozenset(n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end))
 
 

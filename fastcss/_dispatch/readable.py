@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MODES = torch._C._TorchDispatchModeKey
+from .private_apis import DispatchModeKey, dispatch_mode, is_wrapped
 
 
 def readable(tensor: Tensor) -> bool:
@@ -14,7 +14,7 @@ def readable(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and tensor.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and torch._C._get_dispatch_mode(_MODES.PROXY) is None  # of make_fx, and with it of torch.func.linearize
-        and torch._C._get_dispatch_mode(_MODES.FAKE) is None
+        and not is_wrapped(tensor)
+        and dispatch_mode(DispatchModeKey.PROXY) is None  # of make_fx, and with it of torch.func.linearize
+        and dispatch_mode(DispatchModeKey.FAKE) is None
     )

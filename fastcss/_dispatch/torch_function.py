@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.overrides import handle_torch_function
 
+from .private_apis import function_mode_is_enabled, function_modes
+
 
 def one_call(op: Callable) -> Callable:
     """``op`` as torch's own functions are: a mode gets it whole, with its arguments."""
@@ -24,5 +26,5 @@ def one_call(op: Callable) -> Callable:
 def _watched() -> bool:
     # Of the two questions torch 2.10 can compile only the second.
     if not torch.compiler.is_compiling():
-        return torch._C._is_torch_function_mode_enabled()
-    return torch._C._len_torch_function_stack() > 0
+        return function_mode_is_enabled()
+    return function_modes() > 0

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 
 from .._dispatch import backends
-from .._dispatch.autograd import forward_mode
+from .._dispatch.private_apis import forward_mode, tracing_state
 from .._ops.multi_lora import multi_lora
 from ..packed_lora import PackedLora
 from .fused_module import Fused
@@ -50,7 +50,7 @@ def _own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.dim() == 2
         and math.prod(x.shape[:-1]) >= FEWEST_ROWS
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_tracing_state() is None  # torch.jit.trace records torch's own calls
+        and tracing_state() is None  # torch.jit.trace records torch's own calls
         and not forward_mode()  # torch's linear has tangents
         and backends.why_not("cpu", x) is None
     )

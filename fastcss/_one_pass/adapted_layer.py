@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._dispatch.private_apis import DisableTorchFunction
 from .kept_values import mark
 from .read_adapters import LoraWeights
 from .undo import Undo
@@ -92,7 +93,7 @@ class Adapted(nn.Module):
                 "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the "
                 "backward pass; use the model's own gradient_checkpointing_enable(), or none"
             )
-        with torch._C.DisableTorchFunction():  # the task rules are for the model's own calls
+        with DisableTorchFunction():  # the task rules are for the model's own calls
             if slots.axis is not None:
                 return on_physical_tensors(self._fold, x, slots.axis)
             y = (self.shared(x, slots.tasks) if self._covered(slots.tasks) else self.base(x[None]))[0]

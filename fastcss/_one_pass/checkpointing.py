@@ -7,17 +7,16 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .._dispatch.private_apis import CHECKPOINT_FUNCTION
 from .adapted_layer import Slots
-
-ATTRIBUTE = "_gradient_checkpointing_func"  # where transformers keeps torch's checkpoint, in each module that uses it
 
 
 def bind_checkpoints(model: nn.Module, slots: Slots) -> None:
     """Let the modules of ``model`` compute in the backward pass what they computed in the forward pass."""
     for module in model.modules():
-        checkpoint = vars(module).get(ATTRIBUTE)
+        checkpoint = vars(module).get(CHECKPOINT_FUNCTION)
         if checkpoint is not None and not isinstance(checkpoint, _Bound):
-            vars(module)[ATTRIBUTE] = _Bound(checkpoint, slots)
+            vars(module)[CHECKPOINT_FUNCTION] = _Bound(checkpoint, slots)
 
 
 class _Bound:

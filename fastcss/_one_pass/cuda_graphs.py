@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._dispatch.private_apis import pytree
 from .model_copy import ModelCopy
 from .shared_work import SharedWork, version
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator
 
 import torch
+
+from .._dispatch.private_apis import dynamo_is_loaded
 
 _lock = threading.Lock()
 _inside = 0  # runs under way, in all threads: torch has one stance for them
@@ -17,7 +18,7 @@ _stance = None
 @contextlib.contextmanager
 def eager_parts() -> Iterator[None]:
     """Dynamo would trace the modes along with the model's code, which it cannot, or would freeze what they remember."""
-    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+    if not dynamo_is_loaded() or torch.compiler.is_compiling():
         yield
         return
     _enter()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from .._dispatch.private_apis import pytree
 
 _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._dispatch.private_apis import TorchDispatchMode, pytree
 
 # Ops with torch's tag for drawing that draw only where their plain arguments (dropout_p, training) ask for it.
 _BY_ARGUMENT = (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._dispatch.private_apis import compiled_from
 from .._fuse.fused_module import HOOKS, original_class
-from .structural_copy import is_compiled
 
 # Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
@@ -89,7 +89,7 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
             "one_pass: a PEFT model needs the package peft; one_pass.from_directories does not"
         ) from error
 
-    model = model._orig_mod if is_compiled(model) else model
+    model = compiled_from(model) or model
     configs = getattr(model, "peft_config", {})
     for adapter, config in configs.items():
         kind = getattr(config.peft_type, "value", config.peft_type)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .._dispatch.private_apis import pytree
 from .._fuse.fusion import Fusion, fuse_modules
 from .call_arguments import check_per_adapter, check_route, check_task_dim
 from .cuda_graphs import Captures

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .._dispatch.private_apis import pytree
 from .inputs_outputs import Inputs, Output
 
 # Relative to the largest value of an output: a sample alone and in its batch differ by rounding, most of it at least.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from .._dispatch.private_apis import any_autocast_is_enabled, pytree
 from .random_draws import draws
 from .vmap_rules import is_mapped
 
@@ -113,7 +113,7 @@ def _surroundings() -> tuple:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),
-        torch._C._is_any_autocast_enabled()
+        any_autocast_is_enabled()
         and tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _DEVICES),
     )
 

@@ -12,7 +12,6 @@ import copy
 import enum
 import functools
 import operator
-import sys
 import types
 import weakref
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._dispatch.private_apis import compiled_from
 from .._fuse.fused_module import Fused
 
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque, dict, collections.OrderedDict, collections.defaultdict)
@@ -92,9 +92,10 @@ class StructuralCopy:
         def begin(module: nn.Module) -> None:
             if id(module) in self._references:
                 return
-            if is_compiled(module):  # one pass runs what it is compiled from
-                begin(module._orig_mod)
-                self.replace(module, self._references[id(module._orig_mod)])
+            original = compiled_from(module)
+            if original is not None:
+                begin(original)
+                self.replace(module, self._references[id(original)])
                 return
             if isinstance(module, torch.jit.ScriptModule):
                 self.replace(module, module)  # its code is not Python's, and it holds no adapters
@@ -248,12 +249,6 @@ def holds_hooks(name: str, value: object) -> bool:
 def is_configuration(value: object) -> bool:
     """transformers' configuration: what is set in the model's is read by the copy."""
     return any(cls.__name__ in ("PretrainedConfig", "PreTrainedConfig") for cls in type(value).__mro__)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """``torch.compile(module)``; the class is looked up only where it has been loaded."""
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    return eval_frame is not None and isinstance(module, eval_frame.OptimizedModule)
 
 
 def _has_own_copy(module: nn.Module) -> bool:

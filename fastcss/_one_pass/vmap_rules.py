@@ -15,12 +15,19 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from .._dispatch.private_apis import (
+    HigherOrderOperator,
+    beneath_transform,
+    get_unwrapped,
+    has_alias,
+    is_vmapped,
+    pytree,
+    vmap_level,
+    with_vmap_axis,
+    without_vmap_axis,
+)
 from .._fuse.linear import linear
 from .kept_values import Mapped, OneTask
 
@@ -31,7 +38,7 @@ class Disagreement(RuntimeError):
 
 def is_mapped(value: object) -> bool:
     """``value`` is a tensor with a hidden axis of ``torch.vmap``."""
-    return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
+    return isinstance(value, Tensor) and is_vmapped(value)
 
 
 def on_physical_tensors(call: Callable, *tensors: Tensor | None) -> Tensor:
@@ -39,27 +46,27 @@ def on_physical_tensors(call: Callable, *tensors: Tensor | None) -> Tensor:
 
     ``dims`` has one entry a tensor, None where it is not mapped. At least one must be. Differentiable through ``call``.
     """
-    layer = _functorch.peek_interpreter_stack()
-    if layer is None or layer.key() != _functorch.TransformType.Vmap:
+    level = vmap_level()
+    if level is None:
         raise NotImplementedError(
             "one_pass: the model differentiates in its own forward pass (torch.func), which does not run under vmap"
         )
     # What torch does for the vmap method of an autograd.Function, in a tenth of its time.
-    physical = [(t, None) if t is None else _functorch._unwrap_batched(t, layer.level()) for t in tensors]
+    physical = [(t, None) if t is None else without_vmap_axis(t, level) for t in tensors]
     values, dims = zip(*physical, strict=True)
     mapped = next(((value, dim) for value, dim in physical if dim is not None), None)
-    with temporarily_pop_interpreter_stack():
+    with beneath_transform():
         if mapped is None:  # mapped by a vmap around the runner alone
             return on_physical_tensors(call, *tensors)
         value, dim = mapped
         result, dim = call(value.shape[dim], dims, *values)
-    return _with_axis(result, dim, layer.level())
+    return _with_axis(result, dim, level)
 
 
 def _with_axis(result: Tensor | tuple, dim: int | tuple | None, level: int) -> Tensor | tuple:
     if isinstance(result, tuple):
         return tuple(_with_axis(each, d, level) for each, d in zip(result, dim, strict=True))
-    return result if dim is None else _functorch._add_batch_dim(result, dim, level)
+    return result if dim is None else with_vmap_axis(result, dim, level)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -134,7 +141,7 @@ def _agreed(function: Callable) -> Callable:
         if tensor.numel() != 1:
             function(torch.empty(tensor.shape, dtype=tensor.dtype), *args)  # raises as torch does
         while is_mapped(tensor):
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+            tensor = get_unwrapped(tensor)
         values = tensor.detach().flatten().tolist()
         first = values[0]
         if any(v != first and not (math.isnan(v) and math.isnan(first)) for v in values[1:]):
@@ -155,11 +162,6 @@ def _writes(func: Callable) -> bool:
 def _give_axis(target: Tensor, mapped: Tensor) -> Tensor:
     """A copy of ``target`` for each task."""
     return on_physical_tensors(lambda size, dims, t, _: (t.expand(size, *t.shape).clone(), 0), target, mapped)
-
-
-def _has_alias(tensor: Tensor) -> bool:
-    # One count is the tensor's own, the other that of the storage object asked for here.
-    return tensor._is_view() or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
 
 
 _READERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, torch.is_nonzero)
@@ -236,7 +238,7 @@ class TaskRules(TorchFunctionMode):
             )
 
     def _write(self, func: Callable, mapped: Tensor, target: Tensor, *args, **kwargs) -> Tensor | None:
-        if id(target) in self._owned or _has_alias(target):
+        if id(target) in self._owned or has_alias(target):
             raise Disagreement(
                 f"the model writes a value that differs between the tasks into a tensor they share ({func.__name__})"
             )

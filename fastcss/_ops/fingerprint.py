@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import backends
+from .._dispatch.private_apis import DisableTorchFunction
 from .._schema import COMPILED  # noqa: F401  defines the op
 
 _CHUNK = 1 << 16  # elements hashed at a time where torch's own calls do it, which need 16 bytes for each
@@ -47,7 +48,7 @@ class Contents:
 
 def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
     """int64 [n] on the CPU: a hash of each tensor's shape, dtype and bytes."""
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with torch.no_grad(), DisableTorchFunction():
         if backends.UNAVAILABLE["cpu"] is None and all(t.device.type == "cpu" for t in tensors):
             return torch.ops.fastcss.fingerprint.cpu(tensors)
         return torch.stack([_by_torch(t).cpu() for t in tensors])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._dispatch.autograd import needs_grad
+from .._dispatch.private_apis import is_wrapped
 
 # Elements of the map that exist at a time: with their temporaries they stay in the second-level cache of a CPU, and
 # keep a GPU busy.
@@ -26,8 +27,7 @@ def row_chunks(
     size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * (columns or n)))
     # torch.func knows no checkpoints: there the chunks are kept.
     again = needs_grad(*rows, *whole) and (
-        torch.compiler.is_compiling()
-        or not any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in (*rows, *whole))
+        torch.compiler.is_compiling() or not any(is_wrapped(tensor) for tensor in (*rows, *whole))
     )
     pieces = (tensor.split(size, dim=1) for tensor in rows)  # the gradient of a slice would be as large as its tensor
     for piece in zip(*pieces, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._dispatch.autograd import forward_mode
+from .._dispatch.private_apis import forward_mode, is_wrapped
 
 
 def window_attention(
@@ -51,10 +51,7 @@ def window_attention(
 def _kernels(*tensors: Tensor) -> AbstractContextManager:
     """Under torch.func torch's kernels do not see that a bias needs its gradient, and they have no tangents; what is
     composed has both."""
-    mapped = forward_mode() or (
-        not torch.compiler.is_compiling()
-        and any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
-    )
+    mapped = forward_mode() or (not torch.compiler.is_compiling() and any(is_wrapped(tensor) for tensor in tensors))
     return sdpa_kernel(SDPBackend.MATH) if mapped else nullcontext()
 
 
