@@ -14,6 +14,7 @@ from rich.console import Console
 from fastcss._malloc import tune_malloc
 
 from . import compare, harness, measure, registry, report
+from .cases import MODES, OURS, Case
 
 #: On each provider of a case, on average: all cases take less than twenty minutes of two cores. With AVX2 only that is
 #: so when torch.compile has its results in its caches; else it takes four more.
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(
-    points: Sequence[tuple[registry.Case, str]], options: argparse.Namespace, out: Path | None, console: Console
+    points: Sequence[tuple[Case, str]], options: argparse.Namespace, out: Path | None, console: Console
 ) -> list[dict]:
     """The rows of each case and mode, shown and written as they come."""
     rows = []
@@ -83,11 +84,11 @@ def _run(
 
 def _right(rows: Sequence[dict]) -> bool:
     """Whether fastcss ran and was verified wherever any provider ran; ``rows`` are of one run."""
-    ours = [row for row in rows if row["provider"] == registry.OURS]
+    ours = [row for row in rows if row["provider"] == OURS]
     return all(row["verified"] for row in ours) and len(ours) == len({(row["case"], row["mode"]) for row in rows})
 
 
-def _old_rows(options: argparse.Namespace, cases: Sequence[registry.Case]) -> list[dict]:
+def _old_rows(options: argparse.Namespace, cases: Sequence[Case]) -> list[dict]:
     """Of the file to compare with, read before a run that may write it: what this run is to measure anew.
 
     Raises:
@@ -106,7 +107,7 @@ def _old_rows(options: argparse.Namespace, cases: Sequence[registry.Case]) -> li
         and options.mode in (None, row["mode"])
         and row["case"].endswith("-quick") == options.quick
     ]
-    if not any(row["provider"] == registry.OURS and row["verified"] for row in found):
+    if not any(row["provider"] == OURS and row["verified"] for row in found):
         wanted = ", ".join(f"{name} {value!r}" for name, value in here.items())
         raise ValueError(f"--compare: {options.compare} has no rows of these cases with {wanted}")
     return found
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("op", nargs="*", help="ops to run (default: all)")
     parser.add_argument("--case", action="append", default=[], help="run the cases whose name starts so; repeatable")
-    parser.add_argument("--mode", choices=registry.MODES, help="bwd is forward and backward (default: every mode)")
+    parser.add_argument("--mode", choices=MODES, help="bwd is forward and backward (default: every mode)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, for what is right, not for what is fast")
     parser.add_argument(

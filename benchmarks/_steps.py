@@ -13,7 +13,7 @@ from fastcss._dispatch import backends
 from fastcss._one_pass.shared_work import SharedWork
 
 from . import measure
-from .registry import Step
+from .cases import Step
 
 Forward = Callable[..., Sequence[Tensor]]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcss.ops import affinity_attention
 
 from . import _affinity, _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, and the means
 # of 4096 features of either sign are small beside the rounded terms.

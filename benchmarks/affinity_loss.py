@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastcss.ops import affinity_loss
 
 from . import _affinity, _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of up to 16,384² terms. bfloat16: the logits, rounded to its 8
 # bits where the map is in memory, and the gradients.

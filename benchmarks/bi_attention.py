@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastcss.ops import bi_attention
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: means of 17,821 rounded terms. bfloat16: its 8 bits of the logits, which are
 # up to 10 below the largest, and of the attention where it is in memory. The gradients of the model's own code are

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcss.nn import ClassAwareAffinity
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Relative to the largest expected value. float32: some twenty layers of sums of up to 4096 rounded products.
 # bfloat16: its 8 bits in each of these layers.

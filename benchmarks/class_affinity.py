@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcss.ops import class_affinity
 
 from . import _affinity, _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of 4096 and 16384 rounded products. bfloat16: the class logits,
 # about 1, are rounded to its 8 bits more than once.

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcss.ops import class_centers
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, also of the
 # softmaxed map where it is in memory.

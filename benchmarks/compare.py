@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import report
-from .registry import OURS
+from .cases import OURS
 from .report import MACHINE, POINT
 
 #: Of what no run shows of itself, see ``compare``.

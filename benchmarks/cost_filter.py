@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastcss.ops import cost_filter, pack_text, top_classes
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: products of 512 rounded terms, sums of 576 in the gradients. bfloat16: its 8
 # bits, in the rows of length one and in the cost.

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _steps
+from .cases import Case, Problem, Step
 from .merge_masks import differing
-from .registry import Case, Problem, Step
 
 TASKS, CLASSES, PHRASES = 6, 3, 31
 TOLERANCE = 1e-4  # of the pixels: the specification's 99.99%

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .cases import Case, Problem, Step
 from .decouplecss import TINY, random_model
-from .registry import Case, Problem, Step
 
 if TYPE_CHECKING:
     from fastcss.models.task_pictures import Batch

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcss.ops import deformable_attention
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: sums of some 1,300 rounded terms for each token of the smallest level.
 # bfloat16: its 8 bits of each of those terms where they are in memory, and of the sampled values and the attention.

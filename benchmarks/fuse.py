@@ -18,7 +18,7 @@ import fastcss
 from fastcss._fuse.fusion import fuse_modules
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value, which is the model's own in float64. float32: the specification's 1e-5. bfloat16: its 8
 # bits in each of some sixty layers.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import limits, measure
-from .registry import OURS, Case, Problem, Step
+from .cases import OURS, Case, Problem, Step
 
 ROOT = Path(__file__).parent.parent
 #: What a call may leave in the caches for the next one does not count beside this.

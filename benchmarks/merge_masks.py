@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastcss.ops import merge_masks
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 #: Share of pixels.
 TOLERANCE = 1e-4

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastcss
 
-from .registry import MODES, Case, Problem, Step
+from .cases import MODES, Case, Problem, Step
 
 # Relative to the largest expected value. float32: sums of up to 4096 rounded products. bfloat16: its 8 bits, and
 # merged weights are rounded once more than the layer itself.

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastcss
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Relative to the largest value. float32 is the specification's 1e-5; in bfloat16 the loop itself is off by this much
 # between batch sizes.

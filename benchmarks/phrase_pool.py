@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastcss.ops import phrase_pool
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: products of 256 rounded terms. bfloat16: its 8 bits, also of the cosines and
 # of the weights where they are in memory.

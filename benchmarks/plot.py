@@ -25,7 +25,7 @@ from PIL import Image
 from fastcss._files import whole_file
 
 from . import report
-from .registry import OURS
+from .cases import OURS
 
 RESULTS = Path(__file__).parent / "results"
 OUR_COLOR, PEER_COLOR = "#1b6ca8", "#b9c4cc"

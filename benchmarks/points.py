@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .registry import OURS
+from .cases import OURS
 
 NONE = "–"
 ALSO_OURS = ("fastcss", "fastcss-packed", "fastcss-unfused", "attention only")

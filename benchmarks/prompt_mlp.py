@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcss.ops import prompt_mlp
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: products of 512 and 1024 rounded terms. bfloat16: its 8 bits, also of the
 # hidden values where they are in memory.

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from fastcss._files import whole_file
 
+from .cases import OURS
 from .harness import Outcome
-from .registry import OURS
 
 MACHINE = ("device", "device_name", "malloc")
 #: Rows that agree in these are of one run's comparison. Newer ones take the place of all older ones, whose times are of

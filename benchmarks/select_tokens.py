@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastcss.ops import select_tokens
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: products of 256 rounded terms, means of some 450 cosines. bfloat16: its 8
 # bits, also of the rows of length one and of the cosines where they are in memory.

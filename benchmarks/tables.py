@@ -14,8 +14,8 @@ from pathlib import Path
 from fastcss._files import whole_file
 
 from . import report
+from .cases import OURS
 from .points import NONE, Point, finer, ratio, table
-from .registry import OURS
 
 ROOT = Path(__file__).parent.parent
 #: By their widest instructions, which the names of the rows' device have: the file's stem, and what a page calls it.

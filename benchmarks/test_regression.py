@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import harness, registry
+from benchmarks.cases import OURS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,12 +24,12 @@ def pytest_generate_tests(metafunc):
 def test_fastcss(benchmark, case, mode):
     torch.manual_seed(0)
     problem = case.build(DEVICE, mode)
-    ours = {registry.OURS: problem.providers[registry.OURS]}
+    ours = {OURS: problem.providers[OURS]}
     steps, _, remarks = harness.verify(ours, problem.expected(), problem)
     assert not remarks
 
     def step():
-        steps[registry.OURS]()
+        steps[OURS]()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastcss.ops import top_margin
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: sums of 150 rounded exponentials. bfloat16: its 8 bits, also of the whole
 # softmax where it is in memory, and the curvature's difference of such.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastcss.ops import topk_queries
 
 from . import _steps
-from .registry import Case, Problem, Step
+from .cases import Case, Problem, Step
 
 # Of the largest expected value. float32: products of 256 rounded terms. bfloat16: its 8 bits, in the scores.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}

@@ -24,6 +24,7 @@ from fastcss._dispatch import backends
 from fastcss._files import whole_file
 
 from . import harness, measure, registry
+from .cases import Case
 
 TABLE = harness.ROOT / "kernels" / "tuned_tiles.py"
 ROUNDS = 2
@@ -81,7 +82,7 @@ def alone_on_the_gpu(lock: Path) -> Iterator[None]:
 class Tuner:
     """Of one case, in its last mode: "bwd" is forward and backward."""
 
-    def __init__(self, case: registry.Case, lock: Path):
+    def __init__(self, case: Case, lock: Path):
         from fastcss.kernels.tuned_tiles import TILES
 
         torch.manual_seed(0)

@@ -13,8 +13,9 @@ import sys
 import torch
 
 from . import harness, registry
+from .cases import OURS, Case
 
-OURS = (registry.OURS, "composed", "triton", "cuda")
+OF_THE_PACKAGE = (OURS, "composed", "triton", "cuda")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,11 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         for mode in case.modes:
             for provider, remark in remarks(case, mode, options.device).items():
                 print(f"{case.name} {mode}: {provider}: {remark}", flush=True)
-                ours |= provider.removesuffix("+graph") in OURS
+                ours |= provider.removesuffix("+graph") in OF_THE_PACKAGE
     return 1 if ours else 0
 
 
-def remarks(case: registry.Case, mode: str, device: str) -> dict[str, str]:
+def remarks(case: Case, mode: str, device: str) -> dict[str, str]:
     """By provider, and on a GPU of each as a CUDA graph, too."""
     torch.manual_seed(0)
     torch.compiler.reset()

@@ -25,7 +25,7 @@ import fastcss
 from fastcss.ops import window_attention
 
 from . import _steps
-from .registry import Case, Problem, Step, largest_error
+from .cases import Case, Problem, Step, largest_error
 
 # Of the largest expected value. float32: sums of 49 rounded products, or of 768 before them. bfloat16: its 8 bits of
 # scores of up to 10, and of the attention where it is in memory.

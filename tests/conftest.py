@@ -31,7 +31,7 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before fastcss is imported: it decides there what is available
         _mend_triton_interpreter()
     else:
-        torch.backends.cudnn.allow_tf32 = False  # by default it is, and has 11 bits; see benchmarks/registry.py
+        torch.backends.cudnn.allow_tf32 = False  # by default it is, and has 11 bits; see benchmarks/cases.py
 
 
 def _mend_triton_interpreter() -> None:

@@ -27,6 +27,7 @@ from benchmarks import (
     top_margin,
     window_attention,
 )
+from benchmarks.cases import MODES
 from fastcss._dispatch import backends
 
 SELECTION = ("cost_filter", "phrase_pool", "select_tokens", "prompt_mlp", "merge_masks", "topk_queries", "top_margin")
@@ -187,7 +188,7 @@ def test_the_picture_of_decouplecss_shows_some_of_the_classes():
 def test_every_provider_of_the_quick_cases_is_right():
     pytest.importorskip("peft")
     cases = registry.all_cases("cpu", quick=True)
-    for case, mode in itertools.product(cases, registry.MODES):
+    for case, mode in itertools.product(cases, MODES):
         if mode not in case.modes:
             continue
         torch.manual_seed(0)
@@ -200,7 +201,7 @@ def test_every_provider_of_the_quick_cases_is_right():
 def test_the_selection_ops_tell_bfloat16_inputs_apart():
     """What a GPU will be given: indices and labels must not hang on rounding, in no provider."""
     cases = [case for case in registry.all_cases("cuda", quick=True) if case.op in SELECTION]
-    for case, mode in itertools.product(cases, registry.MODES):
+    for case, mode in itertools.product(cases, MODES):
         if mode not in case.modes:
             continue
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 
 from benchmarks import __main__ as command_line
 from benchmarks import compare, harness, limits, registry, report
+from benchmarks.cases import Case, Problem
 
 MEDIANS = {"fastcss": 10.0, "literal": 80.0, "compiled": 20.0}
 
@@ -172,11 +173,9 @@ def cases(monkeypatch):
 
     def build(device, mode):
         providers = {"fastcss": lambda: lambda: (x + x,), "double": lambda: lambda: (2 * x,)}
-        return registry.Problem(providers, lambda: (2 * x.double(),), 1e-6, flops=2e3, bytes=1e3)
+        return Problem(providers, lambda: (2 * x.double(),), 1e-6, flops=2e3, bytes=1e3)
 
-    found = [
-        registry.Case("toy", f"toy/{name}-quick", {}, torch.float32, build, (), ("fwd",)) for name in ("one", "two")
-    ]
+    found = [Case("toy", f"toy/{name}-quick", {}, torch.float32, build, (), ("fwd",)) for name in ("one", "two")]
     monkeypatch.setattr(registry, "all_cases", lambda device, quick: found)
     return found
 

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 
 from benchmarks import __main__ as command_line
 from benchmarks import harness, limits, measure, registry, report
+from benchmarks.cases import Case, Problem, largest_error
 
 FIELDS = {
     "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "calls", "peak_mib",
@@ -45,9 +46,9 @@ def case(monkeypatch):
     }
 
     def build(device, mode):
-        return registry.Problem(providers, lambda: (2 * x.double(),), 1e-6, flops=2e6, bytes=1e6)
+        return Problem(providers, lambda: (2 * x.double(),), 1e-6, flops=2e6, bytes=1e6)
 
-    return registry.Case("toy", "toy/sum", {"n": len(x)}, torch.float32, build, sources=())
+    return Case("toy", "toy/sum", {"n": len(x)}, torch.float32, build, sources=())
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ def test_a_provider_that_another_one_disturbs_is_refused():
 
     providers = {"disturbed": lambda: lambda: (torch.full((4,), float(state["factor"])),), "fastcss": lambda: careless}
     expected = torch.full((4,), 2.0, dtype=torch.float64)
-    case = registry.Case(
+    case = Case(
         "toy", "toy/state", {}, torch.float32, sources=(),
-        build=lambda device, mode: registry.Problem(providers, lambda: (expected,), 1e-6, flops=1, bytes=1),
+        build=lambda device, mode: Problem(providers, lambda: (expected,), 1e-6, flops=1, bytes=1),
     )  # fmt: skip
     outcome = harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0)
     assert {row["provider"]: row["verified"] for row in outcome.rows} == {"disturbed": False, "fastcss": True}
@@ -85,8 +86,8 @@ def test_a_provider_that_another_one_disturbs_is_refused():
 
 def test_whole_numbers_must_be_equal():
     index = torch.tensor([[700, 3]])
-    assert registry.largest_error((index,), (index.clone(),)) == 0
-    assert registry.largest_error((index,), (index + torch.tensor([0, 1]),)) == float("inf")
+    assert largest_error((index,), (index.clone(),)) == 0
+    assert largest_error((index,), (index + torch.tensor([0, 1]),)) == float("inf")
 
 
 def test_convolutions_are_of_full_precision_and_torch_still_exports():
@@ -217,9 +218,9 @@ def test_a_long_call_is_made_no_oftener_than_it_must_be(called, monkeypatch):
     names = ("oracle", "peer", "fastcss")
     notes = steps(oracle=110, peer=110, fastcss=1)
     step = {name: lambda name=name: (notes[name](), torch.ones(2**18))[1:] for name in names}
-    case = registry.Case(
+    case = Case(
         "toy", "toy/long", {}, torch.float32, sources=(),
-        build=lambda device, mode: registry.Problem(
+        build=lambda device, mode: Problem(
             {name: lambda name=name: step[name] for name in names}, step["oracle"], 1e-6, flops=1, bytes=1,
         ),
     )  # fmt: skip
