@@ -29,7 +29,8 @@ from rich.table import Table
 from fastcss._files import whole_file
 from fastcss.models.continual import begin, read_plan, train
 from fastcss.models.continual_plan import DEFAULTS, Plan
-from fastcss.models.decouplecss_folder import checkpoint_folders, read_metrics, read_settings
+from fastcss.models.decouplecss_folder import checkpoint_folders, read_settings
+from fastcss.models.metrics_file import read_metrics
 
 from . import harness
 

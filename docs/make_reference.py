@@ -37,7 +37,7 @@ BESIDES = {
         "continual_plan": ("Plan", "DEFAULTS"),
         "continual_watch": ("Watch",),
         "convert_sam": ("convert_sam",),
-        "decouplecss": ("Segmentation", "Phrases", "DecoupleCSS"),
+        "decouplecss": ("Segmentation", "DecoupleCSS"),
         "decouplecss_folder": ("save_base", "save_task", "load"),
         "decouplecss_training": ("Losses", "Recipe"),
         "grounding_dino": ("GroundingDinoEncoder",),
@@ -45,6 +45,7 @@ BESIDES = {
         "preprocessing": ("Picture", "preprocess"),
         "prompt_generator": ("PromptGenerator",),
         "sam": ("Masks", "SamSegmenter"),
+        "task": ("Phrases",),
     },
 }
 #: What the first page has from there is described there.

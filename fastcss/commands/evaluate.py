@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     import dataclasses
 
     from ..models.continual import load_run
-    from ..models.decouplecss_folder import read_metrics
+    from ..models.metrics_file import read_metrics
 
     model, plan = load_run(options.run_folder)
     given = {"test_scenes": options.test_scenes, "root": options.root}

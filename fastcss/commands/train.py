@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..models.continual import train
-    from ..models.decouplecss_folder import read_metrics
+    from ..models.metrics_file import read_metrics
 
     plan = _begun(options) if (options.out / "config.json").exists() else _begin(options)
     device = _device()

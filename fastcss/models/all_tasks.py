@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,22 +17,31 @@ from .phrase_features import phrase_features
 from .prompt_generator import pack
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from .class_detector import ClassDetector
-    from .decouplecss import DecoupleCSS
+    from .task import Task
 
 
 class AllTasks:
-    """Every task's part of a trained model, packed for one pass; made anew when a task is added or changed."""
+    """Every task's part of a trained model, packed for one pass; made anew when a task is added or changed.
 
-    def __init__(self, model: DecoupleCSS) -> None:
-        self._model, self._tasks = model, list(model.tasks)
-        detector: ClassDetector = model.detector.get_base_model()
+    Args:
+        detector: PEFT's model of a ``ClassDetector``, with an adapter of every task's name.
+        tasks: of which the classes are looked for, in this order.
+        select: what the detector says of tokens and classes → the tokens of each class, and its presence.
+    """
+
+    def __init__(
+        self, detector: PeftModel, tasks: Iterable[Task], select: Callable[[DetectedClasses], SelectedTokens]
+    ) -> None:
+        self._detector, self._tasks, self._select = detector, list(tasks), select
         self._contents = Contents(self._packed_tensors())
         self._devices = [tensor.device for tensor in self._contents.tensors]
         self._contents.changed()
         self._stale = False
-        self._phrases = phrase_features(detector, self._tasks)
-        self._runner = OnePass(model.detector)
+        self._phrases = phrase_features(detector.get_base_model(), self._tasks)
+        self._runner = OnePass(detector)
         widest = max(map(len, self._phrases))
         self._padded = {
             "phrases": torch.stack([_pad(phrases, widest) for phrases in self._phrases]),
@@ -40,11 +50,14 @@ class AllTasks:
         self.generator = pack([task.generator for task in self._tasks])
         self.thresholds = torch.cat([task.thresholds for task in self._tasks])
 
-    def is_stale(self) -> bool:
-        """What was packed has changed since, by its values; the runner sees to the rest of the detector itself.
+    def is_stale(self, detector: PeftModel) -> bool:
+        """What was packed has changed since, by its values, or is another model's than ``detector``, the one in use
+        now; the runner sees to the rest of the detector itself.
 
         Once it has it stays so, for other threads and where making it anew has failed.
         """
+        if detector is not self._detector:
+            return True
         now = self._packed_tensors()
         if len(now) != len(self._contents.tensors) or not all(map(operator.is_, now, self._contents.tensors)):
             return True
@@ -57,7 +70,7 @@ class AllTasks:
         self._stale = True
 
     def _packed_tensors(self) -> list[Tensor]:
-        detector: ClassDetector = self._model.detector.get_base_model()
+        detector: ClassDetector = self._detector.get_base_model()
         modules = (*self._tasks, detector.text_backbone, detector.text_projection)
         return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
@@ -66,17 +79,17 @@ class AllTasks:
         names = [task.name for task in self._tasks]
         tokens, classes, shapes = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
         # One call for all tasks: no token is given to a row of zeros, whose cosine is below any threshold.
-        found = self._model.select(DetectedClasses(tokens.flatten(0, 1), classes.flatten(0, 1), shapes[0]))
+        found = self._select(DetectedClasses(tokens.flatten(0, 1), classes.flatten(0, 1), shapes[0]))
         of_class = ~self._padded["class_mask"].flatten()
         shape = (len(names), len(pixel_values))
         return SelectedTokens(*(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2)[:, of_class] for x in found))
 
     def detect_in_turn(self, pixel_values: Tensor) -> SelectedTokens:
         """The same with the adapters switched."""
-        detector, found = self._model.detector, []
+        found = []
         for task, phrases in zip(self._tasks, self._phrases, strict=True):
-            detector.set_adapter(task.name)
-            found.append(self._model.select(detector(pixel_values, phrases=phrases)))
+            self._detector.set_adapter(task.name)
+            found.append(self._select(self._detector(pixel_values, phrases=phrases)))
         return SelectedTokens(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
 
 

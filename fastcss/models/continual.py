@@ -35,11 +35,9 @@ from .continual_watch import Watch
 from .decouplecss import DecoupleCSS
 from .decouplecss_calibration import calibrate
 from .decouplecss_folder import (
-    append_metrics,
     checkpoint_folders,
     load,
     read_generator,
-    read_metrics,
     read_settings,
     read_training,
     save_base,
@@ -47,6 +45,7 @@ from .decouplecss_folder import (
     saved_tasks,
 )
 from .decouplecss_training import TaskTrainer
+from .metrics_file import append_metrics, read_metrics
 from .phrases import describe, encode, load_tokenizer
 from .sam import SamSegmenter
 from .task_pictures import TaskPictures

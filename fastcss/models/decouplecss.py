@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from .class_detector import ClassDetector, DetectedClasses
 from .grounding_dino import LORA_SITES
 from .prompt_generator import PromptGenerator, pack
 from .sam import Masks, SamSegmenter
+from .task import Phrases, Task
 
 MODES = ("one_pass", "shared", "literal")
 #: By what a pixel that two masks claim goes to one: SAM's estimate of the mask's IoU; or how far r of eq. A.2 is above
@@ -36,27 +36,6 @@ class Segmentation(NamedTuple):
     labels: list[Tensor]
     present: Tensor
     presence: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Phrases:
-    """Word ids of M phrases for each of c classes, [c, M, L], and where they are words."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-
-
-class Task(nn.Module):
-    """What one task has of its own, beside the adapter of its name."""
-
-    def __init__(self, name: str, classes: Sequence[str], phrases: Phrases, generator: PromptGenerator) -> None:
-        super().__init__()
-        self.name, self.classes = name, tuple(classes)
-        self.register_buffer("input_ids", phrases.input_ids, persistent=False)
-        self.register_buffer("attention_mask", phrases.attention_mask, persistent=False)
-        self.register_buffer("thresholds", torch.zeros(len(classes)))  # of presence
-        self.generator = generator
-        self.phrase_features: dict[str, Tensor] | None = None  # see the module of that name
 
 
 class DecoupleCSS(nn.Module):
@@ -179,8 +158,8 @@ class DecoupleCSS(nn.Module):
         crops = crops and [self.segmenter.mask_crop(crop) for crop in crops]
         if mode == "literal":
             return self._literal(pixel_values, sam_pixel_values, sizes, crops)
-        if self._all is None or self._all.is_stale():
-            self._all = AllTasks(self)
+        if self._all is None or self._all.is_stale(self.detector):
+            self._all = AllTasks(self.detector, self.tasks, self.select)
         found = self._all.detect(pixel_values) if mode == "one_pass" else self._all.detect_in_turn(pixel_values)
         present = _present(found, self._all.thresholds)
         embeddings, labels = self.segmenter.embed(sam_pixel_values), []

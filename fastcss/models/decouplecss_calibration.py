@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .class_detector import DetectedClasses
-from .decouplecss import DecoupleCSS, Task
+from .decouplecss import DecoupleCSS
 from .decouplecss_training import activate, detect, embed_phrases, load_batches
+from .task import Task
 from .task_pictures import Batch, TaskPictures, token_shares
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +36,12 @@ from .._files import read_tensors, standing_folder, whole_file, whole_folder
 from .._one_pass.read_folders import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import check_tensors, empty, load_pretrained, save_pretrained
 from .class_detector import ClassDetector
-from .decouplecss import DecoupleCSS, Phrases
+from .decouplecss import DecoupleCSS
 from .grounding_dino import LORA_SITES, PARTS
 from .phrase_features import load_phrase_features, save_phrase_features
 from .prompt_generator import PromptGenerator
 from .sam import SamSegmenter
+from .task import Phrases
 
 FORMAT, VERSION = "fastcss DecoupleCSS", 1
 GENERATOR_FILE = "generator.safetensors"
@@ -205,30 +205,6 @@ def saved_tasks(folder: str | Path) -> int:
         if t not in there:
             raise FileNotFoundError(f"DecoupleCSS: {Path(folder) / f'task_{t}'} is missing; there is task_{max(there)}")
     return len(there)
-
-
-def append_metrics(folder: str | Path, record: dict) -> None:
-    """Add a line to ``metrics.jsonl``; half a line that a kill has left at its end is dropped."""
-    with open(Path(folder) / "metrics.jsonl", "ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The whole lines of ``metrics.jsonl``, none where there is no such file."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"DecoupleCSS: {path}, line {number}: {error}") from error
-    return records
 
 
 def _settings(model: DecoupleCSS) -> dict:

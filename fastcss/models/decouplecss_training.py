@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from ..ops import SelectedTokens
 from .class_detector import DetectedClasses
-from .decouplecss import DecoupleCSS, Task
+from .decouplecss import DecoupleCSS
 from .decouplecss_loss import asymmetric_loss, mask_loss, presence_probability, token_loss
 from .phrase_features import phrase_features
+from .task import Task
 from .task_pictures import Batch, TaskPictures, collate, token_shares
 
 

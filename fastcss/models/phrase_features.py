@@ -15,7 +15,7 @@ from .._files import read_tensors
 
 if TYPE_CHECKING:
     from .class_detector import ClassDetector
-    from .decouplecss import Task
+    from .task import Task
 
 FILE = "phrases.safetensors"
 

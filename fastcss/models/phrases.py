@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .decouplecss import Phrases
+from .task import Phrases
 
 #: A folder with neither of them has no vocabulary, and transformers would make up an empty one.
 VOCABULARIES = ("tokenizer.json", "vocab.txt")

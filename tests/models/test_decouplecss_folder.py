@@ -15,7 +15,7 @@ from killed_process import killing
 from safetensors.torch import load_file, save_file
 
 from fastcss import _files, one_pass
-from fastcss.models import decouplecss_folder
+from fastcss.models import decouplecss_folder, metrics_file
 from fastcss.models.class_detector import ClassDetector
 from fastcss.models.decouplecss import MODES
 from fastcss.models.decouplecss_folder import load, save_base, save_task, saved_tasks
@@ -216,24 +216,24 @@ def test_the_base_of_something_else_is_not_overwritten(saved_model, run, tmp_pat
 
 
 def test_metrics_are_read_as_they_were_appended(tmp_path):
-    assert decouplecss_folder.read_metrics(tmp_path) == []
+    assert metrics_file.read_metrics(tmp_path) == []
     records = [{"task": t, "miou": 0.1 + t} for t in range(3)]
     for record in records:
-        decouplecss_folder.append_metrics(tmp_path, record)
-    assert decouplecss_folder.read_metrics(tmp_path) == records
+        metrics_file.append_metrics(tmp_path, record)
+    assert metrics_file.read_metrics(tmp_path) == records
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"task": 3, "mi', b'{"task": 3}', b"\xc3"])
 def test_a_torn_last_line_does_not_count(tmp_path, torn):
-    decouplecss_folder.append_metrics(tmp_path, {"task": 0})
+    metrics_file.append_metrics(tmp_path, {"task": 0})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(torn)
-    assert decouplecss_folder.read_metrics(tmp_path) == [{"task": 0}]
-    decouplecss_folder.append_metrics(tmp_path, {"task": 1})
-    assert decouplecss_folder.read_metrics(tmp_path) == [{"task": 0}, {"task": 1}]
+    assert metrics_file.read_metrics(tmp_path) == [{"task": 0}]
+    metrics_file.append_metrics(tmp_path, {"task": 1})
+    assert metrics_file.read_metrics(tmp_path) == [{"task": 0}, {"task": 1}]
 
 
 def test_a_broken_line_before_the_last_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"task": 0}\n{"task"\n{"task": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        decouplecss_folder.read_metrics(tmp_path)
+        metrics_file.read_metrics(tmp_path)
