@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ._demo_measurement import WAYS, Figures, Scene
 from ._overlay import painted, palette
-from ._tables import counted, percent
-from .demo import WAYS, Figures, Scene, learned_in
+from ._tables import counted, learned_in, percent
 
 ROWS = ("a photograph with\nhandwritten digits", "what is in it", "what the model\nfinds in one pass")
 OURS, OTHERS, INK = "#1b6ca8", "#b9c4cc", "#555555"

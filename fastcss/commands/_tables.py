@@ -1,4 +1,4 @@
-"""Tables of what a continual run came to, in per cent."""
+"""Tables and words of what a continual run came to, in per cent."""
 
 from __future__ import annotations
 
@@ -47,3 +47,8 @@ def few(names: Sequence[str]) -> str:
         return ", ".join(names)
     shown = NAMED - 1
     return f"{', '.join(names[:shown])} and {len(names) - shown} more"
+
+
+def learned_in(classes: int, tasks: int) -> str:
+    name = "class" if classes == 1 else "classes"
+    return f"{classes} {name}, learned in {f'{tasks} tasks, one after the other' if tasks > 1 else 'one task'}"

@@ -21,7 +21,7 @@ from PIL import Image
 from rich.progress import Progress
 from saved_runs import PLAN, SIDES, save_run
 
-from fastcss.commands import demo
+from fastcss.commands import _demo_measurement as measurement
 from fastcss.commands._demo_figure import draw
 from fastcss.commands._overlay import painted, palette
 from fastcss.data import CLASS_NAMES, class_iou
@@ -42,17 +42,17 @@ def loaded(digit_run):
 
 @pytest.fixture(scope="module")
 def scenes(loaded):
-    return demo.scenes_of(loaded[1], COUNT)
+    return measurement.scenes_of(loaded[1], COUNT)
 
 
 @pytest.fixture(scope="module")
-def figures(loaded, scenes) -> demo.Figures:
-    return demo.measure(*loaded, scenes, Progress(disable=True))
+def figures(loaded, scenes) -> measurement.Figures:
+    return measurement.measure(*loaded, scenes, Progress(disable=True))
 
 
 @pytest.fixture(scope="module")
-def shown(loaded, scenes) -> list[demo.Scene]:
-    return [demo.find(*loaded, *scene) for scene in scenes]
+def shown(loaded, scenes) -> list[measurement.Scene]:
+    return [measurement.find(*loaded, *scene) for scene in scenes]
 
 
 def listed(iou: torch.Tensor) -> list[float | None]:
@@ -68,7 +68,7 @@ def test_iou_is_that_of_evaluation(command, loaded, scenes, figures, digit_run):
     assert len(set(figures.iou)) > 3
     wanted = json.loads(command("evaluate", digit_run, "--json", "--test-scenes", COUNT).out)
     assert figures.miou["one_pass"] == wanted["now"]["all"]
-    assert figures.tasks[1] == demo.Learned(list(LABELS[6:]), wanted["now"]["new"])
+    assert figures.tasks[1] == measurement.Learned(list(LABELS[6:]), wanted["now"]["new"])
     first = [value for value in figures.iou[1:6] if value is not None]
     assert figures.tasks[0].classes == list(LABELS[1:6])
     assert figures.tasks[0].iou == pytest.approx(sum(first) / len(first))
@@ -76,12 +76,12 @@ def test_iou_is_that_of_evaluation(command, loaded, scenes, figures, digit_run):
 
 def test_the_modes_agree(figures):
     assert figures.equal == 1.0
-    assert set(figures.miou) == set(demo.MODES)
+    assert set(figures.miou) == set(measurement.MODES)
     assert len(set(figures.miou.values())) == 1
 
 
 def test_times_are_of_every_mode(figures):
-    assert list(figures.times) == list(demo.MODES)
+    assert list(figures.times) == list(measurement.MODES)
     for times in figures.times.values():
         assert 0 < times.least <= times.median <= times.most
 
@@ -101,19 +101,19 @@ def test_labels_are_the_data_sets(loaded, scenes):
     model.tasks[0].thresholds.zero_()
     for names in (("zero", "one"), ("nine", "two")):
         model.tasks[0].classes = names
-        found[names[0]] = demo.find(model, loaded[1], *scenes[0]).found
+        found[names[0]] = measurement.find(model, loaded[1], *scenes[0]).found
     assert len(found["zero"].unique()) > 1
     assert torch.equal(found["nine"], torch.tensor([0, 10, 3])[found["zero"]])
 
 
 def test_the_scenes_shown_have_all_classes_that_they_can(loaded):
-    scenes = demo.scenes_of(loaded[1], 30)
-    chosen = demo.to_show(scenes, range(1, 11))
-    assert len(chosen) == demo.SHOWN
+    scenes = measurement.scenes_of(loaded[1], 30)
+    chosen = measurement.to_show(scenes, range(1, 11))
+    assert len(chosen) == measurement.SHOWN
     assert set(itertools.chain.from_iterable(labels.unique().tolist() for _, labels in chosen)) == set(range(11))
-    only = demo.to_show(scenes, (6,))
+    only = measurement.to_show(scenes, (6,))
     assert all(set(labels.unique().tolist()) == {0, 6} for _, labels in only)
-    assert len(demo.to_show(demo.scenes_of(loaded[1], 2), range(1, 11))) == 2
+    assert len(measurement.to_show(measurement.scenes_of(loaded[1], 2), range(1, 11))) == 2
 
 
 # ---- the figure
@@ -132,7 +132,7 @@ def test_the_figure_shows_it(shown, figures):
     assert colours == [tuple(colour) for colour in palette()[1:11].tolist()]
     bars = next(axes for axes in figure.axes if axes.containers)
     heights = [bar.get_height() for bar in bars.patches]
-    assert heights == pytest.approx([1000 * figures.times[mode].median for mode in demo.MODES])
+    assert heights == pytest.approx([1000 * figures.times[mode].median for mode in measurement.MODES])
     assert f"mIoU {100 * figures.miou['one_pass']:.1f}% on 3 scenes" in figure.get_suptitle()
 
 
@@ -177,7 +177,7 @@ def test_the_command_prints_the_figures_and_writes_the_picture(command, digit_ru
     for t, task in enumerate(figures.tasks):
         assert rows[t] == [str(t + 1), ", ".join(task.classes), shown(task.iou)]
     assert rows[2] == ["all", "with the background", shown(figures.miou["one_pass"])]
-    assert [row[0] for row in rows[3:]] == list(demo.WAYS.values())
+    assert [row[0] for row in rows[3:]] == list(measurement.WAYS.values())
     assert rows[3][3] == "1.00"
     for row, miou in zip(rows[3:], figures.miou.values(), strict=True):
         least, most = map(float, row[2].split("…"))
@@ -257,4 +257,4 @@ def test_an_out_below_a_file_is_named(command, digit_run, tmp_path):
 
 
 def test_the_modes_are_the_models():
-    assert tuple(demo.WAYS) == MODES
+    assert tuple(measurement.WAYS) == MODES
