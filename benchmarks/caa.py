@@ -23,7 +23,7 @@ from .cases import Case, Problem, Step
 # Relative to the largest expected value. float32: some twenty layers of sums of up to 4096 rounded products.
 # bfloat16: its 8 bits in each of these layers.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1}
-SOURCES = ("fastcss/nn/caa.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
+SOURCES = ("fastcss/nn/caa.py", "fastcss/nn/center_attention.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +13,7 @@ from .._dispatch.readable import readable
 from .._ops._arguments import autocast, check_device, check_shapes
 from ..ops import affinity_attention, affinity_loss, class_centers
 from ._resize import resize
-
-Norm = Callable[[int], nn.Module]
+from .center_attention import CenterAttention, Norm, conv_norm_relu, to_map, to_pixels
 
 #: What a head draws its context from: all there is, or what the ablations of tables 3.2 and 3.3 leave it. "centers":
 #: the features attend to the class centres, there is no affinity map; "affinity": what the map gathers from pixels
@@ -156,9 +153,9 @@ class ClassAwareAffinity(nn.Module):
         self._check_features(features)
         (features,) = autocast(features)  # once, not in each of the layers that read them
         coarse = q = k = None
-        pixels, context = _to_pixels(features), [features]  # [B, N, D], of [B, D, h, w] each
+        pixels, context = to_pixels(features), [features]  # [B, N, D], of [B, D, h, w] each
         if self.gathered:
-            q, k = _to_pixels(self.query(features)), _to_pixels(self.key(features))  # [B, N, K]
+            q, k = to_pixels(self.query(features)), to_pixels(self.key(features))  # [B, N, K]
             context = self._gather(features, affinity_attention(q, k, pixels, mean=True, impl=self.impl))
         if self.context != "affinity":
             coarse = self.segmentation(features)  # [B, C, h, w]
@@ -172,7 +169,7 @@ class ClassAwareAffinity(nn.Module):
         joined = []
         for name, x in zip(("intra", "inter"), intra_inter, strict=True):
             if name in self.gathered:
-                x = self.get_submodule(name)(_to_map(x, features.shape[2:]))
+                x = self.get_submodule(name)(to_map(x, features.shape[2:]))
                 joined.append(self.get_submodule(f"{name}_reduce")(torch.cat([features, x], dim=1)))
         return joined
 
@@ -252,67 +249,3 @@ class ClassAwareAffinity(nn.Module):
                     f"{self.ignore_index}; got values from {low} to {high}"
                 )
         return labels.long()
-
-
-class CenterAttention(nn.Module):
-    """Attention of pixels to class centres, as OCRNet's object attention; one set of weights for all maps given.
-
-    Args:
-        channels: D, of the maps, of the centres and of the results.
-        attention_channels: of queries, keys and values; the products are scaled by its −½th power.
-        norm_layer: makes the normalisation of so many channels.
-        bottleneck: join what is attended with the map by one more layer, as OCRNet.
-    """
-
-    def __init__(self, channels: int, attention_channels: int, norm_layer: Norm, bottleneck: bool) -> None:
-        super().__init__()
-
-        def two_layers() -> nn.Sequential:
-            first = conv_norm_relu(channels, attention_channels, norm_layer)
-            return nn.Sequential(first, conv_norm_relu(attention_channels, attention_channels, norm_layer))
-
-        self.scale = attention_channels**-0.5
-        self.query, self.key = two_layers(), two_layers()
-        self.value = conv_norm_relu(channels, attention_channels, norm_layer)
-        self.out = conv_norm_relu(attention_channels, channels, norm_layer)
-        self.bottleneck = conv_norm_relu(2 * channels, channels, norm_layer) if bottleneck else None
-
-    def forward(self, *maps: Tensor, centers: Tensor) -> list[Tensor]:
-        """``maps`` [B, D, h, w] each, ``centers`` [B, C, D] → a [B, D, h, w] for each map."""
-        columns = centers.mT.unsqueeze(3)  # [B, D, C, 1]
-        key, value = (_to_pixels(layer(columns)).unsqueeze(1) for layer in (self.key, self.value))  # [B, 1, C, A]
-        attended = []
-        for x in maps:
-            query = _to_pixels(self.query(x)).unsqueeze(1)  # [B, 1, N, A]
-            context = F.scaled_dot_product_attention(query, key, value, scale=self.scale).squeeze(1)
-            context = self.out(_to_map(context, x.shape[2:]))
-            attended.append(context if self.bottleneck is None else self.bottleneck(torch.cat([context, x], dim=1)))
-        return attended
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
-        """What torch only calls unexpected, or drops without ``strict``, this explains."""
-        super()._load_from_state_dict(state_dict, prefix, *others)
-        given = [key for key in state_dict if key.startswith(f"{prefix}bottleneck.")]
-        if given and self.bottleneck is None:
-            warnings.warn(
-                f"{', '.join(given)}: of a layer that ClassAwareAffinity has with ocr_bottleneck=True alone. Weights "
-                "trained with it need that; if it was never run, as by the author's code, leave out its keys",
-                stacklevel=2,
-            )
-
-
-def conv_norm_relu(in_channels: int, out_channels: int, norm_layer: Norm) -> nn.Sequential:
-    """A 1×1 convolution without bias, its normalisation, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False), norm_layer(out_channels), nn.ReLU(inplace=True)
-    )
-
-
-def _to_pixels(x: Tensor) -> Tensor:
-    """[B, D, h, w] → [B, N, D], a view."""
-    return x.flatten(2).mT
-
-
-def _to_map(x: Tensor, size: torch.Size) -> Tensor:
-    """[B, N, D] → [B, D, h, w], a view."""
-    return x.mT.unflatten(2, size)
