@@ -218,6 +218,12 @@ def test_case_names_are_unique_and_selected_by_prefix(device):
     assert {case.name.split("-")[0] for case in shared} == {"multi_lora/shared"}
 
 
+def test_what_a_row_stands_on_is_there():
+    """Where a file was moved, its old name in ``SOURCES`` would leave it out of ``source_sha`` without a word."""
+    patterns = {pattern for case in registry.all_cases("cuda") for pattern in case.sources}
+    assert [pattern for pattern in sorted(patterns) if not any(harness.ROOT.glob(pattern))] == []
+
+
 def test_a_case_of_minutes_runs_where_its_name_is_given():
     cases = registry.all_cases("cpu")
     long = {"decouplecss/swin-t-vit-b-t6", "decouplecss/swin-b-vit-h-t6"}
