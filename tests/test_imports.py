@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Folder → the package that its files are modules of.
 PACKAGES = {"fastcss": "fastcss", "kernels": "fastcss.kernels", "benchmarks": "benchmarks", "tests": "tests"}
 #: From the bottom. A module is of the longest name here that is its own or that of a package around it. It imports from
-#: layers below, and what is of the same name; neighbours, such as the implementations of an op, import no other.
+#: layers below and from what is of the same name; neighbours, as the implementations of an op are, keep apart.
 LAYERS = (
     ("fastcss._cosine", "fastcss._files", "fastcss._malloc", "fastcss._schema", "fastcss.packed_lora"),
     ("fastcss._dispatch.private_apis",),
