@@ -21,7 +21,7 @@ from .cases import Case, Problem, Step
 # about 1, are rounded to its 8 bits more than once.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 4e-2}
 SOURCES = tuple(
-    f"fastcss/{room}/{op}.py" for room in ("ops", "composed") for op in ("class_affinity", "affinity_attention")
+    f"fastcss/{room}/{op}.py" for room in ("_ops", "composed") for op in ("class_affinity", "affinity_attention")
 )
 
 

@@ -14,16 +14,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import _steps
+from . import _steps, one_pass
 from .cases import Case, Problem, Step
 from .merge_masks import differing
 
 TASKS, CLASSES, PHRASES = 6, 3, 31
 TOLERANCE = 1e-4  # of the pixels: the specification's 99.99%
 MODES = {"fastcss": "one_pass", "shared": "shared", "literal": "literal"}
-SOURCES = (
-    "fastcss/models/*.py", "fastcss/_one_pass/*.py", "fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py",
-)  # fmt: skip
+SOURCES = ("fastcss/models/*.py", *one_pass.SOURCES)
 
 #: Both models' sizes and where the adapters sit; τ, which leaves some classes of a picture of noise and not others; the
 #: sizes of a class's tokens and of its generator, the adapters' rank, and the picture's size.

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import Case, Problem, Step
-from .decouplecss import TINY, random_model
+from .decouplecss import SOURCES, TINY, random_model
 
 if TYPE_CHECKING:
     from fastcss.models.task_pictures import Batch
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 CLASSES, BATCH = 3, 2
 #: Of the largest gradient: in float32, of sums that a GPU adds up in no fixed order. On a CPU they are equal.
 TOLERANCE = 1e-5
-SOURCES = (
-    "fastcss/models/*.py", "fastcss/_one_pass/*.py", "fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py",
-)  # fmt: skip
 
 
 def cases(device: str, quick: bool) -> list[Case]:

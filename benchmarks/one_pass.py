@@ -25,7 +25,8 @@ from .cases import Case, Problem, Step
 # between batch sizes.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 TASKS, RANK = 6, 32
-SOURCES = ("fastcss/_one_pass/*.py", "fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
+ROOMS = ("_one_pass", "_fuse", "_dispatch", "_ops", "composed")
+SOURCES = ("fastcss/*.py", *(f"fastcss/{room}/*.py" for room in ROOMS))
 
 
 def cases(device: str, quick: bool) -> list[Case]:
