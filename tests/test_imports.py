@@ -159,9 +159,11 @@ def test_no_arrow_goes_upward(house):
     assert not upward(house), "\n".join(upward(house))
 
 
-def test_every_module_has_a_layer():
-    without = [name for name in modules(ROOT) if _layer(name) is None]
+def test_every_module_has_a_layer_and_every_name_there_a_module():
+    layers = {name: _layer(name) for name in modules(ROOT)}
+    without = [name for name, layer in layers.items() if layer is None]
     assert not without, f"in no layer of LAYERS: {', '.join(without)}"
+    assert HEIGHTS.keys() == {name for _, name in layers.values()}
 
 
 def test_nothing_else_imports_by_a_name_made_at_run_time():
