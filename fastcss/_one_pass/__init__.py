@@ -1,1 +1,1 @@
-"""Every LoRA adapter of a model in one pass: ``runner`` is where to begin."""
+"""Runs every LoRA adapter of a model in one pass; begin reading at ``runner``."""

@@ -1,4 +1,4 @@
-"""Linear, convolution and embedding with all their adapters."""
+"""Runs linear layers, convolutions and embeddings with all their adapters."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from .read_adapters import LoraWeights, is_conv1d, kind_of
 
 
 def adapted(base: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> Adapted:
-    """What stands for ``base`` with ``adapters``."""
+    """Make the layer that replaces ``base`` with its ``adapters``."""
     kind = {"linear": AdaptedLinear, "conv2d": AdaptedConv2d, "embedding": AdaptedEmbedding}[kind_of(base)]
     return kind(base, adapters, slots)
 
 
 def _in_one_dtype(adapters: Sequence[LoraWeights | None], base: torch.dtype) -> list[LoraWeights | None]:
-    """The adapters as they run beside a layer in the dtype ``base``: in that if all are, else in float32.
+    """Convert the adapters to the one dtype in which they run beside a layer of dtype ``base``.
 
-    PEFT runs each in its own. Here no adapter loses by it, but float64 beside a layer whose results are rounded anyway.
+    That is ``base`` if it is float64 or all adapters have it, else float32. PEFT runs each adapter in its own dtype. No
+    adapter loses precision here, except a float64 one beside a layer whose results are rounded anyway.
     """
     weights = [w for w in adapters if w is not None]
     dtype = base if base == torch.float64 or all(w.a.dtype == base for w in weights) else torch.float32
@@ -40,7 +41,7 @@ def _to(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
 
 
 def _drop(x: Tensor, p: tuple[float, ...], index: Tensor | None) -> Tensor:
-    """Dropout on ``x`` [S, *], in slot s with probability ``p[s]`` or ``p[index[s]]``."""
+    """Apply dropout to ``x`` [S, *], in slot s with probability ``p[s]`` or ``p[index[s]]``."""
     p = torch.tensor(p, device=x.device)
     p = p[:-1] if index is None else p[index]
     p = p.view(-1, *[1] * (x.dim() - 1))
@@ -54,7 +55,7 @@ class PackedLinear:
 
 
 class AdaptedLinear(Adapted):
-    """A linear layer on ``multi_lora``."""
+    """Runs a linear layer on ``multi_lora``."""
 
     def base(self, x: Tensor) -> Tensor:
         return linear(x, self._weight, self.base_layer.bias)
@@ -82,7 +83,7 @@ class AdaptedLinear(Adapted):
     def _dropped(
         self, x: Tensor, tasks: tuple[int, ...], lora: PackedLora, p: tuple[float, ...], index: Tensor | None
     ) -> Tensor:
-        """``x`` [S, *, K] where the adapters see it with dropout, and the base layer without."""
+        """Run ``x`` [S, *, K] through the adapters with dropout, and through the base layer without."""
         y = F.linear(x, self._weight, self.base_layer.bias)
         a, b = (F.pad(padded, (0, 0, 0, 0, 0, 1)) for padded in lora.padded())  # [T + 1, R, ·], the last one zeros
         index = torch.arange(x.shape[0], device=x.device) if index is None else index
@@ -96,7 +97,7 @@ class AdaptedLinear(Adapted):
         return (y + torch.bmm(hidden, b[index]).view(y.shape)).to(y.dtype)
 
     def _taken_out(self, tasks: tuple[int, ...], lora: PackedLora) -> Tensor:
-        """Which rows of the padded ``lora.a`` stand for the base layer, [T + 1, R]."""
+        """Mark the rows of the padded ``lora.a`` that undo a part of the base layer, bool [T + 1, R]."""
         out = [0 if self.adapters[t] is None else self.adapters[t].taken_out for t in tasks]
         row = torch.arange(lora.max_rank)
         of_base = [(row >= rank - n) & (row < rank) for rank, n in zip(lora.ranks, out, strict=True)]
@@ -110,11 +111,11 @@ class AdaptedLinear(Adapted):
         width_out, width_in = self._weight.shape
         adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
-        ranks = tuple(0 if w is None else int(w.a.shape[0]) for w in adapters)  # a tensor under torch.jit.trace
+        ranks = tuple(0 if w is None else int(w.a.shape[0]) for w in adapters)  # sizes are tensors in torch.jit.trace
         scales = tuple(0.0 if w is None else w.scale for w in adapters)
         a = torch.cat([like.new_zeros(0, width_in) if w is None else w.a for w in adapters])
         b = torch.cat([like.new_zeros(0, width_out) if w is None else w.b.t() for w in adapters])
-        if like.dtype == torch.float64:  # which scales in float32 would not live up to
+        if like.dtype == torch.float64:  # scales in float32 would cost it precision
             of_row = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
             b, scales = b * b.new_tensor(of_row)[:, None], (1.0,) * len(scales)
         layout = _kept_layout if like.is_cuda and not torch.compiler.is_compiling() else _layout
@@ -130,18 +131,19 @@ class AdaptedLinear(Adapted):
 
 
 def _layout(ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A pack's offsets and scales."""
+    """Return a pack's offsets and scales as tensors."""
     with torch.inference_mode(False):
         offsets = torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32, device=device)
         return offsets, torch.tensor(scales, dtype=torch.float32, device=device)
 
 
-_kept_layout = functools.lru_cache(maxsize=1024)(_layout)  # no CUDA graph can hold copies from the host
+# A CUDA graph cannot hold copies from the host, so these tensors are made once and kept.
+_kept_layout = functools.lru_cache(maxsize=1024)(_layout)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedConv2d:
-    a: Tensor  # [T + 1, R, C, kh, kw], the last one zeros: index -1
+    a: Tensor  # [T + 1, R, C, kh, kw]; the last one is zeros, for index -1
     b: Tensor  # [T + 1, N, R], scaled
     biases: Tensor | None  # [T + 1, N]
 
@@ -153,7 +155,7 @@ EACH_TASK = slice(None, -1)
 
 
 class AdaptedConv2d(Adapted):
-    """A convolution: the base once, the shrink of all tasks as one (grouped) convolution, the expand as one bmm.
+    """Runs a convolution: the base once, the shrink of all tasks as one (grouped) convolution, the expand as one bmm.
 
     Ranks are padded to the largest: a rank-r shrink costs r / N of the base convolution, so there is little to save.
     """
@@ -179,24 +181,24 @@ class AdaptedConv2d(Adapted):
         return self._each(x, self.packed(self._all()).of(index), self._dropout(self._all()), index)
 
     def _each(self, x: Tensor, pack: PackedConv2d, p: tuple[float, ...] | None, index: Tensor | None) -> Tensor:
-        """``x`` [S, B, C, H, W] with weights of its own for each slot."""
+        """Run ``x`` [S, B, C, H, W] with separate weights for each slot."""
         base = self.base(x)
         x = x if p is None else _drop(x, p, index)
         hidden = self._shrink(x.transpose(0, 1).flatten(1, 2), pack.a, x.shape[0])  # on [B, S·C, H, W]
         return self._expand(base, hidden, pack)
 
     def _shrink(self, x: Tensor, a: Tensor, groups: int) -> Tensor:
-        """``x`` with the slots' channels side by side, or with channels that all slots share → [B, S·R, H, W]."""
+        """Convolve ``x``, which has the slots' channels side by side or one set for all → [B, S·R, H, W]."""
         base = self.base_layer
         return F.conv2d(x.to(a.dtype), a.flatten(0, 1), None, base.stride, base.padding, 1, groups)
 
     @staticmethod
     def _expand(base: Tensor, hidden: Tensor, pack: PackedConv2d) -> Tensor:
-        """``base`` [S, B, N, H, W] + b [S, N, R] · ``hidden`` [B, S·R, H, W]."""
+        """Return ``base`` [S, B, N, H, W] + b [S, N, R] · ``hidden`` [B, S·R, H, W]."""
         slots, batch = base.shape[:2]
         hidden = hidden.unflatten(1, (slots, -1)).transpose(0, 1).flatten(0, 1).flatten(2)  # [S·B, R, H·W]
         b = pack.b[:, None].expand(-1, batch, -1, -1).flatten(0, 1).to(hidden.dtype)
-        # In the adapters' dtype, rounded once to the base layer's: as PEFT does.
+        # The sum is taken in the adapters' dtype and rounded once to the base layer's, as in PEFT.
         y = torch.baddbmm(base.to(hidden.dtype).flatten(3).flatten(0, 1), b, hidden).view(base.shape)
         if pack.biases is not None:
             y = y + pack.biases[:, None, :, None, None]
@@ -226,15 +228,15 @@ class AdaptedConv2d(Adapted):
 
 
 def _dense(weights: LoraWeights, groups: int) -> Tensor:
-    """B as the matrix [N, r], where it is the weight [N, r / groups, 1, 1] of a grouped 1×1 convolution too."""
+    """Return B as a matrix [N, r], also if it is the weight [N, r / groups, 1, 1] of a grouped 1×1 convolution."""
     b = weights.b.flatten(1)
     if b.shape[1] == weights.a.shape[0]:
         return b
-    return torch.block_diag(*b.unflatten(0, (groups, -1)))  # of blocks [N / G, r / G]
+    return torch.block_diag(*b.unflatten(0, (groups, -1)))  # the blocks are [N / G, r / G]
 
 
 class AdaptedEmbedding(Adapted):
-    """An embedding: the base table once, and for each task rank-r rows expanded to the width."""
+    """Runs an embedding: looks the base table up once, and for each task rank-r rows, expanded to the full width."""
 
     def shared(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
         base = self.base_layer(x)
@@ -255,7 +257,7 @@ class AdaptedEmbedding(Adapted):
         return (base + F.embedding(x, table, self.base_layer.padding_idx) @ up).to(base.dtype)
 
     def pack(self, tasks: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
-        """Each adapter's table [V, r] and its scaled rows [r, N]."""
+        """Return each adapter's table [V, r] and its scaled rows [r, N]."""
         adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         return [None if w is None else (w.a.t().contiguous(), w.b.t() * w.scale) for w in adapters]
 

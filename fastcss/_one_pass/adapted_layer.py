@@ -1,4 +1,4 @@
-"""What stands in a model's copy for an adapted layer: the base layer with all T adapters at once.
+"""Defines the layer that replaces an adapted layer in a model's copy: the base layer with all T adapters at once.
 
 A layer runs in one of three ways, which ``Slots`` holds while a call is under way:
 
@@ -25,16 +25,17 @@ from .vmap_rules import TaskRules, on_physical_tensors
 
 
 class Slots(threading.local):
-    """What the layers of one runner compute in this thread's current call.
+    """Says what the layers of one runner compute in this thread's current call.
 
     Attributes:
-        name: of the runner's copy of the model, no other's.
-        tasks: the adapters of the current group, in order; with ``axis`` None the one adapter, or none: the bare model.
-        axis: the mapped tensor that stands for the task axis, or for the samples' adapter indices where ``routed``.
-        routed: ``axis`` holds one adapter index a sample.
-        rules: those that one adapter's pass runs under.
+        name: the unique name of the runner's copy of the model.
+        tasks: the adapters of the current group, in order. If ``axis`` is None, it holds the one adapter of this pass,
+            or is empty for the bare model.
+        axis: the mapped tensor that stands for the task axis, or, if ``routed``, for the samples' adapter indices.
+        routed: ``axis`` holds one adapter index per sample.
+        rules: the rules that one adapter's pass runs under.
         running: a call is under way.
-        undo: what puts the model back where the call fails half-way.
+        undo: restores the model if the call fails half-way.
     """
 
     tasks: tuple[int, ...] = ()
@@ -46,10 +47,13 @@ class Slots(threading.local):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name  # in every thread, for each of which this is called
+        self.name = name  # threading.local calls __init__ once in every thread, so each has the name
 
     def origin(self, tasks: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        """Marks what depends on these adapters of this runner: plain values, since hooks keep and save such tensors."""
+        """Return the mark for tensors that depend on these adapters of this runner.
+
+        It consists of plain values, since hooks keep and save such tensors.
+        """
         return self.name, tasks
 
     @contextlib.contextmanager
@@ -69,18 +73,18 @@ class Slots(threading.local):
 
 
 class Adapted(nn.Module):
-    """A base layer with T adapters; a subclass says how several of them run on one input or on one input each."""
+    """Runs a base layer with T adapters; a subclass says how several run on one input, or on one input each."""
 
     def __init__(self, base_layer: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.adapters = list(adapters)  # a plain list: the parameters stay the user's model's
+        self.adapters = list(adapters)  # a plain list, so that the parameters still belong to the user's model
         self.slots = slots
         self.training = base_layer.training
         self.forget()
 
     def __getattr__(self, name: str):
-        # Models read `layer.weight`, `layer.out_features`, … of the layers that we stand in for.
+        # Models read `layer.weight`, `layer.out_features`, … of the layers that this one replaces.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -110,44 +114,44 @@ class Adapted(nn.Module):
         return self.diverged(x.movedim(dim, 0), slots.tasks), 0
 
     def _bare(self, x: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
-        """No adapter of the group touches this layer: an input without a task axis stays without."""
+        """Run the base layer alone; an input without a task axis gives an output without one."""
         if dim is None:
             return self.base(x[None])[0], None
         return self.base(x.movedim(dim, 0)), 0
 
     def base(self, x: Tensor) -> Tensor:
-        """The base layer on ``x`` [S, *]."""
+        """Run the base layer on ``x`` [S, *]."""
         return self.base_layer(x)
 
     def _covered(self, tasks: tuple[int, ...]) -> bool:
         return any(self.adapters[t] is not None for t in tasks)
 
     def shared(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
-        """``x`` [*] through each adapter of ``tasks`` → [T, *]."""
+        """Run ``x`` [*] through each adapter of ``tasks`` → [T, *]."""
         raise NotImplementedError
 
     def diverged(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
-        """``x`` [T, *], each through its own adapter of ``tasks`` → [T, *]."""
+        """Run each slice of ``x`` [T, *] through its own adapter of ``tasks`` → [T, *]."""
         raise NotImplementedError
 
     def routed(self, x: Tensor, index: Tensor) -> Tensor:
-        """``x`` [S, *], sample s through adapter ``index[s]``, -1 for none → [S, *]."""
+        """Run sample s of ``x`` [S, *] through adapter ``index[s]``, where -1 means none → [S, *]."""
         raise NotImplementedError
 
     def packed(self, tasks: tuple[int, ...]):
-        """What ``pack`` makes of these adapters; kept until told to ``forget`` it, made anew where they train."""
+        """Return the pack of these adapters: kept until ``forget`` is called, or made anew if they are trained."""
         if torch.compiler.is_compiling() or self._trains(tasks):
             return self.pack(tasks)
         packs = self._packs
         kept = packs.get(tasks)
         if kept is None:
-            # Normal tensors even under inference_mode, so that a later call may train the base weights through them.
+            # The pack holds normal tensors even under inference_mode, so that a later call may train through it.
             with torch.inference_mode(False), torch.no_grad():
                 kept = self._keep(packs, tasks)
         return kept[0]
 
     def tensors(self, tasks: tuple[int, ...] | None = None) -> list[Tensor]:
-        """The adapters' own."""
+        """Return the adapters' tensors."""
         adapters = self.adapters if tasks is None else map(self.adapters.__getitem__, tasks)
         return [t for w in adapters if w is not None for t in (w.a, w.b, w.bias) if t is not None]
 
@@ -155,19 +159,20 @@ class Adapted(nn.Module):
         return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors(tasks))
 
     def forget(self) -> None:
-        """The adapters' values have changed."""
+        """Drop all packs, because the adapters' values have changed."""
         self._packs: dict[tuple[int, ...], tuple[object, int]] = {}  # tasks → the pack, and how many ranks it copied
 
     def _keep(self, packs: dict, tasks: tuple[int, ...]) -> tuple[object, int]:
-        """Adapters that follow each other are a part of the pack of all, others have a pack of their own.
+        """Make the pack of ``tasks`` and keep it.
 
-        Those of their own, but for the last one, hold no more than half of what the pack of all holds.
+        Consecutive adapters get a view of the pack of all adapters; any other selection gets a pack of its own. All
+        packs of their own together, except the newest, hold at most half of what the pack of all holds.
         """
         everything, ranks = self._all(), [0 if w is None else w.a.shape[0] for w in self.adapters]
         dtypes = {w.a.dtype for w in self.adapters if w is not None}
         is_part = tasks != everything and tasks == tuple(range(tasks[0], tasks[-1] + 1)) and len(dtypes) == 1
         copied = 0 if is_part else sum(ranks[t] for t in tasks)
-        # What goes is let go of first: the allocator then has a place for what comes.
+        # Old packs are freed before the new one is made, so that the allocator can reuse their memory.
         others = {key: ranks for key, (_, ranks) in list(packs.items()) if key != everything}
         while others and (len(others) > 2 * len(ranks) or copied + sum(others.values()) > sum(ranks) // 2):
             oldest = next(iter(others))
@@ -185,9 +190,9 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def part(self, every, tasks: tuple[int, ...]):
-        """What ``pack(tasks)`` would be, of tasks that follow each other, as views of the pack of all.
+        """Return ``pack(tasks)`` for consecutive tasks, as views of the pack of all.
 
-        What index -1 finds there is the next task's, or zeros: only all of them are routed.
+        Index -1 finds the next task's values there, or zeros. That does no harm, since only all adapters are routed.
         """
         raise NotImplementedError
 
@@ -195,7 +200,7 @@ class Adapted(nn.Module):
         return tuple(range(len(self.adapters)))
 
     def _biases(self, tasks: tuple[int, ...], width: int, like: Tensor) -> Tensor | None:
-        """``scale · bias`` of each adapter [T + 1, N], with a row of zeros at the end, where index -1 finds it."""
+        """Return ``scale · bias`` of each adapter, [T + 1, N]; the last row is zeros, which index -1 finds."""
         adapters = [self.adapters[t] for t in tasks]
         if all(w is None or w.bias is None for w in adapters):
             return None
@@ -204,7 +209,7 @@ class Adapted(nn.Module):
         return torch.stack([*biases, zero])
 
     def _dropout(self, tasks: tuple[int, ...]) -> tuple[float, ...] | None:
-        """Each adapter's present dropout [T + 1], None where there is none."""
+        """Return each adapter's present dropout, [T + 1], or None if none has any."""
         dropout = [self._present_dropout(self.adapters[t]) for t in tasks]
         return (*dropout, 0.0) if any(dropout) else None
 

@@ -1,4 +1,4 @@
-"""What PiSSA and OLoRA take out of a base layer where an adapter begins, and PEFT takes out again when it loads one."""
+"""Computes what PiSSA and OLoRA take out of a base layer when an adapter begins, as PEFT does again when it loads it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ NOT_REPEATABLE = {
 
 
 def why_not_repeatable(init: object) -> str | None:
-    """Why an adapter's base layers cannot be what they were in its training, None where they can."""
+    """Return why an adapter's base layers cannot be restored as they were in its training, or None if they can."""
     if not isinstance(init, str):
         return None
     return next((why for start, why in NOT_REPEATABLE.items() if init.lower().startswith(start)), None)
 
 
 def with_taken_out(weights: LoraWeights, base: nn.Module, init: object) -> LoraWeights:
-    """``weights`` for the base layer as it is, where ``init`` has them run beside what is left of it.
+    """Return ``weights`` that run beside the whole base layer, if ``init`` has them run beside a reduced one.
 
     PEFT trains ``x (W − s B₀ A₀)ᵀ + s x (B A)ᵀ`` with A₀, B₀ from a decomposition of W, and decomposes W anew on
-    loading. That is plain LoRA with the rows of A₀ below those of A, and −B₀ beside B: W serves every adapter.
+    loading. This equals plain LoRA with the rows of A₀ below those of A, and −B₀ beside B: W serves every adapter.
     """
     method = init.lower() if isinstance(init, str) else None
-    if method not in ("pissa", "olora") or isinstance(base, nn.Embedding):  # PEFT begins embeddings as ever
+    if method not in ("pissa", "olora") or isinstance(base, nn.Embedding):  # PEFT initialises embeddings as usual
         return weights
     if isinstance(base, nn.Conv2d) or (method == "olora" and is_conv1d(base)):
         raise TypeError(f"init_lora_weights={init!r} on {type(base).__name__}, which PEFT itself does not load")
@@ -48,7 +48,7 @@ def with_taken_out(weights: LoraWeights, base: nn.Module, init: object) -> LoraW
 
 
 def _principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A₀ [r, K] and B₀ [N, r] with s B₀ A₀ the best approximation of ``weight`` [N, K] in that rank."""
+    """Return A₀ [r, K] and B₀ [N, r] so that s B₀ A₀ is the best approximation of ``weight`` [N, K] at this rank."""
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = (s[:rank] / scale).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root

@@ -1,4 +1,4 @@
-"""Checks of what a call of a runner is given beside the model's own inputs."""
+"""Checks the arguments of a runner's call that are not the model's own inputs."""
 
 from __future__ import annotations
 

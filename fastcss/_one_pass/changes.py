@@ -1,4 +1,4 @@
-"""What of a model was changed since it was copied: told in microseconds, at every call of its runner."""
+"""Finds what was changed in a model since it was copied, in microseconds, at every call of its runner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._fuse.fused_module import HOOKS
 from .structural_copy import OF_EVERY_MODULE
 
-MOST_WATCHED = 10_000  # entries of what modules hold: each call reads them; a list that is longer is not watched
+# Each call reads the entries of all containers that modules hold; a container beyond this total is not watched.
+MOST_WATCHED = 10_000
 #: Values that a copy can take over as they are.
 _TAKEN_OVER = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
@@ -25,7 +26,7 @@ _PARTS = attrgetter("scaling", "lora_variant", "merged_adapters")  # of PEFT's l
 
 
 class Snapshot:
-    """The identities of what ``views`` show: live views of dicts and lists, read in one go."""
+    """Remembers the identities of all members of ``views``, which are live views of dicts and lists."""
 
     def __init__(self, views: Sequence) -> None:
         self._views = list(views)
@@ -43,13 +44,13 @@ class Watch:
     """Compares a model with what it was.
 
     Args:
-        model: whose parameters, buffers, modules and hooks are watched, everywhere in it.
-        layers: by name the adapted layers in it, as PEFT made them or bare, with what stands for them.
-        pairs: modules whose own attributes are watched, and what is in these, with their copies.
-        around: modules that ``model`` is in.
+        model: the model whose parameters, buffers, modules and hooks are watched, at every depth.
+        layers: by name the adapted layers in it, as PEFT made them or bare, with the layers that replace them.
+        pairs: modules with their copies; their own attributes are watched, and what these hold.
+        around: modules that contain ``model``.
 
     Attributes:
-        structure: what of the model is compared by identity alone.
+        structure: the parts of the model that are compared by identity alone.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Watch:
         self._parts = list(chain.from_iterable(map(_PARTS, self._layers.values())))  # a new dict is none of the views
         scales = chain.from_iterable(layer.scaling.values() for layer in self._layers.values())
         self._scales = [(scale, float(scale)) for scale in scales if isinstance(scale, Tensor)]  # written in place
-        # Of the modules inside PEFT's layers, and around the model, no attribute matters but these and a new one.
+        # The modules inside PEFT's layers and around the model have no other attributes that matter, except new ones.
         copied = {id(original) for original, _ in pairs}
         others = [m for m in modules if id(m) not in copied]
         self._others = list(map(vars, others))
@@ -85,11 +86,11 @@ class Watch:
         self._before = [dict(vars(original)) for original, _ in pairs]
 
     def disabled(self) -> str | None:
-        """The name of a layer whose adapters are switched off."""
+        """Return the name of a layer whose adapters are switched off, or None."""
         return next((name for name, layer in self._layers.items() if layer.disable_adapters), None)
 
     def is_as_built(self) -> bool:
-        """Structure, hooks and what modules hold are the same; plain attributes that were set the copies have now."""
+        """Tell whether structure, hooks and what modules hold are unchanged; copy newly set plain attributes over."""
         if any(self._empty) or self.structure.differs() or list(map(type, self._modules)) != self._classes:
             return False
         if list(map(len, self._others)) != self._sizes:
@@ -104,12 +105,12 @@ class Watch:
         return not self._attributes.differs() or self._take_over()
 
     def follow_mode(self) -> None:
-        """Take over train() and eval() alone."""
+        """Take over only train() and eval()."""
         _follow_mode(self._adapted)
         _follow_mode(self._pairs)
 
     def _take_over(self) -> bool:
-        """Give the copies the attributes that were set since; False where one is not a plain value."""
+        """Give the copies the attributes that were set since; return False if one is not a plain value."""
         changes = []
         for place, (original, ours) in enumerate(self._pairs):
             now, before = vars(original), self._before[place]
@@ -131,7 +132,7 @@ class Watch:
 
 
 def _insides(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list:
-    """Live views of the lists, dicts and objects that modules hold, however deep, where the copy has its own."""
+    """Return live views of the lists, dicts and objects, at any depth, of which the modules' copies have their own."""
     views, seen, left = [], set(), MOST_WATCHED
     todo = [
         (value, vars(ours).get(name))
@@ -154,7 +155,7 @@ def _insides(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> list:
             todo += [(held, copied.get(key)) for key, held in value.items()]
         else:
             views.append(value)
-            if not isinstance(value, (set, frozenset)):  # whose members have no order, and are seldom changed
+            if not isinstance(value, (set, frozenset)):  # their members have no order, and are seldom changed
                 todo += zip(value, copied, strict=False)
     return views
 

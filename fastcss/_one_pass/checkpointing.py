@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a model whose adapters run in turn: each layer is computed again with its own adapter."""
+"""Supports gradient checkpointing while adapters run in turn: each layer is recomputed with its own adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .adapted_layer import Slots
 
 
 def bind_checkpoints(model: nn.Module, slots: Slots) -> None:
-    """Let the modules of ``model`` compute in the backward pass what they computed in the forward pass."""
+    """Make the modules of ``model`` recompute in the backward pass what they computed in the forward pass."""
     for module in model.modules():
         checkpoint = vars(module).get(CHECKPOINT_FUNCTION)
         if checkpoint is not None and not isinstance(checkpoint, _Bound):
@@ -20,7 +20,7 @@ def bind_checkpoints(model: nn.Module, slots: Slots) -> None:
 
 
 class _Bound:
-    """``checkpoint`` for functions that depend on the task of the present pass."""
+    """Wraps ``checkpoint`` for functions that depend on the task of the present pass."""
 
     def __init__(self, checkpoint: Callable, slots: Slots) -> None:
         self._checkpoint, self._slots = checkpoint, slots
@@ -31,7 +31,7 @@ class _Bound:
         def run(*args, **kwargs):
             nonlocal again
             with contextlib.ExitStack() as stack:
-                if again:  # in the backward pass, which may be another thread
+                if again:  # this is the backward pass, which may run in another thread
                     stack.enter_context(rules)
                     stack.enter_context(self._slots.hold(tasks=tasks, rules=rules))
                 again = True

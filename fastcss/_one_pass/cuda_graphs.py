@@ -1,4 +1,4 @@
-"""CUDA graphs of a runner's calls, one for each set of input shapes."""
+"""Captures CUDA graphs of a runner's calls, one for each set of input shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARM_UPS = 3  # library handles, workspaces and autotuning settle before the cap
 
 
 class Graph:
-    """A CUDA graph of one call, and the stream that it is captured on."""
+    """Holds a CUDA graph of one call, and the stream that it is captured on."""
 
     def __init__(self) -> None:
         self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -41,14 +41,14 @@ class _Captured:
     call: Callable
     fixed: tuple[str, ...]
     graph: Graph
-    inputs: list[Tensor]  # what the graph reads
-    output: object  # what it writes
-    constants: SharedWork  # results the graph reads that were computed before it
-    stamp: tuple  # of the tensors whose values the graph took over
+    inputs: list[Tensor]  # the graph reads these
+    output: object  # the graph writes this
+    constants: SharedWork  # results that were computed before the graph and that it reads
+    stamp: tuple  # changes when the graph must be captured anew
 
 
 class Captures:
-    """The graphs of one runner."""
+    """Holds the graphs of one runner."""
 
     def __init__(self) -> None:
         self._graphs: dict[tuple, _Captured] = {}
@@ -79,7 +79,7 @@ class Captures:
         self._graphs[tasks, fixed, _key(fixed, args, kwargs)] = captured
 
     def find(self, tasks: tuple[int, ...], copy: ModelCopy, args: tuple, kwargs: dict) -> Callable | None:
-        """The replay for these inputs, None where nothing captured fits them."""
+        """Return the replay for these inputs, or None if no captured graph fits them."""
         if not self._graphs or copy.training or torch.is_grad_enabled():
             return None
         for fixed in dict.fromkeys(key[1] for key in self._graphs):
@@ -98,8 +98,8 @@ def _capture(copy: ModelCopy, call: Callable, fixed: tuple[str, ...], args: tupl
     with torch.inference_mode(False):
         static = [tensor.clone() for tensor in inputs]
     args, kwargs = _with_moving(static, fixed, args, kwargs)
-    # Results that depend on shapes (and on the fixed inputs) alone are computed in the warm-up, and taken from there in
-    # the capture: copies from the host and reads of scalars, which no graph can hold, are among them.
+    # Results that depend on shapes (and on the fixed inputs) alone are computed in the warm-up and reused in the
+    # capture. Copies from the host and reads of scalars, which no graph can hold, are among them.
     given = [kwargs[name] for name in fixed]
     constants = SharedWork([*given, *copy.tensors()] if fixed else [])
     graph = Graph()
@@ -123,13 +123,13 @@ def _replay(captured: _Captured, args: tuple, kwargs: dict) -> object:
 
 
 def _moving(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> list[Tensor]:
-    """The input tensors whose values a replay takes from its call."""
+    """Return the input tensors whose values a replay takes from its call."""
     kwargs = {name: value for name, value in kwargs.items() if name not in fixed}
     return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _with_moving(tensors: list[Tensor], fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The call with others in the places of its moving tensors; one that is also fixed stays where it is fixed."""
+    """Return the call's arguments with ``tensors`` in place of its moving tensors; fixed inputs stay as they are."""
     left = iter(tensors)
     moving = {name: value for name, value in kwargs.items() if name not in fixed}
     args, moving = pytree.tree_map_only(Tensor, lambda _: next(left), (args, moving))
@@ -137,7 +137,7 @@ def _with_moving(tensors: list[Tensor], fixed: tuple[str, ...], args: tuple, kwa
 
 
 def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
-    """What two calls of one graph have in common."""
+    """Return a key that is equal for calls that the same graph serves."""
     leaves, structure = pytree.tree_flatten(
         (args, {name: kwargs[name] for name in sorted(kwargs) if name not in fixed})
     )
@@ -148,10 +148,11 @@ def _key(fixed: tuple[str, ...], args: tuple, kwargs: dict) -> tuple:
 
 
 def _stamp(copy: ModelCopy, with_weights: bool) -> tuple:
-    """Changes when a graph must be captured anew.
+    """Return a stamp that changes when a graph must be captured anew.
 
-    A graph reads weights and adapters where they lie, so new values there are seen. Only results that were lifted out
-    of it hold values of weights, of which the count of writes has to do: to compare them all would stall the device.
+    A graph reads weights and adapters at their addresses, so it sees new values there. Only results that were computed
+    before it depend on old values of weights. Their counts of writes are compared, since comparing all values would
+    stall the device.
     """
     tensors = copy.tensors() + copy.adapter_tensors()
     places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Which way a runner runs its model: the adapters side by side under vmap, or in turn."""
+"""Decides how a runner runs its model: the adapters side by side under vmap, or in turn."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _OF_VMAP = ("vmap", "functorch", "atching rule", "BatchedTensor")
 
 
 class Engine:
-    """The engine of one runner: the one ``asked`` for or, with "auto", vmap until it has refused the model."""
+    """Runs one runner's model as ``asked``; "auto" means vmap until vmap has refused the model."""
 
     def __init__(self, asked: str) -> None:
         if asked not in ENGINES:
             raise ValueError(f"one_pass: engine must be one of {', '.join(ENGINES)}, got {asked!r}")
         self._asked = asked
-        self._spoilt: str | None = None  # why the runner's copy of the model is of no use any more
-        # The others are kept for training and eval mode apart.
-        self._refused: dict[bool, str] = {}  # why vmap does not run the model
-        self._failed: dict[bool, str] = {}  # how the last run under vmap failed, where replay did not
-        self._agreed: set[bool] = set()  # several slots have run, and left what they leave in turn
-        self._written: dict[bool, set[int]] = {}  # once vmap has run the model: ids of the tensors that it writes
+        self._spoilt: str | None = None  # the reason why the runner's copy of the model is no longer usable
+        # The following are kept apart for training and eval mode: their key is ``training``.
+        self._refused: dict[bool, str] = {}  # the reason why vmap does not run the model
+        self._failed: dict[bool, str] = {}  # the error of the last run under vmap, if replay then did not fail
+        self._agreed: set[bool] = set()  # the modes in which several slots under vmap left the same state as in turn
+        self._written: dict[bool, set[int]] = {}  # ids of the tensors that the model has written under vmap
 
     def name(self, training: bool) -> str:
-        """What runs the model in this mode, "vmap" or "replay"."""
+        """Return the engine that runs the model in this mode, "vmap" or "replay"."""
         if self._asked != "auto":
             return self._asked
         return "replay" if training in self._refused else "vmap"
@@ -47,9 +47,9 @@ class Engine:
         replay: Callable[[], object],
         slots: int,
     ) -> object:
-        """What ``vmap()`` gives or, where that is refused or None (this call's inputs rule it out), ``replay()``.
+        """Return the result of ``vmap()``, or of ``replay()`` if vmap is refused.
 
-        ``slots``: how many tasks or samples these run.
+        ``vmap`` is None if this call's inputs rule it out. ``slots`` says how many tasks or samples the two run.
         """
         if self._spoilt:
             raise RuntimeError(self._spoilt)
@@ -71,7 +71,7 @@ class Engine:
         return vmap is None or self.name(copy.training) == "replay"
 
     def _exported(self, replay: Callable[[], object]) -> object:
-        """torch.export has no way to hold an autograd function under vmap, which every adapted layer is."""
+        """Run in turn: torch.export cannot hold an autograd function under vmap, and every adapted layer is one."""
         if self._asked == "vmap":
             raise RuntimeError("one_pass: engine 'vmap' cannot be exported; engine='replay' or 'auto' can")
         return replay()
@@ -91,7 +91,7 @@ class Engine:
                 result = vmap()
             except BaseException as error:
                 undo()
-                own = not isinstance(error, RuntimeError)  # which vmap's errors are, NotImplementedError among them
+                own = not isinstance(error, RuntimeError)  # vmap's errors are RuntimeErrors, also NotImplementedError
                 if own or self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
                     raise
                 failure = error
@@ -104,9 +104,9 @@ class Engine:
                     self._agreed.add(training)
                 self._written[training] = known | written
                 return result
-        result = replay()  # where this fails too, vmap was not to blame, and this error is the model's own
+        result = replay()  # if this fails too, vmap was not to blame: the error is the model's own
         reason = _reason(failure)
-        # An error that is not vmap's own may have passed by itself; the next call tells.
+        # An error that is not vmap's own may not come again; the next call tells.
         if isinstance(failure, (Disagreement, KeepsError)) or any(word in str(failure) for word in _OF_VMAP):
             self._refuse(copy, reason)
         elif training in self._failed:
@@ -116,9 +116,9 @@ class Engine:
         return result
 
     def _if_writes_agree(self, copy: ModelCopy, undo: Undo, result: object, replay: Callable[[], object]) -> object:
-        """``result`` of a run under vmap, or what runs in turn give where these leave another state in the model.
+        """Return ``result`` of a run under vmap, or that of runs in turn if these leave another state in the model.
 
-        Under vmap the model's code runs once: it fills a cache as it should, and counts one call where there are many.
+        Under vmap the model's code runs once. That fills a cache correctly, but counts one call instead of many.
         """
         changes = undo.changes()
         if not changes:
@@ -135,7 +135,7 @@ class Engine:
         return in_turn
 
     def _check_clean(self, copy: ModelCopy, error: Exception) -> None:
-        """Raise where values of the failed run are still in the model: no later run could tell them from its own."""
+        """Raise if values of the failed run are still in the model: no later run could tell them from its own."""
         if isinstance(error, KeepsError) and where_kept(copy.model, error.tensors):
             self._spoilt = (
                 f"one_pass: {type(copy.model).__name__} cannot run under vmap: {error}, where nothing can take it "
@@ -153,6 +153,6 @@ class Engine:
 
 
 def _reason(error: BaseException) -> str:
-    """The line of a message that says what vmap minds."""
+    """Return the line of the message that says what vmap objects to."""
     lines = str(error).split("\n")
     return next((line for line in lines if any(word in line for word in _OF_VMAP)), lines[0])

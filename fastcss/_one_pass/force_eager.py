@@ -1,4 +1,4 @@
-"""Code that a model compiles by itself runs as it is written while our modes watch the model's calls."""
+"""Runs code that a model compiles by itself as plain Python while our modes watch the model's calls."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from .._dispatch.private_apis import dynamo_is_loaded
 
 _lock = threading.Lock()
-_inside = 0  # runs under way, in all threads: torch has one stance for them
+_inside = 0  # runs under way in all threads, because torch has one stance for all of them
 _stance = None
 
 
 @contextlib.contextmanager
 def eager_parts() -> Iterator[None]:
-    """Dynamo would trace the modes along with the model's code, which it cannot, or would freeze what they remember."""
+    """Switch compilation off inside this context.
+
+    Dynamo would trace the modes along with the model's code. It cannot do that, or would freeze what they remember.
+    """
     if not dynamo_is_loaded() or torch.compiler.is_compiling():
         yield
         return

@@ -1,9 +1,9 @@
-"""How many tasks to run side by side on a CPU.
+"""Chooses how many tasks run side by side on a CPU.
 
-More tasks side by side read the weights less often and start fewer ops, until their tensors grow too large. Where that
-is depends on the C library. Out of the box glibc maps every tensor over 32 MB afresh and page-faults it in at every
-use; after ``tune_malloc`` it keeps them, and only the caches set a limit. Six tasks of Grounding DINO's encoder on one
-thread of an AMD EPYC (Zen 5), CPU time of the PEFT loop ÷ ours:
+More tasks side by side read the weights less often and start fewer ops, until their tensors grow too large. The limit
+depends on the C library. By default glibc maps every tensor over 32 MB afresh and page-faults it in at every
+use; after ``tune_malloc`` it keeps them, and only the caches set a limit. The table is for six tasks of Grounding
+DINO's encoder on one thread of an AMD EPYC (Zen 5): CPU time of the PEFT loop ÷ ours.
 
     widest tensor of one task    memory    6      3      2      1 side by side
     28 MB (256×320)              glibc's   1.16   –      1.50   1.27
@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 
 from .vmap_rules import is_mapped
 
-WIDEST_MAPPED = 64 << 20  # bytes, with which all but a few of a model's tensors stay below glibc's threshold
+# Bytes of the widest tensor of a group. With the first limit nearly all tensors stay below glibc's mapping threshold.
+WIDEST_MAPPED = 64 << 20
 WIDEST_KEPT = 256 << 20
-PROBE = 256 << 20  # never touched, and more than the heap has free in one piece, which glibc would take first
+# Bytes, never touched. They must exceed the largest free piece of the heap, which glibc would take first.
+PROBE = 256 << 20
 
 
 class Widest(TorchFunctionMode):
@@ -41,7 +43,7 @@ class Widest(TorchFunctionMode):
 
 
 def group_size(tasks: int, bytes_of_one: int) -> int:
-    """Tasks to run side by side, of ``tasks`` whose widest tensor has ``bytes_of_one`` bytes each."""
+    """Return how many of ``tasks`` to run side by side, when the widest tensor of one has ``bytes_of_one`` bytes."""
     if_mapped, if_kept = (_equal_groups(tasks, limit // max(1, bytes_of_one)) for limit in (WIDEST_MAPPED, WIDEST_KEPT))
     return if_mapped if if_mapped == if_kept or _maps_large_tensors() else if_kept
 
@@ -52,7 +54,7 @@ def _equal_groups(tasks: int, largest: int) -> int:
 
 
 def _maps_large_tensors() -> bool:
-    """The C library is glibc and gives each large tensor a mapping of its own."""
+    """Tell whether the C library is glibc and gives each large tensor its own mapping."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         return False
@@ -70,7 +72,7 @@ def _maps_large_tensors() -> bool:
 
 
 class _MallocInfo(ctypes.Structure):
-    """glibc's struct mallinfo2."""
+    """Mirrors glibc's struct mallinfo2."""
 
     _fields_ = [
         (name, ctypes.c_size_t)

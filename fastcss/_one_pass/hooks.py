@@ -1,4 +1,4 @@
-"""Hooks on a model's modules: those that the copy takes over, and whether there are any of the user's."""
+"""Handles hooks on a model's modules: gives them to the copy, and finds those of the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .structural_copy import StructuralCopy, holds_hooks
 
 
 def take_hooks(layer: nn.Module, ours: Adapted, copy: StructuralCopy) -> None:
-    """Let the hooks on PEFT's layer run around what stands for it."""
+    """Let the hooks on PEFT's layer run around the layer that replaces it."""
     hooks = {name: value for name, value in vars(layer).items() if holds_hooks(name, value)}
     vars(ours).update((name, copy.hooks(value)) for name, value in hooks.items())
     ours._is_full_backward_hook = layer._is_full_backward_hook
@@ -21,6 +21,9 @@ def take_hooks(layer: nn.Module, ours: Adapted, copy: StructuralCopy) -> None:
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Of the user's: transformers' own collect a model's outputs, and leave it to us to give them a task axis."""
+    """Tell whether ``module`` has hooks of the user.
+
+    transformers' own hooks do not count: they collect a model's outputs, which get their task axis from the runner.
+    """
     hooks = chain.from_iterable(getattr(module, name).values() for name in HOOKS)
     return not all(is_made_by(hook, ("transformers.", "fastcss.")) for hook in hooks)

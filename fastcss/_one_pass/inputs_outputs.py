@@ -1,4 +1,4 @@
-"""A model's arguments and outputs, of any nesting, as lists of leaves: what an axis is put on and taken from."""
+"""Flattens a model's arguments and outputs, of any nesting, into lists of leaves that can get or lose an axis."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device,
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call of a model; those in ``each`` are keyword arguments [T, …], a slice for each task."""
+    """Holds the arguments of one call of a model; ``each`` has keyword arguments [T, …] with a slice for each task."""
 
     args: tuple
     kwargs: dict
     each: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def call(self, model: Callable, each: Sequence[Tensor] = ()) -> object:
-        """The call of one task, whose own slices are ``each``."""
+        """Call the model for one task, whose own slices are ``each``."""
         return model(*self.args, **self.kwargs, **dict(zip(self.each, each, strict=True)))
 
     def of(self, tasks: slice) -> Inputs:
@@ -30,7 +30,7 @@ class Inputs:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What all tasks have in common."""
+        """Return the tensors that all tasks have in common."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     @property
@@ -40,12 +40,12 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a model returned for a number of slots: tasks, or samples with an adapter each.
+    """Holds what a model returned for several slots: tasks, or samples that each have an adapter.
 
     Attributes:
-        leaves: tensors, with a leading slot axis where ``mapped``, and plain values.
-        mapped: for each leaf whether it has that axis; one without it is the same in every slot.
-        structure: how the leaves make up the model's own output type.
+        leaves: tensors, with a leading slot axis if ``mapped``, and plain values.
+        mapped: says for each leaf whether it has that axis; one without it is the same in every slot.
+        structure: says how the leaves make up the model's own output type.
         size: the number of slots.
     """
 
@@ -74,7 +74,7 @@ class Output:
         return dataclasses.replace(self, leaves=leaves)
 
     def expanded(self) -> object:
-        """The model's output type with a leading slot axis on every tensor."""
+        """Return the model's own output type, with a leading slot axis on every tensor."""
 
         def expand(leaf: object, mapped: bool) -> object:
             return leaf.expand(self.size, *leaf.shape) if isinstance(leaf, Tensor) and not mapped else leaf
@@ -83,7 +83,7 @@ class Output:
 
 
 def join(outputs: Sequence[Output]) -> Output:
-    """The slots of ``outputs`` one after the other."""
+    """Put the slots of ``outputs`` one after the other."""
     first = outputs[0]
     if len(outputs) == 1:
         return first
@@ -100,13 +100,16 @@ def join(outputs: Sequence[Output]) -> Output:
 
 
 def _has_slots(i: int, outputs: Sequence[Output]) -> bool:
-    """Leaf ``i`` has a slot axis, or ``outputs`` have tensors of their own: also what no adapter touches may differ."""
+    """Tell whether leaf ``i`` has a slot axis, or is another tensor in each of ``outputs``.
+
+    Even a leaf that no adapter touches may differ between them.
+    """
     first = outputs[0].leaves[i]
     return any(o.mapped[i] or (isinstance(first, Tensor) and o.leaves[i] is not first) for o in outputs)
 
 
 def _check_plain(leaves: Sequence, others: Sequence) -> None:
-    """Raise where a value that is no tensor, and so can have no slot axis, differs from slot to slot."""
+    """Raise if a value that is no tensor, and so can have no slot axis, differs from slot to slot."""
     for one, other in zip(leaves, others, strict=True):
         if isinstance(one, Tensor) and isinstance(other, Tensor):
             continue

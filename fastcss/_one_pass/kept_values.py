@@ -1,4 +1,4 @@
-"""Values of one adapter's pass that a model keeps (a cache of features, say) and must not use in another adapter's."""
+"""Finds values of one adapter's pass that a model keeps (a cache of features, say) and reuses in another adapter's."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 
 from .structural_copy import held_by
 
-_ORIGIN = "_one_pass_origin"  # on a tensor: (the name of a model's copy, its adapters), where it depends on those
+# A tensor that depends on adapters has this attribute: (the name of a model's copy, its adapters).
+_ORIGIN = "_one_pass_origin"
 _CONTAINERS = (list, tuple, dict, set, collections.deque)
 MOST_SEARCHED = 100_000  # objects
 
 
 class KeptError(RuntimeError):
-    """A pass meets a value of another adapter's pass, ``tensor``."""
+    """Says that a pass meets ``tensor``, a value of another adapter's pass."""
 
     def __init__(self, message: str, tensor: Tensor) -> None:
         super().__init__(message)
         self.tensor = tensor
 
     def named(self, place: str | None, model: str) -> RuntimeError:
-        """The error for the caller, with the place in which the model keeps the value."""
+        """Return the error for the caller, which names the place where the model keeps the value."""
         where = f", which it keeps in {place!r}" if place else ""
         return RuntimeError(
             f"one_pass: {model} uses a value of one adapter's pass in that of another{where} ({self}); "
@@ -33,7 +34,7 @@ class KeptError(RuntimeError):
 
 
 class KeepsError(RuntimeError):
-    """A run under vmap left ``tensors`` of its tasks in the model."""
+    """Says that a run under vmap left ``tensors`` of its tasks in the model."""
 
     def __init__(self, place: str, tensors: list[Tensor]) -> None:
         super().__init__(f"the model keeps a value that differs between the tasks after its call, in {place!r}")
@@ -41,13 +42,13 @@ class KeepsError(RuntimeError):
 
 
 def mark(tensor: Tensor, origin: tuple) -> Tensor:
-    """``tensor``, which from now on is known to depend on the adapter of ``origin``."""
+    """Mark ``tensor`` as dependent on the adapter of ``origin``, and return it."""
     setattr(tensor, _ORIGIN, origin)
     return tensor
 
 
 def unmark(tensor: Tensor) -> None:
-    """Let ``tensor`` be an input as any other, though a hook may have kept it from some pass."""
+    """Remove the mark of ``tensor``: it now is an ordinary input, though a hook may have kept it from some pass."""
     if getattr(tensor, _ORIGIN, None) is not None:
         delattr(tensor, _ORIGIN)
 
@@ -56,15 +57,15 @@ class OneTask:
     """Follows what depends on the adapter through the calls of one adapter's pass.
 
     Args:
-        origin: of this pass (``Slots.origin``); no adapters are the bare model.
-        owned: ids of the tensors that outlive the call, and may well take over values from pass to pass.
+        origin: the origin of this pass (``Slots.origin``); it has no adapters for the bare model.
+        owned: ids of the tensors that outlive the call, and may carry values from pass to pass.
     """
 
     def __init__(self, origin: tuple, owned: set[int]) -> None:
         self._origin, self._owned = origin, owned
 
     def depends(self, func: Callable, args: tuple, kwargs: dict) -> bool:
-        """Whether a call depends on the adapter; raises where that is another pass's."""
+        """Tell whether a call depends on the adapter; raise if it depends on another pass's adapter."""
         found = False
         for value in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(value, (list, tuple)):
@@ -79,14 +80,14 @@ class OneTask:
         return found
 
     def follow(self, result: object) -> None:
-        """The result of a call that depends on the adapter."""
+        """Mark the result of a call that depends on the adapter."""
         for value in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(value, Tensor) and id(value) not in self._owned:
                 mark(value, self._origin)
 
 
 class Mapped:
-    """Knows which values of a pass under vmap, where they have a hidden axis of tasks, are still there after it."""
+    """Knows which values with a hidden task axis are still alive after a pass under vmap."""
 
     def __init__(self) -> None:
         self._made: list[weakref.ref] = []
@@ -95,13 +96,13 @@ class Mapped:
         self._made.append(weakref.ref(tensor))
 
     def alive(self, returned: Iterable[Tensor]) -> list[Tensor]:
-        """Those that the model did not return."""
+        """Return the living values that the model did not return."""
         known = {id(tensor) for tensor in returned}
         return [t for t in (ref() for ref in self._made) if t is not None and id(t) not in known]
 
 
 def where_kept(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
-    """The module and attribute under which ``model`` holds one of ``tensors``, None where it holds none."""
+    """Return the module and attribute under which ``model`` holds one of ``tensors``, or None."""
     wanted = {id(tensor) for tensor in tensors}
     seen: set[int] = set()
     for path, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The copy of a model that runs in its place, with all adapters in each adapted layer."""
+"""Holds the copy of a model that runs in its place, with all adapters in each adapted layer."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .undo import Attributes, Undo
 
 
 class ModelCopy:
-    """A structural copy of ``model`` that shares its tensors, and follows what is set on it.
+    """Copies the structure of ``model``, shares its tensors, and follows later changes of the original.
 
     Args:
-        around: modules that ``model`` is in, which are watched with it.
+        around: modules that contain ``model``; they are watched with it.
 
     Attributes:
         model: the copy.
         slots: what the adapted layers in it compute in this thread's current call.
         reads: id of each adapter's tensor → the name of its layer.
-        hooked: the name of a module with hooks that transformers did not make, None where there is none.
+        hooked: the name of a module with hooks that transformers did not make, or None.
     """
 
     def __init__(self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = ()) -> None:
@@ -51,7 +51,7 @@ class ModelCopy:
         for name, layer in layers.items():
             if name in pairs:
                 take_hooks(layer, pairs[name][1], copy)
-            else:  # A bare layer is adapted under the name that an adapter gives it, and left bare wherever else it is.
+            else:  # A bare layer is adapted under the name that an adapter gives it, and stays bare under other names.
                 ours = adapted(copy.of(layer), adapters.layers[name], self.slots)
                 parent, _, child = name.rpartition(".")
                 self.model.get_submodule(parent)._modules[child] = ours
@@ -81,17 +81,17 @@ class ModelCopy:
         return next(chain(self.model.parameters(), self.model.buffers())).device
 
     def tensors(self) -> list[Tensor]:
-        """Parameters and buffers of the base model."""
+        """Return the parameters and buffers of the base model."""
         return [*self.model.parameters(), *self.model.buffers()]
 
     def adapter_tensors(self) -> list[Tensor]:
         return [tensor for layer in self._layers for tensor in layer.tensors()]
 
     def follow(self) -> bool:
-        """Take over what was set on the original since; False where it wants a new copy.
+        """Take over what was set on the original since the last call; return False if a new copy is needed.
 
         Raises:
-            RuntimeError: its adapters are switched off.
+            RuntimeError: the original's adapters are switched off.
         """
         if torch.compiler.is_compiling():
             self._watch.follow_mode()
@@ -105,7 +105,7 @@ class ModelCopy:
         return self._watch.is_as_built()
 
     def read_adapters(self) -> None:
-        """Let layers forget packs of adapters whose values have changed; on a GPU, where to ask would stall, all."""
+        """Drop the packs of adapters whose values have changed; on a GPU drop all, since comparing would stall it."""
         if torch.compiler.is_compiling():
             return
         if self._are_plain and all(t.is_cpu for t in self._contents.tensors):
@@ -115,7 +115,7 @@ class ModelCopy:
                 layer.forget()
 
     def give_back(self) -> None:
-        """Let the original have the buffers that a run has set anew; those written in place it shares."""
+        """Give the original the buffers that a run has replaced; buffers written in place are shared already."""
         if torch.compiler.is_compiling() or not self._set_buffers.differs():
             return
         for theirs, ours in self._buffers:
@@ -124,15 +124,15 @@ class ModelCopy:
         self._watch.structure.take()
 
     def untrained(self, tasks: Sequence[int]) -> list[int]:
-        """Those of ``tasks`` whose adapters get no gradient, where others do."""
+        """Return the ``tasks`` whose adapters get no gradient while others do."""
         trains = {t: any(p.requires_grad for layer in self._layers for p in layer.tensors((t,))) for t in tasks}
         return [t for t, does in trains.items() if not does] if any(trains.values()) else []
 
     @contextlib.contextmanager
     def undoing(self, inputs: Inputs, known: set[int] | None) -> Iterator[Undo]:
-        """What puts the model and its inputs back as they are now, after a run within that failed half-way.
+        """Yield an ``Undo`` that restores the model and its inputs if a run inside this context fails half-way.
 
-        ``known`` are the ids of the tensors that earlier runs wrote, None where there was none.
+        ``known`` holds the ids of the tensors that earlier runs wrote, or None if there was no earlier run.
         """
         if self._attributes is None:
             not_undone = (torch.jit.ScriptModule, Adapted)
@@ -145,7 +145,7 @@ class ModelCopy:
             self.slots.undo = None
 
     def must_replay(self) -> str | None:
-        """Why the model's present mode or its hooks rule vmap out, None where they do not."""
+        """Return why the model's present mode or its hooks rule vmap out, or None."""
         for name, module in self.model.named_modules() if self.training else ():
             if getattr(module, "gradient_checkpointing", False):
                 bind_checkpoints(self.model, self.slots)

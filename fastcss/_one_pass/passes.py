@@ -1,4 +1,4 @@
-"""The ways to run a model's copy for many adapters, or for samples with an adapter each."""
+"""Runs a model's copy for many adapters, or for samples that each have their own adapter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .samples import Axes, Samples
 from .shared_work import SharedWork
 from .vmap_rules import TaskRules, is_mapped
 
-MOST_KINDS = 256  # of batches, whose outputs are known to be put together in some way
+MOST_KINDS = 256  # kinds of batches that are remembered, with the way their outputs are put together
 
 
 class Passes:
-    """Passes over a model's copy."""
+    """Runs passes over a model's copy."""
 
     def __init__(self, model_copy: ModelCopy) -> None:
         self._copy, self._model, self._slots = model_copy, model_copy.model, model_copy.slots
@@ -31,9 +31,10 @@ class Passes:
     # --------------------------------------------------------------------------------- every task on the same input
 
     def side_by_side(self, tasks: tuple[int, ...], size: int | None, inputs: Inputs) -> object:
-        """Groups of ``size`` tasks under vmap, which share what no adapter touches.
+        """Run groups of ``size`` tasks under vmap; the groups share what no adapter touches.
 
-        With None the size is ours to choose; on a CPU the first task of the first call runs alone, to be measured.
+        None lets this method choose the size; on a CPU the first task of the first call then runs alone, so that its
+        memory can be measured.
         """
         size = size or self._known_size(len(tasks), inputs)
         outputs = []
@@ -52,13 +53,13 @@ class Passes:
         return join(outputs).expanded()
 
     def in_turn(self, tasks: tuple[int, ...], inputs: Inputs) -> object:
-        """One task after the other; the later ones take over what no adapter touches."""
+        """Run one task after the other; the later ones take over what no adapter touches."""
         with self._sharing(len(tasks) > 1, inputs) as shared:
             singles = [self._single((task,), inputs.of(slice(i, i + 1)), shared) for i, task in enumerate(tasks)]
             return join(singles).expanded()
 
     def _known_size(self, tasks: int, inputs: Inputs) -> int | None:
-        """Tasks to run side by side; None where that has to be measured first."""
+        """Return how many tasks to run side by side, or None if that has to be measured first."""
         if tasks == 1 or self._copy.device.type != "cpu" or self._copy.training:
             return tasks
         widest = self._widest.get(inputs.shapes)
@@ -67,7 +68,7 @@ class Passes:
     # ------------------------------------------------------------------------------------ an adapter for each sample
 
     def samples(self, inputs: Inputs, size: int, names: Sequence[str] | None) -> tuple[Samples, Axes | None]:
-        """The batch cut into samples, and how their outputs are put together; None for a batch of one."""
+        """Cut the batch into samples, and return with them how their outputs are joined (None for a batch of one)."""
         samples = Samples(self._model, inputs, size, names)
         if size == 1:
             return samples, None
@@ -79,7 +80,7 @@ class Passes:
         return samples, self._axes[key]
 
     def _measured(self, samples: Samples) -> Axes:
-        """By the bare model, after which everything is as it was; guesses are checked in eval mode, without dropout."""
+        """Measure the output axes with the bare model, then restore it; check guesses in eval mode, without dropout."""
         training = [module for module in self._model.modules() if module.training]
         with (
             torch.no_grad(),
@@ -97,12 +98,15 @@ class Passes:
                 undo()
 
     def bare(self, inputs: Inputs) -> object:
-        """The model without adapters."""
+        """Run the model without adapters."""
         with self._slots.hold(tasks=()):
             return inputs.call(self._model)
 
     def routed(self, route: Tensor, samples: Samples, axes: Axes | None, stacked: tuple) -> object:
-        """Under vmap over the samples, each a batch of one: exact whatever the model does with its batch axis."""
+        """Run the samples side by side under vmap, each as a batch of one.
+
+        The result is exact whatever the model does with its batch axis.
+        """
         tensors, rebuild = stacked
 
         def run(*slices: Tensor) -> object:
@@ -112,7 +116,7 @@ class Passes:
         return (axes or Axes.of_one_sample(output)).joined(output)
 
     def routed_in_turn(self, route: Tensor, samples: Samples, axes: Axes | None) -> object:
-        """One sample after the other."""
+        """Run one sample after the other."""
         outputs = []
         with self._sharing(len(route) > 1, samples.shared()) as shared:
             for i, task in enumerate(route.tolist()):
@@ -136,7 +140,7 @@ class Passes:
         modes: Sequence[TorchFunctionMode | None] = (),
         **slots,
     ) -> Output:
-        """``run(*values)`` with ``axis`` and ``values`` mapped along their dim 0."""
+        """Call ``run(*values)`` with ``axis`` and ``values`` mapped along their dim 0."""
         outputs, size, mapped, undo = [], axis.shape[0], Mapped(), self._slots.undo
         before_write = undo and undo.before_write
         rules = TaskRules(self._owned(inputs), before_write=before_write, mapped=mapped, adapters=self._copy.reads)
@@ -161,7 +165,7 @@ class Passes:
             raise KeepsError(kept, alive)
 
     def _single(self, tasks: tuple[int, ...], inputs: Inputs, shared: SharedWork | None) -> Output:
-        """The model with one adapter or, with ``tasks`` empty, none."""
+        """Run the model with one adapter, or with none if ``tasks`` is empty."""
         origin, owned = self._slots.origin(tasks), self._owned(inputs)
         for tensor in inputs.tensors:
             unmark(tensor)
@@ -176,12 +180,12 @@ class Passes:
         return output.with_mapped_leaves([leaf[None] for leaf in output.mapped_leaves()])
 
     def _owned(self, inputs: Inputs) -> set[int]:
-        """Ids of the tensors that outlive a call."""
+        """Return the ids of the tensors that outlive a call."""
         return {id(tensor) for tensor in (*self._copy.tensors(), *inputs.tensors, *inputs.each.values())}
 
     @contextlib.contextmanager
     def _sharing(self, wanted: bool, inputs: Inputs) -> Iterator[SharedWork | None]:
-        """What several runs of the model share, None while there is one run only, or in training."""
+        """Yield the memory that several runs of the model share; None for a single run, and in training."""
         if not wanted or self._copy.training:
             yield None
             return

@@ -1,4 +1,4 @@
-"""Whether a call draws random numbers, found out by running it."""
+"""Finds out whether a call draws random numbers, by running it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._dispatch.private_apis import TorchDispatchMode, pytree
 
-# Ops with torch's tag for drawing that draw only where their plain arguments (dropout_p, training) ask for it.
+# These ops have torch's tag for drawing, but draw only if their plain arguments (dropout_p, training) ask for it.
 _BY_ARGUMENT = (
     *("_scaled_dot_product", "_fused_sdp_choice", "_flash_attention", "_efficient_attention", "_cudnn_attention"),
     *("_cudnn_rnn", "miopen_rnn", "_lstm_mps", "rrelu"),
@@ -20,10 +20,10 @@ _known: dict[tuple, bool] = {}  # by function and plain arguments
 
 
 def draws(func: Callable, args: tuple, kwargs: dict, leaves: list, structure: pytree.TreeSpec) -> tuple[object, bool]:
-    """``func(*args, **kwargs)`` and whether it drew; ``leaves`` and ``structure`` are those of its arguments.
+    """Return ``func(*args, **kwargs)`` and whether it drew; ``leaves`` and ``structure`` are those of its arguments.
 
-    A call is watched the first time that a function gets these plain arguments: no list of names could be whole, and
-    ``dropout``, say, draws or does not as its arguments say.
+    A call is watched the first time that a function gets these plain arguments. A list of names could not be complete,
+    and whether ``dropout``, say, draws depends on its arguments.
     """
     signature = func, structure, tuple("" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     drew = _known.get(signature)
@@ -44,7 +44,7 @@ def draws(func: Callable, args: tuple, kwargs: dict, leaves: list, structure: py
 
 
 def _generators() -> list[torch.Generator]:
-    """Those that move where a call draws without being given one; none while they cannot be asked."""
+    """Return the generators that a call without its own generator draws from; none while they cannot be read."""
     if torch.compiler.is_compiling():
         return []
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
@@ -53,7 +53,7 @@ def _generators() -> list[torch.Generator]:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees the ops of a call that torch has tagged as drawing; ``certain`` counts also those that may not have."""
+    """Sees the ops of a call that torch has tagged as drawing; ``certain`` also counts ops that may not have drawn."""
 
     def __init__(self, certain: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LoRA adapters in the form in which one pass takes them, and their reading from the layers of a PEFT model."""
+"""Reads LoRA adapters from the layers of a PEFT model into the form that one pass takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .._dispatch.private_apis import compiled_from
 from .._fuse.fused_module import HOOKS, original_class
 
-# Variants of PEFT's that differ in how an adapter begins and what of it trains, not in what it computes.
+# These variants of PEFT differ in how an adapter is initialised and which part of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
 
 
@@ -25,17 +25,17 @@ GLOBAL_HOOKS = (
 
 @dataclasses.dataclass(frozen=True)
 class LoraWeights:
-    """One adapter on one layer, as PEFT keeps it.
+    """Holds one adapter on one layer, as PEFT keeps it.
 
     Attributes:
         a: ``[r, K]`` (linear), ``[r, C, kh, kw]`` (convolution) or ``[r, V]`` (embedding).
-        b: ``[N, r]``, for a convolution ``[N, r / groups, 1, 1]``, or ``[N, r, 1, 1]`` as of peft before 0.16.
+        b: ``[N, r]``, for a convolution ``[N, r / groups, 1, 1]``, or ``[N, r, 1, 1]`` in peft before 0.16.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
-        bias: ``[N]``, the bias of ``b``, where the adapter has one.
+        bias: ``[N]``, the bias of ``b``, if the adapter has one.
         dropout: probability of dropping an input of ``a`` in training.
-        drops: PEFT's module for that, which drops while it is in training; None: while the layer is.
-        taken_out: how many of the last rows of ``a`` are no adapter's, but undo what is in ``base_layer`` and was taken
-            out of it where the adapter began (PiSSA, OLoRA); their input is never dropped.
+        drops: PEFT's dropout module, which drops while it is in training mode; with None the layer's mode decides.
+        taken_out: how many of the last rows of ``a`` do not belong to the adapter. They subtract the part that PEFT takes
+            out of the base layer when such an adapter begins (PiSSA, OLoRA); their input is never dropped.
     """
 
     a: Tensor
@@ -49,7 +49,7 @@ class LoraWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """T named adapters of one model: for every adapted layer, each adapter's weights or None where it has none."""
+    """Holds T named adapters of one model: for every adapted layer, each adapter's weights, or None if it has none."""
 
     names: tuple[str, ...]
     layers: dict[str, list[LoraWeights | None]]
@@ -63,7 +63,7 @@ class Adapters:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "conv2d" or "embedding" for a base layer that one pass can run, None for any other."""
+    """Return "linear", "conv2d" or "embedding" for a base layer that one pass can run, None for any other."""
     cls = original_class(module)
     if cls in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module):
         return "linear"
@@ -71,7 +71,7 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D: a linear layer that keeps its weight as [K, N]."""
+    """Tell whether ``module`` is transformers' Conv1D: a linear layer that keeps its weight as [K, N]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -79,7 +79,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
-    """The base model inside ``model``, with its LoRA layers in place, and its adapters."""
+    """Return the base model inside ``model``, with its LoRA layers in place, and its adapters."""
     try:
         from peft import PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -101,7 +101,7 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
                 f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one "
                 "pass would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
             )
-    # Not get_base_model(), which fails where the active adapter was deleted.
+    # get_base_model() would fail if the active adapter was deleted.
     base = model.base_model.model if isinstance(model, PeftModel) else model
     tuned = {}
     for name, module in base.named_modules():
@@ -125,7 +125,7 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
 
 
 def check_global_hooks() -> None:
-    """Raise where all modules have a hook, but for torch's own (its counter of FLOPs, its profilers)."""
+    """Raise if a global hook is set that is not torch's own (its counter of FLOPs, its profilers)."""
     for hooks in map(torch.nn.modules.module.__dict__.get, GLOBAL_HOOKS):
         if hooks and not all(is_made_by(hook, ("torch.",)) for hook in hooks.values()):
             raise TypeError(
@@ -146,7 +146,7 @@ def _adapters_of(layer) -> list[str]:
 
 
 def _check_whole(name: str, layer, adapter: str, names: Sequence[str]) -> None:
-    """Raise for what ``add_adapter`` leaves in layers if it fails half-way."""
+    """Raise if the layer holds the remains of an ``add_adapter`` that failed half-way."""
     kind = "lora_embedding_" if isinstance(layer.base_layer, nn.Embedding) else "lora_"
     parts = (f"{kind}A", f"{kind}B", "scaling", "lora_dropout")
     missing = [part for part in parts if adapter not in getattr(layer, part)]
@@ -187,7 +187,7 @@ def _check_peft_layer(name: str, layer) -> None:
 
 
 def _check_part(name: str, inner: str, part: nn.Module) -> None:
-    """Raise where ``part``, inside the adapted layer ``name``, does more than hold a weight."""
+    """Raise if ``part``, inside the adapted layer ``name``, does more than hold a weight."""
     if _has_own_calls(part):
         raise TypeError(
             f"one_pass: layer {name!r}: its {inner} has hooks or a replaced forward, which one pass would skip; "
@@ -203,7 +203,7 @@ def _check_part(name: str, inner: str, part: nn.Module) -> None:
 
 
 def _has_own_calls(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does more than its class says."""
+    """Tell whether a call of ``module`` does more than its class says."""
     return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
 
 
@@ -218,7 +218,7 @@ def _read_peft_layer(layer, adapter: str) -> LoraWeights:
 
 
 def check_base_layer(name: str, base: nn.Module) -> None:
-    """Raise where replacing ``base`` by its formula would lose something it does."""
+    """Raise if replacing ``base`` by its formula would lose something it does."""
     if _has_own_calls(base):
         raise TypeError(f"one_pass: layer {name!r} has hooks or a replaced forward, which one pass would skip")
     if isinstance(base, nn.Embedding) and base.max_norm is not None:
@@ -233,5 +233,5 @@ def check_base_layer(name: str, base: nn.Module) -> None:
 
 
 def _is_spread(base: nn.Conv2d) -> bool:
-    """Whether dilation makes a difference."""
+    """Tell whether dilation makes a difference."""
     return any(size > 1 and dilation > 1 for size, dilation in zip(base.kernel_size, base.dilation, strict=True))

@@ -1,4 +1,4 @@
-"""Reads LoRA adapters from the folders that PEFT saves: without PEFT, and as it reads them."""
+"""Reads LoRA adapters from the folders that PEFT saves, as PEFT reads them but without it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CALLER = "one_pass.from_directories"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# Options of a LoraConfig that make an adapter more than x Aᵀ Bᵀ, or train something beside it.
+# These options of a LoraConfig make an adapter more than x Aᵀ Bᵀ, or train something beside it.
 NOT_PLAIN_LORA = (
     "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
     "layer_replication", "megatron_config",
 )  # fmt: skip
-# The others that PEFT writes up to 0.21.
+# PEFT up to 0.21 writes these options, and those above.
 KNOWN = frozenset((
     *NOT_PLAIN_LORA, "peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision",
     "peft_version", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias",
@@ -44,7 +44,7 @@ DROPPED = (
 
 
 def read_directories(model: nn.Module, directories: Sequence, names: Sequence[str] | None) -> Adapters:
-    """The adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled."""
+    """Read the adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled."""
     folders = [Path(directory) for directory in directories]
     if not folders:
         raise ValueError(f"{CALLER}: wants at least one folder, got none")
@@ -102,12 +102,12 @@ def _read_config(folder: Path) -> dict:
 
 
 def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -> None:
-    """Hold the layers that the weights are for against those that the folder's own config names."""
+    """Compare the layers that the folder has weights for with those that its own config names."""
     names = targeted(config, model)
     if names is None:
         return
     surplus = [layer for layer in layers if layer not in names]
-    if config.get("ensure_weight_tying"):  # it adds the layers whose own weight is that of a targeted embedding
+    if config.get("ensure_weight_tying"):  # this option adds the layers that share a targeted embedding's weight
         surplus = [layer for layer in surplus if not _is_tied(layers[layer], layers)]
         untied = _untied(model, layers)
         if untied:
@@ -133,14 +133,14 @@ def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -
 
 
 def _is_tied(parts: dict[str, Tensor], layers: dict[str, dict[str, Tensor]]) -> bool:
-    """Whether A and B are, transposed, the B and A of another layer."""
+    """Tell whether A and B are, transposed, the B and A of another layer."""
     pairs = ((parts.get("a"), other.get("b"), parts.get("b"), other.get("a")) for other in layers.values())
     pairs = (pair for pair in pairs if all(x is not None and x.dim() == 2 for x in pair))
     return any(torch.equal(a, other_b.t()) and torch.equal(b, other_a.t()) for a, other_b, b, other_a in pairs)
 
 
 def _untied(model: nn.Module, layers: dict[str, dict[str, Tensor]]) -> list[str]:
-    """Layers without weights that share the weight of an embedding with some, of a name by which PEFT ties."""
+    """Return the layers without adapter weights that share their weight with an adapted embedding that PEFT ties."""
     weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
     embeddings = [layer for layer in layers if layer.rpartition(".")[2] in ("embed_tokens", "lm_head")]
     shared = {id(weights[layer]) for layer in embeddings if layer in weights}
@@ -153,20 +153,20 @@ def _some(layers: Sequence[str]) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"{CALLER}: {message}", stacklevel=5)  # where from_directories is called
+    warnings.warn(f"{CALLER}: {message}", stacklevel=5)  # names the line that calls from_directories
 
 
 # ----------------------------------------------------------------------------------------- adapter_model.safetensors
 
 PREFIX = "base_model.model."
-# The adapter's own name is in keys that were saved without PEFT's help, as its state_dict has it.
+# Keys that were saved without PEFT's help contain the adapter's own name, as in its state_dict.
 _PAIR = re.compile(r"(?P<layer>.+?)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<layer>.+?)\.lora_embedding_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?")
 WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP", "module.": "DistributedDataParallel"}
 
 
 def _by_layer(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Layer → {"a", "b", "bias"}, from keys such as ``base_model.model.encoder.query.lora_A.weight``."""
+    """Group tensors by layer → {"a", "b", "bias"}; keys look like ``base_model.model.encoder.query.lora_A.weight``."""
     modules = dict(model.named_modules())
     layers: dict[str, dict[str, Tensor]] = {}
     adapters = set()
@@ -196,7 +196,7 @@ def _by_layer(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _check_not_lora(folder: Path, key: str, name: str, tensor: Tensor, model: nn.Module) -> None:
-    """Raise unless ``tensor`` is the model's own as it is: PEFT saves embeddings, and loads them into the model."""
+    """Raise unless ``tensor`` equals the model's own: PEFT saves embeddings, and loads them into the model."""
     layer, _, part = name.partition(".lora_")
     if part.startswith(("down.", "up.")) or name.endswith(".alpha"):
         raise TypeError(
@@ -263,7 +263,7 @@ def _fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, 
         raise ValueError(f"{CALLER}: {where} is of rank {rank}, its {CONFIG_FILE} (r, rank_pattern) says another")
     alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    # In float32 whatever was saved, beside a float64 layer in its dtype: as PEFT loads them.
+    # PEFT loads adapters in float32, whatever was saved, and beside a float64 layer in float64.
     dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
     a, b, bias = (None if tensor is None else tensor.to(base.weight.device, dtype) for tensor in (a, b, bias))
     weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)))
@@ -274,7 +274,7 @@ def _fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, 
 
 
 def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
-    """Adapters of folders for ``model`` as it is now, on its device."""
+    """Fit adapters that were read from folders to ``model`` as it is now, on its device."""
     modules, again = dict(model.named_modules()), Adapters.empty(adapters.names)
     for layer, weights in adapters.layers.items():
         base = modules.get(layer)
@@ -295,7 +295,7 @@ def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
 
 
 def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Shape of A, and the shapes that B may have."""
+    """Return the shape of A, and the shapes that B may have."""
     if kind == "embedding":
         return (rank, base.num_embeddings), ((base.embedding_dim, rank),)
     if kind == "conv2d":  # peft before 0.16 has a dense B beside grouped convolutions too
@@ -306,5 +306,5 @@ def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tup
 
 
 def _of_pattern(patterns: dict | None, layer: str, default: float) -> float:
-    """PEFT's rank_pattern/alpha_pattern rule: the first pattern that is the layer's name or the end of it."""
+    """Apply PEFT's rank_pattern/alpha_pattern rule: the first pattern wins that is the layer's name or its end."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)

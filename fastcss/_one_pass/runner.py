@@ -1,4 +1,4 @@
-"""Every LoRA adapter of a model in one pass over it."""
+"""Runs every LoRA adapter of a model in one pass over the model."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ from .read_folders import fitted_again, read_directories
 class OnePass(nn.Module):
     """Runs a model once for all of its LoRA adapters: each output equals the model's with that adapter alone.
 
-    What no adapter has touched (everything before the first adapted layer, and every branch without one) is computed
-    once for all of them. The model is left as it is: the runner works on a copy of its structure that shares its
-    tensors. Each call follows the model: new values of weights and adapters, however written; other parameters,
-    buffers, modules, attributes, hooks, scales, dtypes and devices; train() and eval(). Merged adapters and those
-    switched off are refused. So are adapters that were added or removed, until ``refresh`` takes them over. Training
-    through the runner reaches every adapter that requires gradients, which by PEFT's default the active one does alone.
-    A forward hook sees one adapter's tensors at a time, so a model with hooks of the user's runs as engine "replay".
+    The parts that no adapter has touched (everything before the first adapted layer, and every branch without one) are
+    computed once for all adapters. The model is left as it is: the runner works on a copy of its structure that shares
+    its tensors. Each call follows the model: new values of weights and adapters, however written; other parameters,
+    buffers, modules, attributes, hooks, scales, dtypes and devices; train() and eval(). The runner refuses merged
+    adapters and those switched off. It also refuses adapters that were added or removed, until ``refresh`` takes them
+    over. Training through the runner reaches every adapter that requires gradients; by PEFT's default only the active
+    one does. A forward hook sees one adapter's tensors at a time, so a model with the user's hooks runs as engine
+    "replay".
 
     Args:
         model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
             Adapters may differ in rank, alpha and the layers they cover.
         engine: "vmap" runs the adapters side by side under ``torch.vmap``; "replay" runs them in turn and repeats only
-            what depends on the adapter, which any model allows; "auto" is "vmap", and "replay", with a warning, for a
-            model that vmap refuses or that counts its calls. ``runner.engine`` says which of them runs.
-        group_size: how many adapters run side by side under "vmap"; fewer take less memory. None: all of
-            them on a GPU; on a CPU as many as keep its tensors small enough for the C library and the caches.
-        fuse: run the model's own modules on the fused ops, as ``fastcss.fuse`` does (here on the runner's copy). None:
-            where that was measured to be faster, which is on a CPU.
-        task_dim: 0, or 1 for outputs ``[B, T, …]``: what takes the first axis of an output for the batch, as
-            transformers' Trainer and accelerate's ``gather_for_metrics`` do, would cut the tasks otherwise.
+            what depends on the adapter, which works with any model; "auto" is "vmap", but falls back to "replay", with
+            a warning, for a model that vmap refuses or that counts its calls. ``runner.engine`` says which of them
+            runs.
+        group_size: how many adapters run side by side under "vmap"; fewer take less memory. None means all of
+            them on a GPU, and on a CPU as many as keep the tensors small enough for the C library and the caches.
+        fuse: run the model's own modules on the fused ops, as ``fastcss.fuse`` does (here on the runner's copy). None
+            fuses where that was measured to be faster, which is on a CPU.
+        task_dim: 0, or 1 for outputs ``[B, T, …]``. Code that takes the first axis of an output for the batch, such as
+            transformers' Trainer and accelerate's ``gather_for_metrics``, needs 1: it would cut the tasks otherwise.
 
     Attributes:
         model: the model, as it was given; its parameters and state_dict are the runner's.
@@ -83,12 +85,13 @@ class OnePass(nn.Module):
         fuse: bool | None = None,
         task_dim: int = 0,
     ) -> OnePass:
-        """A runner for a bare model and adapters saved by PEFT, without PEFT.
+        """Make a runner for a bare model and adapters saved by PEFT, without PEFT.
 
-        Each adapter runs as ``PeftModel.from_pretrained(model, folder)`` runs it: in float32 whatever it was saved in
-        (float64 beside float64 layers); a PiSSA or OLoRA adapter beside what it leaves of the base layer, though here
-        the model stays as it is; a layer of several names under the first alone. Keys may have the adapter's own name
-        in them. A warning names layers that a folder lacks and its config targets, and options that are not known.
+        Each adapter runs as ``PeftModel.from_pretrained(model, folder)`` runs it. It runs in float32, whatever dtype it
+        was saved in (float64 beside float64 layers). A PiSSA or OLoRA adapter gives what it gives in PEFT beside the
+        reduced base layer, though here the model stays as it is. A layer with several names goes by its first name
+        alone. Keys may contain the adapter's own name. A warning names the layers that a folder's config targets but
+        the folder lacks, and the options that are not known.
 
         Args:
             model: the base model of the adapters.
@@ -97,7 +100,7 @@ class OnePass(nn.Module):
             engine, group_size, fuse, task_dim: as for ``OnePass``.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: a folder that is not whole, holds a pickle or what PEFT would
+            FileNotFoundError, TypeError, ValueError: a folder is incomplete, holds a pickle or weights that PEFT would
                 leave out, is no plain LoRA adapter, or belongs to another base model; the message names the file or
                 the layer.
         """
@@ -105,7 +108,7 @@ class OnePass(nn.Module):
 
     @classmethod
     def _made_of(cls, model: nn.Module, adapters: Adapters | None, *options) -> OnePass:
-        """A runner for the adapters in ``model`` or, of a bare one, for ``adapters``."""
+        """Make a runner for the adapters in ``model``, or for ``adapters`` if the model is bare."""
         runner = cls.__new__(cls)
         nn.Module.__init__(runner)
         runner._begin(model, adapters, *options)
@@ -133,7 +136,7 @@ class OnePass(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over the model as it is now: also adapters that were added, removed or put in another order.
+        """Take over the model as it is now, with adapters that were added, removed or reordered.
 
         Captured graphs are forgotten. Runners made by ``from_directories`` keep the adapters they have read.
 
@@ -154,14 +157,14 @@ class OnePass(nn.Module):
         inside = set(base.modules())
         model_copy = ModelCopy(base, adapters, [module for module in self.model.modules() if module not in inside])
         fuse = model_copy.device.type == "cpu" if self._fuse is None else self._fuse
-        # Linear layers are seen to already: by the adapted layers, and by the task rules.
+        # The adapted layers and the task rules already run linear layers on the faster GEMM.
         self.fusion: Fusion | None = fuse_modules(model_copy.model, linears=False) if fuse else None
         self.adapters = adapters.names
         self._engine = Engine(self._asked)
         self._model_copy, self._passes = model_copy, Passes(model_copy)
 
     def _follow(self) -> None:
-        """Let the copy be what the model is now."""
+        """Bring the copy up to date with the model."""
         check_global_hooks()
         if self._model_copy.follow():
             return
@@ -177,7 +180,7 @@ class OnePass(nn.Module):
         raise RuntimeError("one_pass: torch.nn.DataParallel cannot replicate a runner; use DistributedDataParallel")
 
     def __deepcopy__(self, memo: dict) -> OnePass:
-        """A runner of its own, without captured graphs, for a deep copy of the model."""
+        """Make another runner, without captured graphs, for a deep copy of the model."""
         made = self._made_of(*copy.deepcopy((self.model, self._given), memo), *self._options)
         memo[id(self)] = made
         return made
@@ -212,24 +215,24 @@ class OnePass(nn.Module):
         Args:
             *args, **kwargs: what the model takes.
             adapters: names of the adapters to run, in the order wanted; by default all.
-            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch the place of its
-                adapter in ``runner.adapters``, -1 for the bare model. Each sample runs as a batch of one.
-            per_sample: with ``route``, names of all inputs that hold an entry a sample: tensors with one row a sample
-                (or several, one after the other), lists of B. None: tensors and lists of length B. Such a guess is
-                checked once for every kind of batch: the bare model must give for a sample alone what it gives for it
-                in its batch.
+            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch, the index of its
+                adapter in ``runner.adapters``, or -1 for the bare model. Each sample runs as a batch of one.
+            per_sample: with ``route``, names of all inputs that hold one entry per sample: tensors with one row per
+                sample (or several, one after the other), or lists of length B. None guesses: tensors and lists of
+                length B. The guess is checked once for every kind of batch: the bare model must give the same for a
+                sample alone and in its batch.
             per_adapter: keyword inputs of the model that differ between the adapters, such as each task's own classes:
                 tensors with a leading axis ``[T, …]`` in the order of the adapters. Not with ``route``.
 
         Returns:
             The model's own output type. Every tensor in it has a leading axis of the adapters, ``[T, …]`` (an expanded
             view where the output does not depend on them); with ``task_dim=1`` that is the second axis. With ``route``
-            there is no such axis, only the model's own; a number (a loss, say) becomes one a sample, ``[B]``.
+            there is no such axis, only the model's own; a number (a loss, say) becomes one per sample, ``[B]``.
 
         Raises:
-            KeyError, TypeError, ValueError, IndexError: unknown adapters or a bad route; or a change of the model
-                that cannot run in one pass, named in the message.
-            RuntimeError: the model's adapters are others than the runner's, or switched off; the message says what
+            KeyError, TypeError, ValueError, IndexError: unknown adapters, a bad route, or a change of the model
+                that cannot run in one pass; the message names it.
+            RuntimeError: the model's adapters differ from the runner's, or are switched off; the message says what
                 to do.
         """
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
@@ -270,16 +273,17 @@ class OnePass(nn.Module):
     ) -> None:
         """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
 
-        Each set of shapes wants its own capture; other calls run as before. A graph holds inference only. Outputs of a
-        replay are copies. A graph reads weights and adapters where they lie, so that new values are seen; where they
-        lie elsewhere, or the model has changed, the next call captures anew.
+        Each set of shapes needs its own capture; other calls run as before. A graph holds inference only. Outputs of a
+        replay are copies. A graph reads weights and adapters at their addresses, so it sees new values. If they have
+        moved, or the model has changed, the next call captures anew.
 
         Args:
             *args, **kwargs: example inputs on the GPU; their values do not matter.
             adapters, per_adapter: as in a call.
             fixed: names of keyword inputs that later calls will pass as the very same, unchanged tensors (the text
                 prompts, say): what depends on them and on the weights alone is computed now and left out of the graph.
-                Writes of such weights that torch does not count (``.data``, numpy) want ``refresh`` and a new capture.
+                After a write to such weights that torch does not count (through ``.data`` or numpy), call ``refresh``
+                and capture again.
 
         Raises:
             RuntimeError: the model or an input is not on a CUDA device, the model has hooks, or it does what no graph

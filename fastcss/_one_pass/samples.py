@@ -1,7 +1,7 @@
-"""A batch of samples, each of which goes through an adapter of its own: its inputs cut up, its outputs put together.
+"""Cuts the inputs of a batch into samples that each go through their own adapter, and joins the outputs again.
 
-Which inputs hold an entry a sample is said by the caller or guessed by their lengths, and a guess is checked: the bare
-model has to give for a sample alone what it gives for it in its batch. The same two runs show along which axis each
+The caller says which inputs hold one entry per sample, or they are guessed by their lengths. A guess is checked: the
+bare model has to give the same for a sample alone and for it in its batch. The same two runs show along which axis each
 output has its batch.
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from .._dispatch.private_apis import pytree
 from .inputs_outputs import Inputs, Output
 
-# Relative to the largest value of an output: a sample alone and in its batch differ by rounding, most of it at least.
+# Tolerances relative to an output's largest value: most elements of a sample alone and in its batch differ by rounding.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 SAME_HALF = 5e-2
 
 
 class Samples:
-    """The inputs of a batch of ``size`` samples.
+    """Holds the inputs of a batch of ``size`` samples.
 
     Args:
-        inputs: of the whole batch.
-        names: of the model's arguments that hold an entry a sample; None: guess.
+        inputs: the inputs of the whole batch.
+        names: names of the model's arguments that hold one entry per sample; None guesses them.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, size: int, names: Sequence[str] | None) -> None:
@@ -54,13 +54,13 @@ class Samples:
 
     @property
     def kind(self) -> tuple:
-        """What two batches have in common that are cut and put together alike."""
+        """Return a key that is equal for batches that are cut and joined alike."""
         leaves, structure = pytree.tree_flatten((self.inputs.args, self.inputs.kwargs))
         tensors = ((leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         return self.size, tuple(self.names), structure, tuple(tensors)
 
     def of(self, i: int) -> Inputs:
-        """The inputs of sample ``i`` as a batch of one."""
+        """Return the inputs of sample ``i`` as a batch of one."""
         return self._each(lambda value: _entry(value, i, self.size))
 
     def _each(self, cut: Callable) -> Inputs:
@@ -68,13 +68,13 @@ class Samples:
         return Inputs(args, {k: cut(v) if k in self.names else v for k, v in self.inputs.kwargs.items()})
 
     def shared(self) -> Inputs:
-        """The inputs without those that hold an entry a sample."""
+        """Return the inputs without those that hold one entry per sample."""
         return self._each(lambda _: None)
 
     def stacked(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Inputs]] | None:
-        """The samples' tensors one above the other, and the inputs of one made of a slice of each.
+        """Stack the samples' tensors; return them, and a function that makes one sample's inputs of a slice of each.
 
-        None where the samples' inputs differ in more than values, so that vmap cannot run them side by side.
+        Return None if the samples' inputs differ in more than values, so that vmap cannot run them side by side.
         """
         flat = [pytree.tree_flatten((s.args, s.kwargs)) for s in map(self.of, range(self.size))]
         whole = self._each(lambda value: _above_each_other(value, self.size))
@@ -105,33 +105,33 @@ def _are_alike(values: Sequence) -> bool:
 
 
 def _positional(model: nn.Module, count: int) -> list[str]:
-    """The names of the first ``count`` arguments of the model."""
+    """Return the names of the first ``count`` arguments of the model."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds][:count]
     return names + [f"argument {i}" for i in range(len(names), count)]
 
 
 def _is_cut(value: object, size: int) -> bool:
-    """``value`` holds an entry a sample, as far as its length tells."""
+    """Tell whether ``value`` holds one entry per sample, judged by its length."""
     if isinstance(value, Tensor):
         return value.shape[:1] == (size,)
     if isinstance(value, Mapping):
         return any(_is_cut(item, size) for item in value.values())
     if isinstance(value, (list, tuple)):
-        of_samples = any(isinstance(item, (Tensor, Mapping, list, str)) for item in value)  # (height, width) is not
+        of_samples = any(isinstance(item, (Tensor, Mapping, list, str)) for item in value)  # excludes (height, width)
         return (len(value) == size and of_samples) or any(_is_cut(item, size) for item in value)
     return False
 
 
 def _can_be_cut(value: object, size: int) -> bool:
-    """The same for an input that the caller named: also a tensor with several rows a sample, one after the other."""
+    """Tell whether an input that the caller named can be cut; a tensor may have several successive rows per sample."""
     if isinstance(value, Tensor):
         return value.dim() > 0 and len(value) > 0 and len(value) % size == 0
     return (isinstance(value, (list, tuple)) and len(value) == size) or _is_cut(value, size)
 
 
 def _check_one_reading(name: str, value: object, size: int) -> None:
-    """A list of B tensors may hold a tensor a sample, or B batches."""
+    """Raise if ``value`` is a list of B tensors that may hold either one tensor per sample or B batches."""
     if not isinstance(value, (list, tuple)) or len(value) != size or size == 1:
         return
     if all(isinstance(item, Tensor) and item.shape[:1] == (size,) for item in value):
@@ -142,7 +142,7 @@ def _check_one_reading(name: str, value: object, size: int) -> None:
 
 
 def _entry(value: object, i: int, size: int, top: bool = True) -> object:
-    """Entry ``i`` of an input, as a batch of one."""
+    """Return entry ``i`` of an input, as a batch of one."""
     if isinstance(value, Tensor):
         rows = len(value) // size if top else 1
         return value[i * rows : (i + 1) * rows] if top or value.shape[:1] == (size,) else value
@@ -150,7 +150,7 @@ def _entry(value: object, i: int, size: int, top: bool = True) -> object:
 
 
 def _above_each_other(value: object, size: int, top: bool = True) -> object:
-    """Where ``_entry`` gives slices of a tensor, all of them [B, rows, …]; elsewhere what it gives for the first."""
+    """Return all slices of a tensor, [B, rows, …], if ``_entry`` slices it; otherwise its result for sample 0."""
     if isinstance(value, Tensor):
         return value.unflatten(0, (size, -1)) if top or value.shape[:1] == (size,) else value
     return _entries(value, lambda item: _above_each_other(item, size, False), 0, size)
@@ -165,7 +165,7 @@ def _entries(value: object, inside: Callable, i: int, size: int) -> object:
 
 
 def _plain(value: object) -> object:
-    """``value`` with dicts for what behaves like one (transformers' BatchFeature), so that its tensors are seen."""
+    """Turn objects that behave like dicts (transformers' BatchFeature) into dicts, so that their tensors are seen."""
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
@@ -174,19 +174,19 @@ def _plain(value: object) -> object:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Along which axis each leaf of an output has its batch; None for one without a batch."""
+    """Says along which axis each leaf of an output has its batch; None for a leaf without a batch."""
 
     names: list[str]
     axes: list[int | None]
 
     @classmethod
     def of_one_sample(cls, output: Output) -> Axes:
-        """Where there is but one, each output is that sample's."""
+        """Return the axes for a single sample: no output has a batch, each belongs to that sample."""
         return cls(["" for _ in output.leaves], [None] * len(output.leaves))
 
     @classmethod
     def measure(cls, run: Callable[[Inputs], object], samples: Samples, check: bool) -> Axes:
-        """From a run of the whole batch and from runs of samples alone, which ``check`` compares."""
+        """Find the axes by a run of the whole batch and runs of single samples; ``check`` compares their values."""
         whole, structure = pytree.tree_flatten_with_path(run(samples.inputs))
         names = [".".join(map(_key, path)) or "output" for path, _ in whole]
         axes: list[int | None] = [None] * len(whole)
@@ -205,7 +205,7 @@ class Axes:
         return cls(names, axes)
 
     def joined(self, output: Output) -> object:
-        """The samples of ``output``, each in a batch of one, as the model's output for the batch."""
+        """Join the samples of ``output``, each a batch of one, into the model's output for the whole batch."""
         given = zip(self.names, self.axes, output.leaves, output.mapped, strict=True)
         leaves = [self._leaf(*each, output) for each in given]
         return pytree.tree_unflatten(leaves, output.structure)
@@ -225,12 +225,12 @@ class Axes:
 
 
 def _key(step: object) -> str:
-    """A step on the way to a leaf: a key, an index or an attribute's name."""
+    """Return a step of the path to a leaf as text: a key, an index or an attribute's name."""
     return str(next((getattr(step, name) for name in ("key", "idx", "name") if hasattr(step, name)), step))
 
 
 def _axis(name: str, whole: Tensor, alone: Tensor, samples: Samples) -> int | None:
-    """The axis that is B times as long for the batch as for a sample."""
+    """Return the axis that is B times as long for the batch as for one sample, or None."""
     differ = [d for d in range(whole.dim()) if whole.shape[d] != alone.shape[d]] if whole.dim() == alone.dim() else [-1]
     if not differ:
         return None

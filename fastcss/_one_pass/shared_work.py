@@ -1,4 +1,4 @@
-"""Remembers the calls of a model that do not depend on the adapters, so that a second run takes their results."""
+"""Remembers the calls of a model that do not depend on the adapters, so that later runs reuse their results."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _PLAIN = (
     torch.memory_format,
     torch.qscheme,
 )
-# After these a tensor may be written without that its version counts it.
+# These calls give access to memory that may then be written without raising the tensor's version.
 _UNCOUNTED = {Tensor.data.__get__, Tensor.data.__set__, Tensor.data_ptr}
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 class SharedWork(TorchFunctionMode):
-    """While active, a call whose tensors are all *shared* is run once and then answered from memory.
+    """Runs a call whose tensors are all *shared* once while active, and then answers it from memory.
 
-    Shared are the tensors given at the start (weights, inputs) and the results of calls on shared tensors only. An
-    adapted layer's result is not, nor what follows from it, and those calls run every time. A tensor that has been
-    written in place, itself or through a view, is shared no longer: each run computes it anew and writes it again. So
-    it is with one whose memory the model asked for (``data``, ``numpy()``, ``data_ptr()``), which it may then write
-    unseen. Random numbers are drawn in each run. Lists and other containers are handed out as copies.
+    The tensors given at the start (weights, inputs) are shared, and so are the results of calls on shared tensors only.
+    An adapted layer's result is not shared, nor is anything computed from it; those calls run every time. A tensor that
+    was written in place, itself or through a view, is no longer shared: each run computes it anew and writes it again.
+    The same holds for a tensor whose memory the model asked for (``data``, ``numpy()``, ``data_ptr()``), since it may
+    then be written unseen. Random numbers are drawn in each run. Lists and other containers are handed out as copies.
 
-    Not for ``torch.inference_mode``, whose tensors do not count their writes: what a model does in it runs every time.
+    It does not work in ``torch.inference_mode``, whose tensors do not count their writes: calls in it run every time.
     """
 
     def __init__(self, shared: Iterable[Tensor]) -> None:
         super().__init__()
-        # id → the tensor, which it holds so that the id stays its own, and its version when it became shared.
+        # id → the tensor, held so that no other object gets its id, and its version when it became shared.
         self._shared: dict[int, tuple[Tensor, int]] = {}
         self._results: dict[tuple, tuple[list, pytree.TreeSpec]] = {}
         self._share(shared)
@@ -57,7 +57,7 @@ class SharedWork(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is Tensor.__iter__:  # whose iterator holds calls that nothing would see
+        if func is Tensor.__iter__:  # its iterator would make calls that no mode sees
             return iter(self.__torch_function__(Tensor.unbind, types, args))
         leaves, structure = pytree.tree_flatten((args, kwargs))
         key = self._key(func, leaves, structure)
@@ -67,7 +67,7 @@ class SharedWork(TorchFunctionMode):
                 return pytree.tree_unflatten(known, form)
         if key is None:
             result, again = func(*args, **kwargs), False
-            if isinstance(result, Tensor) and func not in _UNCOUNTED:  # nearly all of these calls
+            if isinstance(result, Tensor) and func not in _UNCOUNTED:  # the quick way out, for nearly all such calls
                 return result
         else:
             result, drew = draws(func, args, kwargs, leaves, structure)
@@ -75,9 +75,9 @@ class SharedWork(TorchFunctionMode):
         returned, form = pytree.tree_flatten(result)
         if func in _UNCOUNTED or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in returned):
             self._unshare(_tensors(leaves))
-        # What gives nothing back is called for what it does: no_grad, say, which torch shows to its modes as a call.
+        # A call that returns nothing is made for its effect: no_grad, say, which torch shows to its modes as a call.
         again = again and bool(returned) and all(isinstance(leaf, (Tensor, int, float)) for leaf in returned)
-        again = again and all(map(self.is_shared, _tensors(leaves)))  # else it has written them
+        again = again and all(map(self.is_shared, _tensors(leaves)))  # otherwise the call has written them
         if again and not any(map(Tensor.is_inference, _tensors(returned))):
             self._results[key] = returned, form
             self._share(_tensors(returned))
@@ -87,13 +87,13 @@ class SharedWork(TorchFunctionMode):
         self._shared.update((id(t), (t, version(t))) for t in tensors)
 
     def _unshare(self, tensors: Iterable[Tensor]) -> None:
-        """Forget these tensors and all that lie in the same memory."""
+        """Forget these tensors and all others in the same memory."""
         memory = {_memory(tensor) for tensor in tensors if id(tensor) in self._shared}
         if memory:
             self._shared = {key: entry for key, entry in self._shared.items() if _memory(entry[0]) not in memory}
 
     def _key(self, func: Callable, leaves: list, structure: pytree.TreeSpec) -> tuple | None:
-        """What makes a later call the same call; None for a call that must not be remembered."""
+        """Return a key that is equal for equal calls, or None for a call that must not be remembered."""
         parts = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -108,7 +108,7 @@ class SharedWork(TorchFunctionMode):
 
 
 def _surroundings() -> tuple:
-    """What beside its arguments decides what a call gives."""
+    """Return the global settings that decide, beside its arguments, what a call returns."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -119,7 +119,7 @@ def _surroundings() -> tuple:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Tells whether tensors lie in the same memory."""
+    """Return a number that is equal for tensors in the same memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a sparse tensor, or one without memory
@@ -131,5 +131,5 @@ def _tensors(leaves: list) -> list[Tensor]:
 
 
 def version(tensor: Tensor) -> int:
-    """Counts the writes of ``tensor``; nothing counts those of inference tensors."""
+    """Return the number of writes to ``tensor``; 0 for inference tensors, whose writes torch does not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""A copy of a model's modules that shares everything else with the model.
+"""Copies a model's modules, and shares everything else with the model.
 
 Tensors and arrays are the model's own. So are objects that hooks and other functions belong to or hold: a hook of the
 copy calls the user's own recorder, and reads what the model's forward has left in an object that both know.
@@ -37,8 +37,8 @@ class StructuralCopy:
     """Copies the modules under ``model``; ``of`` gives the copy's module for one of the model's."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._references: dict[int, object] = {}  # id of a module or function → what stands for it
-        self._memo: dict[int, object] = {}  # the same for everything, as copy.deepcopy takes it
+        self._references: dict[int, object] = {}  # id of a module or function → what replaces it in the copy
+        self._memo: dict[int, object] = {}  # the same for every object, in the form that copy.deepcopy takes
         self._held: list = []  # the originals, so that their ids stay their own
         self.pairs: list[tuple[nn.Module, nn.Module]] = []  # the modules, and the copies made of them
         for module in model.modules():
@@ -51,12 +51,12 @@ class StructuralCopy:
                         self._share(function, getattr(function, "__self__", None))
 
     def replace(self, original: object, ours: object) -> None:
-        """Let ``ours`` stand for the module or function ``original`` from now on."""
+        """Use ``ours`` in place of the module or function ``original`` from now on."""
         self._references[id(original)] = self._memo[id(original)] = ours
         self._held.append(original)
 
     def of(self, module: nn.Module) -> nn.Module:
-        """The copy of ``module``, with all that it holds."""
+        """Return the copy of ``module``, with all that it holds."""
         return self._attribute(module)
 
     def _share(self, *values: object) -> None:
@@ -67,7 +67,7 @@ class StructuralCopy:
     # ------------------------------------------------------------------------------------------ what a module holds
 
     def _attribute(self, value: object) -> object:
-        """What the copy holds where the model holds ``value``: containers and objects of its own, shared arrays."""
+        """Return what the copy holds where the model holds ``value``: its own containers and objects, shared arrays."""
         if isinstance(value, (*_PLAIN, Tensor, np.ndarray)) or is_configuration(value):
             return value
         if id(value) in self._memo:
@@ -85,7 +85,10 @@ class StructuralCopy:
             return value
 
     def _module(self, module: nn.Module) -> nn.Module:
-        """A copy of ``module`` and of those in it that have none yet. First all are made: they refer to each other."""
+        """Copy ``module`` and the modules in it that have no copy yet.
+
+        All copies are made before any is filled, because modules refer to each other.
+        """
         made: list[tuple[nn.Module, nn.Module]] = []
         others: list[nn.Module] = []
 
@@ -120,7 +123,7 @@ class StructuralCopy:
         return self._references[id(module)]
 
     def hooks(self, hooks: dict) -> dict:
-        """A dict of hooks for the copy; the hooks are the user's own."""
+        """Return a dict of hooks for the copy; the hooks themselves stay the user's own."""
         made = copy.copy(hooks)
         if hooks:
             made.update((key, self.reference(hook)) for key, hook in hooks.items())
@@ -129,7 +132,7 @@ class StructuralCopy:
     # ------------------------------------------------------------------------------------------- what refers to one
 
     def reference(self, value: object) -> object:
-        """``value`` itself, unless it refers to a module that the copy has its own of."""
+        """Return ``value`` itself, or its copy if it refers to a module that was copied."""
         if id(value) in self._references:
             return self._references[id(value)]
         if isinstance(value, types.MethodType):
@@ -167,9 +170,9 @@ class StructuralCopy:
             raise TypeError(f"one_pass: a hook or a replaced forward calls {name}, which one pass has not") from None
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """``function`` with its closure, defaults and attributes on the copy."""
+        """Return ``function`` with a closure, defaults and attributes that refer to the copy."""
         closure, held = function.__closure__ or (), held_by(function)
-        self.replace(function, function)  # where it refers to itself
+        self.replace(function, function)  # ends the recursion if the function refers to itself
         if all(map(operator.is_, map(self.reference, held), held)):
             return function
         cells = tuple(types.CellType() for _ in closure)
@@ -185,9 +188,9 @@ class StructuralCopy:
 
 
 def _objects_of(function: object) -> list:
-    """The objects and containers that a function belongs to or holds, also through others and in containers.
+    """Return the objects and containers that a function belongs to or holds, directly or through others.
 
-    One that holds a module itself is left out, unless the function belongs to it: the copy has its own of both.
+    An object that holds a module is left out, unless the function belongs to it: the copy has its own of both.
     """
     found, seen, todo = [], set(), [function]
     while todo:
@@ -211,14 +214,14 @@ def _objects_of(function: object) -> list:
 
 
 def _is_rebuilt(value: object) -> bool:
-    """``value`` may refer to a module, so that the copy cannot have the same container."""
+    """Tell whether ``value`` may refer to a module, so that the copy needs its own container."""
     if type(value) in _CONTAINERS:
         return any(map(_is_rebuilt, value.values() if isinstance(value, dict) else value))
     return isinstance(value, (nn.Module, *_FUNCTIONS))
 
 
 def held_by(function: types.FunctionType) -> list:
-    """What ``function`` reads beside its arguments and its module: closure, defaults and attributes."""
+    """Return what ``function`` reads beside its arguments and its module: closure, defaults and attributes."""
     held = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
     return [*held, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
 
@@ -231,7 +234,7 @@ def _is_set(cell: types.CellType) -> bool:
 
 
 def _rebuilt(container: object, change) -> object:
-    """``container`` with ``change`` of each member."""
+    """Return a container like this one, with ``change`` applied to each member."""
     if isinstance(container, dict):
         made = copy.copy(container)
         made.clear()
@@ -242,22 +245,22 @@ def _rebuilt(container: object, change) -> object:
 
 
 def holds_hooks(name: str, value: object) -> bool:
-    """The attribute ``name`` of a module is a dict of hooks, or says more of them."""
+    """Tell whether the attribute ``name`` of a module is a dict of hooks, or of facts about hooks."""
     return isinstance(value, dict) and name.startswith("_") and "_hooks" in name
 
 
 def is_configuration(value: object) -> bool:
-    """transformers' configuration: what is set in the model's is read by the copy."""
+    """Tell whether ``value`` is transformers' configuration, which is shared: the copy reads the model's settings."""
     return any(cls.__name__ in ("PretrainedConfig", "PreTrainedConfig") for cls in type(value).__mro__)
 
 
 def _has_own_copy(module: nn.Module) -> bool:
-    """The class of ``module`` says how it is copied (a compiled module, an fx graph)."""
+    """Tell whether the class of ``module`` defines how it is copied (a compiled module, an fx graph)."""
     for cls in type(module).__mro__:
         if cls is nn.Module:
             return False
         if cls is Fused or (cls is type(module) and parametrize.is_parametrized(module)):
-            continue  # these say how a class made at run time is pickled
+            continue  # their copy protocol only says how a class made at run time is pickled
         if any(name in vars(cls) for name in _COPY_PROTOCOL):
             return True
     return False

@@ -1,4 +1,4 @@
-"""Which layers of a model a saved LoraConfig names, by PEFT's rule."""
+"""Finds the layers of a model that a saved LoraConfig names, by PEFT's rule."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from .read_adapters import is_conv1d
 
-CLASSIFIERS = ("score", "classifier")  # what "all-linear" leaves out of a model for SEQ_CLS
+CLASSIFIERS = ("score", "classifier")  # "all-linear" leaves these out of a model for SEQ_CLS
 
 
 def targeted(config: dict, model: nn.Module) -> list[str] | None:
-    """Names of the layers that PEFT gives an adapter of this ``config``; None where the config does not say.
+    """Return the names of the layers that PEFT gives an adapter of this ``config``; None if the config does not say.
 
     A pattern in ``target_modules`` or ``exclude_modules`` matches whole names; an entry of a list is a name or, after a
     dot, the end of one. A module with several names goes by its first, under which alone PEFT finds it.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if not wanted:  # PEFT looks it up by the kind of model
+    if not wanted:  # PEFT then takes its default for the kind of model
         return None
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = _all_linear(config, model)
@@ -34,7 +34,7 @@ def _matches(wanted: str | Sequence[str], name: str) -> bool:
 
 
 def _at_wanted_index(config: dict, wanted: str | Sequence[str], name: str) -> bool:
-    """Whether ``name`` lies in a layer of ``layers_to_transform``, which says nothing about names given in full."""
+    """Tell whether ``name`` lies in a layer of ``layers_to_transform``; names given in full always do."""
     indices = config.get("layers_to_transform")
     if indices is None or indices == [] or isinstance(wanted, str) or name in wanted:
         return True

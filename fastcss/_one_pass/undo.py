@@ -24,7 +24,7 @@ _NOT_ENTERED = (
 
 
 class Attributes:
-    """The attributes and buffers of ``modules``, looked through anew only where one was set since."""
+    """Holds the attributes and buffers of ``modules``, and searches them again only if one was set since."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
@@ -38,7 +38,7 @@ class Attributes:
         self._seen = Snapshot(views), dicts, own
 
     def now(self) -> tuple[list[tuple[dict, dict, dict, dict]], list]:
-        """Of each module its attributes and a copy, its buffers and a copy; and what in them may hold more."""
+        """Return for each module its attributes and buffers with a copy of both, and the values that may hold more."""
         if self._seen[0].differs():
             self._look()
         _, dicts, own = self._seen
@@ -46,18 +46,18 @@ class Attributes:
 
 
 class Undo:
-    """The state of modules and of ``tensors`` (buffers, the inputs) as a run begins.
+    """Keeps the state of modules and of ``tensors`` (buffers, the inputs) as it is when a run begins.
 
-    Their ``attributes`` are kept as they are, lists, dicts, sets and objects in them by their entries. Of ``tensors``,
-    and of those in attributes that are no parameters, the ones that earlier runs wrote (``known``, their ids; None:
-    all) are copied at once, any other when ``before_write`` announces the write.
+    It keeps the values of the ``attributes``, and the entries of lists, dicts, sets and objects in them. ``tensors``,
+    and the tensors in attributes that are not parameters, are copied at once if earlier runs wrote them (``known`` has
+    their ids; None means all). The others are copied when ``before_write`` announces a write.
     """
 
     def __init__(self, attributes: Attributes, tensors: Sequence[Tensor], known: set[int] | None) -> None:
         self._attributes, own = attributes.now()
         self._contents: list[tuple[object, object]] = []
         seen: set[int] = set()
-        for value in own:  # which grows by what is in the values
+        for value in own:  # the list grows by what is in the values
             if isinstance(value, _NOT_ENTERED) or id(value) in seen:
                 continue
             seen.add(id(value))
@@ -68,7 +68,7 @@ class Undo:
             if isinstance(value, _CONTAINERS):
                 self._contents.append((value, copy.copy(value)))
         held = (value for value in own if isinstance(value, Tensor) and not isinstance(value, nn.Parameter))
-        held = (value for value in held if not is_mapped(value))  # left by a run under vmap, and of no use
+        held = (value for value in held if not is_mapped(value))  # those were left by a run under vmap, and are useless
         tensors = [_whole(tensor) for tensor in (*tensors, *held) if not tensor.is_inference()]
         self._versions = {id(t): (t, t._version) for t in tensors}
         self._values: dict[int, Tensor] = {}
@@ -77,17 +77,17 @@ class Undo:
                 self.before_write(tensor)
 
     def before_write(self, tensor: Tensor) -> None:
-        """``tensor``, or what it is a view of, is about to be written."""
+        """Copy ``tensor``, or the tensor it is a view of, which is about to be written."""
         tensor = _whole(tensor)
         if id(tensor) in self._versions and id(tensor) not in self._values:
             self._values[id(tensor)] = tensor.detach().clone()
 
     def written(self) -> list[Tensor]:
-        """The tensors that have been written since."""
+        """Return the tensors that have been written since."""
         return [tensor for tensor, version in self._versions.values() if tensor._version != version]
 
     def changes(self) -> list[tuple]:
-        """What was written or set since, and to which value: comparable by ``same_changes``."""
+        """Return what was written or set since, with the new values; ``same_changes`` compares two such lists."""
         found = [(id(t), t.detach().clone()) for t in self.written()]
         for place, (now, before, buffers_now, buffers) in enumerate(self._attributes):
             found += _set_since((place, "attribute"), now, before) + _set_since((place, "buffer"), buffers_now, buffers)
@@ -104,7 +104,7 @@ class Undo:
         """Put everything back.
 
         Raises:
-            RuntimeError: a tensor was written that nobody announced.
+            RuntimeError: a tensor was written without an announcement.
         """
         for now, before, buffers_now, buffers in self._attributes:
             _restore(now, before)
@@ -125,20 +125,20 @@ class Undo:
 
 
 def _set_since(place: object, now: dict, before: dict) -> list[tuple]:
-    """The plain values and tensors in ``now`` that ``before`` has not."""
+    """Return the plain values and tensors in ``now`` that are not in ``before``."""
     new = [(key, value) for key, value in now.items() if value is not before.get(key, _MISSING)]
     return [((place, key), value) for key, value in new if isinstance(value, _COMPARABLE)]
 
 
 def same_changes(some: list[tuple], others: list[tuple]) -> bool:
-    """Whether two runs from the same state have left the same one."""
+    """Tell whether two runs from the same state have led to the same state."""
     return len(some) == len(others) and all(
         one == other and _same(a, b) for (one, a), (other, b) in zip(some, others, strict=True)
     )
 
 
 def _same(a: object, b: object) -> bool:
-    if is_mapped(a) or is_mapped(b):  # each adapter's own, which the next call sets anew
+    if is_mapped(a) or is_mapped(b):  # such a value is each adapter's own, and the next call sets it anew
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, equal_nan=True)
@@ -146,7 +146,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """``tensor``, or what it is a view of: both count the same writes."""
+    """Return ``tensor``, or the tensor that it is a view of: both count the same writes."""
     return tensor._base if tensor._is_view() else tensor
 
 

@@ -1,9 +1,9 @@
-"""How a model's own calls meet the task axis of ``torch.vmap``.
+"""Adds rules for a model's own calls under the task axis of ``torch.vmap``.
 
 vmap has a rule for nearly every op. ``TaskRules`` adds what it lacks while a model runs: attention, for which it would
 loop over the tasks on CPU; group normalisation of images with their channels last; branches on a value, which it
-refuses even where all tasks agree on the value; and writes of the tasks' values into a tensor that the model has just
-made and that has no task axis yet. Linear layers go to the project's own GEMM where that is the faster.
+refuses even if all tasks agree on the value; and writes of the tasks' values into a tensor that the model has just
+made and that has no task axis yet. Linear layers go to the project's own GEMM where that is faster.
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ class Disagreement(RuntimeError):
 
 
 def is_mapped(value: object) -> bool:
-    """``value`` is a tensor with a hidden axis of ``torch.vmap``."""
+    """Tell whether ``value`` is a tensor with a hidden axis of ``torch.vmap``."""
     return isinstance(value, Tensor) and is_vmapped(value)
 
 
 def on_physical_tensors(call: Callable, *tensors: Tensor | None) -> Tensor:
-    """``call(size, dims, *tensors) → (result, dim)`` on the tensors with their mapped axes showing.
+    """Call ``call(size, dims, *tensors) → (result, dim)`` on the tensors with their mapped axes visible.
 
-    ``dims`` has one entry a tensor, None where it is not mapped. At least one must be. Differentiable through ``call``.
+    ``dims`` has one entry per tensor, None for one that is not mapped. At least one tensor must be mapped. Gradients
+    flow through ``call``.
     """
     level = vmap_level()
     if level is None:
         raise NotImplementedError(
             "one_pass: the model differentiates in its own forward pass (torch.func), which does not run under vmap"
         )
-    # What torch does for the vmap method of an autograd.Function, in a tenth of its time.
+    # This does what torch does for the vmap method of an autograd.Function, in a tenth of the time.
     physical = [(t, None) if t is None else without_vmap_axis(t, level) for t in tensors]
     values, dims = zip(*physical, strict=True)
     mapped = next(((value, dim) for value, dim in physical if dim is not None), None)
     with beneath_transform():
-        if mapped is None:  # mapped by a vmap around the runner alone
+        if mapped is None:  # only a vmap around the runner maps them
             return on_physical_tensors(call, *tensors)
         value, dim = mapped
         result, dim = call(value.shape[dim], dims, *values)
@@ -70,7 +71,7 @@ def _with_axis(result: Tensor | tuple, dim: int | tuple | None, level: int) -> T
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """linear with the mapped axis among its rows: one GEMM with the bias in it, on the GEMM of our choice."""
+    """Run linear with the mapped axis among its rows, as one GEMM that includes the bias."""
     if is_mapped(weight) or is_mapped(bias):
         return F.linear(x, weight, bias)
     if not is_mapped(x):
@@ -79,7 +80,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _attention(*args, **kwargs) -> Tensor:
-    """scaled_dot_product_attention with the mapped axis folded into its batch."""
+    """Run scaled_dot_product_attention with the mapped axis folded into its batch."""
     if not any(map(is_mapped, (*args, *kwargs.values()))):
         return F.scaled_dot_product_attention(*args, **kwargs)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -109,7 +110,7 @@ def _attention(*args, **kwargs) -> Tensor:
 
 
 def _flex_attention(operator: Callable, query: Tensor, key: Tensor, value: Tensor, *rest, **kwargs) -> tuple:
-    """flex_attention task by task: its masks and scores are functions of the batch index, which no fold may change."""
+    """Run flex_attention task by task: its masks and scores are functions of the batch index, which must not change."""
 
     def each(size: int, dims: tuple, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         slices = [[t if d is None else t.select(d, s) for t, d in zip(tensors, dims, strict=True)] for s in range(size)]
@@ -121,19 +122,19 @@ def _flex_attention(operator: Callable, query: Tensor, key: Tensor, value: Tenso
 
 
 def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
-    """torch.isin of mapped elements in one set."""
+    """Run torch.isin for mapped elements and one set."""
     if not is_mapped(elements) or is_mapped(test_elements):
         return torch.isin(elements, test_elements, **kwargs)
     return on_physical_tensors(lambda _, dims, e: (torch.isin(e, test_elements, **kwargs), dims[0]), elements)
 
 
 def _group_norm(x: Tensor, *args, **kwargs) -> Tensor:
-    """group_norm, which asks for the layout of its input: vmap has no answer for one with its channels last."""
+    """Run group_norm on a contiguous input: vmap cannot tell group_norm the layout of one with its channels last."""
     return F.group_norm(x.contiguous() if is_mapped(x) else x, *args, **kwargs)
 
 
 def _agreed(function: Callable) -> Callable:
-    """``bool(t)``, ``t.item()``, …: the one value that all tasks have."""
+    """Make ``bool(t)``, ``t.item()``, … return the one value that all tasks have."""
 
     def read(tensor: Tensor, *args):
         if not is_mapped(tensor):
@@ -154,18 +155,18 @@ def _agreed(function: Callable) -> Callable:
 
 
 def _writes(func: Callable) -> bool:
-    """``func`` writes its first argument: ``x[i] = y``, ``x += y``, ``x.masked_fill_(…)``."""
+    """Tell whether ``func`` writes its first argument: ``x[i] = y``, ``x += y``, ``x.masked_fill_(…)``."""
     name = func.__name__
     return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _give_axis(target: Tensor, mapped: Tensor) -> Tensor:
-    """A copy of ``target`` for each task."""
+    """Return a tensor with a copy of ``target`` for each task."""
     return on_physical_tensors(lambda size, dims, t, _: (t.expand(size, *t.shape).clone(), 0), target, mapped)
 
 
 _READERS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, torch.is_nonzero)
-# What PEFT's layers call on an adapter's weights.
+# PEFT's layers call these functions on an adapter's weights.
 _OF_A_LORA_LAYER = (F.linear, F.conv2d, Tensor.T.__get__)
 _WRITERS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ior__", "__iand__")
 RULES: dict[Callable, Callable] = {
@@ -181,11 +182,11 @@ class TaskRules(TorchFunctionMode):
     """Applies the rules to a model's calls.
 
     Args:
-        owned: ids of the tensors that outlive the call (weights, inputs), which no write may change into mapped ones.
-        before_write: told of each tensor without a task axis that a call is about to write.
-        mapped: under vmap, follows the results with a task axis.
-        one_task: in one adapter's pass, follows what depends on the adapter.
-        adapters: id of each adapter's tensor → its layer; what stands for the layer reads it, and nothing else may.
+        owned: ids of the tensors that outlive the call (weights, inputs); no write may give them a task axis.
+        before_write: is called with each tensor without a task axis that a call is about to write.
+        mapped: follows the results with a task axis, under vmap.
+        one_task: follows the values that depend on the adapter, in one adapter's pass.
+        adapters: id of each adapter's tensor → its layer; only the layer that replaces it may read the tensor.
     """
 
     def __init__(
@@ -244,5 +245,5 @@ class TaskRules(TorchFunctionMode):
             )
         fresh = _give_axis(target, mapped)
         result = func(fresh, *args, **kwargs)
-        torch.utils.swap_tensors(target, fresh)  # the model's own name for it now means the tensor with the task axis
+        torch.utils.swap_tensors(target, fresh)  # the model's own reference now is the tensor with the task axis
         return target if result is not None else None
