@@ -1,4 +1,4 @@
-"""``python -m fastcss COMMAND``: the modules of ``fastcss.commands``, and what their errors mean to a shell."""
+"""Runs ``python -m fastcss COMMAND``: a module of ``fastcss.commands``, whose errors become exit codes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ examples:
   python -m fastcss segment scene.png --model run --out out
   python -m fastcss convert-sam sam_vit_b_01ec64.pth checkpoints/sam-vit-b
 """
-#: What a user can put right by another argument; any other OSError is the machine's.
+#: A user can put these errors right by another argument; any other OSError comes from the machine.
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # as shells and argparse have them
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130  # the codes of shells and argparse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that the arguments name, by default those of the process; SystemExit where it fails."""
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to stop
+    """Run the command that the arguments name, by default those of the process; raise SystemExit if it fails."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not stop the command
         stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read what is printed has gone; Python would flush the rest, and fail again
+    except BrokenPipeError:  # the reader of the output is gone; Python would flush the rest and fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILURE)
     except ModuleNotFoundError as error:

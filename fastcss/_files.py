@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and tensors that are read without unpickling anything."""
+"""Writes files and folders whole or not at all, and reads tensors without unpickling anything."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def whole_file(path: Path, binary: bool = False) -> Iterator[IO]:
-    """A file that takes the place of ``path`` when the block ends; nobody, and no kill, ever meets half of it.
+    """Open a file that takes the place of ``path`` when the block ends.
+
+    No reader ever sees half of it, even if the process is killed.
 
     Raises:
-        OSError: it cannot be written, say for want of space; names ``path``.
+        OSError: the file cannot be written, for example because the disk is full; the error names ``path``.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -40,14 +42,14 @@ def whole_file(path: Path, binary: bool = False) -> Iterator[IO]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """An empty folder to write into, which becomes ``path`` when the block ends.
+    """Make an empty folder to write into, which becomes ``path`` when the block ends.
 
-    Whatever happens before that leaves at ``path`` what was there. A folder that a killed process has left half-written
-    has another name and is removed by the next call for the same path. There must be one writer at a time.
+    Until then ``path`` stays as it was, whatever happens. A folder that a killed process has left half-written has
+    another name, and the next call for the same path removes it. There must be one writer at a time.
 
     Raises:
-        FileExistsError: ``path`` is there, and is not to be overwritten.
-        OSError: it cannot be written, say for want of space.
+        FileExistsError: ``path`` exists, and is not to be overwritten.
+        OSError: the folder cannot be written, for example because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _tidy(path)
@@ -64,26 +66,26 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as error:
         _tidy(path)
-        if isinstance(error, SafetensorError):  # how safetensors reports that it could not write
+        if isinstance(error, SafetensorError):  # safetensors reports a failed write this way
             raise OSError(f"{path} cannot be written: {error}") from error
-        if isinstance(error, OSError) and error.filename is None:  # a full disk is met by writes that know no name
+        if isinstance(error, OSError) and error.filename is None:  # writes to a full disk do not name the file
             error.filename = str(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def standing_folder(path: Path) -> Path:
-    """Where the folder ``path`` is: elsewhere only if a process was killed at the moment of overwriting it."""
+    """Return where the folder ``path`` is: elsewhere only if a process was killed while it overwrote the folder."""
     old = _old(path)
     return old if old.exists() and not path.exists() else path
 
 
 def read_tensors(path: Path, caller: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ``caller`` is who to name in errors.
+    """Read the tensors of a safetensors file; errors name ``caller``.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not whole, or there is a pickle in its place.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is incomplete, or there is a pickle in its place.
     """
     from safetensors.torch import load_file
 
@@ -110,7 +112,7 @@ def _old(path: Path) -> Path:
 
 
 def _tidy(path: Path) -> None:
-    """Undo what was begun and not finished."""
+    """Undo a write that was begun and not finished."""
     new, old = _new(path), _old(path)
     if standing_folder(path) == old:
         os.rename(old, path)

@@ -1,4 +1,4 @@
-"""Every op of the package, one file each."""
+"""Names every op of the package; each has a file of its own in every room."""
 
 from ._dispatch import flops  # noqa: F401  so that torch.utils.flop_counter knows the ops
 from ._ops.affinity_attention import affinity_attention

@@ -1,4 +1,4 @@
-"""The packed form of T LoRA adapters of one layer: every rank as it is, nothing padded."""
+"""Packs the T LoRA adapters of one layer: every rank as it is, nothing padded."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class PackedLora:
-    """T LoRA adapters of one linear layer, packed row by row.
+    """Holds T LoRA adapters of one linear layer, packed row by row.
 
-    Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. A rank of 0 is an adapter that does
-    not touch this layer.
+    Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. An adapter of rank 0 does not touch
+    this layer.
 
     Attributes:
-        a: ``[sum(ranks), K]``, the down projections, one row a rank.
+        a: ``[sum(ranks), K]``, the down projections, with one row per rank.
         b: ``[sum(ranks), N]``, the up projections *transposed*: row ``i`` is column ``i`` of PEFT's ``lora_B.weight``.
         ranks: the T true ranks.
-        offsets: int32 ``[T + 1]`` on ``a.device``, running sum of the ranks.
+        offsets: int32 ``[T + 1]`` on ``a.device``, the running sum of the ranks.
         scales: float32 ``[T]`` on ``a.device``, ``alpha / rank`` of each adapter.
     """
 
@@ -32,7 +32,7 @@ class PackedLora:
 
     @classmethod
     def pack(cls, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scales: Sequence[float] | Tensor) -> PackedLora:
-        """Pack adapters given as PEFT keeps them. Differentiable: gradients flow back to the tensors given.
+        """Pack adapters given as PEFT keeps them. Gradients flow back to the given tensors.
 
         Args:
             lora_a: T tensors ``[r_t, K]``.
@@ -77,13 +77,13 @@ class PackedLora:
         return max(self.ranks)
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """``a`` as ``[T, max_rank, K]`` and ``b`` as ``[T, max_rank, N]``, short ranks filled with zeros."""
+        """Return ``a`` as ``[T, max_rank, K]`` and ``b`` as ``[T, max_rank, N]``; zeros fill the lower ranks up."""
         T, R = self.num_adapters, self.max_rank
         if min(self.ranks) == R:
             return self.a.unflatten(0, (T, R)), self.b.unflatten(0, (T, R))
         column = torch.arange(R, device=self.offsets.device)
         start, end = self.offsets[:-1, None], self.offsets[1:, None]
-        missing = self.a.shape[0]  # the row of zeros appended below
+        missing = self.a.shape[0]  # this row of zeros is appended below
         rows = torch.where(start + column < end, start + column, missing)  # [T, R]
         a = torch.nn.functional.pad(self.a, (0, 0, 0, 1))[rows]
         b = torch.nn.functional.pad(self.b, (0, 0, 0, 1))[rows]

@@ -1,1 +1,1 @@
-"""Which implementation of an op runs, and how torch's autograd, transforms, modes and counters see it."""
+"""Decides which implementation of an op runs, and how torch's autograd, transforms, modes and counters see it."""

@@ -1,4 +1,4 @@
-"""Which implementations this machine has, and the reason where one is refused."""
+"""Knows which implementations this machine has, and why one is refused."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .private_apis import forward_mode, registrations
 IMPLEMENTATIONS = ("reference", "composed", "cpu", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Ops whose GPU kernel was measured on a GPU against its composed form and won: the rows are in benchmarks/results.
-# Only these are taken by impl="auto" on CUDA; an explicit impl= may ask for any.
+# These ops have a GPU kernel that was measured on a GPU against the composed form and won; the rows are in
+# benchmarks/results. On CUDA impl="auto" takes only these; an explicit impl= may ask for any.
 MEASURED_ON_GPU: dict[str, tuple[str, ...]] = {}
 
 
 def _load(module: str) -> str | None:
-    """Load a compiled module of the package; None, or the reason why it is not there."""
+    """Load a compiled module of the package; return None, or the reason why it is not there."""
     library = Path(__file__).parents[1] / f"{module}.abi3.so"
     if not library.exists():
-        note = library.with_name(f"{module}.not_built.txt")  # of setup.py
+        note = library.with_name(f"{module}.not_built.txt")  # setup.py writes it
         reason = f": {note.read_text().strip()}" if note.exists() else " (see `python -m fastcss info`)"
         return f"{library.name} was not built with this installation{reason}"
     if module == "_cuda" and torch.version.cuda is None:
@@ -37,7 +37,7 @@ def _load(module: str) -> str | None:
 
 
 def _probe_cuda() -> str | None:
-    """The compiled module serves where it is there, else the same kernels compiled at first use."""
+    """Prepare the kernels of the compiled module, or else those compiled at first use; return why there are none."""
     if _NO_CUDA_MODULE is None:
         return None
     reason = nvrtc.why_not()
@@ -65,11 +65,11 @@ def _probe_triton() -> str | None:
 
 
 def interpreting() -> bool:
-    """Triton runs its kernels in its interpreter, on CPU tensors too."""
+    """Tell whether Triton runs its kernels in its interpreter, which takes CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-#: dtype → why Triton's interpreter does not take it, where that is in use.
+#: dtype → why Triton's interpreter does not take it, or None; empty if the interpreter is not in use.
 _NOT_INTERPRETED: dict[torch.dtype, str | None] = {}
 _NO_CUDA_MODULE = _load("_cuda")
 #: implementation → None, or why it is not available on this machine.
@@ -91,7 +91,7 @@ KERNELS = {
 
 
 def describe(impl: str) -> str:
-    """``impl`` on this machine in words: why it is not available, or which ops it has and by which way."""
+    """Describe ``impl`` on this machine: why it is not available, or which ops it has and how they are compiled."""
     if UNAVAILABLE[impl] or impl not in KERNELS:
         return UNAVAILABLE[impl] or "available"
     way = " by CuPy at first use" if impl == "cuda" and _NO_CUDA_MODULE else ""
@@ -103,7 +103,7 @@ _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if int
 
 
 def why_not(impl: str, x: Tensor, op: str | None = None) -> str | None:
-    """None where ``impl`` can run ``op``, or any op that it has, on tensors like ``x``; else the reason."""
+    """Return why ``impl`` cannot run ``op`` (or any op that it has) on tensors like ``x``, or None if it can."""
     if impl in ("reference", "composed"):
         return None
     if UNAVAILABLE[impl]:
@@ -120,9 +120,9 @@ def why_not(impl: str, x: Tensor, op: str | None = None) -> str | None:
 
 
 def choose(op: str, impl: str, x: Tensor) -> str:
-    """The implementation to run: the one asked for, or the fastest that can run where ``impl`` is "auto".
+    """Return the implementation to run: the one asked for, or for "auto" the fastest that can run.
 
-    Within forward-mode differentiation that is "composed".
+    Within forward-mode differentiation "auto" is "composed".
 
     Raises:
         ValueError: ``impl`` is unknown.

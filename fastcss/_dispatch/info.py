@@ -1,4 +1,4 @@
-"""What this installation can run, and why not where it cannot."""
+"""Says what this installation can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("fastcss", "torch", "triton", "peft", "transformers", "safetensors",
 
 
 def info() -> dict:
-    """Versions, devices and implementations as plain data: what ``python -m fastcss info`` prints."""
+    """Return versions, devices and implementations as plain data, as ``python -m fastcss info`` prints them."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -1,6 +1,6 @@
-"""What the package uses of torch, Triton and transformers that is none of their public API.
+"""Gathers all private APIs of torch, Triton and transformers that the package uses.
 
-Torch may move any of it in any release. Each is then one line here, and ``tests/test_private_apis.py`` says what stops.
+Any release may move any of them. Each move is then one line here, and ``tests/test_private_apis.py`` says what stops.
 """
 
 from __future__ import annotations
@@ -69,45 +69,45 @@ __all__ = [
     "without_vmap_axis",
 ]
 
-#: Where transformers keeps the function that checkpoints a layer, in each module that uses one.
+#: transformers keeps the function that checkpoints a layer under this name, in each module that uses one.
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode derivatives (``torch.func.jvp``, ``forward_ad.dual_level``) are being taken."""
+    """Tell whether forward-mode derivatives (``torch.func.jvp``, ``forward_ad.dual_level``) are being taken."""
     return forward_ad._current_level >= 0
 
 
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler: the transforms within a
-# compiled function are entered while it is traced, and torch guards those around it.
+# This line does what torch.compiler.assume_constant_result does, without its import of the whole compiler. The answer
+# is constant: the transforms within a compiled function are entered while it is traced, and torch guards those around.
 forward_mode._dynamo_marked_constant = True
 
 
 def vmap_level() -> int | None:
-    """The level of ``torch.vmap`` where that is the innermost transform of torch.func, else None."""
+    """Return the level of ``torch.vmap`` if that is the innermost transform of torch.func, else None."""
     layer = _functorch.peek_interpreter_stack()
     return layer.level() if layer is not None and layer.key() == _functorch.TransformType.Vmap else None
 
 
 def has_alias(tensor: Tensor) -> bool:
-    """Another tensor lies on the storage of ``tensor``."""
-    # One count is the tensor's own, the other that of the storage object asked for here.
+    """Tell whether another tensor uses the storage of ``tensor``."""
+    # One count belongs to the tensor, the other to the storage object that this line asks for.
     return tensor._is_view() or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:
-    """What ``module`` is the ``torch.compile`` of, None where it is no such module."""
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # not loaded: nothing was compiled
+    """Return the module that ``torch.compile`` made ``module`` of, or None if ``module`` is not compiled."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # if it is not loaded, nothing was compiled
     return module._orig_mod if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule) else None
 
 
 def dynamo_is_loaded() -> bool:
-    """Something in this process may be compiled."""
+    """Tell whether something in this process may be compiled."""
     return "torch._dynamo" in sys.modules
 
 
 def gpu_architecture() -> int:
-    """The device that Triton compiles for, as in 90 of sm_90."""
+    """Return the architecture that Triton compiles for, for example 90 for sm_90."""
     import triton
 
     return triton.runtime.driver.active.get_current_target().arch

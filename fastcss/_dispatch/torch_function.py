@@ -1,4 +1,4 @@
-"""An op as one call to whoever watches torch's calls (``TorchFunctionMode``), not as the calls that it is made of."""
+"""Makes an op one call for modes that watch torch's calls (``TorchFunctionMode``), not the calls it is made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .private_apis import function_mode_is_enabled, function_modes
 
 
 def one_call(op: Callable) -> Callable:
-    """``op`` as torch's own functions are: a mode gets it whole, with its arguments."""
+    """Wrap ``op`` so that a mode gets it whole, with its arguments, like torch's own functions."""
 
     @functools.wraps(op)
     def call(*args, **kwargs):
@@ -24,7 +24,7 @@ def one_call(op: Callable) -> Callable:
 
 
 def _watched() -> bool:
-    # Of the two questions torch 2.10 can compile only the second.
+    # torch 2.10 can compile only the second of these two questions.
     if not torch.compiler.is_compiling():
         return function_mode_is_enabled()
     return function_modes() > 0

@@ -1,1 +1,1 @@
-"""A model's own modules on the fused ops: ``fusion`` is where to begin, and a file is one family of modules."""
+"""Runs a model's own modules on the fused ops; begin reading at ``fusion``. Each family of modules has a file."""

@@ -1,4 +1,4 @@
-"""Fused attention has no weights to return: a model that is asked for them says so."""
+"""Makes a fused model refuse to return attention weights, which fused attention does not store."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .fused_module import Fused
 
 
 def refuse_attention_weights(model: nn.Module, replaced: Sequence[Fused]) -> list[RemovableHandle]:
-    """A hook on each transformers model in ``model`` whose attention weights some of ``replaced`` do not give.
+    """Put a hook on each transformers model in ``model`` whose attention weights some of ``replaced`` do not give.
 
-    transformers asks its layers for them by hooks and by what they return, of which a module knows nothing.
+    A module cannot notice the request itself: transformers collects the weights by hooks and from return values.
     """
     silent = {id(module) for module in replaced if not module.gives_weights}
     transformers = sys.modules.get("transformers.modeling_utils")
@@ -30,7 +30,7 @@ def refuse_attention_weights(model: nn.Module, replaced: Sequence[Fused]) -> lis
 
 
 def _place(model: nn.Module) -> int:
-    """Where ``output_attentions`` is among the positional arguments of ``model``."""
+    """Return the position of ``output_attentions`` among the arguments of ``model``."""
     names = list(inspect.signature(model.forward).parameters)
     return names.index("output_attentions") if "output_attentions" in names else sys.maxsize
 

@@ -1,4 +1,4 @@
-"""Grounding DINO's fusion of image and text."""
+"""Runs Grounding DINO's fusion of image and text on the fused op."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Attended = tuple[Tensor, Tensor | None]
 
 
 class BiMultiHeadAttention(Fused):
-    """On ``fastcss.ops.bi_attention``. The attention weights that the module returns are None."""
+    """Runs on ``fastcss.ops.bi_attention``, and returns None for the attention weights."""
 
     op = "bi_attention"
     classes = frozenset(

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention, as Deformable DETR and what followed it have it."""
+"""Runs the multi-scale deformable attention of Deformable DETR and its successors on the fused op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .fused_module import Fused
 
 
 class DeformableAttention(Fused):
-    """On ``fastcss.ops.deformable_attention``. The attention weights that the module returns are None."""
+    """Runs on ``fastcss.ops.deformable_attention``, and returns None for the attention weights."""
 
     op = "deformable_attention"
     classes = frozenset(
@@ -62,19 +62,19 @@ class DeformableAttention(Fused):
         points = (self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(hidden_states).unflatten(-1, (*points, 2))
         logits = self.attention_weights(hidden_states).unflatten(-1, points)
-        # Some models have one reference for all levels.
+        # Some models have one reference point for all levels.
         reference_points = reference_points.expand(*offsets.shape[:2], self.n_levels, -1)
         value = value.unflatten(-1, (self.n_heads, -1))
         return self.output_proj(deformable_attention(value, shapes, reference_points, offsets, logits)), None
 
     @staticmethod
     def _padding(attention_mask: Tensor) -> Tensor:
-        """True on tokens that count as zeros."""
+        """Return a mask that is True on the tokens that count as zeros."""
         return ~attention_mask
 
 
 class PixelDecoderAttention(DeformableAttention):
-    """The same where the mask is True on padding."""
+    """Does the same for models whose mask is True on padding."""
 
     classes = frozenset(
         f"transformers.models.{name.lower()}.modeling_{name.lower()}."
@@ -90,7 +90,7 @@ class PixelDecoderAttention(DeformableAttention):
 
 
 def _are_numbers(shapes: object) -> bool:
-    """``shapes`` lists the levels' sizes as Python numbers, for which no tensor has to be read."""
+    """Tell whether ``shapes`` lists the levels' sizes as Python numbers, so that no tensor has to be read."""
     return isinstance(shapes, (list, tuple)) and all(
         isinstance(shape, (list, tuple)) and all(isinstance(size, int) for size in shape) for shape in shapes
     )

@@ -1,4 +1,4 @@
-"""What the fused modules have in common: a class of their own in front of the module's, and when that is right."""
+"""Defines what fused modules have in common: a class in front of the module's own, and the check that it fits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Fused:
-    """Stands before a module's own class, with a ``forward`` of its own.
+    """Stands before a module's own class, and replaces its ``forward``.
 
     Attributes:
-        op: the name of what the module then runs on.
+        op: the name of the op that the module then runs on.
         classes: full names of the classes whose arithmetic ``forward`` has.
-        parts: what ``forward`` takes from the module; dotted names.
-        bypassed: modules inside whose ``forward`` is not called any more.
-        gives_weights: asked for its attention weights, the module hears of it, and lets its own class give them.
+        parts: dotted names of what ``forward`` takes from the module.
+        bypassed: inner modules whose ``forward`` is no longer called.
+        gives_weights: the module sees a request for attention weights, and lets its own class return them.
         made_of: the two classes that a class made by ``fused_class`` is made of.
     """
 
@@ -32,7 +32,7 @@ class Fused:
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        """None where ``module``, of one of ``classes``, can be of this one; else the reason."""
+        """Return why ``module``, of one of ``classes``, cannot get this class, or None if it can."""
         if "forward" in vars(module):
             return "its forward was set on the instance"
         for name in cls.parts:
@@ -51,20 +51,20 @@ class Fused:
         return None
 
     def __reduce_ex__(self, protocol):
-        # The class was made at run time: copies and pickles name the two that it is made of.
+        # The class was made at run time, so copies and pickles name the two classes that it is made of.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new, self.made_of, *state
 
 
 @functools.cache
 def fused_class(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
-    """``original`` with the forward of ``fused``."""
+    """Make a subclass of ``original`` with the forward of ``fused``."""
     members = {"__module__": fused.__module__, "made_of": (fused, original)}
     return type(f"Fused{original.__name__}", (fused, original), members)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module``; of a fused one, the class that it had."""
+    """Return the class of ``module``, or the class that it had before it was fused."""
     return module.made_of[1] if isinstance(module, Fused) else type(module)
 
 

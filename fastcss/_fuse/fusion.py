@@ -1,4 +1,4 @@
-"""A model's own modules on the fused ops, where the arithmetic is the same."""
+"""Replaces a model's own modules by the fused ops that have the same arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .known_classes import fused_form, why_not_known
 
 
 class Fusion:
-    """What ``fuse`` did to a model.
+    """Lists what ``fuse`` did to a model, and can undo it.
 
     Attributes:
         replaced: name of each replaced module → name of the op that it runs on now.
@@ -29,10 +29,10 @@ class Fusion:
         self._guards: list = []
 
     def undo(self) -> None:
-        """Give the modules that this fusion replaced their own classes back. A second time it does nothing.
+        """Give the modules that this fusion replaced their own classes back. A second call does nothing.
 
         Raises:
-            RuntimeError: a module's class was changed again since; nothing is undone then.
+            RuntimeError: a module's class was changed again since the fusion; then nothing is undone.
         """
         for name, (module, _, since) in zip(self.replaced, self._classes, strict=False):
             if type(module) is not since:
@@ -64,31 +64,32 @@ class Fusion:
 
 
 def fuse(model: nn.Module) -> Fusion:
-    """Replace, in place, the modules of ``model`` whose arithmetic the ops of this package have, and do faster.
+    """Replace, in place, the modules of ``model`` that compute what an op of this package computes faster.
 
-    These are, of transformers: multi-scale deformable attention (Grounding DINO, Deformable DETR, RT-DETR, Mask2Former,
-    OneFormer and others), Grounding DINO's fusion of image and text, the layers of Swin v1 (also in Donut, MaskFormer
-    and CLAP); and ``torch.nn.Linear``, with another GEMM on AMD CPUs with AVX-512 only. A replaced module keeps its
-    parameters, names, hooks and submodules, PEFT's layers among them: only its class changes, to a subclass of the one
-    it had. Hooks on Swin's projections get the map in one piece, no longer cut into windows. Results are the same to
+    From transformers these are multi-scale deformable attention (Grounding DINO, Deformable DETR, RT-DETR, Mask2Former,
+    OneFormer and others), Grounding DINO's fusion of image and text, and the layers of Swin v1 (also in Donut,
+    MaskFormer and CLAP). ``torch.nn.Linear`` gets another GEMM, on AMD CPUs with AVX-512 only. A replaced module keeps
+    its parameters, names, hooks and submodules, also PEFT's layers: only its class changes, to a subclass of the one
+    it had. Hooks on Swin's projections get the map in one piece, no longer cut into windows. Results are the same up to
     the rounding of the dtype, and can be differentiated once.
 
-    Who quantizes with ``torch.ao.quantization`` does it before: it would pass over fused linear layers, and is refused.
+    Quantize with ``torch.ao.quantization`` before the fusion: afterwards it would pass over fused linear layers, so it
+    is refused.
 
-    Attention weights are never stored, so that no model can return them: asked for them it raises ValueError, but for
-    Donut, MaskFormer's Swin and CLAP, which then run as before, and so does a module in training with dropout of
-    attention weights.
+    Attention weights are never stored, so a fused model that is asked for them raises ValueError. Donut, MaskFormer's
+    Swin and CLAP instead run as before when asked for them, and so does a module in training with dropout of attention
+    weights.
 
     Args:
-        model: any module; its transformers modules are found wherever they are in it. One that was fused before stays
-            as it is: what is replaced already is listed as refused, and ``undo`` of the second fusion leaves it.
+        model: any module; its transformers modules are found wherever they are in it. A module that was fused before
+            stays as it is: it is listed as refused, and ``undo`` of the second fusion leaves it alone.
 
     Returns:
-        A ``Fusion``, which lists what was ``replaced`` and what was ``refused``, and can ``undo()`` it. Nothing to
-        replace is no error.
+        A ``Fusion``, which lists what was ``replaced`` and what was ``refused``, and can ``undo()`` it. A model with
+        nothing to replace is no error.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
 
     Example:
         >>> fusion = fastcss.fuse(model)
@@ -99,7 +100,7 @@ def fuse(model: nn.Module) -> Fusion:
 
 
 def fuse_modules(model: nn.Module, linears: bool) -> Fusion:
-    """``fuse``; without ``linears`` for a caller that sees to linear layers itself."""
+    """Do what ``fuse`` does; without ``linears``, leave linear layers to a caller that handles them itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be a torch.nn.Module, got {type(model).__name__}")
     fusion = Fusion(model)

@@ -1,4 +1,4 @@
-"""Which classes are replaced by what, and why those that look like them are not."""
+"""Lists which classes are replaced by which fused modules, and why similar classes are not."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _NAMES = {"MultiscaleDeformableAttention": "deformable_attention", "BiMultiHeadA
 
 
 def fused_form(cls: type[nn.Module]) -> type[Fused] | None:
-    """What modules of ``cls``, which is no subclass of theirs, can become."""
+    """Return the fused class for modules of exactly ``cls``, or None; a subclass of a known class has none."""
     return _FUSED.get(full_name(cls))
 
 
 @functools.cache
 def why_not_known(cls: type[nn.Module]) -> str | None:
-    """Why modules of ``cls``, which has no fused form, are left as they are; None where nobody would expect one."""
+    """Return why modules of ``cls``, which has no fused form, stay as they are; None if nobody would expect one."""
     if issubclass(cls, Fused):
         return "it is fused already"
     if cls.__name__ in _KNOWN:
@@ -58,6 +58,6 @@ def why_not_known(cls: type[nn.Module]) -> str | None:
 
 
 def _partitions(cls: type[nn.Module]) -> bool:
-    """Its forward takes a map apart into windows."""
+    """Tell whether the forward of ``cls`` cuts a map into windows."""
     code = getattr(inspect.unwrap(inspect.getattr_static(cls, "forward")), "__code__", None)
     return code is not None and "window_partition" in code.co_names

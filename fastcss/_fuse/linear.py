@@ -1,4 +1,4 @@
-"""Linear layers without adapters, on the project's own GEMM where that is the faster."""
+"""Runs linear layers without adapters on the project's own GEMM where that is faster."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from .fused_module import Fused
 
 
 def _mkl_lacks_this_cpu() -> bool:
-    """Whether MKL, torch's GEMM, leaves half of the CPU idle: it takes no AVX-512 path on AMD."""
+    """Tell whether MKL, torch's GEMM, leaves half of the CPU idle: it takes no AVX-512 path on AMD."""
     cpuinfo = Path("/proc/cpuinfo")
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or not cpuinfo.exists():
         return False
-    with cpuinfo.open() as lines:  # the first processor says who made it
+    with cpuinfo.open() as lines:  # the first lines name the vendor
         return any("AuthenticAMD" in line for _, line in zip(range(4), lines, strict=False))
 
 
-# Own micro-kernel against torch's linear, one thread of an AMD EPYC (Zen 5): float32 1.7 to 2.3 times as fast from 96
-# rows on, even at 18, slower at 1; bfloat16 0.5 to 1.0 times as fast. On Zen 3, with AVX2, 0.4 to 1.0 times.
+# The own micro-kernel against torch's linear on one thread of an AMD EPYC (Zen 5): in float32 it is 1.7 to 2.3 times as
+# fast from 96 rows on, equal at 18, slower at 1; in bfloat16 0.5 to 1.0 times as fast. On Zen 3 with AVX2 it is 0.4 to
+# 1.0 times as fast.
 OWN_GEMM_LEADS = _mkl_lacks_this_cpu()
 FEWEST_ROWS = 16
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``."""
+    """Compute ``torch.nn.functional.linear``, on the faster of the two GEMMs."""
     if not _own_gemm_is_faster(x, weight, bias):
         return F.linear(x, weight, bias)
     return multi_lora(x, weight, _no_adapter(*weight.shape), bias)[0]
@@ -63,7 +64,7 @@ def _no_adapter(width_out: int, width_in: int) -> PackedLora:
 
 
 class Linear(Fused):
-    """In float32 on an AMD CPU with AVX-512, where that GEMM is the faster; elsewhere torch's own."""
+    """Runs on the own GEMM in float32 on an AMD CPU with AVX-512, where it is faster, and elsewhere on torch's."""
 
     op = "linear"
     classes = frozenset(("torch.nn.modules.linear.Linear",))
@@ -78,7 +79,7 @@ class Linear(Fused):
         return super().why_not(module)
 
     def __getattr__(self, name: str) -> object:
-        if name == "qconfig":  # what torch.ao asks each module for, to pass over this one without a word
+        if name == "qconfig":  # torch.ao asks each module for it, and would pass over this one silently
             raise RuntimeError(
                 f"fuse: torch.ao.quantization replaces modules that are torch.nn.Linear itself, and this one is a "
                 f"{type(self).__name__}: undo the fusion before (Fusion.undo), and fuse what quantization gives"
@@ -88,11 +89,11 @@ class Linear(Fused):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
-        else:  # TorchScript does not compile this branch, and would what followed the if
+        else:  # TorchScript does not compile this branch; without the else it would compile the return below
             return self._forward(input)
 
     @torch.jit.unused
     def _forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or has_torch_function_variadic(input, self.weight):
-            return super().forward(input)  # whoever watches or replaces torch's calls has to see a linear
+            return super().forward(input)  # code that watches or replaces torch's calls has to see a linear
         return linear(input, self.weight, self.bias)

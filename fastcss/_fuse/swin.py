@@ -1,4 +1,4 @@
-"""Swin's layers: attention within windows of the map, on queries, keys and values of the whole map."""
+"""Runs Swin's layers on the fused op: attention within windows, on queries, keys and values of the whole map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NORMS = ("layernorm_before", "layernorm_after", "drop_path", "window_size", "sh
 
 
 class SwinLayer(Fused):
-    """Swin v1. The attention weights that the layer returns are None."""
+    """Runs a layer of Swin v1, and returns None for the attention weights."""
 
     op = "window_attention"
     classes = frozenset(("transformers.models.swin.modeling_swin.SwinLayer",))
@@ -57,7 +57,7 @@ class SwinLayer(Fused):
 
 
 class _SwinCopy(Fused):
-    """What the copies of Swin's first layout share: ``query``, ``key`` and ``value`` in ``attention.self``."""
+    """Holds what the copies of Swin's first layout share: ``query``, ``key`` and ``value`` in ``attention.self``."""
 
     op = "window_attention"
     parts = (
@@ -92,7 +92,7 @@ class _SwinCopy(Fused):
 
 
 class MaskFormerSwinLayer(_SwinCopy):
-    """MaskFormer's copy, whose windows never shrink."""
+    """Runs MaskFormer's copy, whose windows never shrink."""
 
     classes = frozenset(("transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer",))
 
@@ -105,7 +105,7 @@ class MaskFormerSwinLayer(_SwinCopy):
 
 
 class DonutSwinLayer(_SwinCopy):
-    """Donut's and CLAP's copies."""
+    """Runs Donut's and CLAP's copies."""
 
     classes = frozenset(
         (
@@ -130,7 +130,7 @@ class DonutSwinLayer(_SwinCopy):
 
 
 def _fits(layer: nn.Module, window: tuple[int, int]) -> bool:
-    """The layer's window is the one that its table of biases is for: on a small map a layer takes a smaller one."""
+    """Tell whether the layer's window is the one its table of biases is for: on a small map the window is smaller."""
     return not torch.jit.is_tracing() and tuple(window) == (layer.window_size, layer.window_size)
 
 
@@ -143,12 +143,12 @@ def _attend(
     head_dim: int,
     scale: float | None = None,
 ) -> Tensor:
-    """``x`` [B, H · W, C], ``bias`` [heads, window², window²] → [B, H · W, C], before its last projection."""
+    """Attend: ``x`` [B, H · W, C], ``bias`` [heads, window², window²] → [B, H · W, C], before the last projection."""
     heads = (-1, head_dim)
     q, k, v = (project(x).unflatten(1, size).unflatten(-1, heads) for project in projections)
     pads = {}
     if any(length % layer.window_size for length in size):
-        zeros = x.new_zeros(1, x.shape[-1])  # what the model fills the map up with
+        zeros = x.new_zeros(1, x.shape[-1])  # the model fills the map up with these
         pads = {
             name: project(zeros)[0].unflatten(-1, heads)
             for name, project in zip(("pad_key", "pad_value"), projections[1:], strict=True)

@@ -1,4 +1,4 @@
-"""Computes what PiSSA and OLoRA take out of a base layer when an adapter begins, as PEFT does again when it loads it."""
+"""Computes what PiSSA and OLoRA take out of a base layer when an adapter begins, as PEFT does when it loads one."""
 
 from __future__ import annotations
 

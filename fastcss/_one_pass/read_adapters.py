@@ -34,8 +34,8 @@ class LoraWeights:
         bias: ``[N]``, the bias of ``b``, if the adapter has one.
         dropout: probability of dropping an input of ``a`` in training.
         drops: PEFT's dropout module, which drops while it is in training mode; with None the layer's mode decides.
-        taken_out: how many of the last rows of ``a`` do not belong to the adapter. They subtract the part that PEFT takes
-            out of the base layer when such an adapter begins (PiSSA, OLoRA); their input is never dropped.
+        taken_out: how many of the last rows of ``a`` do not belong to the adapter. They subtract the part that PEFT
+            takes out of the base layer when such an adapter begins (PiSSA, OLoRA); their input is never dropped.
     """
 
     a: Tensor

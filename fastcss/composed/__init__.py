@@ -1,1 +1,1 @@
-"""Each op composed of torch ops, without its big temporaries: what runs where nothing is compiled."""
+"""Composes each op of torch ops without big temporaries; these implementations run where nothing is compiled."""

@@ -1,4 +1,4 @@
-"""Work on a map of rows by columns a few rows at a time, forward and backward."""
+"""Works on a map of rows by columns a few rows at a time, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.utils.checkpoint import checkpoint
 from .._dispatch.autograd import needs_grad
 from .._dispatch.private_apis import is_wrapped
 
-# Elements of the map that exist at a time: with their temporaries they stay in the second-level cache of a CPU, and
-# keep a GPU busy.
+# So many elements of the map exist at a time. With their temporaries they stay in the second-level cache of a CPU, and
+# they keep a GPU busy.
 ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 def row_chunks(
     compute: Callable, rows: tuple[Tensor, ...], whole: tuple[Tensor, ...], columns: int | None = None
 ) -> Iterator:
-    """``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1); backward computes each chunk again.
+    """Yield ``compute(*chunk of rows, *whole)`` for chunks of the rows (dimension 1).
 
-    The map has as many ``columns`` as rows unless told. Of no rows there is one chunk.
+    Backward computes each chunk again. The map has as many ``columns`` as rows by default. Zero rows make one chunk.
     """
     batch, n = rows[0].shape[:2]
     size = max(1, ELEMENTS.get(rows[0].device.type, 1 << 22) // max(1, batch * (columns or n)))
-    # torch.func knows no checkpoints: there the chunks are kept.
+    # torch.func does not support checkpoints, so the chunks are kept there.
     again = needs_grad(*rows, *whole) and (
         torch.compiler.is_compiling() or not any(is_wrapped(tensor) for tensor in (*rows, *whole))
     )

@@ -1,4 +1,7 @@
-"""A few rows of the affinity map at a time: with T = tanh(s/2), M V = ½ (Σ V + T V) and (1 − M) V = ½ (Σ V − T V)."""
+"""Computes a few rows of the affinity map at a time.
+
+The logits s give T = tanh(s/2), and then M V = ½ (Σ V + T V) and (1 − M) V = ½ (Σ V − T V).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def affinity_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mean: bool
         return torch.bmm(torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / 2)), v)
 
     half = 0.5 / max(v.shape[1], 1) if mean else 0.5
-    # Each half is rounded once: twice the sum does not fit float16 where its half does.
+    # Both terms are halved in the wide dtype, and only their sum is rounded: twice the result may not fit float16.
     wide = torch.promote_types(v.dtype, torch.float32)
     total = v.sum(dim=1, keepdim=True, dtype=wide) * half
     product = torch.cat([*row_chunks(compute, (q,), (k, v))], dim=1).to(wide) * half

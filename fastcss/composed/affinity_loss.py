@@ -1,4 +1,4 @@
-"""A few rows of the affinity map at a time; a pair of one class costs softplus(−s), any other softplus(s)."""
+"""Computes a few rows of the affinity map at a time: a pair of one class costs softplus(−s), any other softplus(s)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some image tokens at a time, in two sweeps: the largest logits, then both softmaxes. No matrix of all logits."""
+"""Reads some image tokens at a time, in two sweeps: the largest logits, then both softmaxes; never stores all logits."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def bi_attention(
     def attend(q: Tensor, v_image: Tensor, read: Tensor, k: Tensor, v_text: Tensor, peak: Tensor, most: Tensor):
         s = (logits(q, k) - peak).clamp(min=LEAST)
         image = s.masked_fill(~read_text[:, None, None], -torch.inf).softmax(dim=3) @ v_text
-        # Masked before the exponential: a masked logit may be so far above the others' that it has none.
+        # Logits are masked before the exponential, which overflows for a masked logit far above the others.
         masked = s.masked_fill(~read[:, None, :, None], -torch.inf)
         weights = (masked - most[:, :, None]).exp().transpose(2, 3)
         return image.transpose(1, 2), weights @ v_image.to(dtype).transpose(1, 2), weights.sum(dim=3)
 
     columns = heads * length
-    if not batch * pixels * columns:  # nothing to read for one side or both, and nothing of any size to keep
+    if not batch * pixels * columns:  # one side or both have nothing to read, and no large tensor arises
         image, text = (x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0) for x in (q, k))
         image, text = image + v_text.sum(dim=1, keepdim=True), text + v_image.sum(dim=1, keepdim=True)
         return image.flatten(2), text.flatten(2)

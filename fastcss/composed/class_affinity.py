@@ -1,4 +1,4 @@
-"""intra Cᵀ = M (F Cᵀ): where that is cheaper the value is C wide and not D, and intra and inter never exist."""
+"""Uses intra Cᵀ = M (F Cᵀ) where that is cheaper: values are then C wide, not D, and intra and inter never exist."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def class_affinity(
 
 
 def centers_first(feats: Tensor, centers: Tensor) -> bool:
-    """M (F Cᵀ) takes N²C + NCD products, (M F) Cᵀ for intra and inter N²D + 2NCD."""
+    """Tell which order is cheaper: M (F Cᵀ) takes N²C + NCD products, (M F) Cᵀ for intra and inter N²D + 2NCD."""
     (_, pixels, width), classes = feats.shape, centers.shape[1]
     return classes * (pixels - width) <= pixels * width

@@ -1,4 +1,4 @@
-"""One softmax over the pixels: dividing by the class mass is one too, of the log-softmax over the classes."""
+"""Needs one softmax over the pixels: dividing by the class mass is a softmax of the log-softmax over the classes."""
 
 from __future__ import annotations
 

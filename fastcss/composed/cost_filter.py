@@ -1,4 +1,4 @@
-"""The largest cost of some classes at a time; only the kept classes' maps are whole."""
+"""Finds the largest cost of some classes at a time; only the maps of the kept classes exist as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._cosine import unit
 
-# Elements of the cost map that exist at a time.
+# So many elements of the cost map exist at a time.
 ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 

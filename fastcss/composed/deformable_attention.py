@@ -1,7 +1,7 @@
-"""The levels in turn, added up: no sampled values of all of them, and none are stacked.
+"""Adds up the levels one after the other, so that the sampled values of all levels never exist together.
 
-In float32 at least: grid_sample rounds locations to the 16 bits of an image, and on a CPU it reads from elsewhere, also
-from outside, where 16 bits cannot count an image's strides.
+It works in float32 at least. grid_sample would round locations to an image's 16 bits, and on a CPU it reads from wrong
+places, even outside the image, if 16 bits cannot count the image's strides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One full-size mask at a time, without reading the order from a GPU."""
+"""Resizes one mask at a time to full size, without reading the order from a GPU."""
 
 from __future__ import annotations
 

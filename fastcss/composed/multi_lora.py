@@ -1,4 +1,4 @@
-"""One base GEMM, one shrink GEMM, one batched expand that starts from the base: T·M·N is written once."""
+"""Runs one base GEMM, one shrink GEMM and one batched expand that starts from the base: T·M·N is written once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def multi_lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora,
     a, b = (padded.to(x.dtype) for padded in lora.padded())  # [T, R, K], [T, R, N]
     scales = lora.scales.to(x.dtype)
     if index is not None:
-        # Index -1 is an adapter of zeros, put after the last. A wrong index, which only the caller can refuse without a
-        # stall, takes it too, with a scale that makes its rows NaN.
+        # Index -1 takes an adapter of zeros, put after the last. A wrong index takes it too, with a scale that makes
+        # its rows NaN, since only the caller can refuse the index without a stall.
         count = lora.num_adapters
         wrong = (index < -1) | (index >= count)
         index = torch.where(wrong | (index == -1), count, index)

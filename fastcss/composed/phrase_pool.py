@@ -1,4 +1,4 @@
-"""Two products a class: the cosines with all images, and the weighted sums."""
+"""Takes two products per class: the cosines with all images, and the weighted sums."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A loop over the classes asked for, which copies no weights; where that would read the index from a GPU, one over all
-rows' weights gathered."""
+"""Loops over the classes asked for, and copies no weights. If that would read the index from a GPU, it instead gathers
+the weights of all rows for one batched product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._dispatch.readable import readable
 def prompt_mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tensor) -> Tensor:
     """``z`` [R, L], ``w1`` [K, L, H], ``b1`` [K, H], ``w2`` [K, H, O], ``b2`` [K, O], ``index`` [R] → [R, O]."""
     known = index.clamp(min=0)
-    z = torch.where((index >= 0)[:, None], z, 0)  # what is in a row of no class has no part in class 0's gradients
+    z = torch.where((index >= 0)[:, None], z, 0)  # keeps rows without a class out of class 0's gradients
     if readable(index):
         y = z.new_zeros(len(z), w2.shape[2])
         for c in known.unique().tolist():

@@ -1,4 +1,4 @@
-"""No loop and no host sync: a token's place among those of its class is a running count."""
+"""Needs no loop and no host sync: a running count gives each token its place among those of its class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``tokens`` [B, N, D], ``classes`` [B, C, D] → selected [B, C, length], counts [B, C], presence [B, C]."""
     (batch, count, width), class_count = tokens.shape, classes.shape[1]
-    places = -(-length // width)  # tokens that fit, the last one perhaps in part
+    places = -(-length // width)  # so many tokens fit, the last one perhaps in part
     wide = torch.promote_types(tokens.dtype, torch.float32)
     cosine = torch.bmm(unit(tokens), unit(classes).mT)
     best = cosine.detach().nan_to_num(nan=float("-inf")).argmax(dim=2, keepdim=True)
@@ -26,7 +26,7 @@ def select_tokens(
     averaged = chosen if best_only else above
     total = torch.where(averaged, cosine, 0).sum(dim=1, dtype=wide)
     presence = (total / averaged.sum(dim=1).clamp(min=1)).to(tokens.dtype)
-    # Where in [C · places] each token goes; those that do not fit share one place past the end.
+    # Each token gets a slot in [C · places]; tokens that do not fit share one slot past the end.
     spare = class_count * places
     slot = torch.where(survives & (place < places), best[..., 0] * places + place, spare)
     source = tokens.new_full((batch, spare + 1), count, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The best class of some tokens at a time: no logits of all tokens and classes."""
+"""Finds the best class of some tokens at a time, so that the logits of all tokens and classes never exist."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements of the logits that exist at a time.
+# So many elements of the logits exist at a time.
 ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 

@@ -1,5 +1,5 @@
-"""SDPA on the windows. Only the last row and the last column of them hold tokens that are no neighbours: four kinds of
-windows, one mask each, where the model has a mask for each window."""
+"""Runs SDPA on the windows. Only the last row and the last column of windows hold tokens that are not neighbours, so
+there are four kinds of windows with one mask each, where the model has a mask for each window."""
 
 from __future__ import annotations
 
@@ -49,14 +49,17 @@ def window_attention(
 
 
 def _kernels(*tensors: Tensor) -> AbstractContextManager:
-    """Under torch.func torch's kernels do not see that a bias needs its gradient, and they have no tangents; what is
-    composed has both."""
+    """Select SDPA's composed kernel under torch.func, and otherwise leave the choice to torch.
+
+    Under torch.func torch's fused kernels do not see that a bias needs its gradient, and they have no tangents. The
+    composed kernel has both.
+    """
     mapped = forward_mode() or (not torch.compiler.is_compiling() and any(is_wrapped(tensor) for tensor in tensors))
     return sdpa_kernel(SDPBackend.MATH) if mapped else nullcontext()
 
 
 def _windows(x: Tensor, pad: Tensor | None, window: int, shift: int) -> Tensor:
-    """[B, H, W, heads, D] → [B, rows, columns, heads, window², D]."""
+    """Cut the map into windows: [B, H, W, heads, D] → [B, rows, columns, heads, window², D]."""
     height, width = x.shape[1:3]
     below, right = -height % window, -width % window
     if pad is None:
@@ -69,7 +72,7 @@ def _windows(x: Tensor, pad: Tensor | None, window: int, shift: int) -> Tensor:
 
 
 def _mask(window: int, shift: int, last_row: bool, last_column: bool, like: Tensor) -> Tensor:
-    """-100 between the tokens of a last window that come from two ends of the map: [window², window²]."""
+    """Return -100 between the tokens of a last window that come from two ends of the map: [window², window²]."""
     wrapped = torch.arange(window, device=like.device) >= window - shift
     none = torch.zeros_like(wrapped)
     region = 2 * (wrapped if last_row else none)[:, None].long() + (wrapped if last_column else none).long()

@@ -1,1 +1,1 @@
-"""The equations in plain PyTorch: the oracle of every test, and ``impl="reference"``."""
+"""Writes the equations in plain PyTorch: the oracle of every test, and ``impl="reference"``."""

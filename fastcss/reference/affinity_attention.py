@@ -1,4 +1,4 @@
-"""intra = M V and inter = (1 − M) V with the affinity map M = sigmoid(scale · Q Kᵀ) [B, N, N]."""
+"""Computes intra = M V and inter = (1 − M) V with the affinity map M = sigmoid(scale · Q Kᵀ) [B, N, N]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Binary cross-entropy between the affinity map [B, N, N] and the pairs of one class, ignored pixels left out."""
+"""Takes the binary cross-entropy of the affinity map [B, N, N] against the pairs of one class, without ignored pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One matrix of logits and both of its softmaxes, as transformers' module computes them between its linear layers."""
+"""Computes one matrix of logits and both of its softmaxes, as transformers' module does between its linear layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bi_attention(
     q, k, v_image, v_text = (tensor.transpose(1, 2) for tensor in (q * scale, k, v_image, v_text))
     logits = q @ k.transpose(2, 3)  # [B, heads, N, L]
     if logits.numel():
-        # A constant to the gradient: a softmax does not depend on what all of its logits are less by.
+        # The maximum is a constant to the gradient, because a softmax does not depend on a shift of all its logits.
         logits = (logits - logits.detach().max()).clamp(min=LEAST, max=-LEAST)
     of_text = logits.transpose(2, 3)
     if logits.numel():

@@ -1,4 +1,4 @@
-"""The mean of the pixels' features for each class, weighted by the coarse segmentation."""
+"""Takes the mean of the pixels' features for each class, weighted by the coarse segmentation."""
 
 from __future__ import annotations
 

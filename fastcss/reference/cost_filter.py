@@ -1,4 +1,4 @@
-"""The whole cost map, the k classes of its largest values, and their cost computed again."""
+"""Computes the whole cost map, finds the k classes of its largest values, and computes their cost again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every level sampled by grid_sample at its points, then the weighted sum, as transformers' module computes it: also
-from an image of its own for each head, whose strides 16 bits can count (see composed)."""
+"""Samples every level by grid_sample at its points, then takes the weighted sum, as transformers' module does. Each
+head has an image of its own, as there, whose strides 16 bits can count (see composed)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def deformable_attention(
 
 
 def locations(shapes: Sequence[tuple[int, int]], reference_points: Tensor, offsets: Tensor) -> Tensor:
-    """Where each point reads, (x, y) in [0, 1]: ``offsets`` count pixels of a level from a point, or halves of a box,
-    shared by the points."""
+    """Return where each point reads, (x, y) in [0, 1]. ``offsets`` count pixels of a level from a point, or halves of a
+    box, which the points share."""
     centers = reference_points[:, :, None, :, None, :2]
     if reference_points.shape[3] == 2:
         pixels = offsets.new_tensor([(w, h) for h, w in shapes])

@@ -1,4 +1,4 @@
-"""SAM's own resizing of every mask, then the masks painted over each other, the best last."""
+"""Resizes every mask as SAM does, then paints the masks over each other, the best last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""y_s = x_s Wᵀ + bias + scale_t (x_s A_tᵀ) B_tᵀ, one adapter after the other."""
+"""Computes y_s = x_s Wᵀ + bias + scale_t (x_s A_tᵀ) B_tᵀ, one adapter after the other."""
 
 from __future__ import annotations
 

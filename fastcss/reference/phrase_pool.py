@@ -1,4 +1,4 @@
-"""The phrases of each class, weighted by how close they are to the image."""
+"""Adds up the phrases of each class, weighted by how close they are to the image."""
 
 from __future__ import annotations
 

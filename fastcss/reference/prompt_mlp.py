@@ -1,4 +1,4 @@
-"""A two-layer perceptron of each row's own class, one row after the other."""
+"""Runs the two-layer perceptron of each row's own class, one row after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loop over images and classes, as the equations select tokens."""
+"""Loops over images and classes, and selects tokens as the equations do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The true class against the best of the others, pixel by pixel, from the sorted logits and the softmax."""
+"""Compares the true class with the best of the others, pixel by pixel, by the sorted logits and the softmax."""
 
 from __future__ import annotations
 

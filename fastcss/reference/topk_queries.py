@@ -1,4 +1,4 @@
-"""The logits of all tokens, their largest, and the tokens of its k best."""
+"""Computes the logits of all tokens, takes each token's largest, and keeps the k best tokens."""
 
 from __future__ import annotations
 

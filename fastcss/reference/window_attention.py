@@ -1,4 +1,4 @@
-"""Pad, roll, partition, attend, merge, roll back and crop, as transformers' Swin does around its linear layers."""
+"""Pads, rolls, partitions, attends, merges, rolls back and crops, as transformers' Swin between its linear layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def window_attention(
 
 
 def partition(x: Tensor, pad: Tensor, window: int, shift: int) -> Tensor:
-    """``x`` [B, H, W, heads, D], filled up with ``pad`` [B, heads, D] → [B, rows, columns, heads, window², D]."""
+    """Cut ``x`` [B, H, W, heads, D], filled up with ``pad`` [B, heads, D] → [B, rows, columns, heads, window², D]."""
     height, width = x.shape[1:3]
     below, right = -height % window, -width % window
     inside = F.pad(x.new_ones(height, width), (0, right, 0, below))[..., None, None].bool()
@@ -41,7 +41,7 @@ def partition(x: Tensor, pad: Tensor, window: int, shift: int) -> Tensor:
 
 
 def shift_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """-100 between tokens of one window that were not neighbours before the map was rolled: [rows, columns, w², w²]."""
+    """Return -100 between tokens of a window that were no neighbours before the roll: [rows, columns, w², w²]."""
 
     def regions(windows: int) -> Tensor:
         at = torch.arange(windows * window, device=like.device)
