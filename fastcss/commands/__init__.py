@@ -1,4 +1,4 @@
-"""The commands of ``python -m fastcss``, a module each: ``HELP``, ``add_arguments(parser)``, ``run(options)``.
+"""Holds the commands of ``python -m fastcss``, a module each: ``HELP``, ``add_arguments(parser)``, ``run(options)``.
 
-All of them are imported for any of them, so what is slow to import is imported where it is used.
+Every command imports all of these modules, so slow imports stand inside the functions that need them.
 """

@@ -1,4 +1,4 @@
-"""Kinds of arguments that commands share."""
+"""Defines kinds of arguments that commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Whole numbers from ``least``."""
+    """Make a parser of whole numbers from ``least`` on."""
 
     def number(text: str) -> int:
         if not (text.isascii() and text.isdigit() and int(text) >= least):

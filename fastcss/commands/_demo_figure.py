@@ -1,4 +1,4 @@
-"""The demo's figure: some scenes, what is in them and what was found, and how long each way takes."""
+"""Draws the demo's figure: some scenes, what is in them, what was found, and how long each way takes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ._tables import counted, learned_in, percent
 ROWS = ("a photograph with\nhandwritten digits", "what is in it", "what the model\nfinds in one pass")
 OURS, OTHERS, INK = "#1b6ca8", "#b9c4cc", "#555555"
 SIDE, MARGIN, LEGEND = 2.35, 0.75, 3.6  # inches
-SPECK = 0.005  # of the picture: what is no larger gets no name
+SPECK = 0.005  # share of the picture; smaller regions get no name
 
 
 def draw(scenes: Sequence[Scene], figures: Figures, labels: Sequence[str], count: int) -> Figure:
-    """The figure of what was measured on ``count`` scenes; ``labels`` are the data set's, the background first."""
+    """Draw what was measured on ``count`` scenes; ``labels`` are the data set's, the background first."""
     widths = (MARGIN + SIDE * len(scenes), LEGEND)
     figure = Figure(figsize=(sum(widths), 3.4 * SIDE), layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,7 +42,7 @@ def draw(scenes: Sequence[Scene], figures: Figures, labels: Sequence[str], count
 def _scenes(panels: np.ndarray, scenes: Sequence[Scene], labels: Sequence[str]) -> None:
     for column, scene in zip(panels.T, scenes, strict=True):
         column[0].imshow(scene.image.permute(1, 2, 0).clamp(0, 1).numpy())
-        # Pale and grey: digits have colours of their own.
+        # The picture is pale and grey, because the digits' own colours would mix with those of the labels.
         pale = 0.5 + 0.5 * scene.image.mean(0, keepdim=True).expand(3, -1, -1)
         for panel, of in zip(column[1:], (scene.labels, scene.found), strict=True):
             panel.imshow(painted(pale, of), extent=(0, of.shape[1], of.shape[0], 0))
@@ -56,9 +56,9 @@ def _scenes(panels: np.ndarray, scenes: Sequence[Scene], labels: Sequence[str]) 
 
 
 def _name(panel: Axes, where: np.ndarray, name: str, colour: np.ndarray) -> None:
-    """A class's name at the top of where it is, bool [H, W]."""
+    """Write a class's name at the top of its region ``where``, bool [H, W]."""
     top = where.any(1).argmax()
-    place = (where[top].nonzero()[0].mean().clip(16, where.shape[1] - 16), max(top - 2, 9))  # all of it in the picture
+    place = (where[top].nonzero()[0].mean().clip(16, where.shape[1] - 16), max(top - 2, 9))  # stays in the picture
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colour, "alpha": 0.85}
     panel.text(*place, name, fontsize=9, ha="center", va="bottom", bbox=box)
 

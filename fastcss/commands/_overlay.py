@@ -1,4 +1,4 @@
-"""A label map as pictures for people: its colours over the photograph beside a legend, and a palette PNG of its own."""
+"""Draws a label map for people: its colours over the photograph, beside a legend, and a separate palette PNG."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-#: Pictures much smaller than this are enlarged, and letters grow with those that are larger.
+#: Pictures much smaller than this (in pixels) are enlarged; on larger ones the letters grow.
 SIDE = 640
 LONGEST_NAME = 32
 PAPER, INK = (255, 255, 255), (24, 24, 27)
-#: Linear sRGB to cones, and their cube roots to lightness, green-red and blue-yellow: Oklab (Ottosson, 2020).
+#: Oklab (Ottosson, 2020) maps linear sRGB to cones, and the cones' cube roots to lightness, green-red and blue-yellow.
 _CONES = ((0.4122, 0.5363, 0.0514), (0.2119, 0.6807, 0.1074), (0.0883, 0.2817, 0.6300))
 _OKLAB = ((0.2105, 0.7936, -0.0041), (1.9780, -2.4286, 0.4506), (0.0259, 0.7828, -0.8087))
 
 
 class Share(NamedTuple):
-    """A class that a label map shows: its number k, its name, and its share of the pixels, above 0 and at most 1."""
+    """Describes a class that a label map shows: its number k, its name, its share of the pixels, above 0 to 1."""
 
     index: int
     name: str
@@ -31,7 +31,7 @@ class Share(NamedTuple):
 
 
 def shares(labels: Tensor, classes: Sequence[str]) -> list[Share]:
-    """The classes that ``labels``, int64 ``[H, W]`` with 1 + k for class k, show, in the order of ``classes``."""
+    """Return the classes that ``labels`` show, in the order of ``classes``; int64 ``[H, W]``, 1 + k for class k."""
     counts = labels.flatten().bincount(minlength=len(classes) + 1)[1:]
     return [Share(k, classes[k], counts[k].item() / labels.numel()) for k in counts.nonzero()[:, 0].tolist()]
 
@@ -42,11 +42,11 @@ def percent(share: float) -> str:
 
 @functools.cache
 def palette() -> np.ndarray:
-    """uint8 ``[256, 3]``: black for the background, then a colour for each label.
+    """Return uint8 ``[256, 3]``: black for the background, then a colour for each label.
 
-    Each is the farthest from greys and from all before it, among colours neither so dark nor so pale that they would be
-    lost on a photograph. So the first dozen differ as much as colours can, and the two most alike of all 255 are ten
-    times as far apart as those of VOC's colour map.
+    Each colour is the farthest from the greys and from all colours before it, among those neither so dark nor so pale
+    that they would be lost on a photograph. So the first dozen differ as much as colours can, and the two most alike of
+    all 255 are ten times as far apart as those of VOC's colour map.
 
     Source: Glasbey et al., Colour displays for categorical images, 2007; distances are those of Oklab.
     """
@@ -65,14 +65,14 @@ def palette() -> np.ndarray:
 
 
 def label_image(labels: Tensor, classes: int) -> Image.Image:
-    """``labels`` as a palette picture in the overlay's colours, or as 16-bit grey for more than 255 classes."""
+    """Draw ``labels`` as a palette picture in the overlay's colours, or as 16-bit grey for more than 255 classes."""
     if classes > 255:
         return Image.fromarray(labels.numpy().astype(np.uint16))
     return _coloured(labels)
 
 
 def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Image:
-    """The picture with its labels, and beside it a legend of the classes it shows.
+    """Draw the picture with its labels, and beside it a legend of the classes it shows.
 
     Args:
         image, labels: see ``painted``.
@@ -82,7 +82,7 @@ def overlay(image: Tensor, labels: Tensor, classes: Sequence[str]) -> Image.Imag
 
 
 def painted(image: Tensor, labels: Tensor) -> Image.Image:
-    """The picture, each class in a translucent colour with an outline; a small one is enlarged.
+    """Draw the picture with each class in a translucent colour and an outline; enlarge a small picture.
 
     Args:
         image: ``[3, H, W]`` in 0…1.
@@ -100,7 +100,7 @@ def painted(image: Tensor, labels: Tensor) -> Image.Image:
 
 
 def _perceived(colours: np.ndarray) -> np.ndarray:
-    """[n, 3] of 0…255 as lightness and twice the chroma of Oklab, which weighs differences of both alike."""
+    """Convert colours [n, 3] in 0…255 to Oklab's lightness and twice its chroma, which weighs both alike."""
     encoded = colours / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     return np.cbrt(linear @ np.transpose(_CONES)) @ np.transpose(_OKLAB) * (1, 2, 2)
@@ -114,7 +114,7 @@ def _coloured(labels: Tensor) -> Image.Image:
 
 
 def _outlines(labels: Tensor, width: int) -> np.ndarray:
-    """bool [H, W]: on a class, and less than ``width`` pixels above, below, left or right of another label."""
+    """Mark the outlines, bool [H, W]: a class's pixels less than ``width`` above, below or beside another label."""
     labels = labels.to(torch.int32).numpy()
     edge = np.zeros(labels.shape, dtype=bool)
     for step in range(1, width + 1):
@@ -129,14 +129,14 @@ def _outlines(labels: Tensor, width: int) -> np.ndarray:
 
 
 def _beside(picture: Image.Image, shown: list[Share]) -> Image.Image:
-    """The picture with a legend to its right, in as many columns as it takes."""
+    """Put a legend to the right of the picture, in as many columns as needed."""
     letters = max(15, round(15 * max(picture.size) / 800))
     font, line = ImageFont.load_default(letters), round(1.6 * letters)
     rows = [(_short(share.name), percent(share.pixels)) for share in shown] or [("no class found", "")]
     names, values = (math.ceil(max(map(font.getlength, texts))) for texts in zip(*rows, strict=True))
     column = 2 * letters + names + letters + values + 2 * letters  # swatch, name, share, and room around them
     per_column = max(8, (picture.height - letters) // line)
-    per_column = math.ceil(len(rows) / math.ceil(len(rows) / per_column))  # columns of one length
+    per_column = math.ceil(len(rows) / math.ceil(len(rows) / per_column))  # makes all columns of one length
     width = picture.width + letters + math.ceil(len(rows) / per_column) * column
     whole = Image.new("RGB", (width, max(picture.height, letters + per_column * line)), PAPER)
     whole.paste(picture)
@@ -153,7 +153,7 @@ def _beside(picture: Image.Image, shown: list[Share]) -> Image.Image:
 
 
 def _short(name: str) -> str:
-    """On one line, without accents: Pillow's own font has only ASCII, and boxes for the rest."""
+    """Put a name on one line, without accents: Pillow's own font has only ASCII, and shows boxes for the rest."""
     letters = unicodedata.normalize("NFKD", name.encode("utf-8", "replace").decode())
     name = " ".join("".join(letter for letter in letters if not unicodedata.combining(letter)).split())
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"

@@ -1,4 +1,4 @@
-"""``python -m fastcss convert-sam``: segment-anything's checkpoint as a folder of transformers."""
+"""Runs ``python -m fastcss convert-sam``: makes segment-anything's checkpoint a folder of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m fastcss evaluate``: what a run's model knows now, beside what was measured while it learned."""
+"""Runs ``python -m fastcss evaluate``: measures what a run's model knows now, beside what it knew while it learned."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def _evaluate(model: DecoupleCSS, plan: Plan, options: argparse.Namespace) -> Ev
 
 
 def _result(model: DecoupleCSS, plan: Plan, found: Evaluation, records: list[dict]) -> dict:
-    """All that is to be told, ready for JSON."""
+    """Return the whole result, ready for JSON."""
     from ..data import ContinualMetrics
 
     tasks = plan.tasks[: len(model.tasks)]
     metrics = ContinualMetrics(plan.tasks, [1] * len(plan.tasks))
-    for _ in tasks:  # the last of its rows is of all tasks
+    for _ in tasks:  # the last row covers all tasks
         now = metrics.add(found.iou["one_pass"])
     learned = [0, *(label for labels in tasks for label in labels)]
     result = {
@@ -114,7 +114,7 @@ def _print(result: dict, run: str) -> None:
         table.add_column(column, justify="right")
     names = list(result["iou"])
     task_of = {name: record for record in tasks for name in record["classes"]} | {names[0]: tasks[0]} if tasks else {}
-    for label, (name, value) in enumerate(result["iou"].items()):  # tasks have the labels in their order
+    for label, (name, value) in enumerate(result["iou"].items()):  # tasks learn the labels in order
         record = task_of.get(name)
         before = [percent(of["iou"][label]) for of in (record, tasks[-1])] if record else ["–", "–"]
         number = str(record["task"]) if record and label else "–"

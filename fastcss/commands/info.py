@@ -1,4 +1,4 @@
-"""``python -m fastcss info``: what this installation can run."""
+"""Runs ``python -m fastcss info``: prints what this installation can run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELP = "versions, devices, and which implementations run here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Add nothing: the command takes no arguments."""
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""``python -m fastcss segment``: label maps and overlays of pictures, by the model of a run."""
+"""Runs ``python -m fastcss segment``: makes label maps and overlays of pictures, by the model of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = Path(__file__).parents[1] / "assets" / "digits"
 
 
 class Output(NamedTuple):
-    """What is written for one picture."""
+    """Names the files that are written for one picture."""
 
     labels: Path
     overlay: Path
@@ -47,19 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Segment picture after picture, those that can be read.
+    """Segment one picture after the other; pictures that cannot be read are named at the end.
 
     Raises:
         IsADirectoryError: a folder is in the place of a result.
-        ValueError: two pictures have one stem, or one would be overwritten; no run, or one without tasks. At the end:
-            some pictures could not be read or labelled, all others are done.
-        OSError: a result cannot be written; those before it are there.
+        ValueError: two pictures have the same stem, a picture would be overwritten, or the run does not exist or has no
+            tasks. At the end: some pictures could not be read or labelled; all others are done.
+        OSError: a result cannot be written; those before it are kept.
     """
     from ..data import read_image
     from ..models.decouplecss_folder import read_training
 
     outputs = _outputs(options.pictures, options.out)
-    read_training(options.model)  # refuses what is no run, before a picture is read
+    read_training(options.model)  # refuses a folder that is no run before any picture is read
     model, failed = None, []
     with _progress(len(outputs)) as progress:
         for picture, output in progress.track(list(zip(options.pictures, outputs, strict=True))):
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
             except ValueError as error:
                 failed.append(str(error))
                 continue
-            if model is None:  # not before there is a picture for it
+            if model is None:  # loaded only once a picture could be read
                 model = _Model(options.model, options.mode)
                 options.out.mkdir(parents=True, exist_ok=True)
             try:
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
             except (
                 MemoryError,
                 RuntimeError,
-            ) as error:  # of this picture, too large for the memory or else; not of all
+            ) as error:  # this picture failed, perhaps as too large for the memory; others may not
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 failed.append(f"{picture}: it cannot be labelled at {image.shape[2]}×{image.shape[1]} pixels: {reason}")
     if failed:
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 class _Model:
-    """The model of a run, with what its pictures are prepared by."""
+    """Holds the model of a run, and the sizes to which its pictures are brought."""
 
     def __init__(self, folder: Path, mode: str) -> None:
         from ..models.continual import load_run
@@ -105,7 +105,7 @@ class _Model:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def segment(self, name: str, image: Tensor, output: Output) -> Iterator[str]:
-        """Write the results for ``image``, float32 [3, H, W], and tell of them, line by line."""
+        """Write the results for ``image``, float32 [3, H, W], and yield a report of them line by line."""
         from ._overlay import label_image, overlay
 
         start = time.perf_counter()
@@ -118,7 +118,7 @@ class _Model:
         yield from self._found(labels, present, presence)
 
     def _labels(self, image: Tensor) -> tuple[Tensor, list[bool], list[float]]:
-        """The label map of one picture; of every class whether it was found, and how surely."""
+        """Return the label map of one picture, and for every class whether it was found and how surely."""
         from ..models.preprocessing import preprocess
 
         device = next(self.model.parameters()).device
@@ -148,7 +148,7 @@ class _Model:
 
 
 def _outputs(pictures: Sequence[str], out: Path) -> list[Output]:
-    """Where the results of each picture go; an error where one would take the place of something given or a folder."""
+    """Return where each picture's results go; raise if one would replace an input, another result or a folder."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is no folder")
     inputs = {Path(picture).resolve() for picture in pictures}
@@ -168,11 +168,11 @@ def _outputs(pictures: Sequence[str], out: Path) -> list[Output]:
 
 
 def _progress(count: int) -> Progress:
-    """A bar for more than one picture, where somebody is watching."""
+    """Make a bar, which is shown for more than one picture and on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    printed = sys.stdout.isatty()  # else what is printed goes somewhere else, and must not go through the bar
+    printed = sys.stdout.isatty()  # otherwise the output goes elsewhere, and must not pass through the bar
     console = Console(stderr=not printed)
     columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = count < 2 or not console.is_terminal

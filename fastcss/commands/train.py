@@ -1,4 +1,4 @@
-"""``python -m fastcss train``: learn task after task, and go on after an interruption."""
+"""Runs ``python -m fastcss train``: learns task after task, and goes on after an interruption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .segment import KEPT
 if TYPE_CHECKING:
     from ..models.decouplecss_training import Losses
 
-#: What continual runs on VOC learn from.
+#: Continual runs on VOC learn from one of these lists.
 VOC_LISTS = ("train_aug", "train")
 HELP = "learn a data set's classes task after task; the same command goes on where it was stopped"
 EPILOG = """\
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _begun(options: argparse.Namespace):
-    """The plan of the run that is there; ValueError where the options say otherwise."""
+    """Return the plan of the run that is there; raise ValueError if the options contradict it."""
     from ..models.continual import read_plan
     from ..models.continual_plan import check_same
     from ..models.decouplecss_folder import read_settings
@@ -119,7 +119,7 @@ def _begun(options: argparse.Namespace):
 
 
 def _begin(options: argparse.Namespace):
-    """Begin the run; returns its plan."""
+    """Begin the run, and return its plan."""
     import dataclasses
 
     from ..models.continual import begin
@@ -147,7 +147,7 @@ def _begin(options: argparse.Namespace):
 
 
 def _given(options: argparse.Namespace) -> dict:
-    """Fields of the plan that the user asks for; of the recipe in a dict of its own."""
+    """Return the fields of the plan that the user asks for, with those of the recipe in a dict of their own."""
     from ..models.phrases import read_phrases
 
     names = ("data", "setting", "method", "train_scenes", "test_scenes", "seed")
@@ -161,7 +161,7 @@ def _given(options: argparse.Namespace) -> dict:
 
 
 def _notes(plan) -> list[str]:
-    """What to know about the plan before its numbers are read beside others."""
+    """Return what a reader must know about the plan to compare its numbers with others."""
     notes = []
     if plan.data == "voc":
         notes.append(f"it learns from the pictures of VOC's list {plan.train_split}")
@@ -175,7 +175,7 @@ def _notes(plan) -> list[str]:
 
 
 def _settings(options: argparse.Namespace) -> dict:
-    """Settings of the model that the user asks for."""
+    """Return the settings of the model that the user asks for."""
     given = {"rank": options.rank, "alpha": options.rank, "sites": options.sites}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -202,7 +202,7 @@ def _device() -> str:
 
 
 class _Bars(Watch):
-    """A bar for the tasks, one for the epochs of a task, one for its evaluation; a table after every task."""
+    """Shows a bar for the tasks, one for a task's epochs and one for its evaluation, and a table after every task."""
 
     def __init__(self, console, tasks: int, epochs: int, records: list[dict]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -1,4 +1,4 @@
-"""Takes the binary cross-entropy of the affinity map [B, N, N] against the pairs of one class, without ignored pixels."""
+"""Takes the binary cross-entropy of the affinity map [B, N, N] with the pairs of one class, without ignored pixels."""
 
 from __future__ import annotations
 

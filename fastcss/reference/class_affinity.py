@@ -1,4 +1,4 @@
-"""Lets pixels attend to class centres through their affinity with all other pixels: equations 3.2 to 3.7, one by one."""
+"""Lets pixels attend to class centres through their affinity with all other pixels: equations 3.2 to 3.7 one by one."""
 
 from __future__ import annotations
 

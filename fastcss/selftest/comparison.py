@@ -1,4 +1,4 @@
-"""A call of an op with its inputs, and its comparison with the float64 reference."""
+"""Compares a call of an op with the float64 reference."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# How much further from the float64 reference than the literal eager code of the same dtype a result may be, as a
-# fraction of the reference: both in the 2-norm of the tensor and in its largest element.
+# A result may be so much further from the float64 reference than the literal eager code of the same dtype, as a
+# fraction of the reference. This holds both in the 2-norm of the tensor and in its largest element.
 TOLERANCES = {
-    torch.float64: 1e-14,  # another order of the same sums
-    torch.float32: 1e-6,  # another order of the same sums: a few units in the last place, 6e-8
-    torch.float16: 2.5e-4,  # half a unit roundoff (2⁻¹¹): what one rounding of the result costs on average
-    torch.bfloat16: 2e-3,  # the same, of 2⁻⁸
+    torch.float64: 1e-14,  # allows another order of the same sums
+    torch.float32: 1e-6,  # allows another order of the same sums: a few units in the last place, 6e-8
+    torch.float16: 2.5e-4,  # is half a unit roundoff (2⁻¹¹), which one rounding of the result costs on average
+    torch.bfloat16: 2e-3,  # is the same for 2⁻⁸
 }
 
 
@@ -25,23 +25,23 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, devic
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of an op: the tensors it is differentiated in, and its other arguments."""
+    """Holds one call of an op: the tensors it is differentiated in, and its other arguments."""
 
     op: Callable
     tensors: dict[str, Tensor]
     options: dict = dataclasses.field(default_factory=dict)
 
     def having(self, **changes) -> Call:
-        """With other tensors or other options."""
+        """Return the call with other tensors or other options."""
         tensors = {name: changes.pop(name, tensor) for name, tensor in self.tensors.items()}
         return Call(self.op, tensors, self.options | changes)
 
     def leaves(self, dtype: torch.dtype | None = None) -> Call:
-        """New leaves that require gradients, with the strides these have."""
+        """Return the call on new leaves that require gradients and have the same strides."""
         return self.having(**{n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in self.tensors.items()})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """Every tensor changed, also those that are no input of the gradient (labels)."""
+        """Return the call with every tensor changed, also those that need no gradient (labels)."""
         options = {n: change(v) if isinstance(v, Tensor) else v for n, v in self.options.items()}
         return Call(self.op, {n: change(t) for n, t in self.tensors.items()}, options)
 
@@ -49,21 +49,21 @@ class Call:
         return tuple(self.outputs(impl).values())
 
     def outputs(self, impl: str) -> dict[str, Tensor]:
-        """By name: those of a named tuple, or the op's own."""
+        """Return the outputs by name: the names of a named tuple, or that of the op."""
         results = self.op(**self.tensors, **self.options, impl=impl)
         if isinstance(results, Tensor):
             return {self.op.__name__: results}
         return dict(zip(getattr(results, "_fields", ("intra", "inter")), results, strict=True))
 
     def output_gradients(self) -> tuple[Tensor, ...]:
-        """Random numbers that the dtype of the call can hold; zeros for an output that has no gradient."""
+        """Draw random gradients that the dtype of the call can hold; zeros for an output that has no gradient."""
         dtype = next(iter(self.tensors.values())).dtype
         outputs = self.leaves()("reference")
         gradients = (normal(*y.shape, seed=9 + i, dtype=dtype, device=y.device) for i, y in enumerate(outputs))
         return tuple(dy if y.requires_grad else 0 * dy for y, dy in zip(outputs, gradients, strict=True))
 
     def results(self, impl: str, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The outputs and, where these have any, the gradient of every tensor."""
+        """Return the outputs and, if they can be differentiated, the gradient of every tensor."""
         outputs, found = self.outputs(impl), {}
         pairs = [(y, dy.to(y.dtype)) for y, dy in zip(outputs.values(), gradients, strict=True) if y.requires_grad]
         if pairs:
@@ -74,7 +74,7 @@ class Call:
         return {name: y.detach() for name, y in outputs.items()} | found
 
 
-#: Of which tensors an error of ``name`` is a fraction: ``(name, exact, gradients) → tensors``; the largest counts.
+#: Says by which tensors an error of ``name`` is divided: ``(name, exact, gradients) → tensors``; the largest counts.
 Peers = Callable[[str, dict[str, Tensor], tuple[Tensor, ...]], list[Tensor]]
 
 
@@ -87,11 +87,11 @@ def assert_as_good_as_eager(
     peers: Peers = lambda name, exact, dys: [exact[name]],
     rounded: bool = False,
 ) -> None:
-    """Values and gradients are no further from the float64 reference than those of the literal eager code, and
-    indices and counts are its own.
+    """Assert that values and gradients are no further from the float64 reference than those of the literal eager code,
+    and that indices and counts equal the reference's.
 
-    ``rounded``: the inputs may be off by a rounding, too. Where next to nothing is left of two terms the eager code may
-    be lucky in the few elements there are.
+    ``rounded`` also allows for inputs that are off by a rounding. If two terms nearly cancel, the eager code may be
+    accidentally exact in a few elements.
     """
     dys = call.output_gradients() if gradients is None else gradients
     exact = call.leaves(torch.float64).results("reference", dys)
@@ -110,13 +110,13 @@ def assert_as_good_as_eager(
             for order in (2, math.inf):
                 size = max(_norm(peer, order) for peer in sized) or 1.0
                 theirs, error = (_norm(x[name] - want, order) / size for x in (eager, ours))
-                if not math.isfinite(theirs):  # 16 bits do not hold what the eager code has on its way
+                if not math.isfinite(theirs):  # an intermediate value of the eager code overflows 16 bits
                     theirs = 0.0
-                # What is lucky in one element and unlucky in the next averages over many, not over a few.
+                # Chance errors average out over many elements, not over a few.
                 limit = 1.2 * theirs + tolerance * (1 if want.numel() >= 32 else 2)
                 if rounded and not error <= limit:
                     limit += tolerance + 1.2 * _norm(_off_by_a_rounding(call, dys)[name] - want, order) / size
-                assert math.isfinite(limit), (name, order)  # or nothing would be tested
+                assert math.isfinite(limit), (name, order)  # otherwise nothing would be tested
                 assert error <= limit, f"{name}: {error:.1e} of the reference off, {limit:.1e} allowed (norm {order})"
 
 
@@ -125,7 +125,7 @@ def _norm(tensor: Tensor, order: float) -> float:
 
 
 def _off_by_a_rounding(call: Call, dys: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The float64 reference of inputs and gradients that are each off by a rounding, up or down."""
+    """Return the float64 reference for inputs and gradients that are each off by a rounding, up or down."""
 
     def moved(tensor: Tensor, seed: int) -> Tensor:
         sign = normal(*tensor.shape, seed=seed, dtype=torch.float64, device=tensor.device).sign()

@@ -1,4 +1,4 @@
-"""Threads, and the table after the tests: which op ran on which implementation, and why the others did not."""
+"""Sets threads, and prints a table after the tests: which op ran on which implementation, and why others did not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _reasons: dict[str, str] = {}
 
 @pytest.fixture(autouse=True)
 def threads():
-    """How many torch has; each test begins with one, as waiting for others takes longer than tensors this small."""
+    """Begin each test with one thread, since waiting for others takes longer than tensors this small; yield torch's."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     yield count

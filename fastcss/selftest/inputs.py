@@ -1,4 +1,4 @@
-"""A small call of every op, of odd sizes: each choice that an op makes is further from a tie than any dtype rounds."""
+"""Makes a small call of every op, of odd sizes. Each choice of an op is further from a tie than any dtype rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANKS, SCALES = (3, 0, 5), (0.5, 1.0, 2.0)
 
 
 def multi_lora(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, **options) -> Tensor:
-    """Of tensors alone: the adapters packed row by row."""
+    """Call ``multi_lora`` with tensors alone: the adapters are packed row by row."""
     lora = PackedLora.pack(a.split(RANKS), [rows.mT for rows in b.split(RANKS)], SCALES)
     return ops.multi_lora(x, weight, lora, bias, **options)
 
@@ -28,7 +28,7 @@ def _multi_lora(*batch: int, **options) -> Call:
 
 
 def _affinity(op: Callable, *, centers: bool = False, **options) -> Call:
-    """Logits q · k of standard deviation 2: the sigmoid is steep for some pairs and flat for others."""
+    """Make logits q · k of standard deviation 2, so that the sigmoid is steep for some pairs and flat for others."""
     tensors = {"q": normal(2, 37, 5), "k": normal(2, 37, 5, seed=1)}
     if op is not ops.affinity_loss:
         tensors["feats" if centers else "v"] = normal(2, 37, 21, seed=2) * (0.1 if centers else 1)
@@ -38,7 +38,7 @@ def _affinity(op: Callable, *, centers: bool = False, **options) -> Call:
 
 
 def _labels(*shape: int) -> Tensor:
-    """Of 7 classes, every fifth ignored."""
+    """Draw labels of 7 classes, and ignore every fifth."""
     labels = torch.randint(7, shape, generator=torch.Generator().manual_seed(0))
     labels[..., ::5] = IGNORED
     return labels
@@ -49,13 +49,13 @@ def _class_centers(over: str) -> Call:
 
 
 def pack_text(image: Tensor, text: Tensor, k: int, *, impl: str) -> ops.FilteredCost:
-    """With the cost map that it is packed for."""
+    """Pack the text, and return the cost map that it is packed for."""
     return ops.cost_filter(image, ops.pack_text(text, impl=impl), k, impl=impl)
 
 
 def _cost_filter(op: Callable) -> Call:
-    """The first axis is one pixel, with which the classes have cosines of 0.98, 0.92, …; the second axis is in every
-    other pixel, and keeps it away from all text."""
+    """Make one pixel the first axis, with which the classes have cosines of 0.98, 0.92, …. Every other pixel has a part
+    along the second axis, which keeps it away from all text."""
     image, text = unit(normal(2, 3, 5, 33)), normal(9, 2, 33, seed=1)
     text[..., :2], image[..., 0], image[..., 1] = 0, 0, 2
     image[:, -1, 0] = torch.eye(33)[0]
@@ -67,7 +67,7 @@ def _cost_filter(op: Callable) -> Call:
 
 
 def _select_tokens() -> Call:
-    """Two of three tokens are near to a class, the others on its far side."""
+    """Put two of three tokens near a class, and the others on its far side."""
     classes = normal(2, 5, 33)
     tokens = classes[:, torch.arange(37) % 5] + 0.3 * normal(2, 37, 33, seed=1)
     tokens[:, ::3] *= -1
@@ -75,7 +75,7 @@ def _select_tokens() -> Call:
 
 
 def _prompt_mlp() -> Call:
-    """Half of the hidden units are well below the bend, half above; a row of no class among them."""
+    """Put half of the hidden units well below the bend of the ReLU and half above; some rows have no class."""
     shapes = {"z": (11, 21), "w1": (3, 21, 18), "b1": (3, 18), "w2": (3, 18, 33), "b2": (3, 33)}
     tensors = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     tensors["w1"] *= 0.1
@@ -84,13 +84,13 @@ def _prompt_mlp() -> Call:
 
 
 def _merge_masks() -> Call:
-    """With this seed no logit of the 35 pixels is near the threshold."""
+    """Take a seed with which no logit of the 35 pixels is near the threshold."""
     tensors = {"masks": normal(2, 5, 7, seed=277), "scores": torch.tensor([0.3, 0.8])}
     return Call(ops.merge_masks, tensors, {"size": (5, 7), "crop": (17, 27)})
 
 
 def _topk_queries() -> Call:
-    """Tokens along their prototype, whose scores are 10% apart."""
+    """Put the tokens along their prototypes, with scores that are 10% apart."""
     prototypes = normal(5, 21)
     order = torch.randperm(37, generator=torch.Generator().manual_seed(1))
     score = 1.1 ** order.float() / prototypes.square().sum(1)[order % 5]
@@ -103,7 +103,7 @@ def _top_margin() -> Call:
 
 
 def _deformable_attention() -> Call:
-    """Points in the middle part of their cells: at a border the gradient jumps."""
+    """Keep the points in the middle part of their cells, because the gradient jumps at a border."""
     shapes, queries, heads, points = [(5, 7), (3, 4)], 9, 2, 3
     size = torch.tensor([(w, h) for h, w in shapes])  # [levels, 2]
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""one_pass against PEFT's loop over the adapters."""
+"""Compares one_pass with PEFT's loop over the adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXACT = 1e-5  # float32, largest absolute difference: the sums are the loop's in
 
 
 class Tiny(nn.Module):
-    """A layer of each of two kinds that adapters sit on."""
+    """Has one layer of each of two kinds that adapters sit on."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every op on every implementation that can run here: values, gradients, and the same bits again."""
+"""Tests every op on every implementation that can run here: values, gradients, and the same bits again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastcss._dispatch import backends
 from fastcss.selftest.comparison import TOLERANCES, Call, assert_as_good_as_eager
 from fastcss.selftest.inputs import CALLS
 
-#: Which implementation is to run, and on which device.
+#: Each entry is an implementation and the device it is to run on.
 PLACES = [
     ("composed", "cpu"),
     ("cpu", "cpu"),
@@ -22,14 +22,14 @@ PLACES = [
 
 
 def why_not(impl: str, device: str, dtype: torch.dtype, op: str) -> str | None:
-    """None where ``impl`` can run ``op`` on tensors of ``dtype`` on ``device``; else the reason."""
+    """Return why ``impl`` cannot run ``op`` on tensors of ``dtype`` on ``device``, or None if it can."""
     if device == "cuda" and not torch.cuda.is_available():
         return backends.UNAVAILABLE[impl] or "there is no CUDA device"
     return backends.why_not(impl, torch.empty(0, device=device, dtype=dtype), op)
 
 
 def make(name: str, impl: str, device: str, dtype: torch.dtype, record_property) -> Call:
-    """The call, or skip this test with the reason why it cannot run; a column of the table after the tests."""
+    """Make the call, or skip this test with the reason why it cannot run; note its cell in the table after the tests."""
     record_property("cell", (name, f"{impl} on {device}"))
     reason = why_not(impl, device, dtype, name.partition(",")[0])
     if reason:
@@ -47,7 +47,7 @@ def test_values_and_gradients(name, impl, device, dtype, record_property):
 @pytest.mark.parametrize(("impl", "device"), PLACES)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_bits_again(name, impl, device, threads, record_property):
-    """The C++ kernels' on several threads, too."""
+    """The C++ kernels give the same bits on several threads, too."""
     call = make(name, impl, device, torch.float32, record_property)
     dys = call.output_gradients()
     first = call.results(impl, dys)
