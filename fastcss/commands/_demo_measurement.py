@@ -1,4 +1,4 @@
-"""What the demo measures and shows: how well and how fast each mode of ``DecoupleCSS.segment`` finds the digits."""
+"""Measures for the demo how well and how fast each mode of ``DecoupleCSS.segment`` finds the digits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ..models.continual_plan import Plan
     from ..models.decouplecss import DecoupleCSS
 
-#: The modes of ``DecoupleCSS.segment``, for people.
+#: These names of the modes of ``DecoupleCSS.segment`` are for people.
 WAYS = dict(zip(MODES, ("one pass", "adapters switched", "everything once a task"), strict=True))
-TIMED, ROUNDS = 8, 5  # scenes that are timed, and how often
+TIMED, ROUNDS = 8, 5  # how many scenes are timed, and how often
 SHOWN = 4
 
 
 class Times(NamedTuple):
-    """What one picture took, in seconds, over the rounds."""
+    """Holds the seconds that one picture took, over the rounds."""
 
     median: float
     least: float
@@ -34,21 +34,21 @@ class Times(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """A task's classes, and their mIoU, None where there is none."""
+    """Holds a task's classes and their mIoU, None if there is none."""
 
     classes: list[str]
     iou: float | None
 
 
 class Figures(NamedTuple):
-    """What the demo measures.
+    """Holds what the demo measures.
 
     Attributes:
-        tasks: in their order.
-        iou: of every label of the data set, None where there is none.
-        miou: for each mode, of background and all classes.
-        equal: share of the pixels to which all modes gave one label.
-        times: for each mode.
+        tasks: the tasks, in their order.
+        iou: IoU of every label of the data set, None if there is none.
+        miou: for each mode the mIoU of background and all classes.
+        equal: share of the pixels to which all modes gave the same label.
+        times: for each mode the times of a picture.
     """
 
     tasks: list[Learned]
@@ -59,7 +59,7 @@ class Figures(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """float32 ``[3, H, W]`` in 0…1, what is in it and what was found, int64 ``[H, W]`` with the data set's labels."""
+    """Holds a picture, float32 ``[3, H, W]`` in 0…1, and int64 ``[H, W]`` of the data set's labels: true and found."""
 
     image: Tensor
     labels: Tensor
@@ -67,7 +67,7 @@ class Scene(NamedTuple):
 
 
 def measure(model: DecoupleCSS, plan: Plan, scenes: DigitScenes, progress: Progress) -> Figures:
-    """How well each mode segments ``scenes``, and how fast the first of them, picture by picture."""
+    """Measure how well each mode segments ``scenes``, and how fast it segments the first of them one by one."""
     from torch.utils.data import Subset
 
     bar = progress.add_task("segmenting", total=len(scenes))
@@ -87,19 +87,19 @@ def measure(model: DecoupleCSS, plan: Plan, scenes: DigitScenes, progress: Progr
 
 
 def scenes_of(plan: Plan, count: int) -> DigitScenes:
-    """So many of the scenes that a run is evaluated on."""
+    """Return ``count`` of the scenes that a run is evaluated on."""
     import dataclasses
 
     return dataclasses.replace(plan, test_scenes=count).test_data()
 
 
 def learned_labels(model: DecoupleCSS, plan: Plan) -> list[int]:
-    """The data set's labels of what the model has learned."""
+    """Return the data set's labels of the classes that the model has learned."""
     return [label for labels in plan.tasks[: len(model.tasks)] for label in labels]
 
 
 def to_show(scenes: DigitScenes, labels: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """A few scenes that together show many of the classes; what the model makes of them plays no part."""
+    """Choose a few scenes that together show many of the classes, without a look at what the model finds in them."""
     from ..data import Overlapped
 
     shows = {i: set(labels).intersection(scenes.digits(i)) for i in range(len(scenes))}
@@ -113,7 +113,7 @@ def to_show(scenes: DigitScenes, labels: Sequence[int]) -> list[tuple[Tensor, Te
 
 
 def find(model: DecoupleCSS, plan: Plan, image: Tensor, labels: Tensor) -> Scene:
-    """A scene with what the model finds in one pass."""
+    """Return a scene with what the model finds in it in one pass."""
     import torch
 
     from ..models.preprocessing import preprocess
@@ -137,7 +137,7 @@ def _compare(
 
 
 def _rows(model: DecoupleCSS, plan: Plan, iou: Tensor) -> list[dict]:
-    """What ``ContinualMetrics`` makes of it, task by task."""
+    """Return the rows that ``ContinualMetrics`` makes of ``iou``, task by task."""
     from ..data import ContinualMetrics
 
     metrics = ContinualMetrics(plan.tasks, [1] * len(plan.tasks))

@@ -1,4 +1,4 @@
-"""Tables and words of what a continual run came to, in per cent."""
+"""Writes a continual run's results as tables and in words, in per cent."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-NAMED = 5  # classes of a task; of more some are counted
+NAMED = 5  # so many classes of a task are named; of more, the rest is counted
 
 
 def task_table(records: Sequence[dict], title: str) -> Table:
-    """mIoU of old, new and all classes after every task; a record may have a ``"name"`` of its own."""
+    """Tabulate the mIoU of old, new and all classes after every task; a record may bring its own ``"name"``."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -26,7 +26,7 @@ def task_table(records: Sequence[dict], title: str) -> Table:
 
 
 def summary_line(summary: dict) -> str:
-    """What all tasks came to."""
+    """Return the results of all tasks as one line."""
     names = {
         "first": "first task", "later": "later ones", "all": "all",
         "last_iou": "Last-IoU", "avg_iou": "Avg-IoU", "ff_iou": "FF-IoU",

@@ -1,4 +1,4 @@
-"""``python -m fastcss demo``: handwritten digits in photographs, found in one pass and task after task."""
+"""Runs ``python -m fastcss demo``: finds handwritten digits in photographs, in one pass and task after task."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Segment test scenes in every mode, and write a figure of it.
+    """Segment test scenes in every mode, and write a figure of the results.
 
     Raises:
-        ValueError, IsADirectoryError: the figure is to be no PNG, or a folder; a run without tasks, or of other data.
-        FileNotFoundError, ModuleNotFoundError: no such run; a package that the demo needs is not installed.
+        ValueError, IsADirectoryError: the figure's name is no PNG or a folder, or the run has no tasks or other data.
+        FileNotFoundError, ModuleNotFoundError: the run does not exist, or a package that the demo needs is missing.
         OSError: the figure cannot be written; an older one is kept.
     """
     import torch

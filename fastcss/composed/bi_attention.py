@@ -1,4 +1,4 @@
-"""Reads some image tokens at a time, in two sweeps (largest logits, then both softmaxes), and never keeps all logits."""
+"""Reads some image tokens at a time in two sweeps (largest logits, then both softmaxes), and never keeps all logits."""
 
 from __future__ import annotations
 

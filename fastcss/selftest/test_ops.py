@@ -29,7 +29,7 @@ def why_not(impl: str, device: str, dtype: torch.dtype, op: str) -> str | None:
 
 
 def make(name: str, impl: str, device: str, dtype: torch.dtype, record_property) -> Call:
-    """Make the call, or skip this test with the reason why it cannot run; note its cell in the table after the tests."""
+    """Make the call, or skip the test with the reason why it cannot run; note its cell in the table after the tests."""
     record_property("cell", (name, f"{impl} on {device}"))
     reason = why_not(impl, device, dtype, name.partition(",")[0])
     if reason:
