@@ -1,4 +1,4 @@
-"""Data sets, the order in which a continual model sees them, and what it is measured by."""
+"""Holds data sets, the order in which a continual model sees them, and the metrics that measure it."""
 
 from ._pictures import read_image
 from .ade import ADE20K

@@ -1,4 +1,4 @@
-"""torchmetrics' IoU of every class, which says what was wrong with a label map."""
+"""Measures every class's IoU with torchmetrics, and says what is wrong with a bad label map."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 
 class ClassIoU(MulticlassJaccardIndex):
-    """See ``metrics.class_iou``. A file of its own, since torchmetrics is imported where it is used only."""
+    """Measures the IoU; see ``metrics.class_iou``. It has its own file so that only its users import torchmetrics."""
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
         if predicted.shape != labels.shape:
@@ -23,7 +23,7 @@ class ClassIoU(MulticlassJaccardIndex):
 
 
 def _check(name: str, values: Tensor, wanted: str, count: int) -> None:
-    """``values`` are those that count."""
+    """Check ``values``, which are those that count."""
     if values.is_floating_point() or values.dtype == torch.bool:
         raise ValueError(f"class_iou: {name} must be integers, got {values.dtype}")
     if values.numel():

@@ -1,4 +1,4 @@
-"""A data set of picture files, each with a label map of its size."""
+"""Reads data sets of picture files that each have a label map of the same size."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from ._pictures import read_image, read_labels, read_size
 
 
 class LabelledPictures(Dataset):
-    """Pictures and their label maps, item by item; what each shows is found once and kept.
+    """Reads pictures and their label maps item by item; finds the labels in each once, and keeps them.
 
     Args:
         images: file of each picture.
         masks: file of each label map.
         classes: the largest label.
-        cache: folder that keeps what the images show; None is fastcss in the user's cache folder.
+        cache: folder that keeps which labels the images show; None is fastcss in the user's cache folder.
 
-    Each item is ``(image, labels)``: float32 ``[3, H, W]`` in 0…1, and int64 ``[H, W]`` of 0…classes, 255 where nothing
-    counts. ValueError names the file that is no picture, has a label outside the set, or is not of its picture's size.
+    Each item is ``(image, labels)``: float32 ``[3, H, W]`` in 0…1, and int64 ``[H, W]`` of 0…classes, or 255 on pixels
+    that do not count. ValueError names a file that is no picture, has a label outside the set, or is not of its
+    picture's size.
     """
 
     def __init__(
@@ -47,11 +48,10 @@ class LabelledPictures(Dataset):
         return image, labels
 
     def shown(self) -> list[tuple[int, ...]]:
-        """For each item the labels that occur in it, background and 255 aside.
+        """Return for each item the labels that occur in it, except background and 255.
 
-        Reads every label map the first time, and of its picture the size, and keeps the answer in the cache folder,
-        until one of them is another by name, size or time of change. Where the folder cannot be written, it warns and
-        goes on.
+        The first call reads every label map and the size of every picture, and keeps the answer in the cache folder
+        until a file changes its name, size or time of change. If the folder cannot be written, it warns and goes on.
         """
         if self._shown is None:
             kept = self._cache / f"shown-{_digest(str(mask.absolute()) for mask in self.masks)}.json"
@@ -67,7 +67,7 @@ class LabelledPictures(Dataset):
 
     def _labels_in(self, item: int) -> tuple[int, ...]:
         labels = read_labels(self.masks[item], self._classes)
-        if read_size(self.images[item])[0] != labels.shape:  # found here, it does not end a run in the middle
+        if read_size(self.images[item])[0] != labels.shape:  # found here, the fault cannot stop a run half-way
             raise self._sizes_differ(item, labels)
         counts = labels.flatten().bincount(minlength=256)
         return tuple(counts[1:255].nonzero().add_(1).flatten().tolist())
@@ -83,16 +83,16 @@ class LabelledPictures(Dataset):
 def pair(
     name: str, stems: Sequence[str], images: tuple[Path, str], masks: tuple[Path, str]
 ) -> tuple[list[Path], list[Path]]:
-    """The files of pictures and label maps of these names.
+    """Return the files of the pictures and label maps with these names.
 
     Args:
-        name: of the data set, for errors.
+        name: name of the data set, for errors.
         stems: name of each item.
         images: folder of the pictures and their suffix.
         masks: folder of the label maps and their suffix.
 
     Raises:
-        FileNotFoundError: some are missing; names the first.
+        FileNotFoundError: some files are missing; the message names the first.
     """
     files = []
     for folder, suffix in (images, masks):
@@ -123,7 +123,7 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def _read_kept(path: Path, stamp: str, count: int) -> list[tuple[int, ...]] | None:
-    """What ``_keep`` wrote, or None where there is nothing, nothing of this stamp, or nothing to be read."""
+    """Return what ``_keep`` wrote, or None if there is no file, one with another stamp, or one that cannot be read."""
     try:
         kept = json.loads(path.read_bytes())
         if kept["stamp"] == stamp and len(kept["shown"]) == count:

@@ -1,4 +1,4 @@
-"""Pictures and label maps from files."""
+"""Reads pictures and label maps from files."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_ORIENTATION = 0x0112  # of EXIF
-_BITS, _MEANING, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags of bits a sample and of what a grey value means, and one
-_RESCALED = "fastcss: rescaled"  # what ``_open`` notes in a picture's info
+_ORIENTATION = 0x0112  # the tag of EXIF
+_BITS, _MEANING, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags for bits per sample and meaning of a grey, and one meaning
+_RESCALED = "fastcss: rescaled"  # ``_open`` notes it in a picture's info
 
 
 def read_image(path: str | Path) -> Tensor:
-    """The picture in a file, as float32 ``[3, H, W]`` of red, green and blue in 0…1.
+    """Read the picture in a file as float32 ``[3, H, W]`` of red, green and blue in 0…1.
 
-    It is upright: turned as its EXIF orientation says. Grey and palette pictures become coloured ones, and grey of 12
-    or 16 bits keeps its full scale; of other colours Pillow reads the upper 8 bits. What is transparent is laid on
-    white. A file of several pictures gives its first.
+    It is turned upright, as its EXIF orientation says. Grey and palette pictures become coloured ones, and grey of 12
+    or 16 bits keeps its full scale; of other deep colours Pillow reads the upper 8 bits. Transparent pixels are laid on
+    white. A file of several pictures gives the first.
 
     Args:
-        path: of any file that Pillow reads.
+        path: any file that Pillow reads.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no picture or a damaged one, or pixels of no known range (float, 32-bit).
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no picture or a damaged one, or its pixels have no known range (float, 32-bit).
         ModuleNotFoundError: Pillow is not installed.
     """
     picture = _open(path, upright=True)
-    # What Pillow calls I has 32 bits; its own reader of these formats has scaled them to 16.
+    # Pillow's mode I has 32 bits, but its readers of these formats have scaled the values to 16 bits.
     if picture.mode.startswith("I;16") or (picture.mode, picture.format) in (("I", "PNG"), ("I", "PPM")):
         return torch.from_numpy(_deep_grey(picture)).expand(3, -1, -1).contiguous()
     if picture.mode in ("I", "F"):
@@ -51,18 +51,18 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_labels(path: str | Path, classes: int) -> Tensor:
-    """The label map in a file, as int64 ``[H, W]`` of 0…classes, and 255 where nothing counts.
+    """Read the label map in a file as int64 ``[H, W]`` of 0…classes, or 255 on pixels that do not count.
 
-    It is as it was drawn, over the picture upright: an EXIF orientation of its own is not looked at.
+    The map is taken as drawn over the upright picture; its own EXIF orientation is ignored.
 
     Args:
-        path: of a picture whose pixels are labels: palette indices or 8-bit grey.
+        path: a picture whose pixels are labels: palette indices or 8-bit grey.
         classes: the largest label.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no picture or a damaged one, one of colours or of grey that is not of 8 bits, or a
-            label outside the set.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no picture or a damaged one, has colours or grey of other than 8 bits, or has a label
+            outside the set.
         ModuleNotFoundError: Pillow is not installed.
     """
     picture = _open(path)
@@ -81,32 +81,32 @@ def read_labels(path: str | Path, classes: int) -> Tensor:
 
 
 def read_size(path: str | Path) -> tuple[tuple[int, int], bool]:
-    """(height, width) of what ``read_image`` gives, and whether that is turned on its side; only the header is read.
+    """Return the (height, width) of ``read_image``, and whether it turns the picture on its side; read only the header.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: as ``read_image``.
+        FileNotFoundError, ValueError, ModuleNotFoundError: as for ``read_image``.
     """
     picture = _open(path, pixels=False)
-    # Pillow tells the size of a TIFF as it will be turned, and any other as it is in the file.
+    # Pillow gives the size of a TIFF as turned, and that of any other format as in the file.
     turned = picture.format != "TIFF" and picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
     return (picture.size if turned else picture.size[::-1]), turned
 
 
 def _deep_grey(picture: Image) -> np.ndarray:
-    """float32 [H, W] in 0…1 of a grey picture of more than 8 bits."""
+    """Convert a grey picture of more than 8 bits to float32 [H, W] in 0…1."""
     grey = np.asarray(picture).astype(np.float32)
-    transparent = picture.info.get("transparency")  # the one grey that is, where there is one
+    transparent = picture.info.get("transparency")  # the one grey value that is transparent, if any
     clear = grey == transparent if isinstance(transparent, int) else False
     tags = getattr(picture, "tag_v2", {})
     (bits, *_) = np.atleast_1d(tags.get(_BITS, 16))
     grey /= 2.0 ** int(bits) - 1
-    if tags.get(_MEANING) == _WHITE_IS_ZERO:  # which Pillow takes care of in 8 bits only
+    if tags.get(_MEANING) == _WHITE_IS_ZERO:  # Pillow handles it in 8 bits only
         grey = 1 - grey
     return np.where(clear, np.float32(1), grey)
 
 
 def _rescaled(picture: Image) -> bool:
-    """Of a picture not yet loaded: Pillow will give other grey values than the file has, from 0 to 255."""
+    """Tell whether Pillow will rescale the grey values of a picture that is not loaded yet to 0…255."""
     for codec, _, _, options in picture.tile:
         raw_mode = options[0] if isinstance(options, tuple) and options else options
         if codec == "ppm" or str(raw_mode).startswith("L;"):
@@ -115,7 +115,7 @@ def _rescaled(picture: Image) -> bool:
 
 
 def _open(path: str | Path, pixels: bool = True, upright: bool = False) -> Image:
-    """A picture of Pillow's, its file closed: wholly read, or without ``pixels`` its header."""
+    """Open a picture with Pillow, read it whole (or without ``pixels`` only its header), and close its file."""
     try:
         from PIL import Image, ImageOps
     except ModuleNotFoundError as error:
@@ -129,12 +129,12 @@ def _open(path: str | Path, pixels: bool = True, upright: bool = False) -> Image
             if pixels:
                 picture.load()
             else:
-                picture.getexif()  # kept by the picture, also once its file is closed
+                picture.getexif()  # the picture keeps it after its file is closed
             if upright:
                 ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except FileNotFoundError:
         raise
-    # What Pillow raises for files that are damaged, of no known format, or too large to be meant.
+    # Pillow raises these for files that are damaged, of no known format, or suspiciously large.
     except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: no picture that can be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Drawings laid on crops of photographs: what the offline data sets are made of."""
+"""Lays drawings on crops of photographs, to make the scenes of the offline data sets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIZE = 128  # of a scene, both ways
+SIZE = 128  # height and width of a scene, in pixels
 
 
 def put(image: Tensor, labels: Tensor, label: int, opacity: Tensor, random: np.random.Generator) -> None:
-    """Lay a warped drawing on the scene, in place, where it covers little of those before it."""
+    """Lay a warped drawing on the scene, in place, where it covers little of the drawings before it."""
     height, width = opacity.shape
     ink = opacity > 0.5
     places = [(random.integers(SIZE - height + 1), random.integers(SIZE - width + 1)) for _ in range(24)]
@@ -31,23 +31,26 @@ def put(image: Tensor, labels: Tensor, label: int, opacity: Tensor, random: np.r
 
 
 def _color(behind: Tensor, random: np.random.Generator) -> Tensor:
-    """A colour [3, 1, 1] that stands out from the pixels ``behind`` [3, n]: of a few the first to, or the best."""
+    """Choose a colour [3, 1, 1] that stands out from the pixels ``behind`` [3, n].
+
+    Of a few candidates it is the first with enough contrast, or else the best.
+    """
     candidates = torch.from_numpy(random.random((12, 3), dtype=np.float32))
     brightness = torch.tensor([0.299, 0.587, 0.114])
     contrast = (candidates @ brightness)[:, None] - brightness @ behind  # [12, n]
-    # In nine of ten pixels at least so far from what is behind.
+    # The contrast is at least this large in nine of ten pixels.
     clear = contrast.abs().quantile(0.1, dim=1)
     enough = torch.nonzero(clear > 0.3)
     return candidates[enough[0, 0] if len(enough) else clear.argmax()][:, None, None]
 
 
 def warp(drawing: Tensor, random: np.random.Generator) -> Tensor:
-    """A drawing [8, 8] in 0…1, turned, slanted and enlarged, as an opacity [height, width] cut to its ink."""
+    """Turn, slant and enlarge a drawing [8, 8] in 0…1; return it as an opacity [height, width], cut to its ink."""
     scale = random.uniform(4.5, 8.0)  # pixels of the scene for one of the drawing
     angle, slant, stretch = random.uniform(-0.35, 0.35), random.uniform(-0.2, 0.2), random.uniform(0.85, 1.15)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = np.linalg.inv(scale * turn @ np.array([[stretch, slant], [0, 1 / stretch]]))  # scene → drawing
-    side = int(scale * 13)  # room for the diagonal
+    side = int(scale * 13)  # leaves room for the diagonal
     theta = torch.zeros(1, 2, 3)
     theta[0, :, :2] = torch.from_numpy(matrix * (side / 8))
     grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)
@@ -59,7 +62,7 @@ def warp(drawing: Tensor, random: np.random.Generator) -> Tensor:
 
 
 def background(random: np.random.Generator) -> Tensor:
-    """A square of one of the photographs, sometimes mirrored, made [3, 128, 128]."""
+    """Cut a square from one of the photographs, sometimes mirror it, and resize it to [3, 128, 128]."""
     pictures = photographs()
     picture = pictures[random.integers(len(pictures))]
     side = random.integers(SIZE, min(picture.shape[1:]) + 1)
@@ -72,7 +75,7 @@ def background(random: np.random.Generator) -> Tensor:
 
 @functools.cache
 def photographs() -> tuple[Tensor, ...]:
-    """scikit-learn's, each [3, 427, 640] in 0…1."""
+    """Load scikit-learn's photographs, each [3, 427, 640] in 0…1."""
     try:
         import PIL  # noqa: F401  what scikit-learn reads them with
         from sklearn.datasets import load_sample_images

@@ -1,4 +1,4 @@
-"""ADE20K, the 150 classes of its scene parsing challenge."""
+"""Reads ADE20K, with the 150 classes of its scene parsing challenge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from ._labelled import LabelledPictures, pair
 
 # fmt: off
-#: Name of each label.
+#: The name of each label.
 CLASSES = (
     "background", "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass",
     "cabinet", "sidewalk", "person", "earth", "door", "table", "mountain", "plant", "curtain", "chair", "car", "water",
@@ -26,30 +26,30 @@ CLASSES = (
     "clock", "flag",
 )
 # fmt: on
-#: Folder of each split.
+#: The folder of each split.
 SPLITS = {"train": "training", "val": "validation"}
 
 
 class ADE20K(LabelledPictures):
-    """ADE20K as its scene parsing challenge gives it, from its usual folders.
+    """Reads ADE20K, in the form of its scene parsing challenge, from its usual folders.
 
     Label 0, "other", is the background, as everywhere in continual segmentation ("150 annotated classes and one
-    background class"): a class of its own that counts in training and evaluation. The challenge itself leaves these
+    background class"): a separate class that counts in training and evaluation. The challenge itself leaves these
     pixels out.
 
     Args:
-        root: ``ADEChallengeData2016`` or the folder that has it: with ``images`` and ``annotations``, and in each
-            ``training`` and ``validation``.
+        root: ``ADEChallengeData2016`` or the folder that has it. It holds ``images`` and ``annotations``, and each of
+            these ``training`` and ``validation``.
         split: "train" (20,210 images) or "val" (2,000).
-        cache: folder that keeps what the images show (``shown``); None is fastcss in the user's cache folder. Nothing
-            is written below ``root``.
+        cache: folder that keeps which labels the images show (``shown``); None is fastcss in the user's cache folder.
+            Nothing is written below ``root``.
 
     Raises:
-        ValueError: an unknown split.
-        FileNotFoundError: a folder, picture or label map is missing; names what was looked for.
+        ValueError: the split is unknown.
+        FileNotFoundError: a folder, picture or label map is missing; the message names what was looked for.
 
     Each item is ``(image, labels)``, in the order of the files' names: float32 ``[3, H, W]`` in 0…1, and int64
-    ``[H, W]`` of 0…150 (see ``CLASSES``). ValueError names the file that is no picture, has a label outside the set, or
+    ``[H, W]`` of 0…150 (see ``CLASSES``). ValueError names a file that is no picture, has a label outside the set, or
     is not of its picture's size.
 
     Source: Zhou et al., Scene Parsing through ADE20K Dataset, CVPR 2017; DecoupleCSS, appendix C.
@@ -71,13 +71,13 @@ class ADE20K(LabelledPictures):
 
 
 def _stems(folder: Path, suffix: str) -> set[str]:
-    """Of a folder's files; hidden ones, as "._NAME.jpg" that macOS leaves beside NAME.jpg, are none of the data set."""
+    """Return the names of a folder's files, without hidden ones such as "._NAME.jpg", which macOS leaves behind."""
     names = (path.name for path in folder.glob(f"*{suffix}"))
     return {name.removesuffix(suffix) for name in names if not name.startswith(".")}
 
 
 def _folders(root: Path, split: str) -> tuple[Path, Path]:
-    """Of pictures and label maps."""
+    """Find the folders of the pictures and of the label maps."""
     candidates = [
         (top / "images" / split, top / "annotations" / split) for top in (root, root / "ADEChallengeData2016")
     ]

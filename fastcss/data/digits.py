@@ -1,4 +1,4 @@
-"""Handwritten digits in real scenes: a small segmentation data set that needs no download."""
+"""Puts handwritten digits into real scenes: a small segmentation data set that needs no download."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.utils.data import Dataset
 
 from ._scenes import SIZE, background, needs_extra, photographs, put, warp
 
-#: Name of each label: 0 is the background, d + 1 the digit d.
+#: The name of each label: 0 is the background, d + 1 the digit d.
 CLASSES = ("background", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST_DIGITS = 4
 
-#: Of every ten handwritten digits of a class, which belong to a split: no digit is in two.
+#: Each split gets these of every ten handwritten digits of a class, so that no digit is in two splits.
 SPLITS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}
 
 
 class DigitScenes(Dataset):
-    """One to four handwritten digits, scaled, rotated and coloured, on crops of two photographs.
+    """Lays one to four handwritten digits, scaled, rotated and coloured, on crops of two photographs.
 
-    Scene i of a split follows from ``(seed, split, i)`` alone: in any order, subset or worker process it is the same.
+    Scene i of a split depends on ``(seed, split, i)`` alone: in any order, subset or worker process it is the same.
     The handwriting of a split is in no other split, whatever the seeds.
 
     Args:
         split: "train", "val" or "test".
-        count: scenes drawn, numbered from 0.
-        seed: of all draws.
+        count: how many scenes are drawn, numbered from 0.
+        seed: seed of all draws.
         classes: labels from 1 to 10; keeps the scenes that show at least one of them, and labels all other digits as
             background, which is the overlapped protocol of continual segmentation. None keeps everything.
 
@@ -37,11 +37,11 @@ class DigitScenes(Dataset):
         indices: number of each scene kept; ``range(count)`` without ``classes``.
 
     Raises:
-        ValueError: an unknown split, a negative count or seed, a class that is none or given twice.
+        ValueError: the split is unknown, the count or seed is negative, or a class does not exist or is given twice.
         ModuleNotFoundError: scikit-learn, which brings digits and photographs, or Pillow is not installed.
 
     Each item is ``(image, labels)``: float32 ``[3, 128, 128]`` in 0…1, and int64 ``[128, 128]`` of 0…10 (see
-    ``CLASSES``). Every pixel counts, none is 255.
+    ``CLASSES``). Every pixel counts; none is 255.
 
     Example:
         >>> image, labels = DigitScenes("test", count=100)[3]
@@ -61,7 +61,7 @@ class DigitScenes(Dataset):
                 )
         self.split, self.seed, self.classes = split, seed, classes
         self._handwriting = _handwriting(split)
-        photographs()  # what is missing is missed here, not in a worker process
+        photographs()  # a missing package is reported here, not in a worker process
         self.indices: Sequence[int] = range(count)
         if classes is not None:
             self.indices = [i for i in range(count) if not set(classes).isdisjoint(self.digits(i))]
@@ -70,11 +70,11 @@ class DigitScenes(Dataset):
         return len(self.indices)
 
     def digits(self, scene: int) -> list[int]:
-        """Labels of the digits in a scene, from the lowest to the topmost; its number is one of ``indices``."""
+        """Return the labels of the digits in a scene, from the lowest to the topmost; its number is one of ``indices``."""
         return self._draw(scene)[1].tolist()
 
     def _draw(self, scene: int) -> tuple[np.random.Generator, np.ndarray]:
-        """The scene's generator, after the first thing it gives: what digits there are."""
+        """Return the scene's generator, and the digits of the scene, which are the first draw from it."""
         random = np.random.default_rng([self.seed, list(SPLITS).index(self.split), scene])
         return random, random.integers(1, len(CLASSES), size=random.integers(1, MOST_DIGITS + 1))
 
@@ -92,7 +92,7 @@ class DigitScenes(Dataset):
 
 @functools.cache
 def _handwriting(split: str) -> tuple[Tensor, ...]:
-    """For each of the ten digits what the split may use of scikit-learn's drawings, [n, 8, 8] in 0…1."""
+    """Return for each of the ten digits scikit-learn's drawings that the split may use, [n, 8, 8] in 0…1."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Strokes and blobs in real scenes: what the small models are pre-trained on before they meet a digit."""
+"""Puts strokes and blobs into real scenes, on which the small models are pre-trained before they meet a digit."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch.utils.data import Dataset
 from ._scenes import SIZE, background, photographs, put, warp
 
 MOST_GLYPHS = 4
-DRAWINGS = 16  # of each glyph
-_BITMAP = 32  # side; scikit-learn's digits are bitmaps of this size too, counted in squares of 4×4
-_BLOBS = 0.2  # of the glyphs
+DRAWINGS = 16  # drawings of each glyph
+_BITMAP = 32  # side in pixels; scikit-learn's digits are bitmaps of this size too, counted in squares of 4×4
+_BLOBS = 0.2  # share of the glyphs
 
 
 class GlyphScenes(Dataset):
-    """One to four drawings of random glyphs, laid on photographs as ``DigitScenes`` lays digits.
+    """Lays one to four drawings of random glyphs on photographs, as ``DigitScenes`` lays digits.
 
-    A glyph is a few curves, or for one in five a filled outline, drawn at random: figures that nobody has a name for.
-    Its drawings differ a little, as handwriting does. A scene has at most three glyphs, some of them more than once.
-    With as many glyphs, scene i follows from ``(seed, i)`` alone: in any order or worker process it is the same.
+    A glyph is a few curves, or for one in five a filled outline, drawn at random: a figure without a name. Its drawings
+    differ a little, as handwriting does. A scene has at most three glyphs, some of them more than once. For a fixed
+    number of glyphs, scene i depends on ``(seed, i)`` alone: in any order or worker process it is the same.
 
     Args:
-        count: scenes, numbered from 0.
-        glyphs: how many there are, labelled from 1; whatever the seed they are the same.
-        seed: of the scenes.
+        count: how many scenes there are, numbered from 0.
+        glyphs: how many glyphs there are, labelled from 1; they do not depend on the seed.
+        seed: seed of the scenes.
 
     Raises:
-        ValueError: a negative count or seed, or no glyphs.
+        ValueError: the count or seed is negative, or there are no glyphs.
         ModuleNotFoundError: scikit-learn, which brings the photographs, or Pillow is not installed.
 
     Each item is ``(image, labels)``: float32 ``[3, 128, 128]`` in 0…1, and int64 ``[128, 128]`` of 0…glyphs.
@@ -44,7 +44,7 @@ class GlyphScenes(Dataset):
             if value < least:
                 raise ValueError(f"GlyphScenes: {name} must be at least {least}, got {value}")
         self.count, self.glyphs, self.seed = count, glyphs, seed
-        photographs()  # what is missing is missed here, not in a worker process
+        photographs()  # a missing package is reported here, not in a worker process
 
     def __len__(self) -> int:
         return self.count
@@ -62,11 +62,11 @@ class GlyphScenes(Dataset):
 
 @functools.cache
 def drawings(label: int) -> Tensor:
-    """The drawings of one glyph, float32 ``[DRAWINGS, 8, 8]`` in 0…1."""
+    """Draw one glyph several times, float32 ``[DRAWINGS, 8, 8]`` in 0…1."""
     random = np.random.default_rng([0, label])
     blob = random.random() < _BLOBS
     curves = [random.random((6, 2))] if blob else _curves(random)
-    width = random.uniform(0.35, 0.75)  # of half a stroke, in pixels of the drawing
+    width = random.uniform(0.35, 0.75)  # half the width of a stroke, in pixels of the drawing
     stretch = random.uniform(0.45, 1.0)
     sheets = []
     for _ in range(DRAWINGS):
@@ -76,7 +76,7 @@ def drawings(label: int) -> Tensor:
 
 
 def _curves(random: np.random.Generator) -> list[np.ndarray]:
-    """Control points of one to four quadratic curves, most of which go on where another ended."""
+    """Draw the control points of one to four quadratic curves; most begin where the one before ended."""
     curves, end = [], random.random(2)
     for _ in range(random.integers(1, 5)):
         start = end if random.random() < 0.75 else random.random(2)
@@ -87,7 +87,7 @@ def _curves(random: np.random.Generator) -> list[np.ndarray]:
 
 
 def _render(curves: list[np.ndarray], blob: bool, width: float, stretch: float) -> np.ndarray:
-    """Curves as a drawing [8, 8] that they fill from top to bottom."""
+    """Render curves as a drawing [8, 8] that they fill from top to bottom."""
     t = np.linspace(0, 1, 25)[:, None]
     if blob:
         points = _closed(curves[0])
@@ -106,7 +106,7 @@ def _render(curves: list[np.ndarray], blob: bool, width: float, stretch: float) 
 
 
 def _closed(corners: np.ndarray) -> np.ndarray:
-    """An outline [96, 2] about the middle of the corners: as far from it as they are, and a bit, at equal angles."""
+    """Return an outline [96, 2] around the middle of the corners, slightly farther out than these, at equal angles."""
     centre = corners.mean(0)
     angle = np.linspace(0, 2 * np.pi, len(corners), endpoint=False)
     radius = 0.3 + np.linalg.norm(corners - centre, axis=1)
@@ -116,7 +116,7 @@ def _closed(corners: np.ndarray) -> np.ndarray:
 
 
 def _inside(rows: np.ndarray, columns: np.ndarray, outline: np.ndarray) -> np.ndarray:
-    """Which pixels lie within an outline, by the parity of its crossings."""
+    """Tell which pixels lie within an outline, by the parity of its crossings."""
     inside = np.zeros_like(rows, dtype=bool)
     for (y0, x0), (y1, x1) in zip(outline, np.roll(outline, -1, 0), strict=True):
         crosses = (y0 > rows) != (y1 > rows)

@@ -1,4 +1,4 @@
-"""How well a continual model segments what it has learned, and how much of it it forgot."""
+"""Measures how well a continual model segments what it has learned, and how much it has forgotten."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def class_iou(labels: int) -> Metric:
-    """Every label's intersection over union, gathered over a data set: a metric of torchmetrics.
+    """Make a metric of torchmetrics that gathers every label's intersection over union over a data set.
 
-    ``update(predicted, labels)`` takes two label maps of integers, of any and the same shape; pixels labelled 255 do
-    not count. ``compute()`` gives float32 ``[labels]``, NaN for what occurs in neither. ``.to(device)`` and
-    ``.reset()`` are torchmetrics'. ``update`` raises ValueError, before it counts anything, where one has no label in a
-    pixel that counts: predictions know no 255.
+    ``update(predicted, labels)`` takes two label maps of integers, of any shape, the same for both; pixels labelled 255
+    do not count. ``compute()`` gives float32 ``[labels]``, with NaN for a label that occurs in neither. ``.to(device)``
+    and ``.reset()`` are those of torchmetrics. ``update`` raises ValueError, before it counts anything, if a pixel that
+    counts has no valid label in one of the maps; 255 is not valid in predictions.
 
     Args:
-        labels: how many there are, the background among them.
+        labels: the number of labels, including the background.
 
     Raises:
         ModuleNotFoundError: torchmetrics is not installed.
@@ -39,20 +39,20 @@ def class_iou(labels: int) -> Metric:
 
 
 class ContinualMetrics:
-    """mIoU after every task, and Last-, Avg- and FF-IoU, from one IoU vector a task. All in 0…1.
+    """Computes mIoU after every task, and Last-, Avg- and FF-IoU, from one IoU vector per task. All are in 0…1.
 
     Args:
         tasks: labels of every task's classes, as ``protocol.tasks`` gives them.
         images: n_k of eq. 8, how many test images show a class of task k: ``len(training_set(test, classes))``.
 
     Attributes:
-        rows: for each task added ``{"task", "iou", "old", "new", "all"}``, ready for JSON: the number t from 1, IoU of
-            every label (None where not learned, or neither in labels nor predictions), and mIoU of background and the
-            tasks before t (None for the first), of task t, and of background and the tasks up to t. A label whose IoU
-            is None is left out of every mean.
+        rows: for each task added ``{"task", "iou", "old", "new", "all"}``, ready for JSON: the number t from 1, the IoU
+            of every label (None if it is not learned, or neither in labels nor predictions), and the mIoU of background
+            and the tasks before t (None for the first), of task t, and of background and the tasks up to t. A label
+            whose IoU is None is left out of every mean.
 
     Raises:
-        ValueError: no tasks, or ``images`` of another length.
+        ValueError: there are no tasks, or ``images`` has another length.
 
     Example:
         >>> metrics = ContinualMetrics([(1, 2), (3,)], images=(60, 40))
@@ -69,14 +69,15 @@ class ContinualMetrics:
         self.rows: list[dict] = []
 
     def add(self, iou: Tensor | Sequence[float | None]) -> dict:
-        """Take the result of the next task, and give its row.
+        """Add the result of the next task, and return its row.
 
         Args:
-            iou: of each label after this task, ``[1 + classes of all tasks]``, 0 the background; NaN or None where
-                there is none. Of labels not learned yet it does not matter. A row's own ``iou`` will do, to resume.
+            iou: IoU of each label after this task, ``[1 + classes of all tasks]``, label 0 being the background; NaN or
+                None if there is none. The values of labels not learned yet do not matter. To resume, pass a row's
+                ``iou``.
 
         Raises:
-            ValueError: all tasks have been added; a vector of another length.
+            ValueError: all tasks have been added, or the vector has another length.
         """
         learned = len(self.rows)
         if learned == len(self.tasks):
@@ -102,14 +103,14 @@ class ContinualMetrics:
         return row
 
     def summary(self) -> dict:
-        """What the tasks added so far come to, ready for JSON; None where nothing is to be averaged.
+        """Summarise the tasks added so far, ready for JSON; an entry with nothing to average is None.
 
-        - ``"first"``, ``"later"``, ``"all"``: mIoU after the last of them of background and the first task, of all
+        - ``"first"``, ``"later"``, ``"all"``: mIoU, after the last task added, of background and the first task, of all
           further tasks, and of everything: the columns of the published tables, "0-15", "16-20" and "all".
-        - ``"last_iou"``, ``"avg_iou"``, ``"ff_iou"``: CA-SAM's, eq. 8 to 12, where IoU_{k,t} is the mean over the
-          classes of task k after task t, and N the number of tasks added. The background belongs to no task. In eq. 11
-          the best of before is looked for from task k on: before that its classes are unknown and count 0, which is
-          never better. Negative FF-IoU says that later tasks helped.
+        - ``"last_iou"``, ``"avg_iou"``, ``"ff_iou"``: the metrics of CA-SAM, eq. 8 to 12, where IoU_{k,t} is the mean
+          over the classes of task k after task t, and N the number of tasks added. The background belongs to no task.
+          In eq. 11 the earlier best is searched from task k on: before that its classes are unknown and count 0, which
+          is never better. A negative FF-IoU says that later tasks helped.
 
         Source: Continual Alignment for SAM, appendix B, eq. 8 to 12; DecoupleCSS, tables 1 to 3.
         """
@@ -127,17 +128,17 @@ class ContinualMetrics:
         }
 
     def _task_iou(self, k: int, t: int) -> float | None:
-        """IoU_{k,t}, both from 0."""
+        """Return IoU_{k,t}, with k and t from 0."""
         return _mean(self.rows[t]["iou"][label] for label in self.tasks[k])
 
     def _average(self, t: int) -> float | None:
-        """IoU_t = Σ_k n_k IoU_{k,t} / Σ_k n_k, over tasks up to t: eq. 8."""
+        """Return IoU_t = Σ_k n_k IoU_{k,t} / Σ_k n_k, over tasks up to t: eq. 8."""
         weighted = [(self.images[k], iou) for k in range(t + 1) if (iou := self._task_iou(k, t)) is not None]
         total = sum(images for images, _ in weighted)
         return sum(images * iou for images, iou in weighted) / total if total else None
 
     def _forgotten(self, k: int) -> float | None:
-        """f_{k,N} = max_j (IoU_{k,j} − IoU_{k,N}), j < N: eq. 11."""
+        """Return f_{k,N} = max_j (IoU_{k,j} − IoU_{k,N}), j < N: eq. 11."""
         now = self._task_iou(k, len(self.rows) - 1)
         before = [iou for j in range(k, len(self.rows) - 1) if (iou := self._task_iou(k, j)) is not None]
         return max(before) - now if before and now is not None else None

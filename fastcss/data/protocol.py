@@ -1,4 +1,4 @@
-"""Which classes a continual model learns when, and what each task gets to see: the overlapped protocol."""
+"""Defines which classes a continual model learns when, and what each task sees: the overlapped protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from . import ade, digits, voc
 from .digits import DigitScenes
 
-#: Name of each label of a data set, the background first.
+#: The name of each label of a data set, the background first.
 CLASS_NAMES = {"voc": voc.CLASSES, "ade": ade.CLASSES, "digits": digits.CLASSES}
 #: The settings that are published for a data set, or that this project reports.
 SETTINGS = {
@@ -23,19 +23,19 @@ IGNORE = 255
 
 
 def tasks(data: str | int, setting: str) -> list[tuple[int, ...]]:
-    """The classes of every task of a setting, in the order of their labels.
+    """Return the classes of every task of a setting, in the order of their labels.
 
     Args:
-        data: a name of ``CLASS_NAMES``, or the number of classes, the background not counted.
-        setting: "first-step": so many classes in the first task, then so many in each further one. ``SETTINGS`` has
-            the usual ones; any other will do. With all classes in the first task it is joint training.
+        data: a name of ``CLASS_NAMES``, or the number of classes without the background.
+        setting: "first-step": the number of classes in the first task, and in each further one. ``SETTINGS`` has the
+            usual settings; any other will do. With all classes in the first task it is joint training.
 
     Returns:
-        For each task the labels of its classes, from 1; 0 is the background and belongs to no task.
+        The labels of each task's classes, from 1; 0 is the background and belongs to no task.
 
     Raises:
-        ValueError: an unknown data set; a setting of another form, with a task of no classes, with more classes than
-            there are, or with a last task smaller than its step.
+        ValueError: the data set is unknown, or the setting has another form, a task without classes, more classes than
+            there are, or a last task smaller than the step.
 
     Source: DecoupleCSS, section 4.1; the overlapped settings of MiB (Cermelli et al., 2020) and PLOP (Douillard et al.,
     2021).
@@ -68,8 +68,10 @@ def tasks(data: str | int, setting: str) -> list[tuple[int, ...]]:
 
 
 def label_index(labels: Tensor, name: str) -> Tensor:
-    """Labels 0…255 of any integer type as int64, which index a table. Torch takes uint8 for a mask, and counts negative
-    numbers from the end; ``name`` is what to call the labels where they are something else."""
+    """Convert labels 0…255 of any integer type to int64, which can index a table.
+
+    Torch would take uint8 for a mask, and would count negative numbers from the end. Errors call the labels ``name``.
+    """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     labels = labels.long()
@@ -81,15 +83,15 @@ def label_index(labels: Tensor, name: str) -> Tensor:
 
 
 class Overlapped(Dataset):
-    """A labelled data set as the overlapped protocol shows it: all classes but those wanted are background.
+    """Shows a labelled data set by the overlapped protocol: all classes except those wanted are background.
 
-    Wants the classes of all tasks so far for evaluation, which looks at every image. ``training_set`` gives what one
+    For evaluation, which looks at every image, give the classes of all tasks so far. ``training_set`` returns what one
     task learns from.
 
     Args:
-        dataset: items ``(image, labels)``, with labels ``[H, W]`` of any integer type, of 0…254, and 255 where nothing
-            counts. An item's labels are int64.
-        classes: labels from 1 to 254 that stay. All others, older or later ones, become 0; 255 stays.
+        dataset: items ``(image, labels)``, with labels ``[H, W]`` of any integer type, in 0…254, or 255 on pixels that
+            do not count. The labels returned are int64.
+        classes: labels from 1 to 254 that stay. All others, of earlier or later tasks, become 0; 255 stays.
         shown: for each item the labels that occur in it; keeps the items that show at least one of ``classes``. None
             keeps every item.
 
@@ -97,9 +99,9 @@ class Overlapped(Dataset):
         indices: number, in ``dataset``, of each item kept.
 
     Raises:
-        ValueError: a class that is none or given twice; ``shown`` of another length than ``dataset``; of an item,
+        ValueError: a class does not exist or is given twice, ``shown`` is not as long as ``dataset``, or an item has
             labels outside 0…255.
-        TypeError: of an item whose labels are no integers.
+        TypeError: an item's labels are not integers.
 
     Source: DecoupleCSS, section 4.1; MiB (Cermelli et al., 2020), section 3.
 
@@ -134,15 +136,15 @@ class Overlapped(Dataset):
 
 
 def training_set(dataset: Dataset, classes: Sequence[int]) -> Overlapped:
-    """What a task learns from: every image that shows at least one of its classes, all other classes background.
+    """Return what a task learns from: every image that shows one of its classes; all other classes are background.
 
     Args:
-        dataset: ``DigitScenes`` of all classes, or one that can tell what its images show: ``VOC``, ``ADE20K``. They
-            read every label map for that, once: see their ``shown``.
+        dataset: ``DigitScenes`` of all classes, or a data set that can tell what its images show: ``VOC``, ``ADE20K``.
+            These read every label map for that, once: see their ``shown``.
         classes: labels of the task.
 
     Raises:
-        ValueError: as ``Overlapped``.
+        ValueError: as for ``Overlapped``.
 
     Example:
         >>> second = training_set(DigitScenes("train", 100), tasks("digits", "2-2")[1])
