@@ -70,7 +70,7 @@ class DigitScenes(Dataset):
         return len(self.indices)
 
     def digits(self, scene: int) -> list[int]:
-        """Return the labels of the digits in a scene, from the lowest to the topmost; its number is one of ``indices``."""
+        """Return the labels of a scene's digits, from the lowest to the topmost; its number is one of ``indices``."""
         return self._draw(scene)[1].tolist()
 
     def _draw(self, scene: int) -> tuple[np.random.Generator, np.ndarray]:

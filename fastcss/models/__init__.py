@@ -1,1 +1,1 @@
-"""Whole systems and the parts of them that other packages do not offer on their own."""
+"""Holds whole systems, and those of their parts that no other package offers separately."""

@@ -1,4 +1,4 @@
-"""Every task of a DecoupleCSS model on one batch: side by side in one pass, or one after the other."""
+"""Runs every task of a DecoupleCSS model on one batch: side by side in one pass, or one after the other."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class AllTasks:
-    """Every task's part of a trained model, packed for one pass; made anew when a task is added or changed.
+    """Packs every task's part of a trained model for one pass; a new one is made when a task is added or changed.
 
     Args:
         detector: PEFT's model of a ``ClassDetector``, with an adapter of every task's name.
-        tasks: of which the classes are looked for, in this order.
-        select: what the detector says of tokens and classes → the tokens of each class, and its presence.
+        tasks: the tasks whose classes are searched, in this order.
+        select: function of the detected tokens and classes that returns each class's tokens and presence.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class AllTasks:
         self.thresholds = torch.cat([task.thresholds for task in self._tasks])
 
     def is_stale(self, detector: PeftModel) -> bool:
-        """What was packed has changed since, by its values, or is another model's than ``detector``, the one in use
-        now; the runner sees to the rest of the detector itself.
+        """Tell whether the packed values have changed since, or belong to another model than ``detector``, the current.
 
-        Once it has it stays so, for other threads and where making it anew has failed.
+        The runner follows the rest of the detector by itself. Once stale, it stays stale, for other threads and in case
+        making it anew fails.
         """
         if detector is not self._detector:
             return True
@@ -75,17 +75,17 @@ class AllTasks:
         return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
     def detect(self, pixel_values: Tensor) -> SelectedTokens:
-        """All tasks' classes, side by side."""
+        """Detect all tasks' classes, with the adapters side by side."""
         names = [task.name for task in self._tasks]
         tokens, classes, shapes = self._runner(pixel_values, adapters=names, per_adapter=self._padded)
-        # One call for all tasks: no token is given to a row of zeros, whose cosine is below any threshold.
+        # One call selects for all tasks. A padding row of zeros gets no token: its cosine is below any threshold.
         found = self._select(DetectedClasses(tokens.flatten(0, 1), classes.flatten(0, 1), shapes[0]))
         of_class = ~self._padded["class_mask"].flatten()
         shape = (len(names), len(pixel_values))
         return SelectedTokens(*(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2)[:, of_class] for x in found))
 
     def detect_in_turn(self, pixel_values: Tensor) -> SelectedTokens:
-        """The same with the adapters switched."""
+        """Detect all tasks' classes, with the adapters switched one after the other."""
         found = []
         for task, phrases in zip(self._tasks, self._phrases, strict=True):
             self._detector.set_adapter(task.name)

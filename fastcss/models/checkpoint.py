@@ -1,4 +1,4 @@
-"""Checkpoints in the folders that transformers writes, loaded only into the architecture they were made for."""
+"""Loads checkpoints from the folders that transformers writes, only into the architecture they were made for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_NAMED = 3  # tensors in an error message
+_NAMED = 3  # so many tensors are named in an error message
 
 
 def load_pretrained(
@@ -27,19 +27,21 @@ def load_pretrained(
     parts: Collection[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A model with the weights of a folder: safetensors only, no network.
+    """Load a model with the weights of a folder: safetensors only, no network.
 
     Args:
-        model_class: of the model.
-        folder: as ``save_pretrained`` writes it, by this class or by one with heads on it; also as transformers 4 did.
-        config: the architecture wanted; by default what the folder's own configuration says.
+        model_class: class of the model.
+        folder: folder as ``save_pretrained`` writes it, for this class or one with heads on it; also from transformers
+            4.
+        config: the architecture wanted; by default that of the folder's own configuration.
         parts: names of the submodules and parameters that the folder must have; by default all.
-        dtype: of the weights, whatever the folder has them in; by default as the configuration says.
+        dtype: dtype of the loaded weights, whatever the folder's; by default that of the configuration.
 
     Raises:
-        FileNotFoundError: no such folder; no configuration or no safetensors in it, maybe a pickle in their place.
-        ValueError: a configuration or weights that cannot be read, or a checkpoint of another architecture; names the
-            first tensors that differ.
+        FileNotFoundError: the folder does not exist, or has no configuration or no safetensors, perhaps a pickle
+            instead.
+        ValueError: the configuration or weights cannot be read, or the checkpoint has another architecture; the message
+            names the first tensors that differ.
     """
     folder = Path(folder)
     _check_files(model_class, folder)
@@ -58,20 +60,20 @@ def load_pretrained(
     absent = set(info["missing_keys"]) - _unused(model)
     problems = [f"{name} is {other[name][0]}, wanted {other[name][1]}" for name in needed if name in other]
     problems += [f"{name} is missing" for name in needed if name in absent]
-    kinds = {re.sub(r"\d+", "0", name) for name in needed}  # one more layer is another model, an unused head is not
+    kinds = {re.sub(r"\d+", "0", name) for name in needed}  # a further layer makes another model, an unused head not
     problems += [f"{name} is not wanted" for name in info["unexpected_keys"] if re.sub(r"\d+", "0", name) in kinds]
     _raise(problems, str(folder))
     return model
 
 
 def save_pretrained(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """What ``load_pretrained`` reads: the tensors ``state``, with the model's configuration."""
+    """Write what ``load_pretrained`` reads: the tensors ``state``, with the model's configuration."""
     with _quiet():
         model.save_pretrained(folder, state_dict=dict(state))
 
 
 def _check_files(model_class: type[PreTrainedModel], folder: Path) -> None:
-    """Before transformers looks for them, whose errors name no file or no remedy."""
+    """Check the folder's files before transformers does, whose errors name no file or no remedy."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{model_class.__name__}: no such folder: {folder}")
     if not (folder / "config.json").is_file():
@@ -99,13 +101,15 @@ def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrain
     try:
         content, _ = config_class.get_config_dict(folder, local_files_only=True)
         return config_class.from_dict(content)
-    except Exception as error:  # transformers has kinds of its own
+    except Exception as error:  # transformers raises exceptions of its own
         raise ValueError(f"{path}: {error}") from error
 
 
 def _unused(model: PreTrainedModel) -> set[str]:
-    """Parameters that a model within the model has and never reads, by its class's own word: transformers 4 had no
-    ``layernorm`` in a Swin backbone, and its folders have none."""
+    """Return the parameters that a submodel has but, as its class says, never reads.
+
+    transformers 4 had no ``layernorm`` in a Swin backbone, so its folders have none.
+    """
     names = set()
     for prefix, module in model.named_modules():
         patterns = getattr(module, "_keys_to_ignore_on_load_missing", None) or () if prefix else ()
@@ -115,7 +119,7 @@ def _unused(model: PreTrainedModel) -> set[str]:
 
 
 def check_tensors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    """ValueError, naming the first of them, where names or shapes are not the same; ``where`` they are from."""
+    """Raise ValueError, naming the first tensors, if names or shapes differ; ``where`` says where ``got`` is from."""
     problems = [
         f"{name} is {list(got[name].shape)}, wanted {list(tensor.shape)}"
         for name, tensor in wanted.items()
@@ -127,9 +131,9 @@ def check_tensors(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where
 
 
 def empty(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
-    """The model without memory for its tensors: only their names and shapes."""
+    """Make the model without memory for its tensors: they have only names and shapes."""
     with torch.device("meta"):
-        return model_class(copy.deepcopy(config))  # which a model writes its dtype into
+        return model_class(copy.deepcopy(config))  # a copy, because a model writes its dtype into its configuration
 
 
 def _raise(problems: list[str], where: str) -> None:
@@ -140,7 +144,7 @@ def _raise(problems: list[str], where: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' table of what was missing, which here is an error or of no account."""
+    """Silence transformers' table of missing tensors, which here are an error or do not matter."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

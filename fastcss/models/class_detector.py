@@ -1,4 +1,4 @@
-"""Language-driven, task-aware class detection: Grounding DINO's encoder reading an image and the classes of a task."""
+"""Detects classes, language-driven and task-aware: Grounding DINO's encoder reads an image and a task's classes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .grounding_dino import GroundingDinoEncoder, TextFeatures
 
 
 class DetectedClasses(NamedTuple):
-    """What image and classes have made of each other.
+    """Holds the image's tokens and the classes after they have read each other.
 
     Attributes:
-        tokens: V', ``[B, N, D]``.
+        tokens: V', ``[B, N, D]``, the tokens of one level after the other.
         classes: E', ``[B, c, D]``, zeros for classes that are masked.
-        shapes: int64 ``[levels, 2]`` on the CPU, (height, width) of each level; the tokens are theirs in turn.
+        shapes: int64 ``[levels, 2]`` on the CPU, the (height, width) of each level.
     """
 
     tokens: Tensor
@@ -26,10 +26,10 @@ class DetectedClasses(NamedTuple):
 
 
 class ClassDetector(GroundingDinoEncoder):
-    """The encoder with a token for each class in place of words, which the image itself has weighted its phrases for.
+    """Runs the encoder with one token per class in place of words: its phrases, weighted by the image itself.
 
-    The paper leaves open what a class token is to the feature enhancer; here it is a phrase of one word: it reads
-    itself only, at position 0.
+    The paper leaves open what a class token is to the feature enhancer. Here it is a phrase of one word: it reads
+    only itself, at position 0.
 
     Source: DecoupleCSS sections 3.2.1 and 3.2.2.
     """
@@ -44,13 +44,13 @@ class ClassDetector(GroundingDinoEncoder):
         """
         Args:
             pixel_values: ``[B, 3, H, W]``.
-            phrases: ``[c, M, D]``, M phrases a class, from ``embed_phrases``.
+            phrases: ``[c, M, D]``, M phrases per class, from ``embed_phrases``.
             class_mask: bool ``[c]``, True for rows that are no class (padding).
             pixel_mask: ``[B, H, W]``, 0 on padding.
         """
         image = self.embed_image(pixel_values, pixel_mask)
         seen = (~image.mask).to(image.features.dtype)[..., None]
-        cls = (image.features * seen).sum(1) / seen.sum(1)  # [B, D]: Swin has no class token
+        cls = (image.features * seen).sum(1) / seen.sum(1)  # [B, D]; the mean serves, as Swin has no class token
         pooled = phrase_pool(cls, phrases.to(cls.dtype))  # [B, c, D]
         batch, count, _ = pooled.shape
         if class_mask is None:
@@ -66,9 +66,9 @@ class ClassDetector(GroundingDinoEncoder):
         return DetectedClasses(enhanced.last_hidden_state_vision, classes, torch.tensor(image.shapes, device="cpu"))
 
     def embed_phrases(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Word ids ``[c, M, L]`` of M phrases a class → ``[c, M, D]``, the mean over a phrase's words.
+        """Embed word ids ``[c, M, L]`` of M phrases per class → ``[c, M, D]``, the mean over a phrase's words.
 
-        What the text encoder adds to both ends, [CLS] and [SEP], is no word of the phrase.
+        The [CLS] and [SEP] at both ends do not count as words of the phrase.
         """
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
         hidden = self.text_projection(self.text_backbone(ids, attention_mask=mask).last_hidden_state)

@@ -1,13 +1,13 @@
-"""Learning task after task with DecoupleCSS, in a folder that a killed run goes on from.
+"""Learns task after task with DecoupleCSS, in a folder from which a killed run goes on.
 
 ::
 
     config.json, base/, task_0/ …    see decouplecss_folder; config.json holds the plan
-    progress/                        what the finished epochs of the task that is being learned came to
+    progress/                        the result of the finished epochs of the task that is being learned
     metrics.jsonl                    {"kind": "task", …} after every task, {"kind": "summary", …} at the end
 
-Every task begins from what the folder holds, also in a run that nothing interrupts: so a run that was interrupted
-reaches the same weights, bit for bit.
+Every task begins from what the folder holds, even if nothing interrupts the run. So a run that was interrupted reaches
+the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -59,17 +59,18 @@ def begin(
     """Begin a run; one that was begun with the same plan and settings is left as it is.
 
     Args:
-        folder: of the run.
-        plan: what it is to do.
+        folder: folder of the run.
+        plan: what the run is to do.
         base: where the frozen models and the tokenizer come from: a run, whose ``base`` is copied, or the folders of
-            Grounding DINO and of SAM, which the run then names. Not looked at if the run is there.
-        settings: of ``DecoupleCSS``. What is not given is as the base run has it, if it follows from the frozen models
-            (where adapters sit, sizes of an initial generator), and else the data set's ``DEFAULTS``.
+            Grounding DINO and of SAM, which the run then refers to. It is ignored if the run exists.
+        settings: settings of ``DecoupleCSS``. A setting that is not given comes from the base run if it depends on the
+            frozen models (where adapters sit, sizes of an initial generator), and otherwise from the data set's
+            ``DEFAULTS``.
 
     Raises:
-        FileNotFoundError: no data, base or tokenizer where they were looked for.
-        ValueError: the run was begun with another plan or settings; a task with no pictures; a base that is not whole,
-            or that the settings do not fit.
+        FileNotFoundError: the data, the base or its tokenizer is missing.
+        ValueError: the run was begun with another plan or settings, a task has no pictures, or the base is incomplete
+            or does not fit the settings.
         OSError: the run cannot be written.
     """
     folder, settings = Path(folder), settings or {}
@@ -83,7 +84,7 @@ def begin(
     tokenizer = load_tokenizer(places["detector"])
     for t in range(len(plan.tasks)):
         encode(tokenizer, describe(plan.classes(t), plan.phrases))
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         detector = ClassDetector.from_folder(places["detector"])
         segmenter = SamSegmenter.from_folder(places["segmenter"])
         generator = read_generator(base, segmenter.prompt_dim) if copied else None
@@ -95,20 +96,20 @@ def begin(
 
 
 def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, device: str = "cpu") -> dict:
-    """Go on with a run until it is finished, from the last epoch that is; returns its summary.
+    """Continue a run from the last finished epoch to the end; return its summary.
 
     Args:
-        folder: of a run that was begun.
+        folder: folder of a run that was begun.
         watch: is told what goes on.
-        workers: processes that read pictures, 0 for this one.
-        device: to learn on. On a GPU, or with another number of threads, sums may come in another order, and a run not
-            be the same bit for bit.
+        workers: how many processes read pictures; 0 reads them in this one.
+        device: device to learn on. On a GPU, or with another number of threads, sums may be taken in another order, so
+            that a run may not be the same bit for bit.
 
     Raises:
-        FileNotFoundError, ValueError: no run, or one that is not whole; data that are not there any more.
-        BlockingIOError: another process is training it.
+        FileNotFoundError, ValueError: the run does not exist or is incomplete, or its data are gone.
+        BlockingIOError: another process is training the run.
         FloatingPointError: a loss was not finite.
-        OSError: it cannot be written; what was finished is kept.
+        OSError: the run cannot be written; what was finished is kept.
     """
     folder, watch = Path(folder), watch or Watch()
     plan = read_plan(folder)
@@ -116,18 +117,18 @@ def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, devi
     if summary is None:
         with _alone(folder):
             summary = _summary(folder) or _Run(folder, plan, watch, workers, device).finish()
-            (folder / LOCK).unlink(missing_ok=True)  # who finds another now, finds a finished run
+            (folder / LOCK).unlink(missing_ok=True)  # safe: a process that makes another lock now finds a finished run
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     return summary
 
 
 def load_run(folder: str | Path) -> tuple[DecoupleCSS, Plan]:
-    """The model of a run as its method has it so far, and its plan.
+    """Load the model of a run as its method has trained it so far, and its plan.
 
-    A naive run has one adapter, the last; the folder keeps what it was after every task.
+    In a naive run all tasks share one adapter, the last; the folder keeps its state after every task.
 
     Raises:
-        FileNotFoundError, ValueError: as ``decouplecss_folder.load``; a run without a plan.
+        FileNotFoundError, ValueError: as for ``decouplecss_folder.load``, or the run has no plan.
     """
     plan = read_plan(folder)
     model = load(folder)
@@ -137,7 +138,7 @@ def load_run(folder: str | Path) -> tuple[DecoupleCSS, Plan]:
 
 
 def read_plan(folder: str | Path) -> Plan:
-    """The plan that a run was begun with; ValueError where it has none."""
+    """Read the plan that a run was begun with; raise ValueError if it has none."""
     content = read_training(folder)
     if content is None:
         raise ValueError(f"{folder} is a run without a plan: it was not begun with train")
@@ -148,21 +149,21 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 def share_last_adapter(model: DecoupleCSS) -> None:
-    """Give every task the adapter of the last one, as fine-tuning a single one leaves it."""
+    """Give every task the adapter of the last one, as if a single adapter had been fine-tuned."""
     last = model.tasks[-1].name
     for task in model.tasks[:-1]:
         _copy_adapter(model, last, task.name)
-    model.eval()  # what was packed is of the old weights
+    model.eval()  # drops what was packed, which has the old weights
 
 
 def _summary(folder: Path) -> dict | None:
-    """What a finished run came to."""
+    """Return the summary of a finished run, or None."""
     return next((record for record in read_metrics(folder) if record.get("kind") == "summary"), None)
 
 
 @dataclasses.dataclass
 class _Run:
-    """A run that goes on: where, how, and who is told."""
+    """Continues a run; knows where it is, how it goes on, and who is told."""
 
     folder: Path
     plan: Plan
@@ -171,7 +172,7 @@ class _Run:
     device: str
 
     def finish(self) -> dict:
-        """All that is left to do; returns the summary."""
+        """Do all that is left to do; return the summary."""
         plan, data, test = self.plan, self.plan.training_data(), self.plan.test_data()
         metrics = ContinualMetrics(plan.tasks, [len(training_set(test, classes)) for classes in plan.tasks])
         for record in read_metrics(self.folder):
@@ -191,11 +192,11 @@ class _Run:
         return summary
 
     def learn(self, t: int, data: Dataset) -> None:
-        """Learn task t and save it, from the last of its epochs that was kept."""
+        """Learn task t from the last of its epochs that was kept, and save it."""
         plan, model = self.plan, self.with_new_task(t).to(self.device)
-        if torch.device(self.device).type == "cpu":  # where a step gains by it
-            # Here and not in the trainer, whose caller may need the model as it was: this one is nobody else's, and
-            # gone when the task is saved. An interrupted task is fused again, so its bits stay the unbroken run's.
+        if torch.device(self.device).type == "cpu":  # fusion makes a step faster there
+            # The trainer does not fuse, since its caller may need the model as it was. This model belongs to nobody
+            # else, and is gone when the task is saved. An interrupted task is fused again, so it gives the same bits.
             fuse(model.detector)
         seen = training_set(data, plan.tasks[t])
         pictures = TaskPictures(seen, plan.tasks[t], model.segmenter, plan.shortest, plan.longest)
@@ -217,7 +218,7 @@ class _Run:
         save_task(model, t, self.folder)
 
     def with_new_task(self, t: int) -> DecoupleCSS:
-        """The saved model with task t as it is before it learns."""
+        """Return the saved model with task t as it is before it learns."""
         model, names = load(self.folder), self.plan.classes(t)
         tokenizer = load_tokenizer(checkpoint_folders(self.folder)["detector"])
         with torch.random.fork_rng(devices=[]):
@@ -228,7 +229,7 @@ class _Run:
         return model
 
     def measure(self, t: int, metrics: ContinualMetrics, test: Dataset) -> None:
-        """Evaluate all classes up to task t, which is saved, and add its line."""
+        """Evaluate all classes up to task t, which is saved, and add its line to the metrics."""
         plan, model = self.plan, load_run(self.folder)[0].to(self.device)
         seen = Overlapped(test, [label for labels in plan.tasks[: t + 1] for label in labels])
         self.watch.evaluating(t, len(seen))
@@ -249,12 +250,12 @@ def _copy_adapter(model: DecoupleCSS, source: str, target: str) -> None:
         for name in (source, target)
     )
     with torch.no_grad():
-        for name, place in places.items():  # views of the adapter's own parameters
+        for name, place in places.items():  # the tensors are views of the adapter's parameters
             place.copy_(own[name])
 
 
 def _dictated(base: str | Path, settings: dict, has_generator: bool) -> dict:
-    """What follows from the frozen models of a run; ValueError where the settings cannot be had with them."""
+    """Return the settings that a run's frozen models dictate; raise ValueError if ``settings`` contradict them."""
     sizes = ("length", "prompts", "hidden") if has_generator else ()
     dictated = {name: value for name, value in read_settings(base).items() if name in ("sites", *sizes)}
     for name in sizes:
@@ -266,7 +267,7 @@ def _dictated(base: str | Path, settings: dict, has_generator: bool) -> dict:
 
 
 def _check_data(plan: Plan) -> None:
-    """Before anything is written: the data are there, and show something of every task."""
+    """Check, before anything is written, that the data exist and show some class of every task."""
     data, _ = plan.training_data(), plan.test_data()
     for t, classes in enumerate(plan.tasks):
         if not len(training_set(data, classes)):
@@ -275,9 +276,10 @@ def _check_data(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the system takes the lock back when it ends, be it killed.
+    """Hold a lock that lets one process at a time train; the system releases it when the process ends or is killed.
 
-    Not the ``flock`` of the folder itself: processes that read pictures would share it, and outlive a killed one.
+    A ``flock`` of the folder itself would not do: processes that read pictures would share it, and outlive a killed
+    parent.
     """
     with open(folder / LOCK, "wb") as file:
         try:

@@ -1,4 +1,4 @@
-"""How well a model segments a labelled data set, in one pass or with its adapters switched."""
+"""Measures how well a model segments a labelled data set, in one pass or with its adapters switched."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .preprocessing import Picture, preprocess
 
 
 class Evaluation(NamedTuple):
-    """What each mode came to.
+    """Holds the results of each mode.
 
     Attributes:
-        iou: for each mode ``[labels]`` float32 on the CPU, NaN for what occurs in neither labels nor predictions.
-        seconds: for each mode what ``segment`` took for all pictures; reading them does not count.
-        equal: share of the pixels to which all modes gave one label.
+        iou: for each mode float32 ``[labels]`` on the CPU, NaN for a label in neither the labels nor the predictions.
+        seconds: for each mode the time of ``segment`` for all pictures, without reading them.
+        equal: share of the pixels to which all modes gave the same label.
     """
 
     iou: dict[str, Tensor]
@@ -41,7 +41,7 @@ def evaluate(
     workers: int = 0,
     report: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """IoU of every label over a data set, ``[len(labels)]``; the arguments are those of ``compare``."""
+    """Return the IoU of every label over a data set, ``[len(labels)]``; the arguments are those of ``compare``."""
     found = compare(
         model, dataset, labels, shortest, longest, (mode,), batch_size=batch_size, workers=workers, report=report
     )
@@ -64,17 +64,17 @@ def compare(
     """Segment a data set in several modes, batch by batch in turn.
 
     Args:
-        model: with at least one task, in eval mode.
+        model: model with at least one task, in eval mode.
         dataset: items ``(image, labels)`` of ``fastcss.data``.
         labels: name of each label of the data set, the background first; the model's classes are among them.
         shortest, longest: sides of the detector's pictures, see ``preprocess``.
-        modes: of ``DecoupleCSS.segment``.
-        batch_size: of pictures that are read together; those of one size are segmented together.
-        workers: processes that read pictures, 0 for this one.
-        report: is told how many more pictures are done.
+        modes: modes of ``DecoupleCSS.segment``.
+        batch_size: how many pictures are read together; those of the same size are segmented together.
+        workers: how many processes read pictures; 0 reads them in this one.
+        report: is called with the number of further pictures that are done.
 
     Raises:
-        ValueError: the model has no task, or a class that is none of ``labels``.
+        ValueError: the model has no task, or a class that is not among ``labels``.
     """
     device = next(model.parameters()).device
     label_of = _labels_of(model, labels).to(device)  # [1 + C]
@@ -83,7 +83,7 @@ def compare(
     for batch in _batches(model, dataset, shortest, longest, batch_size, workers):
         pictures, truths = zip(*batch, strict=True)
         given = _inputs(pictures, device)
-        if not pixels and len(modes) > 1:  # what is packed once is no mode's time
+        if not pixels and len(modes) > 1:  # warms up, so that packing counts to no mode's time
             for mode in modes:
                 model.segment(**given, mode=mode)
         found = {}
@@ -102,7 +102,7 @@ def compare(
 
 
 class _Prepared(Dataset):
-    """Items ``(Picture, labels)``."""
+    """Prepares the items of a data set as ``(Picture, labels)``."""
 
     def __init__(self, dataset: Dataset, **sides: int) -> None:
         self._dataset, self._sides = dataset, sides
@@ -118,9 +118,9 @@ class _Prepared(Dataset):
 def _batches(
     model: DecoupleCSS, dataset: Dataset, shortest: int, longest: int, batch_size: int, workers: int
 ) -> Iterator[list[tuple[Picture, Tensor]]]:
-    """Pictures that the detector reads at one size: padding would make tokens, and they could be selected."""
+    """Yield batches of pictures of the same size: padding would make tokens, which could be selected."""
     prepared = _Prepared(dataset, sam_side=model.segmenter.image_size, shortest=shortest, longest=longest)
-    # A generator of its own: the loader draws a seed for its workers, which the global one would miss.
+    # The loader gets its own generator, since it draws a seed for its workers, which would move the global one.
     generator = torch.Generator()
     for read in DataLoader(prepared, batch_size, num_workers=workers, collate_fn=list, generator=generator):
         groups: dict[torch.Size, list[tuple[Picture, Tensor]]] = {}
@@ -139,7 +139,7 @@ def _inputs(pictures: Sequence[Picture], device: torch.device) -> dict:
 
 
 def _labels_of(model: DecoupleCSS, labels: Sequence[str]) -> Tensor:
-    """The data set's label for each of the model's, the background first."""
+    """Return the data set's label for each of the model's labels, the background first."""
     if not model.tasks:
         raise ValueError("evaluate: the model has no task yet")
     for name in model.classes:

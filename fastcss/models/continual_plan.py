@@ -1,4 +1,4 @@
-"""What a continual run is to do: which classes when, from what data, by which method and recipe."""
+"""Plans a continual run: which classes it learns when, from what data, by which method and recipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ METHODS = ("decouplecss", "naive", "joint")
 
 
 class Defaults(NamedTuple):
-    """What a data set is learned with unless something else is asked for.
+    """Holds the defaults with which a data set is learned.
 
     Attributes:
-        settings: of ``DecoupleCSS``, where the base has none of its own.
+        settings: settings of ``DecoupleCSS`` that the base does not bring.
         plan: fields of ``Plan``.
     """
 
@@ -28,7 +28,7 @@ class Defaults(NamedTuple):
     plan: dict
 
 
-#: The paper's, where it says them; of the digits this project's own.
+#: These are the paper's values, as far as it gives them; those of the digits are this project's own.
 DEFAULTS = {
     "digits": Defaults(
         {
@@ -85,7 +85,7 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that the outcome of a run follows from, beside the frozen models and the model's settings.
+    """Holds all that the outcome of a run depends on, beside the frozen models and the model's settings.
 
     Attributes:
         data: "digits", "voc" or "ade".
@@ -93,15 +93,15 @@ class Plan:
         method: "decouplecss", each task with an adapter of its own; "naive", one adapter for all tasks, fine-tuned
             from task to task; "joint", all classes at once from all the data, in one task.
         root: folder of the data, None for the digits.
-        train_split: "train", or "train_aug" of VOC.
-        train_scenes, test_scenes: how many, of the digits; None for other data.
-        seed: of the digits' scenes, of what is trained before it is, and of the order of the pictures.
+        train_split: "train", or for VOC "train_aug".
+        train_scenes, test_scenes: numbers of the digits' scenes; None for other data.
+        seed: seed of the digits' scenes, of the initial values of what is trained, and of the order of the pictures.
         shortest, longest: sides of the detector's pictures, see ``preprocess``.
-        recipe: how each task is learned; its seed is left 0, the plan's rules.
-        phrases: the user's own for every class, in place of ``fastcss.models.phrases``'.
+        recipe: how each task is learned; its seed stays 0, since the plan's seed decides.
+        phrases: the user's own phrases for every class, in place of those of ``fastcss.models.phrases``.
 
     Raises:
-        ValueError: names the field that is none.
+        ValueError: a field has no valid value; the message names it.
     """
 
     data: str
@@ -141,32 +141,32 @@ class Plan:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Name of each label of the data set, the background first."""
+        """Return the name of each label of the data set, the background first."""
         return CLASS_NAMES[self.data]
 
     @property
     def tasks(self) -> list[tuple[int, ...]]:
-        """Labels of each task that is learned: with "joint" one has all."""
+        """Return the labels of each task that is learned; with "joint" one task has all."""
         if self.method == "joint":
             return [tuple(range(1, len(self.labels)))]
         return tasks_of(self.data, self.setting)
 
     def classes(self, t: int) -> list[str]:
-        """Names of the classes of task t."""
+        """Return the names of the classes of task t."""
         return [self.labels[label] for label in self.tasks[t]]
 
     def seed_of(self, t: int) -> int:
-        """Of what is random in task t."""
+        """Return the seed of what is random in task t."""
         return 1000 * self.seed + t
 
     def training_data(self) -> Dataset:
-        """All that is learned from; FileNotFoundError where it is not whole."""
+        """Return all data to learn from; raise FileNotFoundError if they are incomplete."""
         if self.data == "digits":
             return DigitScenes("train", self.train_scenes, seed=self.seed)
         return (VOC if self.data == "voc" else ADE20K)(self.root, self.train_split)
 
     def test_data(self) -> Dataset:
-        """All that is evaluated on; FileNotFoundError where it is not whole."""
+        """Return all data to evaluate on; raise FileNotFoundError if they are incomplete."""
         if self.data == "digits":
             return DigitScenes("test", self.test_scenes, seed=self.seed)
         return (VOC if self.data == "voc" else ADE20K)(self.root, "val")
@@ -176,9 +176,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, content: dict) -> Plan:
-        """What ``to_json`` gave; ValueError where it is not that.
+        """Make a plan of what ``to_json`` gave; raise ValueError if ``content`` is something else.
 
-        A recipe that does not say so is of a run begun when there was no choice, and is read as what it did.
+        A recipe without ``asymmetric_clip`` or ``one_class_token_weight`` is from a run that was begun before these
+        could be chosen, and gets the values that the run used.
         """
         try:
             kept = content["recipe"]
@@ -189,7 +190,7 @@ class Plan:
 
 
 def check_same(kept: dict, wanted: dict, where: str) -> None:
-    """ValueError, naming the first entry that differs, where a run is to go on otherwise than it was begun."""
+    """Raise ValueError, naming the first entry that differs, if a run is to go on otherwise than it was begun."""
     for name, value in kept.items():
         if name == "recipe":
             check_same(value, wanted[name], where)

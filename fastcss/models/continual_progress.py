@@ -1,8 +1,8 @@
-"""What a task that is being learned has come to, kept after every epoch.
+"""Keeps the progress of a task that is being learned, after every epoch.
 
 ::
 
-    progress/progress.json          task, epochs finished, the last one's mean losses, seconds of all of them
+    progress/progress.json          task, finished epochs, the last one's mean losses, seconds of all of them
     progress/task.safetensors       the task's parameters
     progress/trainer.safetensors    TaskTrainer.state_dict()
 """
@@ -23,7 +23,7 @@ FOLDER = "progress"
 
 
 def save_progress(folder: Path, t: int, trainer: TaskTrainer, losses: Losses, seconds: float) -> None:
-    """Keep task t between two epochs, whole, in place of the epoch before."""
+    """Save the state of task t after an epoch, whole or not at all, in place of the epoch before."""
     about = {
         "task": t,
         "epoch": trainer.epoch,
@@ -38,7 +38,7 @@ def save_progress(folder: Path, t: int, trainer: TaskTrainer, losses: Losses, se
 
 
 def read_progress(folder: Path, t: int) -> dict | None:
-    """What ``save_progress`` wrote of task t last; None where it wrote nothing, or of another task."""
+    """Read what ``save_progress`` last wrote of task t; None if it wrote nothing, or about another task."""
     path = standing_folder(folder / FOLDER) / "progress.json"
     if not path.is_file():
         return None
@@ -51,7 +51,7 @@ def read_progress(folder: Path, t: int) -> dict | None:
 
 @torch.no_grad()
 def restore(folder: Path, trainer: TaskTrainer) -> None:
-    """Bring a new trainer and its task to where ``save_progress`` was called."""
+    """Bring a new trainer and its task to the state in which ``save_progress`` was called."""
     kept = standing_folder(folder / FOLDER)
     tensors = read_tensors(kept / "task.safetensors", "train")
     parameters = activate(trainer.model, trainer.task)

@@ -1,4 +1,4 @@
-"""What there is to tell while a continual run goes on."""
+"""Reports what a continual run does while it goes on."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Told by ``continual.train`` what it does; takes no notice. Override what is to be shown."""
+    """Is told by ``continual.train`` what it does, and ignores it. Override the methods for what you want to show."""
 
     def learning(self, t: int, classes: Sequence[str], pictures: int, steps: int, epoch: int) -> None:
-        """Task t is learned from so many pictures, in so many steps an epoch; so many epochs are finished."""
+        """Note that task t is learned from ``pictures``, with ``steps`` per epoch; ``epoch`` epochs are finished."""
 
     def step(self, losses: Losses) -> None:
-        """A batch was learned."""
+        """Note that a batch was learned."""
 
     def epoch(self, epoch: int, losses: Losses) -> None:
-        """So many epochs are finished and kept; the last one's mean losses."""
+        """Note that ``epoch`` epochs are finished and kept; ``losses`` are the last one's means."""
 
     def evaluating(self, t: int, pictures: int) -> None:
-        """All classes up to task t are evaluated, on so many pictures."""
+        """Note that all classes up to task t are evaluated, on ``pictures`` pictures."""
 
     def evaluated(self, pictures: int) -> None:
-        """So many more pictures were."""
+        """Note that ``pictures`` more pictures were evaluated."""
 
     def measured(self, record: dict) -> None:
-        """A line was added to ``metrics.jsonl``."""
+        """Note that a line was added to ``metrics.jsonl``."""

@@ -1,4 +1,4 @@
-"""segment-anything's checkpoints of SAM as the folders that transformers reads."""
+"""Converts segment-anything's checkpoints of SAM into folders that transformers reads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 from .._files import read_tensors, whole_folder
 from .checkpoint import check_tensors, empty, save_pretrained
 
-#: What the published models are called, by the width of their image encoder.
+#: The published models have these names, by the width of their image encoder.
 SIZES = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 
-# Parts of names, in this order: segment-anything's, and what transformers calls the same.
+# Each pair is a part of a name in segment-anything, and what transformers calls it; they are applied in this order.
 _NAMES = (
     (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "shared_image_embedding.positional_embedding"),
     (r"^image_encoder\.", "vision_encoder."),
@@ -42,28 +42,28 @@ _NAMES = (
 )
 _HEADS = r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\."
 _TIED = "prompt_encoder.shared_embedding.positional_embedding"
-_FIRST = "image_encoder.patch_embed.proj.weight"  # every SAM has it, and what is before it in a name is a wrapper's
-_DEEP = 3  # wrappers within wrappers
-_NAMED = 5  # entries of a checkpoint in an error message
+_FIRST = "image_encoder.patch_embed.proj.weight"  # every SAM has it; a prefix before it belongs to a wrapper
+_DEEP = 3  # so many wrappers within wrappers are searched
+_NAMED = 5  # so many entries of a checkpoint are named in an error message
 
 
 def convert_sam(checkpoint: str | Path, folder: str | Path) -> SamConfig:
     """Write the folder that ``SamSegmenter.from_folder`` reads from a ``sam_vit_*.pth``: the command ``convert-sam``.
 
     Args:
-        checkpoint: of segment-anything: a state dict, loaded with ``weights_only=True``, or in safetensors. It may be
-            one entry of what a trainer saved ("model", "state_dict" or any other name, beside an optimizer), with a
-            prefix before all its names ("module.", "model.sam.", …) and tensors of other modules beside them.
-        folder: to be made.
+        checkpoint: checkpoint of segment-anything: a state dict, loaded with ``weights_only=True``, or safetensors. It
+            may be one entry of what a trainer saved ("model", "state_dict" or any other name, beside an optimizer),
+            with a prefix before all its names ("module.", "model.sam.", …) and tensors of other modules beside them.
+        folder: the folder to make.
 
     Returns:
-        The architecture, as the tensors' shapes tell it.
+        The architecture, read from the tensors' shapes.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        FileExistsError: the folder is there already.
-        ValueError: the checkpoint is no SAM, or holds several; names what was found, or the first tensors that are
-            missing, unknown or of another shape.
+        FileNotFoundError: the checkpoint does not exist.
+        FileExistsError: the folder exists already.
+        ValueError: the checkpoint is no SAM, or holds several; the message names what was found, or the first tensors
+            that are missing, unknown or of another shape.
     """
     source = _unwrap(_read(Path(checkpoint)), str(checkpoint))
     config = _config(source, checkpoint)
@@ -97,7 +97,7 @@ def _read(checkpoint: Path) -> object:
 
 
 def _unwrap(content: object, where: str) -> dict[str, Tensor]:
-    """SAM's own tensors by SAM's own names, in whatever a trainer has laid around them."""
+    """Return SAM's own tensors by SAM's own names, out of whatever a trainer has wrapped around them."""
     found = {
         (*keys, name.removesuffix(_FIRST)): state
         for keys, state in _states(content)
@@ -114,7 +114,7 @@ def _unwrap(content: object, where: str) -> dict[str, Tensor]:
 
 
 def _states(content: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """The dicts of tensors by name within nested dicts, and the keys that lead to each."""
+    """Yield the dicts of tensors within nested dicts, each with the keys that lead to it."""
     if not isinstance(content, Mapping) or len(keys) > _DEEP:
         return
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -142,7 +142,10 @@ def _rename(name: str, depth: int) -> str:
 
 
 def _config(source: dict[str, Tensor], checkpoint: str | Path) -> SamConfig:
-    """The architecture with tensors of these shapes. Heads of the decoder leave no trace there: all of SAM's have 8."""
+    """Return the architecture that has tensors of these shapes.
+
+    The shapes do not tell the heads of the decoder, which are 8 in every SAM.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in source:
@@ -185,6 +188,6 @@ def _config(source: dict[str, Tensor], checkpoint: str | Path) -> SamConfig:
             num_multimask_outputs=shape("mask_decoder.mask_tokens.weight")[0] - 1,
             iou_head_depth=count(r"mask_decoder\.iou_prediction_head\.layers\.\d+\."),
             iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight")[0],
-            layer_norm_eps=1e-5,  # segment-anything's; the default here is another
+            layer_norm_eps=1e-5,  # the value of segment-anything; transformers' default differs
         ),
     )

@@ -1,4 +1,4 @@
-"""DecoupleCSS: classes are detected with adapters of their task, and segmented by a SAM that knows no classes."""
+"""Defines DecoupleCSS, which detects classes with adapters of their task, and segments them by a class-agnostic SAM."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .sam import Masks, SamSegmenter
 from .task import Phrases, Task
 
 MODES = ("one_pass", "shared", "literal")
-#: By what a pixel that two masks claim goes to one: SAM's estimate of the mask's IoU; or how far r of eq. A.2 is above
-#: the class's threshold, as a share of what it could be: ``(r - θ) / (1 - θ)``.
+#: A pixel that two masks claim goes to the one with the higher confidence: SAM's estimate of the mask's IoU; or how far
+#: r of eq. A.2 is above the class's threshold, as a share of the largest possible: ``(r - θ) / (1 - θ)``.
 CONFIDENCES = ("sam", "presence")
 
 
 class Segmentation(NamedTuple):
-    """A labelled batch.
+    """Holds a labelled batch.
 
     Attributes:
         labels: int64 ``[H, W]`` for each image: 0 for background, 1 + k for class k of ``model.classes``.
-        present: bool ``[B, C]``, which classes were found.
-        presence: ``[B, C]``, r of eq. A.2, how sure the detector is of each.
+        present: bool ``[B, C]``, says which classes were found.
+        presence: ``[B, C]``, r of eq. A.2, says how sure the detector is of each class.
     """
 
     labels: list[Tensor]
@@ -42,26 +42,26 @@ class DecoupleCSS(nn.Module):
     """Learns class after class without touching what it learned before, and segments all of them in one pass.
 
     Each task has a LoRA adapter in the detector, and each class a prompt generator; the rest is frozen. Segmenting an
-    image wants every task's adapter: one pass runs them side by side, where the published system runs task after task.
+    image needs every task's adapter: one pass runs them side by side, while the published system runs task after task.
 
     Args:
         detector: Grounding DINO's encoder.
         segmenter: SAM.
         threshold: τ of eq. 4, above 0; the paper's is 0.3 for VOC and 0.2 for ADE20K.
-        length: scalars of a class's tokens that its prompt generator reads.
-        prompts: embeddings a class that SAM is prompted with.
+        length: how many scalars of a class's tokens its prompt generator reads.
+        prompts: how many embeddings per class prompt SAM.
         hidden: width of the prompt generators.
-        rank, alpha: of the adapters.
-        sites: where they sit. "fusion": the projections of the layers where image and text meet, so that all tasks
-            share the image encoder; this is how the paper says its models were trained (appendix B.2), and six tasks
-            take 22.5 MiB with the published shapes, the published 22.18 MB. "swin+fusion" or "convnext+fusion", as the
-            detector's backbone is, adapt that as well (section 3.2.2): 41.9 MiB with Swin-T.
-        presence: of ``select_tokens``: "all", r of eq. A.2; or "best", what the first runs of this project have, with
-            which a class is overlooked whose tokens all are nearer to another one.
-        confidence: one of ``CONFIDENCES``. The paper's is "sam", which knows nothing of classes: where two tasks take
-            one object for theirs, "presence" asks which is the surer.
-        initial_generator: of one class, and of the sizes above: what the generator of every new class begins as. By
-            default that is random, as in the paper.
+        rank, alpha: rank and alpha of the adapters.
+        sites: where the adapters sit. "fusion" adapts the projections of the layers where image and text meet, so that
+            all tasks share the image encoder; the paper says its models were trained this way (appendix B.2), and six
+            tasks take 22.5 MiB with the published shapes, the published 22.18 MB. "swin+fusion" or "convnext+fusion"
+            adapt the detector's backbone of that kind as well (section 3.2.2): 41.9 MiB with Swin-T.
+        presence: option of ``select_tokens``: "all", r of eq. A.2; or "best", used by the first runs of this project,
+            which overlooks a class whose tokens are all nearer to another class.
+        confidence: one of ``CONFIDENCES``. The paper's is "sam", which knows nothing of classes: if two tasks claim the
+            same object, "presence" asks which of them is surer.
+        initial_generator: generator of one class and of the sizes above, with which the generator of every new class
+            begins. By default it begins at random, as in the paper.
 
     Source: DecoupleCSS (seed of the pipeline: sections 3.1 to 3.4).
     """
@@ -94,7 +94,7 @@ class DecoupleCSS(nn.Module):
         if initial_generator is not None:
             _check_sizes(initial_generator, sizes | {"classes": 1, "prompt_dim": segmenter.prompt_dim})
             initial_generator.requires_grad_(False)
-        self.detector: nn.Module = detector.requires_grad_(False)  # PEFT's model of it from the first task on
+        self.detector: nn.Module = detector.requires_grad_(False)  # becomes PEFT's model of it with the first task
         self.segmenter = segmenter.requires_grad_(False)
         self.initial_generator = initial_generator
         self.tasks = nn.ModuleList()
@@ -108,12 +108,12 @@ class DecoupleCSS(nn.Module):
         return tuple(name for task in self.tasks for name in task.classes)
 
     def add_task(self, classes: Sequence[str], phrases: Phrases, name: str | None = None) -> Task:
-        """A new task with an adapter that does nothing yet; its parameters are what there is to train.
+        """Add a task with an adapter that does nothing yet; only the task's parameters are then trainable.
 
         Args:
-            classes: names of the new classes, none of which is there already.
-            phrases: [c, M, L] for them.
-            name: of the adapter, by default ``task<t>``.
+            classes: names of the new classes, none of which exists already.
+            phrases: their phrases, [c, M, L].
+            name: name of the adapter, by default ``task<t>``.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -130,7 +130,7 @@ class DecoupleCSS(nn.Module):
         self.tasks.append(task.to(next(self.segmenter.parameters())))
         self._all = None
         if not self.training:
-            self.eval()  # what is new comes in training mode
+            self.eval()  # new modules begin in training mode
         return self.tasks[-1]
 
     @torch.no_grad()
@@ -145,12 +145,13 @@ class DecoupleCSS(nn.Module):
         """Label every pixel with one of the classes of all tasks, or as background.
 
         Args:
-            pixel_values: ``[B, 3, H, W]`` for the detector, of any dtype: each model has its own.
+            pixel_values: ``[B, 3, H, W]`` for the detector, of any dtype: each model converts it to its own.
             sam_pixel_values: ``[B, 3, S, S]`` for SAM, ``S = segmenter.image_size``.
             sizes: (height, width) of each label map.
             crops: (height, width) of the picture within ``sam_pixel_values``, by default all of it.
-            mode: "one_pass"; or, to compare with, "shared": adapters switched, the rest once an image; "literal":
-                everything once a task, every prompt by itself, as published. All give the same labels.
+            mode: "one_pass"; or, for comparison, "shared", which switches adapters and runs the rest once per image, or
+                "literal", which runs everything once per task and every prompt by itself, as published. All give the
+                same labels.
         """
         self._check_inputs(pixel_values, sam_pixel_values, sizes, crops, mode)
         pixel_values = pixel_values.to(next(self.detector.parameters()).dtype)
@@ -208,7 +209,7 @@ class DecoupleCSS(nn.Module):
         return Segmentation(labels, torch.cat(presents, 1), torch.cat(presences, 1))
 
     def select(self, detected: DetectedClasses) -> SelectedTokens:
-        """The tokens of each class, eq. 3 and 4, and its presence."""
+        """Select the tokens of each class, eq. 3 and 4, and measure its presence."""
         sizes = {"threshold": self.threshold, "length": self.length}
         return select_tokens(detected.tokens, detected.classes, **sizes, presence=self.presence)
 
@@ -223,11 +224,11 @@ class DecoupleCSS(nn.Module):
         return PromptGenerator(classes, prompt_dim=self.segmenter.prompt_dim, **self.generator_settings)
 
     def train(self, mode: bool = True) -> DecoupleCSS:
-        self._all = None  # weights are about to change
+        self._all = None  # the weights are about to change
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_all": None}  # a copy packs its own
+        return self.__dict__ | {"_all": None}  # a copy packs its tasks anew
 
     def _check_new(self, name: str, classes: Sequence[str], phrases: Phrases) -> None:
         if isinstance(classes, str) or not classes:
@@ -273,9 +274,10 @@ class DecoupleCSS(nn.Module):
 
 
 def _present(found: SelectedTokens, thresholds: Tensor) -> Tensor:
-    """By r alone: a class that is best for no token is prompted for by what its generator has learned of it, L_k.
+    """Tell which classes are present, by r alone.
 
-    r is 0 where no token reaches τ, which is above 0; a task that is not calibrated has a threshold of 0.
+    A class that is best for no token is prompted for by L_k, which its generator has learned of it. r is 0 if no token
+    reaches τ, which is above 0; a task that is not calibrated has a threshold of 0.
     """
     return (found.presence > 0) & (found.presence >= thresholds)
 
@@ -297,6 +299,6 @@ def _check_sizes(generator: PromptGenerator, wanted: dict[str, int]) -> None:
 
 
 def _merge(masks: Masks, index: Tensor, size: tuple[int, int], crop: tuple[int, int] | None) -> Tensor:
-    """One label map of the masks of the classes ``index``: 1 + class, 0 where there is none."""
+    """Merge the masks of the classes ``index`` into one label map: 1 + class, or 0 where there is no mask."""
     labels = merge_masks(masks.masks, masks.scores, size, crop=crop)
     return torch.cat([index.new_zeros(1), index + 1])[labels]

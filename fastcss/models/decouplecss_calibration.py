@@ -1,4 +1,4 @@
-"""From which presence on a class counts as there: thresholds for a task of DecoupleCSS that is trained."""
+"""Sets, for a trained task of DecoupleCSS, the thresholds of presence from which on a class counts as there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .task_pictures import Batch, TaskPictures, token_shares
 
 @torch.no_grad()
 def calibrate(model: DecoupleCSS, task: Task, pictures: TaskPictures, batch_size: int = 24, workers: int = 0) -> Tensor:
-    """Set the thresholds of presence of a task that is trained, by what it was trained on; returns them, ``[c]``.
+    """Set the thresholds of presence of a trained task by the pictures it was trained on; return them, ``[c]``.
 
-    Each of these pictures shows some class of the task; where it has a single one, none is without it. So each counts
-    twice: as it is, and as one that shows no class, with the tokens left out whose cells show any or have pixels that
-    do not count. See ``best_thresholds``. The model is left in eval mode.
+    Each of these pictures shows some class of the task; if the task has a single class, every picture shows it. So each
+    picture counts twice: as it is, and as one that shows no class, without the tokens whose cells show a class or have
+    pixels that do not count. See ``best_thresholds``. The model is left in eval mode.
     """
     model.eval()
     activate(model, task)
@@ -36,7 +36,7 @@ def calibrate(model: DecoupleCSS, task: Task, pictures: TaskPictures, batch_size
 
 
 def _presence_elsewhere(model: DecoupleCSS, batch: Batch, detected: Sequence[DetectedClasses]) -> Tensor:
-    """r of eq. A.2 by the tokens that are on none of the task's classes, [B, c]."""
+    """Compute r of eq. A.2 by the tokens that are on none of the task's classes, [B, c]."""
     levels = [of.shapes.tolist() for of in detected]
     elsewhere = (token_shares(batch, levels) == 0).all(1).split([len(of.tokens) for of in detected])
     return torch.cat(
@@ -48,26 +48,27 @@ def _presence_elsewhere(model: DecoupleCSS, batch: Batch, detected: Sequence[Det
 
 
 def best_thresholds(presence: Tensor, present: Tensor) -> Tensor:
-    """For each class the threshold that tells best, by F1, which pictures show it.
+    """Return for each class the threshold that tells best, by F1, which pictures show it.
 
-    It lies midway between the two neighbours among the values of r that it separates. Of equally good ones it is the
-    highest: elsewhere more is absent. A class that no threshold finds anywhere has infinity: it is never present.
+    The threshold lies midway between the two neighbouring values of r that it separates. Of equally good ones it is the
+    highest, since in other pictures more classes are absent. A class that no threshold finds in any picture gets
+    infinity: it is never present.
 
     Args:
-        presence: ``[n, c]``, r of eq. A.2, 0 where no token reaches τ, which is never present.
+        presence: ``[n, c]``, r of eq. A.2; 0, if no token reaches τ, is never present.
         present: bool ``[n, c]``.
 
     Returns:
-        ``[c]``.
+        The thresholds, ``[c]``.
     """
     score, order = presence.sort(dim=0, descending=True)
-    hits = present.gather(0, order).cumsum(0)  # with the threshold just below each score
+    hits = present.gather(0, order).cumsum(0)  # counts the true ones with the threshold just below each score
     found = torch.arange(1, len(score) + 1, device=score.device)[:, None]
     f1 = 2 * hits / (found + present.sum(0))
     below = torch.cat([score[1:], torch.zeros_like(score[:1])])
-    f1 = f1.masked_fill((score <= below) | (score <= 0), 0)  # equal ones are not separated
-    best = f1.argmax(0, keepdim=True)  # the first
+    f1 = f1.masked_fill((score <= below) | (score <= 0), 0)  # no threshold separates equal scores
+    best = f1.argmax(0, keepdim=True)  # takes the first of equal ones, which has the highest score
     upper, lower = score.gather(0, best)[0], below.gather(0, best)[0]
     midway = (upper + lower) / 2
-    midway = torch.where(midway > lower, midway, upper)  # where nothing lies between the two
+    midway = torch.where(midway > lower, midway, upper)  # the upper one if no number lies between the two
     return midway.masked_fill(f1.gather(0, best)[0] == 0, float("inf"))

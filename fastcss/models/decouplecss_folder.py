@@ -1,13 +1,13 @@
-"""DecoupleCSS in a folder: safetensors and JSON, a folder a task.
+"""Saves DecoupleCSS in a folder and loads it: safetensors and JSON, with a folder for each task.
 
 ::
 
     config.json          the architecture, and where the frozen models' weights are
-    base/detector, base/segmenter    those weights as transformers saves them, where they come from no other folder
-    base/generator       generator.safetensors: what the prompt generator of a new class begins as, where it is given
+    base/detector, base/segmenter    those weights as transformers saves them, if they come from no other folder
+    base/generator       generator.safetensors: the initial prompt generator of a new class, if one was given
     task_0/ task_1/ …    adapter_config.json, adapter_model.safetensors: a PEFT adapter
                          task.json: name, classes, phrases; task.safetensors: prompt generators, thresholds
-                         phrases.safetensors: what the text encoder makes of the phrases, where it has read them
+                         phrases.safetensors: the text encoder's features of the phrases, if it has read them
     metrics.jsonl        a line for each thing that was measured
 """
 
@@ -55,19 +55,19 @@ def save_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     training: dict | None = None,
 ) -> None:
-    """Begin a run: its configuration, the frozen models' weights, and the initial generator where there is one.
+    """Begin a run: write its configuration, the frozen models' weights, and the initial generator if there is one.
 
     Args:
-        model: with any number of tasks, which are left out.
-        folder: of the run; may exist if there is no run in it.
-        detector, segmenter: the checkpoint folders that the model was loaded from, if the run is to name them instead
-            of keeping copies.
-        tokenizer: of the class phrases, kept beside a copied detector; a folder that is named has its own.
+        model: model with any number of tasks, which are left out.
+        folder: folder of the run; it may exist if there is no run in it.
+        detector, segmenter: the checkpoint folders that the model was loaded from, if the run is to refer to them
+            instead of keeping copies.
+        tokenizer: tokenizer of the class phrases, kept beside a copied detector; the given folder has its own.
         training: how the tasks are learned, ready for JSON; ``read_training`` gives it back.
 
     Raises:
         FileExistsError: there is a run already, or a ``base`` of something else.
-        OSError: it cannot be written; no run was begun.
+        OSError: the run cannot be written, and was not begun.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -77,7 +77,7 @@ def save_base(
     bases = {"detector": _config_of(dino.encoder), "segmenter": _config_of(model.segmenter.model)}
     generator = model.initial_generator
     if None in places.values() or generator is not None:
-        kept = folder / "base"  # of a run whose beginning was cut short, unless it holds something else
+        kept = folder / "base"  # if it exists, it is from a run that was stopped while it began, or something else
         unfinished = kept.is_dir() and {path.name for path in kept.iterdir()} <= {*places, "generator"}
         with whole_folder(kept, overwrite=unfinished) as base:
             if detector is None:
@@ -97,7 +97,7 @@ def save_base(
         config[part] = {"folder": where, "config": json.loads(bases[part].to_json_string(use_diff=False))}
     config["generator"] = None if generator is None else {"folder": "base/generator"}
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "config.json") as file:  # last: it is what makes the folder a run
+    with whole_file(folder / "config.json") as file:  # comes last, because this file makes the folder a run
         json.dump(config, file, indent=1)
 
 
@@ -105,10 +105,10 @@ def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = 
     """Write task t of the model into a run, whole or not at all.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is no run, or one of other settings than the model's.
+        FileNotFoundError, ValueError: the folder is no run, or its settings differ from the model's.
         IndexError: the model has no such task.
-        FileExistsError: the task is there, and is not to be overwritten.
-        OSError: it cannot be written; the run is as it was.
+        FileExistsError: the task exists, and is not to be overwritten.
+        OSError: the task cannot be written; the run is as it was.
     """
     from peft import get_peft_model_state_dict
 
@@ -135,12 +135,12 @@ def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = 
 
 
 def load(folder: str | Path) -> DecoupleCSS:
-    """The model of a run with all of its tasks, on the CPU, in eval mode.
+    """Load the model of a run with all of its tasks, on the CPU, in eval mode.
 
     Raises:
-        FileNotFoundError: the folder, or a file or task in it, is not there.
-        ValueError: it is no run, of a newer version, a file is not whole or a pickle, or the tensors are of another
-            architecture than config.json tells; names the first that differ.
+        FileNotFoundError: the folder, or a file or task in it, does not exist.
+        ValueError: the folder is no run or has a newer version, a file is incomplete or a pickle, or the tensors have
+            another architecture than config.json says; the message names the first that differ.
     """
     folder = Path(folder)
     config, count = _read_config(folder), saved_tasks(folder)
@@ -148,7 +148,7 @@ def load(folder: str | Path) -> DecoupleCSS:
         dino = GroundingDinoConfig.from_dict(config["detector"]["config"])
         sam = SamConfig.from_dict(config["segmenter"]["config"])
         bases = list(checkpoint_folders(folder).values())
-    with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         detector = ClassDetector(load_pretrained(GroundingDinoModel, bases[0], dino, PARTS))
         segmenter = SamSegmenter(load_pretrained(SamModel, bases[1], sam))
         generator = read_generator(folder, segmenter.prompt_dim)
@@ -160,27 +160,27 @@ def load(folder: str | Path) -> DecoupleCSS:
 
 
 def read_training(folder: str | Path) -> dict | None:
-    """What ``save_base`` was given as ``training``."""
+    """Return what ``save_base`` was given as ``training``."""
     return _read_config(Path(folder)).get("training")
 
 
 def read_settings(folder: str | Path) -> dict:
-    """What the run's model was made with, beside the frozen models."""
+    """Return the settings that the run's model was made with, beside the frozen models."""
     return _read_config(Path(folder))["settings"]
 
 
 def checkpoint_folders(folder: str | Path) -> dict[str, Path]:
-    """Where a run's frozen models are: "detector", which also has the tokenizer, and "segmenter"."""
+    """Return where a run's frozen models are: "detector", which also has the tokenizer, and "segmenter"."""
     folder = Path(folder)
     config = _read_config(folder)
     return {part: folder / config[part]["folder"] for part in ("detector", "segmenter")}
 
 
 def read_generator(folder: str | Path, prompt_dim: int) -> PromptGenerator | None:
-    """What the prompt generator of every new class of a run begins as; None where that is random.
+    """Load the generator with which that of every new class of a run begins; None if it begins at random.
 
     Raises:
-        FileNotFoundError, ValueError: as ``load``.
+        FileNotFoundError, ValueError: as for ``load``.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -198,7 +198,7 @@ def read_generator(folder: str | Path, prompt_dim: int) -> PromptGenerator | Non
 
 
 def saved_tasks(folder: str | Path) -> int:
-    """How many tasks a run has; FileNotFoundError where one before the last is missing."""
+    """Count the tasks of a run; raise FileNotFoundError if one before the last is missing."""
     names = (re.fullmatch(r"(\.)?task_(0|[1-9]\d*)(?(1)\.old)", path.name) for path in Path(folder).iterdir())
     there = {int(name[2]) for name in names if name}
     for t in range(len(there)):
@@ -217,14 +217,14 @@ def _settings(model: DecoupleCSS) -> dict:
 
 
 def _config_of(model: torch.nn.Module) -> PreTrainedConfig:
-    """Its configuration as it is now: of the dtype it was cast to, and without the place it was loaded from."""
+    """Return the model's configuration as it is now: with its present dtype, without the place it was loaded from."""
     config = copy.deepcopy(model.config)
     config.dtype, config._name_or_path = next(model.parameters()).dtype, ""
     return config
 
 
 def _without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT keeps an adapted layer's own tensors under ``base_layer``."""
+    """Return the base model's tensors by their own names: PEFT keeps an adapted layer's under ``base_layer``."""
     return {name.replace(".base_layer.", "."): x for name, x in state.items() if ".lora_" not in name}
 
 
@@ -241,7 +241,7 @@ def _read_config(folder: Path) -> dict:
             f"DecoupleCSS: {folder} is of version {config.get('version')}, this fastcss reads version {VERSION}"
         )
     config = _read_json(folder / "config.json", ("settings", "detector", "segmenter"))
-    config["settings"] = {"presence": "best"} | config["settings"]  # of runs from before eq. A.2 was followed
+    config["settings"] = {"presence": "best"} | config["settings"]  # runs from before eq. A.2 was followed lack it
     return config
 
 
@@ -259,10 +259,10 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict:
 
 @contextlib.contextmanager
 def _names(path: Path) -> Iterator[None]:
-    """Says which file it is that holds what nothing can be made of."""
+    """Name the file in errors about its content."""
     try:
         yield
-    except Exception as error:  # transformers has kinds of its own
+    except Exception as error:  # transformers raises exceptions of its own
         raise ValueError(f"DecoupleCSS: {path}: {error}") from error
 
 
@@ -282,7 +282,7 @@ def _load_task(model: DecoupleCSS, folder: Path) -> None:
     for name, wanted in model.lora_settings.items():
         if lora[name] != wanted:
             raise ValueError(f"DecoupleCSS: {folder / CONFIG_FILE}: {name} is {lora[name]!r}, the run has {wanted!r}")
-    for name, place in places.items():  # views of the adapter's own parameters
+    for name, place in places.items():  # the tensors are views of the adapter's parameters
         place.copy_(adapter[name])
     task.load_state_dict(tensors)
     load_phrase_features(task, folder)

@@ -1,4 +1,4 @@
-"""Learning one task with DecoupleCSS: its adapter and its prompt generators, and nothing else."""
+"""Trains one task of DecoupleCSS: its adapter and its prompt generators, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .task_pictures import Batch, TaskPictures, collate, token_shares
 
 
 class Losses(NamedTuple):
-    """Of the masks (eq. A.1), of the classes' presence (eq. A.3) and of their tokens, times its weight; each ``[]``."""
+    """Holds the losses of masks (eq. A.1), presence (eq. A.3) and tokens, the last with its weight; each is ``[]``."""
 
     masks: Tensor
     presence: Tensor
@@ -30,19 +30,19 @@ class Losses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a task is learnt. The defaults are the paper's for VOC; for ADE20K it has 20 epochs.
+    """Says how a task is learnt. The defaults are the paper's for VOC; for ADE20K it has 20 epochs.
 
     Attributes:
-        epochs, batch_size: the last batch of an epoch may be smaller.
-        learning_rate: at the first step; ``(1 - step/steps) ** power`` of it at the others.
-        power: the paper gives none; this is the field's, since DeepLab.
-        weight_decay: of AdamW, for every parameter.
-        clip: largest norm of the gradient, None for any.
-        token_weight: of ``token_loss`` in tasks of several classes; it is not the paper's, 0 leaves it out.
-        one_class_token_weight: of ``token_loss`` in tasks of a single class. All their pictures show it, so the paper's
-            loss on r never says where it is not; how the paper copes it does not say.
+        epochs, batch_size: numbers of epochs and of pictures per step; the last batch of an epoch may be smaller.
+        learning_rate: rate at the first step; the later ones have ``(1 - step/steps) ** power`` of it.
+        power: exponent of that decay; the paper gives none, this is the field's usual one since DeepLab.
+        weight_decay: weight decay of AdamW, for every parameter.
+        clip: largest norm of the gradient; None allows any.
+        token_weight: weight of ``token_loss`` in tasks of several classes; the paper has no such loss, 0 omits it.
+        one_class_token_weight: weight of ``token_loss`` in tasks of a single class. All their pictures show the class,
+            so the paper's loss on r never says where it is not; the paper does not say how it copes.
         asymmetric_clip: ``clip`` of ``asymmetric_loss``; eq. A.3 has none.
-        seed: of the order of the pictures.
+        seed: seed of the order of the pictures.
     """
 
     epochs: int = 5
@@ -59,18 +59,18 @@ class Recipe:
     def __post_init__(self) -> None:
         least_of = {"epochs": 1, "batch_size": 1, "token_weight": 0, "one_class_token_weight": 0}
         for name, least in least_of.items():
-            if not getattr(self, name) >= least:  # nor is NaN
+            if not getattr(self, name) >= least:  # this form also refuses NaN
                 raise ValueError(f"Recipe: {name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.asymmetric_clip < 1:
             raise ValueError(f"Recipe: asymmetric_clip must be from 0 to below 1, got {self.asymmetric_clip}")
 
     def token_weight_of(self, classes: int) -> float:
-        """The weight of ``token_loss`` in a task of so many classes."""
+        """Return the weight of ``token_loss`` in a task of so many classes."""
         return self.one_class_token_weight if classes == 1 else self.token_weight
 
 
 def activate(model: DecoupleCSS, task: Task) -> dict[str, nn.Parameter]:
-    """Make the task's parameters the only ones that learn, and its adapter the one that runs; returns them by name."""
+    """Make the task's parameters the only ones that learn, and its adapter the one that runs; return them by name."""
     model.detector.set_adapter(task.name)
     model.tasks.requires_grad_(False)
     task.requires_grad_(True)
@@ -79,7 +79,7 @@ def activate(model: DecoupleCSS, task: Task) -> dict[str, nn.Parameter]:
 
 
 def embed_phrases(model: DecoupleCSS, task: Task) -> Tensor:
-    """The phrases of a task's classes, ``[c, M, D]``: the text encoder is frozen and runs once a task."""
+    """Embed the phrases of a task's classes, ``[c, M, D]``: the text encoder is frozen and runs once per task."""
     return phrase_features(model.detector.get_base_model(), [task])[0]
 
 
@@ -91,10 +91,10 @@ def training_step(
     token_weight: float = 0.0,
     asymmetric_clip: float = 0.0,
 ) -> Losses:
-    """What a batch costs; ``activate`` has been called for the task.
+    """Compute the losses of a batch, after ``activate`` was called for the task.
 
-    SAM is prompted for the classes that the labels show, found or not: a generator also learns from what the detector
-    overlooks.
+    SAM is prompted for the classes that the labels show, found or not, so that a generator also learns from classes
+    that the detector overlooks.
     """
     found, detected = detect(model, phrases, batch.pixel_values)
     with torch.no_grad():
@@ -118,18 +118,18 @@ def training_step(
 class TaskTrainer:
     """Trains a model's newest task, or any other, epoch by epoch.
 
-    Frozen modules run in eval mode, without dropout, as they will when the model is used; so the pictures' order is all
-    that is random. Time and memory of a step do not depend on the tasks that the model has.
+    Frozen modules run in eval mode, without dropout, as they do when the model is used. So only the pictures' order is
+    random. Time and memory of a step do not depend on how many tasks the model has.
 
     Args:
-        model: left in eval mode.
+        model: the model; it is left in eval mode.
         task: one of ``model.tasks``.
-        pictures: what the task learns from.
+        pictures: the pictures that the task learns from.
         recipe: epochs, batches and rates.
-        workers: processes that read pictures, 0 for this one.
+        workers: how many processes read pictures; 0 reads them in this one.
 
     Attributes:
-        epoch: how many are finished.
+        epoch: number of finished epochs.
 
     Source: DecoupleCSS sections 3.4 and 4.1, appendix B.2.
 
@@ -156,18 +156,18 @@ class TaskTrainer:
         self.model, self.task, self.pictures, self.workers = model.eval(), task, pictures, workers
         self.recipe = Recipe() if recipe is None else recipe
         self.epoch = 0
-        self._steps = -(-len(pictures) // self.recipe.batch_size)  # an epoch
+        self._steps = -(-len(pictures) // self.recipe.batch_size)  # per epoch
         self._parameters = activate(model, task)
         self._optimizer = torch.optim.AdamW(self._parameters.values(), weight_decay=self.recipe.weight_decay)
         self._order = torch.Generator().manual_seed(self.recipe.seed)
         self._phrases = embed_phrases(model, task)
 
     def run_epoch(self, report: Callable[[Losses], None] | None = None) -> Losses:
-        """One epoch; returns the means of the losses, which ``report`` is given batch by batch.
+        """Run one epoch, give ``report`` the losses batch by batch, and return their means.
 
         Raises:
             RuntimeError: all epochs are finished.
-            FloatingPointError: a loss was not finite; the weights are of no use then.
+            FloatingPointError: a loss was not finite; the weights are then useless.
         """
         if self.epoch >= self.recipe.epochs:
             raise RuntimeError(f"TaskTrainer: all {self.recipe.epochs} epochs are finished")
@@ -180,7 +180,7 @@ class TaskTrainer:
             total += torch.stack(losses)
             if report is not None:
                 report(losses)
-        self.model.eval()  # what was packed of the model is of its old weights
+        self.model.eval()  # drops what was packed of the model, which has the old weights
         mean = Losses(*(total / self._steps))
         if not total.isfinite().all():
             raise FloatingPointError(f"TaskTrainer: the losses of epoch {self.epoch} are not finite: {mean}")
@@ -202,7 +202,7 @@ class TaskTrainer:
         return Losses(*(loss.detach() for loss in losses))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the epochs to come depend on beside the weights: a copy, of tensors only, between two epochs."""
+        """Return a copy of all that later epochs depend on, beside the weights, as tensors; call it between epochs."""
         state = {"epoch": torch.tensor(self.epoch), "order": self._order.get_state()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
@@ -210,10 +210,10 @@ class TaskTrainer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where ``state_dict`` was taken, with the weights of that moment in the model.
+        """Go on where ``state_dict`` was taken; the model must have the weights of that moment.
 
         Raises:
-            ValueError: a state of another task, recipe or data set; the trainer is left as it was.
+            ValueError: the state is from another task, recipe or data set; the trainer is left as it was.
         """
         epoch = int(state["epoch"])
         moments = self._moments(state)
@@ -229,7 +229,7 @@ class TaskTrainer:
         self.epoch = epoch
 
     def _moments(self, state: dict[str, Tensor]) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """AdamW's state for each parameter."""
+        """Return AdamW's state for each parameter."""
         moments: dict[nn.Parameter, dict[str, Tensor]] = {}
         for full_name, value in state.items():
             if full_name in ("epoch", "order"):
@@ -247,9 +247,9 @@ class TaskTrainer:
 def detect(
     model: DecoupleCSS, phrases: Tensor, pictures: Sequence[Tensor]
 ) -> tuple[SelectedTokens, list[DetectedClasses]]:
-    """What the active adapter makes of B pictures: the tokens of each class, and for each picture all, ``[N, D]``.
+    """Run the active adapter on B pictures; return the tokens of each class, and all tokens ``[N, D]`` per picture.
 
-    Pictures of one size run together. Padding would make tokens, and they could be selected.
+    Pictures of the same size run together. Padding would make tokens, which could be selected.
     """
     groups: dict[torch.Size, list[int]] = {}
     for b, picture in enumerate(pictures):
@@ -265,19 +265,19 @@ def detect(
 
 
 def _largest_cosine(of: DetectedClasses) -> Tensor:
-    """Of each class with any token, [c]; looked for without a graph, so that nothing [N, c] is kept."""
+    """Return each class's largest cosine with any token, [c]; the search builds no graph, so nothing [N, c] is kept."""
     with torch.no_grad():
         best = _cosine(of.tokens, of.classes).argmax(0)
     return F.cosine_similarity(of.tokens[best], of.classes, dim=-1)
 
 
 def _cosine(tokens: Tensor, classes: Tensor) -> Tensor:
-    """[N, D], [c, D] → [N, c]."""
+    """Return the cosines of tokens [N, D] with classes [c, D] → [N, c]."""
     return F.normalize(tokens, dim=-1) @ F.normalize(classes, dim=-1).mT
 
 
 def load_batches(pictures: TaskPictures, batches: Sequence[Tensor], workers: int) -> DataLoader:
-    # A generator of its own: the loader draws a seed for its workers, which the global one would miss.
+    # The loader gets its own generator, since it draws a seed for its workers, which would move the global one.
     generator = torch.Generator()
     return DataLoader(
         pictures,

@@ -1,4 +1,4 @@
-"""Grounding DINO up to its feature enhancer: the part of the detector that a segmentation model adapts."""
+"""Runs Grounding DINO up to its feature enhancer: the part of the detector that a segmentation model adapts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 
 from .checkpoint import load_pretrained
 
-#: What the encoder has of a ``GroundingDinoModel``.
+#: The encoder has these parts of a ``GroundingDinoModel``.
 PARTS = ("backbone", "input_proj_vision", "text_backbone", "text_projection", "encoder", "level_embed")
 
-#: Where DecoupleCSS puts its adapters, as PEFT ``target_modules``. A name is matched from its start, which keeps the
+#: DecoupleCSS puts its adapters here, as PEFT ``target_modules``. A name is matched from its start, which keeps the
 #: text backbone and the text enhancer out.
 _FUSION = r"encoder\..*\.fusion_layer\.attn\.(values_)?(vision|text)_proj"
 LORA_SITES = {
@@ -30,30 +30,30 @@ LORA_SITES = {
 }
 
 
-#: The backbones of the published models.
+#: The published models have these backbones.
 SWINS = {
     "swin-t": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
     "swin-b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
 }
 
-#: Six phrases of arbitrary word ids, for models with random weights: they know no words.
+#: These six phrases have arbitrary word ids, for models with random weights, which know no words.
 EXAMPLE_PHRASES = ((2311,), (3712, 2204), (3392,), (2300, 3011, 2050), (2711,), (2813, 2795))
 _CLS, _SEP, _STOP = 101, 102, 1012
 
 
 @dataclasses.dataclass
 class TextFeatures:
-    """What the feature enhancer wants of a text of L tokens. Masks are True where a token must *not* be read."""
+    """Holds what the feature enhancer needs of a text of L tokens. Masks are True where a token must *not* be read."""
 
     features: Tensor  # [B, L, D]
     mask: Tensor  # bool [B, L]
-    self_mask: Tensor  # bool [B, L, L]: a token reads its own phrase only
+    self_mask: Tensor  # bool [B, L, L]; a token reads its own phrase only
     position_ids: Tensor  # int64 [B, L], counted within a phrase
 
 
 @dataclasses.dataclass
 class ImageFeatures:
-    """What the feature enhancer wants of an image, all levels flattened to N tokens."""
+    """Holds what the feature enhancer needs of an image, with all levels flattened to N tokens."""
 
     features: Tensor  # [B, N, D]
     positions: Tensor  # [B, N, D]
@@ -63,9 +63,9 @@ class ImageFeatures:
 
 
 class GroundingDinoEncoder(nn.Module):
-    """The backbone, BERT and the feature enhancer of a ``GroundingDinoModel``; its decoder and heads are left out.
+    """Runs the backbone, BERT and the feature enhancer of a ``GroundingDinoModel``, without its decoder and heads.
 
-    The three parts are methods of their own, since a caller may bring its own text features.
+    The three parts are separate methods, since a caller may bring its own text features.
     Parameter names are those of ``GroundingDinoModel``.
     """
 
@@ -83,19 +83,19 @@ class GroundingDinoEncoder(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str) -> GroundingDinoEncoder:
-        """The encoder of a checkpoint folder as transformers saves it, in float32; safetensors only, no network."""
+        """Load the encoder from a checkpoint folder of transformers, in float32; safetensors only, no network."""
         return cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS, dtype=torch.float32)).eval()
 
     @classmethod
     def random(cls, size: str = "swin-t", seed: int = 0, fusion_scale: float = 0.5) -> GroundingDinoEncoder:
-        """An encoder with random weights.
+        """Make an encoder with random weights.
 
         Args:
             size: "swin-t" or "swin-b", the shapes of the published models, whose folders are called tiny and base (the
                 paper's storage tells that it has "swin-b"); or "tiny", for tests.
-            seed: of the weights; the global generator is left as it was.
-            fusion_scale: what the enhancer's learned residual scale is set to. Untrained it is 1e-4, where image and
-                text, and with them the tasks, hardly meet.
+            seed: seed of the weights; the global generator is left as it was.
+            fusion_scale: value for the enhancer's learned residual scale. Untrained it is 1e-4, at which image and
+                text, and with them the tasks, hardly affect each other.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -113,9 +113,9 @@ class GroundingDinoEncoder(nn.Module):
         token_type_ids: Tensor | None = None,
         pixel_mask: Tensor | None = None,
     ) -> GroundingDinoEncoderOutput:
-        """Image ``[B, 3, H, W]``, text ``[B, L]`` → enhanced image tokens ``[B, N, D]``, text tokens ``[B, L, D]``.
+        """Enhance image ``[B, 3, H, W]`` and text ``[B, L]`` → image tokens ``[B, N, D]``, text tokens ``[B, L, D]``.
 
-        Of a text longer than the model's ``max_text_len`` the rest is cut off, with a warning.
+        A text longer than the model's ``max_text_len`` is cut to that, with a warning.
         """
         text = self.embed_text(input_ids, attention_mask, token_type_ids)
         return self.enhance(self.embed_image(pixel_values, pixel_mask), text)
@@ -123,11 +123,11 @@ class GroundingDinoEncoder(nn.Module):
     def embed_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> TextFeatures:
-        """BERT, with every phrase (between the special tokens) reading only itself.
+        """Run BERT so that every phrase (between the special tokens) reads only itself.
 
-        A text of more than ``max_text_len`` tokens is cut to that, with a warning, as ``GroundingDinoModel`` cuts it:
-        once it is known which phrase a token is of, so that a phrase at the cut keeps its places. (There it is
-        silent; ``GroundingDinoForObjectDetection`` cannot run such a text at all.)
+        A text of more than ``max_text_len`` tokens is cut to that, with a warning. It is cut as in
+        ``GroundingDinoModel``, after the tokens were assigned to phrases, so that a phrase at the cut keeps its
+        positions. (That model cuts silently; ``GroundingDinoForObjectDetection`` cannot run such a text at all.)
         """
         length = self.max_text_len
         if input_ids.shape[1] > length and not torch.compiler.is_compiling():
@@ -147,9 +147,9 @@ class GroundingDinoEncoder(nn.Module):
         return TextFeatures(self.text_projection(hidden), ~attention_mask.bool(), ~readable, position_ids)
 
     def embed_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
-        """The backbone's feature maps projected to D channels, and coarser levels made from the last of them.
+        """Project the backbone's feature maps to D channels, and make coarser levels from the last of them.
 
-        A picture with a side that a ConvNeXt leaves nothing of is filled up with padding, masked as such.
+        A picture with a side too small for a ConvNeXt's strides is filled up with padding, which is masked.
         """
         if pixel_mask is None:
             pixel_mask = torch.ones(
@@ -188,7 +188,7 @@ class GroundingDinoEncoder(nn.Module):
         )
 
     def enhance(self, image: ImageFeatures, text: TextFeatures) -> GroundingDinoEncoderOutput:
-        """The feature enhancer: image and text tokens read each other, layer by layer."""
+        """Run the feature enhancer: image and text tokens read each other, layer by layer."""
         sizes = [height * width for height, width in image.shapes]
         device = image.features.device
         return self.encoder(
@@ -208,7 +208,7 @@ class GroundingDinoEncoder(nn.Module):
 
 
 def phrases_to_ids(phrases: Sequence[Sequence[int]] = EXAMPLE_PHRASES) -> tuple[Tensor, list[slice]]:
-    """``[CLS] phrase . phrase . … [SEP]`` as ids ``[1, L]``, and where in it each phrase stands."""
+    """Return ``[CLS] phrase . phrase . … [SEP]`` as ids ``[1, L]``, and the slice of each phrase in it."""
     ids = [_CLS, *itertools.chain.from_iterable((*phrase, _STOP) for phrase in phrases), _SEP]
     starts = itertools.accumulate((len(phrase) + 1 for phrase in phrases), initial=1)
     spans = [slice(start, start + len(phrase)) for start, phrase in zip(starts, phrases, strict=False)]
@@ -216,7 +216,7 @@ def phrases_to_ids(phrases: Sequence[Sequence[int]] = EXAMPLE_PHRASES) -> tuple[
 
 
 def add_adapters(encoder: nn.Module, tasks: int, rank: int = 32, sites: str = "fusion", seed: int = 0) -> nn.Module:
-    """A PEFT model of ``encoder`` with random adapters ``task0`` …; their B is random too: as zeros they do nothing."""
+    """Make a PEFT model of ``encoder`` with random adapters ``task0`` …; B is random too, as zeros would do nothing."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_SITES[sites])
@@ -232,21 +232,21 @@ def add_adapters(encoder: nn.Module, tasks: int, rank: int = 32, sites: str = "f
 
 
 def _least_side(backbone: PreTrainedConfig) -> int:
-    """Of a picture, in pixels: Swin pads what its strides do not divide; ConvNeXt's convolutions need all of theirs."""
+    """Return a picture's least side in pixels: ConvNeXt needs all its strides; Swin pads what its own do not divide."""
     if backbone.model_type not in ("convnext", "convnextv2"):
         return 1
     return backbone.patch_size * 2 ** (len(backbone.depths) - 1)
 
 
 def _valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Share of the (width, height) of a level that is picture; ``mask`` is True there, [B, h, w] → [B, 2]."""
+    """Return the share of a level's (width, height) that is picture; ``mask`` is True there, [B, h, w] → [B, 2]."""
     height, width = mask.shape[-2:]
     return torch.stack([mask[:, 0].sum(1, dtype=dtype) / width, mask[:, :, 0].sum(1, dtype=dtype) / height], -1)
 
 
 def _config(size: str) -> GroundingDinoConfig:
     levels = ["stage2", "stage3", "stage4"]
-    # The decoder is built and dropped; one layer and one query keep that short.
+    # The decoder is built and dropped; one layer and one query keep that cheap.
     if size in SWINS:
         swin = SwinConfig(**SWINS[size], out_features=levels)
         return GroundingDinoConfig(backbone_config=swin, text_config=BertConfig(), decoder_layers=1, num_queries=1)

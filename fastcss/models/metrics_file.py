@@ -1,4 +1,4 @@
-"""What is measured of a run, a line of JSON each, in its ``metrics.jsonl``."""
+"""Keeps a run's measurements in its ``metrics.jsonl``, one line of JSON each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def append_metrics(folder: str | Path, record: dict) -> None:
-    """Add a line to ``metrics.jsonl``; half a line that a kill has left at its end is dropped."""
+    """Add a line to ``metrics.jsonl``; drop half a line that a killed process has left at its end."""
     with open(Path(folder) / "metrics.jsonl", "ab+") as file:
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
@@ -19,7 +19,7 @@ def append_metrics(folder: str | Path, record: dict) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The whole lines of ``metrics.jsonl``, none where there is no such file."""
+    """Read the complete lines of ``metrics.jsonl``; none if there is no such file."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     records = []

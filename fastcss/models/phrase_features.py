@@ -1,4 +1,4 @@
-"""Phrases as the frozen text encoder reads them: computed once a model, and kept on disk beside what was learned."""
+"""Computes the frozen text encoder's features of phrases once per model, and keeps them on disk with the task."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FILE = "phrases.safetensors"
 
 @torch.no_grad()
 def phrase_features(detector: ClassDetector, tasks: Sequence[Task]) -> list[Tensor]:
-    """``[c, M, D]`` for each task's phrases.
+    """Return the features ``[c, M, D]`` of each task's phrases.
 
-    A task keeps its own with the digest of what they follow from, and has new ones where that is another: a text
-    encoder that was changed, exchanged or cast, other phrases.
+    A task keeps its features with a digest of what they depend on. They are computed anew if the digest differs: after
+    the text encoder was changed, exchanged or cast, or with other phrases.
     """
     encoder = _text_encoder(detector)
     for task in tasks:
@@ -38,13 +38,13 @@ def phrase_features(detector: ClassDetector, tasks: Sequence[Task]) -> list[Tens
 
 
 def save_phrase_features(task: Task, folder: Path) -> None:
-    """Write what the task keeps, if anything was computed yet."""
+    """Write the task's features, if they were computed."""
     if task.phrase_features is not None:
         save_file(task.phrase_features, folder / FILE, {"format": "pt"})
 
 
 def load_phrase_features(task: Task, folder: Path) -> None:
-    """Read it back, if it is there; ValueError where it is not whole, or of other phrases."""
+    """Read the task's features, if the file exists; raise ValueError if it is incomplete, or of other phrases."""
     path = folder / FILE
     if not path.exists():
         return
@@ -68,7 +68,7 @@ def _text_encoder(detector: ClassDetector) -> hashlib._Hash:
 
 
 def _digest(encoder: hashlib._Hash, task: Task) -> Tensor:
-    """uint8 [32]."""
+    """Return the digest of the text encoder and of the task's phrases, uint8 [32]."""
     digest = encoder.copy()
     for tensor in (task.input_ids, task.attention_mask):
         digest.update(f"{list(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""What a class is called and how it may look: the short phrases that a detector reads of it."""
+"""Makes the short phrases that a detector reads of a class: what it is called and how it may look."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .task import Phrases
 
-#: A folder with neither of them has no vocabulary, and transformers would make up an empty one.
+#: A folder with neither of these files has no vocabulary, and transformers would make up an empty one.
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
 
-#: They fit any class: by size, colour, shape, texture, material, lighting, position and condition.
+#: These fit any class: they name size, colour, shape, texture, material, lighting, position and condition.
 ADJECTIVES = (
     *("small", "large", "tiny", "tall"),
     *("red", "blue", "green", "black", "white", "colorful"),
@@ -30,13 +30,13 @@ ADJECTIVES = (
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder: from local files only, and none of the folder's code is run.
+    """Load the tokenizer of a checkpoint folder from local files only, without running any code of the folder.
 
-    Its ``model_max_length`` is no longer than the text encoder of the folder's configuration reads, if it has one.
+    Its ``model_max_length`` is at most what the text encoder of the folder's configuration reads, if there is one.
 
     Raises:
-        FileNotFoundError: no such folder, or no vocabulary in it.
-        ValueError: transformers can read no tokenizer from it.
+        FileNotFoundError: the folder does not exist, or has no vocabulary.
+        ValueError: transformers cannot read a tokenizer from the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -45,7 +45,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"load_tokenizer: {folder} has no tokenizer: looked for {' or '.join(VOCABULARIES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # the package tokenizers raises nothing narrower
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"load_tokenizer: {folder} has no tokenizer that can be read: {reason}") from error
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(folder))
@@ -53,20 +53,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def describe(names: Sequence[str], own: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
-    """M + 1 phrases for each of c classes: the name alone, and M that say how the class looks.
+    """Return M + 1 phrases for each of c classes: the name alone, and M that say how the class looks.
 
-    The paper has a language model write the M = 30 for each class; here they are one list of adjectives before the
+    In the paper a language model writes the M = 30 phrases of each class. Here one list of adjectives stands before the
     name, unless the user brings phrases.
 
     Args:
-        names: of the classes.
-        own: class → its M phrases, as many for every class; may have classes beyond ``names``.
+        names: names of the classes.
+        own: class → its M phrases, equally many for every class; may have classes beyond ``names``.
 
     Returns:
         c lists of M + 1 phrases; 31 by default.
 
     Raises:
-        ValueError: a class of ``names`` that ``own`` does not have, or what ``read_phrases`` refuses.
+        ValueError: ``own`` lacks a class of ``names``, or is what ``read_phrases`` refuses.
 
     Source: DecoupleCSS section 3.2.1 and appendix B.1.
 
@@ -86,11 +86,12 @@ def describe(names: Sequence[str], own: Mapping[str, Sequence[str]] | None = Non
 
 
 def read_phrases(path: str | Path) -> dict[str, list[str]]:
-    """Phrases that a user brings, for ``describe``: a JSON object ``{class: [phrase, …]}``, as many for every class.
+    """Read a user's phrases for ``describe``: a JSON object ``{class: [phrase, …]}``, equally many for every class.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no JSON, no such object, a class with no phrases or with more than another, a phrase without words.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no JSON or no such object, a class has no phrases or more than another, or a phrase has
+            no words.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,17 +105,17 @@ def read_phrases(path: str | Path) -> dict[str, list[str]]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, descriptions: Sequence[Sequence[str]]) -> Phrases:
-    """Phrases as ids, between [CLS] and [SEP], filled up to the longest.
+    """Turn phrases into ids between [CLS] and [SEP], filled up to the longest.
 
     Args:
-        tokenizer: the detector's.
+        tokenizer: the detector's tokenizer.
         descriptions: c lists of M phrases, the class's name first, from ``describe``.
 
     Returns:
-        ``[c, M, L]``, int64.
+        Ids and mask, int64 ``[c, M, L]``.
 
     Raises:
-        ValueError: classes with unequally many phrases; a phrase of which the tokenizer knows no word, or that is
+        ValueError: the classes have unequally many phrases, or the tokenizer knows no word of a phrase, or a phrase is
             longer than the text encoder reads.
     """
     counts = {len(phrases) for phrases in descriptions}
@@ -137,8 +138,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, descriptions: Sequence[Sequence[s
 
 
 def _positions(folder: Path) -> float:
-    """How many tokens the folder's text encoder has positions for; a tokenizer need not know."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whoever loads the model tells of its file
+    """Return how many tokens the folder's text encoder has positions for, which a tokenizer need not know."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # loading the model will report a bad file
         return json.loads((folder / "config.json").read_bytes())["text_config"]["max_position_embeddings"]
     return math.inf
 

@@ -1,4 +1,4 @@
-"""A picture as the two models read it: Grounding DINO at its own shape, SAM in a square."""
+"""Prepares a picture for the two models: for Grounding DINO in its own shape, for SAM in a square."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Of ImageNet's pixels, for red, green and blue in 0…1; both models were trained with them.
+#: Mean and deviation of ImageNet's pixels, for red, green and blue in 0…1; both models were trained with them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Picture(NamedTuple):
-    """What ``preprocess`` makes of one picture.
+    """Holds a picture as ``preprocess`` prepares it.
 
     Attributes:
         pixel_values: ``[3, h, w]`` for the detector.
-        sam_pixel_values: ``[3, S, S]`` for SAM, zeros right of and below the picture.
-        size: (height, width) of the picture as it was.
-        crop: (height, width) that it has within ``sam_pixel_values``.
+        sam_pixel_values: ``[3, S, S]`` for SAM, with zeros right of and below the picture.
+        size: (height, width) of the original picture.
+        crop: (height, width) of the picture within ``sam_pixel_values``.
     """
 
     pixel_values: Tensor
@@ -34,14 +34,14 @@ def preprocess(image: Tensor, sam_side: int = 1024, shortest: int = 800, longest
     Args:
         image: ``[3, H, W]`` in 0…1, floating point.
         sam_side: S, ``SamSegmenter.image_size``; the picture's longer side becomes this.
-        shortest: what the picture's shorter side becomes for the detector,
-        longest: unless its longer side would exceed this.
+        shortest: length of the picture's shorter side for the detector; less if the longer would exceed ``longest``.
+        longest: largest length of the picture's longer side for the detector.
 
     Raises:
-        TypeError, ValueError: no picture, named in the message.
+        TypeError, ValueError: ``image`` is no picture; the message says why.
 
-    Source: the image processors of Grounding DINO and of segment-anything. Theirs round the resized picture to 8 bits
-    and this does not: the values differ by less than 1/255 before normalisation.
+    Source: the image processors of Grounding DINO and of segment-anything. They round the resized picture to 8 bits
+    and this function does not: the values differ by less than 1/255 before normalisation.
 
     Example:
         >>> preprocess(torch.rand(3, 375, 500)).crop
@@ -64,7 +64,7 @@ def preprocess(image: Tensor, sam_side: int = 1024, shortest: int = 800, longest
 
 
 def _detector_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """Grounding DINO's rounding: the shorter side to the nearest, the longer one down."""
+    """Return the detector's size, rounded as in Grounding DINO: the shorter side to the nearest, the longer down."""
     short, long = min(size), max(size)
     exact = min(shortest, longest * short / long)
     becomes = {short: max(1, round(exact)), long: max(1, int(exact * long / short))}
@@ -72,7 +72,7 @@ def _detector_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    # Antialiased, bilinear is Pillow's, which the models' own processors resize with.
+    # Bilinear with antialiasing equals Pillow's resizing, which the models' own processors use.
     return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 

@@ -1,4 +1,4 @@
-"""pGen: for each class a perceptron of its own, from the class's tokens to prompts for SAM."""
+"""Defines pGen, which has a perceptron for each class, from the class's tokens to prompts for SAM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..ops import prompt_mlp
 
 
 class PromptGenerator(nn.Module):
-    """The generators of C classes, packed.
+    """Holds the generators of C classes, packed.
 
     Args:
-        classes: C.
-        length: of the input of each, scalars of the flattened tokens; the paper has 512 (VOC) and 1024 (ADE20K).
-        prompt_dim: D of a prompt embedding.
-        prompts: embeddings a class.
+        classes: number of classes, C.
+        length: length of each input, in scalars of the flattened tokens; the paper has 512 (VOC) and 1024 (ADE20K).
+        prompt_dim: width D of a prompt embedding.
+        prompts: number of embeddings per class.
         hidden: width of the hidden layer.
 
     Source: DecoupleCSS section 3.3.2, appendix A.3.
@@ -27,7 +27,7 @@ class PromptGenerator(nn.Module):
         super().__init__()
         self.prompt_dim = prompt_dim
         width = prompts * prompt_dim
-        # L_k. Not zeros: of a class without tokens it is the whole input, and nothing would pass a ReLU of nothing.
+        # L_k must not be zeros: it is the whole input of a class without tokens, and nothing would pass the ReLU.
         self.class_embedding = nn.Parameter(torch.empty(classes, length).normal_(std=0.02))
         self.weight_1 = nn.Parameter(torch.empty(classes, length, hidden))
         self.bias_1 = nn.Parameter(torch.zeros(classes, hidden))
@@ -37,8 +37,8 @@ class PromptGenerator(nn.Module):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor, index: Tensor) -> Tensor:
-        """``tokens`` [R, length] of the classes ``index`` [R] → [R, prompts, prompt_dim]."""
-        tokens = tokens.to(self.class_embedding.dtype)  # the detector, whose they are, may have another
+        """Generate prompts from ``tokens`` [R, length] of the classes ``index`` [R] → [R, prompts, prompt_dim]."""
+        tokens = tokens.to(self.class_embedding.dtype)  # they come from the detector, which may have another dtype
         out = prompt_mlp(
             tokens + self.class_embedding[index], self.weight_1, self.bias_1, self.weight_2, self.bias_2, index
         )
@@ -46,7 +46,7 @@ class PromptGenerator(nn.Module):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What it was made with."""
+        """Return the sizes that the generator was made with."""
         classes, length, hidden = self.weight_1.shape
         prompts = self.weight_2.shape[2] // self.prompt_dim
         return {
@@ -54,7 +54,7 @@ class PromptGenerator(nn.Module):
         }  # fmt: skip
 
     def weights_per_class(self) -> int:
-        """What the paper's appendix A.3 counts: the two matrices."""
+        """Count the weights of the two matrices, as the paper's appendix A.3 does."""
         return (self.weight_1.numel() + self.weight_2.numel()) // len(self.weight_1)
 
     def extra_repr(self) -> str:
@@ -62,7 +62,7 @@ class PromptGenerator(nn.Module):
 
 
 def pack(generators: list[PromptGenerator]) -> PromptGenerator:
-    """The classes of several generators, one after the other, as one."""
+    """Pack the classes of several generators, one after the other, into one generator."""
     packed = PromptGenerator.__new__(PromptGenerator)
     nn.Module.__init__(packed)
     packed.prompt_dim = generators[0].prompt_dim

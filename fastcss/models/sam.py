@@ -1,4 +1,4 @@
-"""The Segment Anything Model as DecoupleCSS uses it: one embedding an image, then all of its prompts at once."""
+"""Runs the Segment Anything Model as DecoupleCSS uses it: one embedding per image, then all of its prompts at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from .checkpoint import load_pretrained
 
-#: The image encoders of the published models: width, layers, heads.
+#: The published models have image encoders of these (width, layers, heads).
 VITS = {"vit-b": (768, 12, 12), "vit-l": (1024, 24, 16), "vit-h": (1280, 32, 16)}
 
 
 class Masks(NamedTuple):
-    """What the decoder makes of R prompts.
+    """Holds the decoder's masks for R prompts.
 
     Attributes:
         masks: ``[R, 4h, 4w]``, logits, for an embedding of h × w.
@@ -28,7 +28,7 @@ class Masks(NamedTuple):
 
 
 class SamSegmenter(nn.Module):
-    """A ``transformers.SamModel`` that is prompted with embeddings instead of points and boxes."""
+    """Runs a ``transformers.SamModel`` that is prompted with embeddings instead of points and boxes."""
 
     def __init__(self, model: SamModel) -> None:
         super().__init__()
@@ -36,17 +36,17 @@ class SamSegmenter(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str) -> SamSegmenter:
-        """The checkpoint folder that transformers saves, in float32; safetensors only, no network."""
+        """Load the model from a checkpoint folder of transformers, in float32; safetensors only, no network."""
         return cls(load_pretrained(SamModel, folder, dtype=torch.float32)).eval()
 
     @classmethod
     def random(cls, size: str = "vit-b", seed: int = 0) -> SamSegmenter:
-        """Random weights, large enough that a mask depends on its prompt, as in a trained model.
+        """Make a model with random weights that are so large that a mask depends on its prompt, as in a trained model.
 
         Args:
             size: "vit-b", "vit-l" or "vit-h", the shapes of the published models (DecoupleCSS's storage tells that it
                 has "vit-h"); or "tiny", for tests.
-            seed: of the weights; the global generator is left as it was.
+            seed: seed of the weights; the global generator is left as it was.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -58,32 +58,32 @@ class SamSegmenter(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture that the encoder takes."""
+        """Return the side of the square picture that the encoder takes."""
         return self.model.config.vision_config.image_size
 
     @property
     def prompt_dim(self) -> int:
-        """D of a prompt's embeddings."""
+        """Return the width D of a prompt's embeddings."""
         return self.model.config.prompt_encoder_config.hidden_size
 
     def mask_crop(self, crop: tuple[int, int]) -> tuple[int, int]:
-        """Of a picture that fills ``crop`` of the encoder's square: what it fills of four times a mask's.
+        """Return the part of a fourfold enlarged mask that belongs to a picture that fills ``crop`` of SAM's square.
 
-        That is where ``merge_masks`` counts. With the published patches of 16 pixels both are the same.
+        ``merge_masks`` counts in that enlarged mask. With the published patches of 16 pixels it equals ``crop``.
         """
         patch = self.model.config.vision_config.patch_size
         return tuple(round(16 * length / patch) for length in crop)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
-        """``[B, 3, S, S]`` of ``S = image_size`` → ``[B, D, h, w]``."""
+        """Embed pictures ``[B, 3, S, S]`` with ``S = image_size`` → ``[B, D, h, w]``."""
         return self.model.vision_encoder(pixel_values).last_hidden_state
 
     def decode(self, embedding: Tensor, prompts: Tensor) -> Masks:
-        """The masks of R prompts in one image: ``SamModel``'s, with what the prompts share computed once.
+        """Decode the masks of R prompts in one image, as ``SamModel`` does, but compute what the prompts share once.
 
         Args:
             embedding: ``[D, h, w]``, one image of ``embed``.
-            prompts: ``[R, m, D]``, m embeddings a prompt.
+            prompts: ``[R, m, D]``, m embeddings per prompt.
         """
         decoder = self.model.mask_decoder
         height, width = embedding.shape[-2:]
@@ -97,15 +97,15 @@ class SamSegmenter(nn.Module):
         maps = keys.transpose(1, 2).unflatten(2, (height, width))
         maps = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(maps)))
         maps = decoder.activation(decoder.upscale_conv2(maps))
-        weights = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # of the mask for a prompt that means one object
+        weights = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # for a prompt that means one object
         masks = (weights[:, None] @ maps.flatten(2)).view(len(prompts), *maps.shape[-2:])
         return Masks(masks, decoder.iou_prediction_head(queries[:, 0])[:, 0])
 
 
 def _two_way(transformer: nn.Module, tokens: Tensor, image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [R, n, D] and one image [1, N, D] read each other → [R, n, D], [R, N, D].
+    """Let tokens [R, n, D] and one image [1, N, D] read each other → [R, n, D], [R, N, D].
 
-    The first block reads the same image for every prompt: its keys and values, and its queries on the way back, are
+    The first block reads the same image for every prompt, so its keys and values, and its queries on the way back, are
     made once. From then on each prompt has an image of its own.
     """
     queries = tokens
@@ -117,7 +117,7 @@ def _two_way(transformer: nn.Module, tokens: Tensor, image: Tensor, places: Tens
             queries = queries + _attend(block.self_attn, query, query, queries)
         queries = block.layer_norm1(queries)
         read = block.cross_attn_token_to_image
-        if i == 0:  # the prompts' tokens as one sequence: none reads another
+        if i == 0:  # all prompts' tokens form one sequence, since none reads another here
             attended = _attend(read, (queries + tokens).flatten(0, 1)[None], image + places, image)[0]
             attended = attended.view(queries.shape)
         else:
@@ -132,7 +132,7 @@ def _two_way(transformer: nn.Module, tokens: Tensor, image: Tensor, places: Tens
 
 
 def _attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """SamAttention on [R or 1, ·, D]; what has a batch of one is projected once."""
+    """Run SamAttention on [R or 1, ·, D]; project a tensor with a batch of one only once."""
     heads = (attention.num_attention_heads, -1)
     q, k, v = (
         project(x).unflatten(2, heads).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""A data set as one task learns from it: pictures for both models, and what they show of the task's classes."""
+"""Prepares a data set for one task: pictures for both models, and what they show of the task's classes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .sam import SamSegmenter
 
 
 class Example(NamedTuple):
-    """One picture of a task.
+    """Holds one picture of a task.
 
     Attributes:
         pixel_values: ``[3, h, w]`` for the detector.
         sam_pixel_values: ``[3, S, S]`` for SAM.
         classes: int64 ``[m, m]``, at the resolution of SAM's masks: 0 for background, 1 + k for class k of the task,
-            255 where nothing counts, and on SAM's padding.
-        present: bool ``[c]``, which classes the picture shows, be it in one pixel.
-        crop: (rows, columns) of ``classes`` that are picture, at least one: of a picture so thin that it is under no
-            centre, a row or column of padding.
+            255 on pixels that do not count and on SAM's padding.
+        present: bool ``[c]``, says which classes the picture shows, even if in one pixel.
+        crop: (rows, columns) of ``classes`` that are picture, at least one each. For a picture so thin that it lies
+            under no centre, that one is a row or column of padding.
     """
 
     pixel_values: Tensor
@@ -37,16 +37,16 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B pictures, with a row for each of the R masks that they show together.
+    """Holds B pictures, with a row for each of the R masks that they show together.
 
     Attributes:
         pixel_values: ``[3, h, w]`` for each picture; they may differ in size.
         sam_pixel_values: ``[B, 3, S, S]``.
         present: bool ``[B, c]``.
         index: int64 ``[R]``, the class of each mask, picture after picture.
-        masks_of: how many of the R each picture has.
-        masks: uint8 ``[R, m, m]``, 1 on the object, 0 off it, 255 where nothing counts.
-        ignored: bool ``[B, m, m]``, where nothing counts: some pictures have no mask to say so.
+        masks_of: how many of the R masks each picture has.
+        masks: uint8 ``[R, m, m]``: 1 on the object, 0 off it, 255 on pixels that do not count.
+        ignored: bool ``[B, m, m]``, True on pixels that do not count: some pictures have no mask to say so.
         crops: (rows, columns) of the masks that are picture, for each picture.
     """
 
@@ -65,21 +65,21 @@ class Batch(NamedTuple):
 
 
 class TaskPictures(Dataset):
-    """The items of a labelled data set, each an ``Example`` of one task.
+    """Turns each item of a labelled data set into an ``Example`` of one task.
 
-    Labels are brought to the resolution of SAM's masks, not the masks to that of the labels: what enlarges a mask later
-    is bilinear and has nothing to learn, and at the size of SAM's picture there would be sixteen times as many pixels.
-    A pixel of a mask has the label under its centre.
+    Labels are brought to the resolution of SAM's masks, not the masks to that of the labels: the later enlargement of a
+    mask is bilinear and has nothing to learn, and at the size of SAM's picture there would be sixteen times as many
+    pixels. A pixel of a mask has the label under its centre.
 
     Args:
-        dataset: items ``(image, labels)``: floating point ``[3, H, W]`` in 0…1, integers ``[H, W]`` of 0…254, and 255
-            where nothing counts.
+        dataset: items ``(image, labels)``: floating point ``[3, H, W]`` in 0…1, and integers ``[H, W]`` in 0…254, or
+            255 on pixels that do not count.
         labels: label of each class of the task, from 1 to 254, in the order of its names; all others are background.
-        segmenter: whose sizes count.
+        segmenter: its sizes are those of the pictures and masks.
         shortest, longest: sides of the detector's pictures, see ``preprocess``.
 
     Raises:
-        ValueError: labels that are none, out of range or given twice; a data set of no items.
+        ValueError: there are no labels, or one is out of range or given twice, or the data set has no items.
     """
 
     def __init__(
@@ -118,16 +118,16 @@ class TaskPictures(Dataset):
         return Example(picture.pixel_values, picture.sam_pixel_values, padded[rows[:, None], columns], present, crop)
 
     def _under_centres(self, length: int, part: int) -> Tensor:
-        """Index [m] into ``length`` labels, which fill ``part`` of SAM's side; ``length`` itself on the padding."""
+        """Return indices [m] into ``length`` labels that fill ``part`` of SAM's side; on the padding, ``length``."""
         centres = (torch.arange(self._mask_side, dtype=torch.float64) + 0.5) * self._sides["sam_side"] / self._mask_side
         return (centres * length / part).long().clamp(max=length)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Examples as a batch. Rows of masks are found here, on the CPU, so that the step need not read a GPU for them."""
+    """Make a batch of examples. Masks are listed here, on the CPU, so that the step need not read them from a GPU."""
     index, masks = [], []
     for example in examples:
-        shown = example.classes.unique()  # a class of few pixels may be under no centre
+        shown = example.classes.unique()  # a class of few pixels may lie under no centre
         shown = shown[(shown > 0) & (shown < IGNORE_INDEX)]
         mask = (example.classes == shown[:, None, None]).to(torch.uint8)
         index.append(shown - 1)
@@ -145,19 +145,19 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def token_shares(batch: Batch, shapes: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    """How much of each token's cell shows each class.
+    """Return the share of each token's cell that shows each class.
 
     The cells of a level are taken to divide the picture evenly. (A detector pads pictures that its strides do not
-    divide: there the last cells reach beyond, by less than one.) They are counted in whole pixels of the masks, so that
-    neighbouring cells share those between them.
+    divide, so the last cells reach beyond the picture by less than one cell.) They are counted in whole pixels of the
+    masks; neighbouring cells share the pixels between them.
 
     Args:
-        batch: of B pictures and c classes.
+        batch: batch of B pictures and c classes.
         shapes: (height, width) of every level of each picture's tokens.
 
     Returns:
-        float32 ``[n, c]`` in 0…1 for the n tokens of all pictures, level after level; NaN for cells with pixels that do
-        not count.
+        The shares, float32 ``[n, c]`` in 0…1, for the n tokens of all pictures, level after level; NaN for cells with
+        pixels that do not count.
     """
     parts, first = [], 0
     for b, (count, (height, width), levels) in enumerate(zip(batch.masks_of, batch.crops, shapes, strict=True)):

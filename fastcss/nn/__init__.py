@@ -1,4 +1,4 @@
-"""Modules built on the ops: a part of a segmentation model each."""
+"""Holds modules built on the ops; each is a part of a segmentation model."""
 
 from .caa import CAALosses, CAAOutput, ClassAwareAffinity
 from .cost_filter import CategoryFilter

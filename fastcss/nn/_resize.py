@@ -1,4 +1,4 @@
-"""Bilinear resizing whose gradient can be relied on."""
+"""Resizes bilinearly, with a gradient that can be relied on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def resize(x: Tensor, size: torch.Size) -> Tensor:
-    """``F.interpolate(x, size, mode="bilinear", align_corners=False)`` as two products, in float32 at least.
+    """Compute ``F.interpolate(x, size, mode="bilinear", align_corners=False)`` as two products, in float32 at least.
 
-    ``x`` [B, C, h, w] keeps its dtype. The gradient is deterministic on GPUs, and right under Inductor: that of
-    ``F.interpolate`` into a cross-entropy is compiled to 0 on CPU where a batch norm is in the graph (torch 2.13).
+    ``x`` [B, C, h, w] keeps its dtype. The gradient is deterministic on GPUs, and right under Inductor, which on CPU
+    compiles that of ``F.interpolate`` into a cross-entropy to 0 if a batch norm is in the graph (torch 2.13).
     """
     if x.shape[2:] == size:
         return x
@@ -21,7 +21,7 @@ def resize(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def _shares(small: int, large: int, like: Tensor) -> Tensor:
-    """[large, small], the share of each of the small positions in each of the large ones."""
+    """Return [large, small], the share of each of the small positions in each of the large ones."""
     to, at = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (large, small))
     source = ((to + 0.5) * (small / large) - 0.5).clamp(0, small - 1)
     return (1 - (source[:, None] - at).abs()).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Class-aware affinity (CAA): context from alike pixels, unlike pixels and class centres, for any backbone."""
+"""Defines class-aware affinity (CAA): context from alike pixels, unlike pixels and class centres, for any backbone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..ops import affinity_attention, affinity_loss, class_centers
 from ._resize import resize
 from .center_attention import CenterAttention, Norm, conv_norm_relu, to_map, to_pixels
 
-#: What a head draws its context from: all there is, or what the ablations of tables 3.2 and 3.3 leave it. "centers":
-#: the features attend to the class centres, there is no affinity map; "affinity": what the map gathers from pixels
-#: alike and unlike, and no class centres; "intra", "inter": the pixels alike, or unlike, alone attend to the centres.
+#: A head draws its context from everything ("full"), or from what the ablations of tables 3.2 and 3.3 leave. "centers":
+#: the features attend to the class centres, without an affinity map; "affinity": the map gathers from pixels alike and
+#: unlike, without class centres; "intra", "inter": only the pixels alike, or only those unlike, attend to the centres.
 CONTEXTS = ("full", "centers", "affinity", "intra", "inter")
 
 
 class CAAOutput(NamedTuple):
-    """What ``ClassAwareAffinity`` returns; a tuple, so that ``torch.compile`` and DDP see every tensor in it.
+    """Holds what ``ClassAwareAffinity`` returns; it is a tuple so that ``torch.compile`` and DDP see all its tensors.
 
     Attributes:
         logits: ``[B, C, h, w]``, the segmentation.
@@ -30,7 +30,8 @@ class CAAOutput(NamedTuple):
         q: ``[B, h·w, K]``, the queries of the affinity map ``sigmoid(Q Kᵀ)``.
         k: ``[B, h·w, K]``, its keys.
 
-    What the head's ``context`` has no use for is None: ``coarse`` without class centres, ``q`` and ``k`` without map.
+    Fields that the head's ``context`` does not use are None: ``coarse`` without class centres, ``q`` and ``k`` without
+    the map.
     """
 
     logits: Tensor
@@ -40,7 +41,7 @@ class CAAOutput(NamedTuple):
 
 
 class CAALosses(NamedTuple):
-    """Scalars, at least float32: the weighted ``total`` to train with, and its three parts as they are."""
+    """Holds scalars, at least float32: the weighted ``total`` to train with, and its three parts without weights."""
 
     total: Tensor
     seg: Tensor
@@ -49,19 +50,19 @@ class CAALosses(NamedTuple):
 
 
 class ClassAwareAffinity(nn.Module):
-    """A segmentation head that puts class-aware affinity between a backbone's features and their classification.
+    """Puts class-aware affinity between a backbone's features and their classification, as a segmentation head.
 
-    Each pixel gathers features from the pixels alike (``M F``) and unlike (``(1 − M) F``), both attend to the class
+    Each pixel gathers features from the pixels alike (``M F``) and unlike (``(1 − M) F``). Both attend to the class
     centres of the coarse segmentation, and what they find is joined with the features. One segmentation layer, a 1×1
     convolution, makes the coarse segmentation from the features and the final one from the result. Without that layer,
     which the bare model has too, the module has 3,089,024 parameters at 512 channels. The N×N map is never made.
 
-    The published count is 3,614,336: it has a bottleneck convolution of OCRNet in it (525,312 parameters), which the
-    author's code makes and never runs. With ``ocr_bottleneck=True`` it is there and runs, as in OCRNet. The published
-    13.05 GMAC of convolutions, at 64×64 pixels, 150 classes, have no room for it: counted are 13.03 without and 17.33
-    with it, the second use of the segmentation layer included (0.05 less here: the centres' keys are made once).
-    Weights of a head with it do not load into one without: the error names them. Where the layer was never run, as by
-    the author's code, leave out the keys under ``center_attention.bottleneck``.
+    The published count is 3,614,336. It includes a bottleneck convolution of OCRNet (525,312 parameters), which the
+    author's code makes and never runs. With ``ocr_bottleneck=True`` the layer exists and runs, as in OCRNet. The
+    published 13.05 GMAC of convolutions, at 64×64 pixels, 150 classes, have no room for it: the count is 13.03 without
+    and 17.33 with it, including the second use of the segmentation layer (0.05 less here: the centres' keys are made
+    once). Weights of a head with this layer do not load into one without: the error names them. If the layer was never
+    run, as in the author's code, leave out the keys under ``center_attention.bottleneck``.
 
     Args:
         in_channels: D, channels of the features.
@@ -73,15 +74,16 @@ class ClassAwareAffinity(nn.Module):
         loss_weights: factors of the segmentation, affinity and auxiliary loss in ``loss``.
         ignore_index: pixels of this label are in no loss.
         context: "full", or one of the ablations of tables 3.2 and 3.3: "centers", "affinity", "intra", "inter"; see
-            ``CONTEXTS``. Layers, map and losses of what is left out are not there.
-        ocr_bottleneck: join what is attended with what attends by one more layer, as OCRNet and not as eq. 3.5, 3.7.
+            ``CONTEXTS``. The layers, map and losses of the parts left out do not exist.
+        ocr_bottleneck: join the attended features with the attending ones by one more layer, as OCRNet does and eq.
+            3.5, 3.7 do not.
         impl: implementation of the ops: "auto", or one of "reference", "composed", "cpu", "triton", "cuda".
 
     Raises:
-        ValueError: a channel or class count below 1, an unknown ``impl`` or ``context``, not three loss weights, or
-            ``ocr_bottleneck`` without class centres.
+        ValueError: a channel or class count is below 1, ``impl`` or ``context`` is unknown, there are not three loss
+            weights, or ``ocr_bottleneck`` is set without class centres.
 
-    Source: CAA (thesis chapter 3), table 3.5 for the size; what the text leaves open is as in the author's code.
+    Source: CAA (thesis chapter 3), table 3.5 for the size; details that the text leaves open follow the author's code.
 
     Example:
         >>> head = ClassAwareAffinity(512, num_classes=21)
@@ -137,7 +139,7 @@ class ClassAwareAffinity(nn.Module):
         self.fuse = conv_norm_relu((1 + max(1, len(self.gathered))) * in_channels, in_channels, norm_layer)
 
     def forward(self, features: Tensor) -> CAAOutput:
-        """Segment.
+        """Segment the features.
 
         Args:
             features: ``[B, D, h, w]`` of the backbone; any strides, channels-last included; the module's dtype, or any
@@ -147,11 +149,11 @@ class ClassAwareAffinity(nn.Module):
             ``(logits, coarse, q, k)``: see ``CAAOutput``.
 
         Raises:
-            TypeError, ValueError: not a floating-point tensor of that shape with at least one pixel.
+            TypeError, ValueError: ``features`` is no floating-point tensor of that shape with at least one pixel.
             RuntimeError: the implementation asked for cannot run here; the message says why.
         """
         self._check_features(features)
-        (features,) = autocast(features)  # once, not in each of the layers that read them
+        (features,) = autocast(features)  # casts once, not in each of the layers that read them
         coarse = q = k = None
         pixels, context = to_pixels(features), [features]  # [B, N, D], of [B, D, h, w] each
         if self.gathered:
@@ -165,7 +167,7 @@ class ClassAwareAffinity(nn.Module):
         return CAAOutput(self.segmentation(final), coarse, q, k)
 
     def _gather(self, features: Tensor, intra_inter: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """What the map gathered from the pixels alike and unlike, [B, N, D], each joined with the features."""
+        """Join what the map gathered from the pixels alike and unlike, [B, N, D] each, with the features."""
         joined = []
         for name, x in zip(("intra", "inter"), intra_inter, strict=True):
             if name in self.gathered:
@@ -174,22 +176,22 @@ class ClassAwareAffinity(nn.Module):
         return joined
 
     def loss(self, output: CAAOutput, labels: Tensor) -> CAALosses:
-        """Losses of an output: segmentation and auxiliary cross-entropy at the labels' size, affinity loss at [h, w].
+        """Compute an output's losses: segmentation and auxiliary cross-entropy at the labels' size, affinity at [h, w].
 
-        Logits are upsampled to the labels (bilinear), labels down-sampled to the affinity map (nearest). The loss of
-        what the head's ``context`` leaves out is 0. With no pixel that counts every loss is 0, with gradients 0. Uses
-        no parameters: may be called beside a DDP wrapper.
+        Logits are upsampled to the labels (bilinear), labels down-sampled to the affinity map (nearest). The loss of a
+        part that the head's ``context`` leaves out is 0. If no pixel counts, every loss is 0, with gradients 0. The
+        method uses no parameters, so it may be called beside a DDP wrapper.
 
         Args:
-            output: of ``forward``.
+            output: output of ``forward``.
             labels: integer ``[B, H, W]``, the class of each pixel or ``ignore_index``; H ≥ h and W ≥ w at one stride.
 
         Returns:
             ``(total, seg, affinity, aux)``; total is the sum weighted by ``loss_weights``.
 
         Raises:
-            TypeError, ValueError: labels of another kind, batch, size or device.
-            IndexError: a label that is neither a class nor ``ignore_index`` (on CPU; on CUDA reading them would stall).
+            TypeError, ValueError: the labels have another kind, batch, size or device.
+            IndexError: a label is neither a class nor ``ignore_index`` (on CPU; on CUDA reading them would stall).
 
         Source: eq. 3.9 to 3.12.
         """
@@ -209,7 +211,7 @@ class ClassAwareAffinity(nn.Module):
         return CAALosses(total, seg, affinity, aux)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the pixels that count; of none 0, where ``reduction="mean"`` is NaN."""
+        """Return the mean over the pixels that count; 0 if there are none, for which ``reduction="mean"`` gives NaN."""
         logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[1:])
         total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
         return total / (labels != self.ignore_index).sum().clamp(min=1)
@@ -226,14 +228,14 @@ class ClassAwareAffinity(nn.Module):
             )
 
     def _check_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """As int64."""
+        """Check the labels, and return them as int64."""
         op = "ClassAwareAffinity.loss"
         sizes = check_shapes(op, logits=(logits, "B C h w"), labels=(labels, "B H W"))
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"{op}: labels must be a tensor of integers, got {labels.dtype}")
         check_device(op, "output", logits, "labels", labels)
         h, w, height, width = (sizes[letter] for letter in "hwHW")
-        # One stride s gives both sizes, rounded down or up: H/(h + 1) < s < H/(h − 1), and so for w.
+        # One stride s gives both sizes, rounded down or up: H/(h + 1) < s < H/(h − 1), and the same for w.
         one_stride = height * (w - 1) < width * (h + 1) and width * (h - 1) < height * (w + 1)
         if height < h or width < w or not one_stride:
             raise ValueError(

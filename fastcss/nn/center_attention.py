@@ -1,4 +1,4 @@
-"""Attention of pixels to class centres, as in OCRNet, and the 1×1 layers that it and the CAA head are made of."""
+"""Lets pixels attend to class centres, as in OCRNet, and has the 1×1 layers that this and the CAA head consist of."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Norm = Callable[[int], nn.Module]
 
 
 class CenterAttention(nn.Module):
-    """Attention of pixels to class centres, as OCRNet's object attention; one set of weights for all maps given.
+    """Lets pixels attend to class centres, like OCRNet's object attention; all maps share one set of weights.
 
     Args:
-        channels: D, of the maps, of the centres and of the results.
-        attention_channels: of queries, keys and values; the products are scaled by its −½th power.
+        channels: D, channels of the maps, of the centres and of the results.
+        attention_channels: channels of queries, keys and values; the products are scaled by its −½th power.
         norm_layer: makes the normalisation of so many channels.
-        bottleneck: join what is attended with the map by one more layer, as OCRNet.
+        bottleneck: join the attended features with the map by one more layer, as OCRNet does.
     """
 
     def __init__(self, channels: int, attention_channels: int, norm_layer: Norm, bottleneck: bool) -> None:
@@ -36,7 +36,7 @@ class CenterAttention(nn.Module):
         self.bottleneck = conv_norm_relu(2 * channels, channels, norm_layer) if bottleneck else None
 
     def forward(self, *maps: Tensor, centers: Tensor) -> list[Tensor]:
-        """``maps`` [B, D, h, w] each, ``centers`` [B, C, D] → a [B, D, h, w] for each map."""
+        """Attend: ``maps`` [B, D, h, w] each, ``centers`` [B, C, D] → a [B, D, h, w] for each map."""
         columns = centers.mT.unsqueeze(3)  # [B, D, C, 1]
         key, value = (to_pixels(layer(columns)).unsqueeze(1) for layer in (self.key, self.value))  # [B, 1, C, A]
         attended = []
@@ -48,7 +48,7 @@ class CenterAttention(nn.Module):
         return attended
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
-        """What torch only calls unexpected, or drops without ``strict``, this explains."""
+        """Explain keys that torch would only call unexpected, or would drop without ``strict``."""
         super()._load_from_state_dict(state_dict, prefix, *others)
         given = [key for key in state_dict if key.startswith(f"{prefix}bottleneck.")]
         if given and self.bottleneck is None:
@@ -60,7 +60,7 @@ class CenterAttention(nn.Module):
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, norm_layer: Norm) -> nn.Sequential:
-    """A 1×1 convolution without bias, its normalisation, ReLU."""
+    """Make a 1×1 convolution without bias, its normalisation and a ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, bias=False), norm_layer(out_channels), nn.ReLU(inplace=True)
     )

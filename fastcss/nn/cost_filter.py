@@ -1,4 +1,4 @@
-"""The category filter as a module: of all classes those whose text answers an image best."""
+"""Makes the category filter a module: it keeps the classes whose text fits an image best."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..ops import FilteredCost, PackedText, cost_filter
 
 
 class CategoryFilter(nn.Module):
-    """Keeps the k classes of the largest cosine anywhere in an image, with their cost maps; has no parameters.
+    """Keeps the k classes with the largest cosine anywhere in an image, with their cost maps; has no parameters.
 
     Args:
-        k: classes to keep, best first; all of them, still best first, where there are no more. None is no filter: all
-            classes, in class order.
+        k: how many classes to keep, best first; if there are no more than k, all are kept, still best first. None does
+            not filter: it keeps all classes, in class order.
         impl: implementation of the op: "auto", or one of "reference", "composed", "cpu", "triton", "cuda".
 
     Raises:
@@ -42,16 +42,16 @@ class CategoryFilter(nn.Module):
         return f"k={self.k}, impl={self.impl!r}"
 
     def forward(self, image: Tensor, text: Tensor | PackedText) -> FilteredCost:
-        """Filter.
+        """Filter the classes of each image.
 
         Args:
             image: ``[B, D, H, W]``, the pixels' features in the space of the text; any strides.
-            text: ``[T, P, D]``, P prompts of each of T classes for the whole batch, or ``[B, T, P, D]``, dtype of
-                ``image``; or either from ``ops.pack_text``, which carries no gradient.
+            text: ``[T, P, D]``, P prompts of each of T classes for the whole batch, or ``[B, T, P, D]``, in the dtype
+                of ``image``; or either from ``ops.pack_text``, which carries no gradient.
 
         Returns:
             ``FilteredCost(cost [B, k, P, H, W], index [B, k], score [B, k])``; gradients flow to ``image`` and
-            ``text`` through ``cost``. ``ops.scatter_cost`` and ``ops.filtered_argmax`` take it on.
+            ``text`` through ``cost``. ``ops.scatter_cost`` and ``ops.filtered_argmax`` process it further.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.

@@ -1,7 +1,7 @@
-"""The steps that turn cost maps into logits: refinement over space, over classes, and guided upsampling.
+"""Turns cost maps into logits by refinement over space, refinement over classes, and guided upsampling.
 
-Maps are ``[B, k, …]``, one for each kept class. Guidance is joined to them along the channels before a linear map W,
-and W [x; g] = W_x x + W_g g: the share of a guidance that classes or pixels have in common is computed once for all.
+Maps are ``[B, k, …]``, one for each kept class. Guidance is joined to them along the channels before a linear map W.
+Since W [x; g] = W_x x + W_g g, the term of a guidance that classes or pixels have in common is computed once for all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._resize import resize
 
 
 class GuidedLinear(nn.Linear):
-    """``nn.Linear`` of ``[x; guidance]``; the guidance broadcasts to x in all dimensions but the last."""
+    """Applies ``nn.Linear`` to ``[x; guidance]``; the guidance broadcasts to x in all dimensions but the last."""
 
     def __init__(self, channels: int, guidance_channels: int, out_channels: int) -> None:
         super().__init__(channels + guidance_channels, out_channels)
@@ -29,7 +29,7 @@ class GuidedLinear(nn.Linear):
 
 
 class GuidedConv(nn.Conv2d):
-    """A 3×3 convolution of ``[x; guidance]`` with x ``[B, k, C, H, W]`` and guidance ``[B, G, H, W]`` or None."""
+    """Convolves ``[x; guidance]`` by 3×3, with x ``[B, k, C, H, W]`` and guidance ``[B, G, H, W]`` or None."""
 
     def __init__(self, channels: int, guidance_channels: int, out_channels: int) -> None:
         super().__init__(channels + guidance_channels, out_channels, 3, padding=1, bias=False)
@@ -42,14 +42,14 @@ class GuidedConv(nn.Conv2d):
 
 
 class SpatialRefinement(nn.Module):
-    """A pair of Swin blocks, the second in shifted windows, on the map of each class; eq. 5.7.
+    """Runs a pair of Swin blocks, the second in shifted windows, on the map of each class; eq. 5.7.
 
-    As CAT-Seg has it: the visual guidance, normalised, is joined to what queries and keys are made of and not to the
-    values, and there is no position bias.
+    As in CAT-Seg, the normalised visual guidance is joined to the input of queries and keys but not of values, and
+    there is no position bias.
 
     Args:
-        channels: C, of the maps and of the guidance.
-        heads: of the attention; a divisor of C.
+        channels: C, channels of the maps and of the guidance.
+        heads: heads of the attention; a divisor of C.
         window: pixels on a side of a window.
     """
 
@@ -59,7 +59,7 @@ class SpatialRefinement(nn.Module):
         self.blocks = nn.ModuleList([WindowBlock(channels, heads, window, shifted) for shifted in (False, True)])
 
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
-        """``x`` [B, k, H, W, C], ``guidance`` [B, H, W, C] → [B, k, H, W, C]."""
+        """Refine ``x`` [B, k, H, W, C] by ``guidance`` [B, H, W, C] → [B, k, H, W, C]."""
         guidance = self.guidance_norm(guidance).unsqueeze(1)
         for block in self.blocks:
             x = block(x, guidance)
@@ -84,14 +84,14 @@ class WindowBlock(nn.Module):
 
 
 class ClassRefinement(nn.Module):
-    """A transformer block with linear attention (φ = elu + 1) over the classes, at every pixel by itself; eq. 5.8.
+    """Runs a transformer block with linear attention (φ = elu + 1) over the classes, at each pixel by itself; eq. 5.8.
 
-    The text guidance is joined to what queries and keys are made of. CAT-Seg pools the maps before, to save time with
-    256 classes, and adds the result to the maps; here nothing is pooled and the block's own residuals are all.
+    The text guidance is joined to the input of queries and keys. CAT-Seg first pools the maps, to save time with 256
+    classes, and adds the result to the maps. Here nothing is pooled, and the block has only its own residuals.
 
     Args:
-        channels: C, of the maps and of the guidance.
-        heads: of the attention; a divisor of C.
+        channels: C, channels of the maps and of the guidance.
+        heads: heads of the attention; a divisor of C.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -103,7 +103,7 @@ class ClassRefinement(nn.Module):
         self.mlp = mlp(channels, nn.ReLU())
 
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
-        """``x`` [B, k, H, W, C], ``guidance`` [B, k, C] → [B, k, H, W, C]; alike in any order of the k."""
+        """Refine ``x`` [B, k, H, W, C] by ``guidance`` [B, k, C] → [B, k, H, W, C], whatever the order of the k."""
         normed = self.norm(x)
         query_key = F.elu(self.query_key(normed, guidance[:, :, None, None])) + 1
         x = x + class_attention(*query_key.chunk(2, dim=-1), self.value(normed), self.heads)
@@ -111,12 +111,12 @@ class ClassRefinement(nn.Module):
 
 
 class GuidedUpsampling(nn.Module):
-    """Maps of twice the size: a transposed convolution, joined with visual guidance, two 3×3 convolutions; eq. 5.9.
+    """Doubles the maps' size: a transposed convolution, joined with visual guidance, two 3×3 convolutions; eq. 5.9.
 
     Args:
-        channels: C, of the maps; a quarter of the channels joined are the guidance's.
-        out_channels: of the result.
-        guidance_channels: G, of the guidance; 0 where there is none.
+        channels: C, channels of the maps; a quarter of the joined channels come from the guidance.
+        out_channels: channels of the result.
+        guidance_channels: G, channels of the guidance; 0 if there is none.
     """
 
     def __init__(self, channels: int, out_channels: int, guidance_channels: int) -> None:
@@ -129,7 +129,7 @@ class GuidedUpsampling(nn.Module):
         self.rest = nn.Sequential(*_norm_relu(out_channels), conv, *_norm_relu(out_channels))
 
     def forward(self, x: Tensor, guidance: Tensor | None) -> Tensor:
-        """``x`` [B, k, C, H, W], ``guidance`` [B, G, h, w] or None → [B, k, C′, 2H, 2W]."""
+        """Upsample ``x`` [B, k, C, H, W] by ``guidance`` [B, G, h, w] or None → [B, k, C′, 2H, 2W]."""
         x = self.up(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if self.projection is not None:
             guidance = resize(self.projection(guidance), x.shape[3:])
@@ -137,9 +137,9 @@ class GuidedUpsampling(nn.Module):
 
 
 def class_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Linear attention, Q (Kᵀ V) / (Q Kᵀ 1) with Q and K above 0, over the k of ``[B, k, H, W, C]``.
+    """Compute linear attention, Q (Kᵀ V) / (Q Kᵀ 1) with Q and K above 0, over the k of ``[B, k, H, W, C]``.
 
-    Both sums over classes are taken as means, which cancels, and keeps float16 in range.
+    Both sums over classes are taken as means. The factor cancels, and float16 stays in range.
     """
     query, key, value = (x.unflatten(-1, (heads, -1)).movedim(1, -2) for x in (query, key, value))  # [B, H, W, h, k, d]
     context = key.mT @ (value / value.shape[-2])  # [B, H, W, h, d, d]
@@ -148,18 +148,18 @@ def class_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
 
 
 class Axis(NamedTuple):
-    """How the windows lie along one side of a map."""
+    """Says how the windows lie along one side of a map."""
 
     size: int
     window: int
-    padded: int  # the size up to whole windows
+    padded: int  # the size rounded up to whole windows
     shift: int
 
 
 def window_attention(qkv: Tensor, heads: int, window: int, shifted: bool) -> Tensor:
-    """Attention in windows of ``[N, H, W, 3C]`` → ``[N, H, W, C]``, as Swin's, of any H and W.
+    """Attend within windows of ``[N, H, W, 3C]`` → ``[N, H, W, C]``, as Swin does, for any H and W.
 
-    A map smaller than a window is one window, unshifted. The last windows are filled up with pixels that no real one
+    A map smaller than a window is one window, unshifted. The last windows are filled up with pixels that no real pixel
     attends to.
     """
     rows, columns = (_axis(size, window, shifted) for size in qkv.shape[1:3])
@@ -181,7 +181,7 @@ def _axis(size: int, window: int, shifted: bool) -> Axis:
 
 
 def _mask(rows: Axis, columns: Axis, heads: int, device: torch.device) -> Tensor | None:
-    """Who attends to whom in each window, bool [1, windows · heads, pixels, pixels]; None where all do to all."""
+    """Return which pixel attends to which in a window, bool [1, windows · heads, pixels, pixels]; None if all do."""
     if all(axis.shift == 0 and axis.padded == axis.size for axis in (rows, columns)):
         return None
     down, across = (_same_region(axis, device) for axis in (rows, columns))
@@ -191,9 +191,10 @@ def _mask(rows: Axis, columns: Axis, heads: int, device: torch.device) -> Tensor
 
 
 def _same_region(axis: Axis, device: torch.device) -> Tensor:
-    """[windows, window, window]; of a shifted map the last window has pixels of both ends, which are no neighbours.
+    """Return which positions of a window lie in the same region, bool [windows, window, window].
 
-    Filling is a region too: a row that attends to nothing would be NaN.
+    The last window of a shifted map has pixels of both ends, which are no neighbours. Filling is a region too: a row
+    that attends to nothing would be NaN.
     """
     place = torch.arange(axis.padded, device=device) + axis.shift
     wrapped, filling = place >= axis.padded, place % axis.padded >= axis.size
@@ -202,7 +203,7 @@ def _same_region(axis: Axis, device: torch.device) -> Tensor:
 
 
 def mlp(channels: int, activation: nn.Module) -> nn.Sequential:
-    """A normalisation and two linear layers with four times the channels between them."""
+    """Make a normalisation and two linear layers with four times the channels between them."""
     wide = 4 * channels
     return nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, wide), activation, nn.Linear(wide, channels))
 
@@ -212,5 +213,5 @@ def conv_relu(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def _norm_relu(channels: int) -> tuple[nn.GroupNorm, nn.ReLU]:
-    """Groups of 16 channels, or of more where 16 do not divide them."""
+    """Make a group norm with groups of 16 channels, or of more if 16 does not divide them, and a ReLU."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels), nn.ReLU(inplace=True)

@@ -1,4 +1,4 @@
-"""LSMSeg's head: open-vocabulary segmentation from cost maps, of the classes that are likely in the image only."""
+"""Defines LSMSeg's head, which segments open vocabularies by cost maps of only the classes likely in the image."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from .cost_refinement import ClassRefinement, GuidedUpsampling, SpatialRefinemen
 
 
 class LSMSegHead(nn.Module):
-    """Logits of any T classes, given by text, from CLIP's image features, optionally joined by SAM's.
+    """Computes logits of any T classes, given by text, from CLIP's image features, optionally joined with SAM's.
 
-    The features are fused, the cosine maps of the k best classes are embedded, refined over space and over classes,
-    and upsampled with guidance; every step treats the classes alike, so that T and the classes may change between
-    calls, and ``k ≥ T`` gives what no filter gives.
+    The features are fused, and the cosine maps of the k best classes are embedded, refined over space and over classes,
+    and upsampled with guidance. Every step treats the classes alike. So T and the classes may change between calls, and
+    ``k ≥ T`` gives the same as no filter.
 
     Args:
-        channels: D, of CLIP's image features and of the text.
-        sam_channels: S, of SAM's features; None without them. The thesis takes three of SAM's layers and does not say
-            how they are put together: here they come as one map.
-        guidance_channels: G of each intermediate feature map that guides an upsampling stage, one for each of
+        channels: D, channels of CLIP's image features and of the text.
+        sam_channels: S, channels of SAM's features; None without them. The thesis takes three of SAM's layers and does
+            not say how they are combined: here they come as one map.
+        guidance_channels: G, channels of each intermediate feature map that guides an upsampling stage, one for each of
             ``upsample_channels``; empty for upsampling without guidance.
-        prompts: P, of each class.
-        k: classes to keep of an image; None keeps all.
+        prompts: P, prompts of each class.
+        k: how many classes to keep of an image; None keeps all.
         hidden: C, channels of the embedded cost, and of the projected visual and text guidance.
-        layers: of spatial and class refinement, one after the other.
-        heads: of the attention in both; a divisor of ``hidden``.
+        layers: number of layers; each is a spatial and then a class refinement.
+        heads: heads of the attention in both; a divisor of ``hidden``.
         window: pixels on a side of the spatial attention's windows.
-        upsample_channels: of the maps after each upsampling stage; each doubles their size.
+        upsample_channels: channels of the maps after each upsampling stage; each stage doubles their size.
         impl: implementation of the cost filter: "auto", or one of "reference", "composed", "cpu", "triton", "cuda".
 
     Raises:
-        TypeError, ValueError: a size that is too small or does not fit, named in the message.
+        TypeError, ValueError: a size is too small or does not fit; the message names it.
 
     Source: LSMSeg (thesis chapter 5) eq. 5.1–5.9. It leaves open the sizes, and the layers within the refinement and
-    the upsampling: they are CAT-Seg's for CLIP ViT-B/16 (two layers, 24×24 maps in 12×12 windows). Not as there: no
-    pooling and no padding tokens in the class refinement, and the filter also in training, as the thesis has it.
+    the upsampling: they are those of CAT-Seg for CLIP ViT-B/16 (two layers, 24×24 maps in 12×12 windows). It differs
+    from CAT-Seg as the thesis does: the class refinement has no pooling and no padding tokens, and the filter also runs
+    in training.
 
     Example:
         >>> head = LSMSegHead(512, sam_channels=256)
@@ -104,20 +105,21 @@ class LSMSegHead(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor | PackedText, sam: Tensor | None = None, guidance: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Logits of all classes; where not all of them are wanted, ``filtered`` and ``predict`` need k/T of the memory.
+        """Compute the logits of all classes; ``filtered`` and ``predict`` need k/T of the memory if not all are wanted.
 
         Args:
             image: ``[B, D, H, W]``, CLIP's features; the module's dtype, or any floating-point dtype under autocast.
             text: ``[T, P, D]`` for the whole batch, or ``[B, T, P, D]``; or either from ``ops.pack_text``, which
                 carries no gradient.
-            sam: ``[B, S, h, w]``, SAM's features of the same image, where the head was made for them; resized to
+            sam: ``[B, S, h, w]``, SAM's features of the same image, if the head was made for them; they are resized to
                 [H, W].
-            guidance: the intermediate features ``[B, G, h, w]`` of each upsampling stage, where the head was made for
-                them; projected, then resized to the stage's maps, whose side is 2, 4, … times that of ``image``.
+            guidance: the intermediate features ``[B, G, h, w]`` of each upsampling stage, if the head was made for
+                them; they are projected, then resized to the stage's maps, whose side is 2, 4, … times that of
+                ``image``.
 
         Returns:
-            ``[B, T, H′, W′]``, with H′ = 4 H after two stages; −100 for the classes that were not kept, which carry no
-            gradient.
+            Logits ``[B, T, H′, W′]``, with H′ = 4 H after two stages; −100 for the classes that were not kept, which
+            carry no gradient.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, dtype, device or shape, named in the message.
@@ -129,10 +131,10 @@ class LSMSegHead(nn.Module):
     def filtered(
         self, image: Tensor, text: Tensor | PackedText, sam: Tensor | None = None, guidance: Sequence[Tensor] = ()
     ) -> FilteredCost:
-        """Logits of the kept classes alone: ``FilteredCost(logits [B, k, H′, W′], index [B, k], score [B, k])``.
+        """Compute logits of the kept classes only: ``FilteredCost(logits [B, k, H′, W′], index [B, k], score [B, k])``.
 
-        Arguments as of ``forward``. ``ops.scatter_cost`` and ``ops.filtered_argmax`` take it on, also after its logits
-        were resized: ``filtered._replace(cost=…)``.
+        The arguments are those of ``forward``. ``ops.scatter_cost`` and ``ops.filtered_argmax`` process the result
+        further, also after its logits were resized: ``filtered._replace(cost=…)``.
         """
         self._check(image, text, sam, guidance)
         return self._refine(image, text, sam, guidance)
@@ -141,27 +143,27 @@ class LSMSegHead(nn.Module):
     def predict(
         self, image: Tensor, text: Tensor | PackedText, sam: Tensor | None = None, guidance: Sequence[Tensor] = ()
     ) -> Tensor:
-        """The best class of each pixel, int64 ``[B, H′, W′]``, ``forward(…).argmax(1)`` without the [B, T, H′, W′]."""
+        """Return each pixel's best class, int64 ``[B, H′, W′]``: ``forward(…).argmax(1)`` without [B, T, H′, W′]."""
         return filtered_argmax(self.filtered(image, text, sam, guidance))
 
     def loss(self, filtered: FilteredCost, labels: Tensor, ignore_index: int = 255) -> Tensor:
-        """Binary cross-entropy of the kept classes' logits, upsampled to the labels, as CAT-Seg trains.
+        """Compute the binary cross-entropy of the kept classes' logits, upsampled to the labels, as CAT-Seg trains.
 
-        Each class is a question of its own, so that a pixel whose class was not kept is a "no" to those that were, with
-        no say for the −100 of its own. With a cross-entropy over the T classes such a pixel would have a loss of
-        about 100 that no step can lower but by driving the logits of all kept classes down for ever.
+        Each class is a separate question. So a pixel whose class was not kept is a "no" to the classes that were, and
+        the −100 of its own class has no effect. With a cross-entropy over the T classes such a pixel would have a loss
+        of about 100, which a step can lower only by driving the logits of all kept classes down for ever.
 
         Args:
-            filtered: of ``filtered``.
+            filtered: output of ``filtered``.
             labels: integer ``[B, H, W]``, the class of each pixel among all T, or ``ignore_index``.
             ignore_index: pixels of this label are not in the loss.
 
         Returns:
-            a scalar, at least float32: the mean over the pixels that count and the kept classes; 0 with no such pixel.
+            A scalar, at least float32: the mean over the pixels that count and the kept classes; 0 without such pixels.
 
         Raises:
-            TypeError, ValueError: labels of another kind, batch, shape or device.
-            IndexError: a negative label that is not ``ignore_index`` (on CPU; on CUDA reading them would stall).
+            TypeError, ValueError: the labels have another kind, batch, shape or device.
+            IndexError: a negative label is not ``ignore_index`` (on CPU; on CUDA reading them would stall).
         """
         op = "LSMSegHead.loss"
         logits, index, _ = filtered
@@ -197,12 +199,15 @@ class LSMSegHead(nn.Module):
         return kept._replace(cost=logits)
 
     def _fuse(self, image: Tensor, sam: Tensor) -> Tensor:
-        """(5.1); resizing commutes with the linear layer, and before it needs no gradient from a frozen encoder."""
+        """Fuse the features, (5.1).
+
+        Resizing commutes with the linear layer. Done before it, it needs no gradient if the encoder is frozen.
+        """
         sam = self.sam_projection(resize(sam, image.shape[2:]))
         return self.fusion_weight * image + (1 - self.fusion_weight) * sam
 
     def _check(self, image: Tensor, text: Tensor | PackedText, sam: Tensor | None, guidance: Sequence[Tensor]) -> int:
-        """All arguments, before anything is computed; returns T."""
+        """Check all arguments before anything is computed; return T."""
         op = "LSMSegHead"
         sizes = check_shapes(op, image=(image, "B D H W"))
         if sizes["D"] != self.channels or 0 in image.shape[2:]:
@@ -240,13 +245,13 @@ class LSMSegHead(nn.Module):
 
 
 def _embeddings(text: Tensor | PackedText) -> Tensor:
-    """As [1 or B, T, P, D]."""
+    """Return the text as [1 or B, T, P, D]."""
     text = text.text if isinstance(text, PackedText) else text
     return text.unsqueeze(0) if text.dim() == 3 else text
 
 
 def _kept_text(text: Tensor, index: Tensor) -> Tensor:
-    """T′ of (5.5), its prompts' mean, of length one: ``text`` [1 or B, T, P, D], ``index`` [B, k] → [B, k, D]."""
+    """Return T′ of (5.5), its prompts averaged to length one: ``text`` [1 or B, T, P, D], ``index`` [B, k] → [B, k, D]."""
     text = text.expand(index.shape[0], -1, -1, -1)
     text = text.gather(1, index[:, :, None, None].expand(-1, -1, *text.shape[2:]))
     return F.normalize(F.normalize(text, dim=-1).mean(dim=2), dim=-1)
