@@ -1,4 +1,4 @@
-"""Names every op of the package; each has a file of its own in every room."""
+"""Gathers every op of the package; each is defined in a file of its own."""
 
 from ._dispatch import flops  # noqa: F401  so that torch.utils.flop_counter knows the ops
 from ._ops.affinity_attention import affinity_attention

@@ -251,7 +251,10 @@ def _embeddings(text: Tensor | PackedText) -> Tensor:
 
 
 def _kept_text(text: Tensor, index: Tensor) -> Tensor:
-    """Return T′ of (5.5), its prompts averaged to length one: ``text`` [1 or B, T, P, D], ``index`` [B, k] → [B, k, D]."""
+    """Return T′ of (5.5), averaged over prompts to length one.
+
+    ``text`` [1 or B, T, P, D], ``index`` [B, k] → [B, k, D].
+    """
     text = text.expand(index.shape[0], -1, -1, -1)
     text = text.gather(1, index[:, :, None, None].expand(-1, -1, *text.shape[2:]))
     return F.normalize(F.normalize(text, dim=-1).mean(dim=2), dim=-1)
