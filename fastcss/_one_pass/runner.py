@@ -198,7 +198,7 @@ class OnePass(nn.Module):
 
     @property
     def engine(self) -> str:
-        """The engine that runs the model in its present mode, "vmap" or "replay"."""
+        """Return the engine that runs the model in its present mode, "vmap" or "replay"."""
         return self._engine.name(self._model_copy.training)
 
     def forward(

@@ -41,7 +41,8 @@ class ClassDetector(GroundingDinoEncoder):
         class_mask: Tensor | None = None,
         pixel_mask: Tensor | None = None,
     ) -> DetectedClasses:
-        """
+        """Detect the classes in the images.
+
         Args:
             pixel_values: ``[B, 3, H, W]``.
             phrases: ``[c, M, D]``, M phrases per class, from ``embed_phrases``.

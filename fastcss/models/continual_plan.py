@@ -28,7 +28,7 @@ class Defaults(NamedTuple):
     plan: dict
 
 
-#: These are the paper's values, as far as it gives them; those of the digits are this project's own.
+#: The paper's values, as far as it gives them; those of the digits are this project's own.
 DEFAULTS = {
     "digits": Defaults(
         {

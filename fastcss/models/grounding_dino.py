@@ -36,7 +36,7 @@ SWINS = {
     "swin-b": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12},
 }
 
-#: These six phrases have arbitrary word ids, for models with random weights, which know no words.
+#: Six phrases of arbitrary word ids, for models with random weights, which know no words.
 EXAMPLE_PHRASES = ((2311,), (3712, 2204), (3392,), (2300, 3011, 2050), (2711,), (2813, 2795))
 _CLS, _SEP, _STOP = 101, 102, 1012
 

@@ -16,7 +16,7 @@ from .task import Phrases
 #: A folder with neither of these files has no vocabulary, and transformers would make up an empty one.
 VOCABULARIES = ("tokenizer.json", "vocab.txt")
 
-#: These fit any class: they name size, colour, shape, texture, material, lighting, position and condition.
+#: Words that fit any class: they name size, colour, shape, texture, material, lighting, position and condition.
 ADJECTIVES = (
     *("small", "large", "tiny", "tall"),
     *("red", "blue", "green", "black", "white", "colorful"),

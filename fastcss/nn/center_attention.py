@@ -67,10 +67,10 @@ def conv_norm_relu(in_channels: int, out_channels: int, norm_layer: Norm) -> nn.
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """[B, D, h, w] → [B, N, D], a view."""
+    """View a map as pixels: [B, D, h, w] → [B, N, D]."""
     return x.flatten(2).mT
 
 
 def to_map(x: Tensor, size: torch.Size) -> Tensor:
-    """[B, N, D] → [B, D, h, w], a view."""
+    """View pixels as a map: [B, N, D] → [B, D, h, w]."""
     return x.mT.unflatten(2, size)
