@@ -27,7 +27,8 @@ PAGES = {
     ),
     "data": ("fastcss/data/__init__.py", "from fastcss.data import *"),
 }
-#: What is public beside ``__all__``: of a package whose modules are imported one by one, and results without a name.
+#: These names are public beside ``__all__``: those of a package whose modules are imported one by one, and results that
+#: have no public name.
 BESIDES = {
     "fastcss": {"_fuse/fusion": ("Fusion",)},
     "models": {
@@ -48,7 +49,7 @@ BESIDES = {
         "task": ("Phrases",),
     },
 }
-#: What the first page has from there is described there.
+#: Ops that the first page imports from this file are described on the page of ops.
 OPS = ROOT / "fastcss" / "ops.py"
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source|Example):\s+")
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign
@@ -137,7 +138,7 @@ def _describe(entry: Entry) -> Iterable[str]:
 
 
 def _signature(entry: Entry) -> str:
-    """As it is written; of a class with its fields, or with what makes one."""
+    """Return the signature as it is written; for a class with its fields, or with what makes an instance."""
     header = _header(entry.node, entry.lines)
     if isinstance(entry.node, ast.FunctionDef):
         return header
@@ -210,7 +211,7 @@ def _fence(language: str, code: str) -> str:
 
 
 def _anchor(name: str) -> str:
-    """As GitHub makes it of a heading."""
+    """Return the anchor that GitHub makes of a heading."""
     return name.lower().replace(".", "")
 
 

@@ -23,8 +23,8 @@ class Fusion:
         self.replaced: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self._name = type(model).__name__
-        self._counts: Counter[tuple[str, str]] = Counter()  # of (op, class)
-        self._refusals: Counter[tuple[str, str]] = Counter()  # of (reason, class)
+        self._counts: Counter[tuple[str, str]] = Counter()  # the keys are (op, class)
+        self._refusals: Counter[tuple[str, str]] = Counter()  # the keys are (reason, class)
         self._classes: list[tuple[nn.Module, type, type]] = []  # module, its class before and since
         self._guards: list = []
 

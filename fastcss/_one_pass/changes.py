@@ -22,7 +22,7 @@ _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _NOT_ENTERED = (*_TAKEN_OVER, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
-_PARTS = attrgetter("scaling", "lora_variant", "merged_adapters")  # of PEFT's layers
+_PARTS = attrgetter("scaling", "lora_variant", "merged_adapters")  # PEFT's layers have these attributes
 
 
 class Snapshot:

@@ -25,8 +25,8 @@ class Passes:
 
     def __init__(self, model_copy: ModelCopy) -> None:
         self._copy, self._model, self._slots = model_copy, model_copy.model, model_copy.slots
-        self._axes: dict[tuple, Axes] = {}  # by training and the kind of batch
-        self._widest: dict[tuple, int] = {}  # by input shapes: bytes of the widest tensor of one task
+        self._axes: dict[tuple, Axes] = {}  # the keys are training mode and the kind of batch
+        self._widest: dict[tuple, int] = {}  # input shapes → bytes of the widest tensor of one task
 
     # --------------------------------------------------------------------------------- every task on the same input
 

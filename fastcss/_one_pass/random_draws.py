@@ -16,7 +16,7 @@ _BY_ARGUMENT = (
 )
 _MOST_KNOWN = 10_000
 
-_known: dict[tuple, bool] = {}  # by function and plain arguments
+_known: dict[tuple, bool] = {}  # the keys are function and plain arguments
 
 
 def draws(func: Callable, args: tuple, kwargs: dict, leaves: list, structure: pytree.TreeSpec) -> tuple[object, bool]:
@@ -36,7 +36,7 @@ def draws(func: Callable, args: tuple, kwargs: dict, leaves: list, structure: py
     moved = any(not torch.equal(b, g.get_state()) for b, g in zip(before, generators, strict=True))
     drew = watch.drew or moved
     empty = any(isinstance(leaf, Tensor) and not leaf.numel() for leaf in leaves)
-    if generators and (drew or not empty):  # on no elements nothing is drawn
+    if generators and (drew or not empty):  # a call on empty tensors draws nothing, and so tells nothing
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[signature] = drew

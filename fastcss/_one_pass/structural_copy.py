@@ -80,7 +80,7 @@ class StructuralCopy:
             return self.reference(value)
         try:
             return copy.deepcopy(value, self._memo)
-        except Exception:  # a lock, a file, a tensor with a history: as the model has it
+        except Exception:  # a lock, a file or a tensor with a history cannot be copied, and is shared
             self._share(value)
             return value
 
@@ -129,7 +129,7 @@ class StructuralCopy:
             made.update((key, self.reference(hook)) for key, hook in hooks.items())
         return made
 
-    # ------------------------------------------------------------------------------------------- what refers to one
+    # ----------------------------------------------------------------------------------------- what refers to a module
 
     def reference(self, value: object) -> object:
         """Return ``value`` itself, or its copy if it refers to a module that was copied."""
@@ -164,7 +164,7 @@ class StructuralCopy:
         if getattr(type(method.__self__), function.__name__, None) is not method.__func__:
             return types.MethodType(function, owner)
         try:
-            return types.MethodType(getattr(type(owner), function.__name__), owner)  # what stands for it has its own
+            return types.MethodType(getattr(type(owner), function.__name__), owner)  # the owner's own method
         except AttributeError:
             name = f"{type(method.__self__).__name__}.{function.__name__}"
             raise TypeError(f"one_pass: a hook or a replaced forward calls {name}, which one pass has not") from None
@@ -229,7 +229,7 @@ def held_by(function: types.FunctionType) -> list:
 def _is_set(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
-    except ValueError:  # not set yet
+    except ValueError:  # the cell is still empty
         return False
 
 

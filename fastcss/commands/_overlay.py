@@ -55,7 +55,7 @@ def palette() -> np.ndarray:
     places = _perceived(colours)
     usable = (places[:, 0] > 0.45) & (places[:, 0] < 0.92) & (np.hypot(places[:, 1], places[:, 2]) > 0.1)
     colours, places = colours[usable], places[usable]
-    distance = np.hypot(places[:, 1], places[:, 2])  # to the greys
+    distance = np.hypot(places[:, 1], places[:, 2])  # measures from the greys
     chosen = [np.zeros(3)]
     for _ in range(255):
         farthest = distance.argmax()

@@ -137,7 +137,7 @@ class TaskTrainer:
         >>> trainer = TaskTrainer(model, task, TaskPictures(dataset, labels, model.segmenter))
         >>> while trainer.epoch < trainer.recipe.epochs:
         ...     print(trainer.run_epoch())
-        >>> calibrate(model, task, trainer.pictures)  # of decouplecss_calibration
+        >>> calibrate(model, task, trainer.pictures)  # from decouplecss_calibration
     """
 
     def __init__(

@@ -97,7 +97,7 @@ class SamSegmenter(nn.Module):
         maps = keys.transpose(1, 2).unflatten(2, (height, width))
         maps = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(maps)))
         maps = decoder.activation(decoder.upscale_conv2(maps))
-        weights = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # for a prompt that means one object
+        weights = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # the mask of a prompt that means one object
         masks = (weights[:, None] @ maps.flatten(2)).view(len(prompts), *maps.shape[-2:])
         return Masks(masks, decoder.iou_prediction_head(queries[:, 0])[:, 0])
 
