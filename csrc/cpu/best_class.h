@@ -29,8 +29,8 @@ class BestClass {
   // Factors 1 / the lengths of the classes.
   void normalise(float* packed) const;
 
-  // Of every class whose value reaches a threshold, whether it is the best or not: bit c % 32 of word c / 32 of a token's
-  // row in `bits` [N][words], and for each panel of kCols tokens the sum of such values and how many there are.
+  // Of every class whose value reaches a threshold, whether it is the best or not: bit c % 32 of word c / 32 of a
+  // token's row in `bits` [N][words], and for each panel of kCols tokens the sum of such values and how many there are.
   struct Reached {
     int64_t words() const { return ceil_div(classes, 32); }
     int64_t classes;

@@ -6,8 +6,8 @@
 
 #include <array>
 
-#include "tensors.h"
 #include "parallel.h"
+#include "tensors.h"
 
 namespace fastcss::cpu {
 namespace {

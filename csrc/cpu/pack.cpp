@@ -125,8 +125,7 @@ void write(void* dst, DType dtype, int64_t ld, int rows, int cols, const float* 
 }
 
 void write_transposed(void* dst, DType dtype, int64_t ld, int rows, int64_t cols, const float* tile) {
-  constexpr decltype(&write_lanes<float>) writers[] = {write_lanes<float>, write_lanes<BFloat16>,
-                                                       write_lanes<Float16>};
+  constexpr decltype(&write_lanes<float>) writers[] = {write_lanes<float>, write_lanes<BFloat16>, write_lanes<Float16>};
   writers[static_cast<int>(dtype)](dst, ld, rows, cols, tile);
 }
 

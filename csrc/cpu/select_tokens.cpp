@@ -78,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const T
       std::copy_n(reaching.data(), C, averaged);
     }
     std::vector<float> means(C);
-    for (int64_t c = 0; c < C; ++c)
-      means[c] = static_cast<float>(lists.sums[c] / std::max<int64_t>(averaged[c], 1));
+    for (int64_t c = 0; c < C; ++c) means[c] = static_cast<float>(lists.sums[c] / std::max<int64_t>(averaged[c], 1));
     write_row(image(presence, b, dtype), dtype, means.data(), C);
     parallel(C, [&](int64_t c) {
       float* flat = local_workspace.get(places * D);

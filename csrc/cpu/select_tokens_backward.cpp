@@ -1,8 +1,8 @@
 // fastcss::select_tokens_backward.cpu. The presence of a class is the mean of t̂ · ĉ over its n tokens; with
 // g = dpresence / n, u = Σ g ĉ over the classes that average a token and v = Σ t̂ over the tokens of a class
 //   dt = (u − (u · t̂) t̂) / ‖t‖,   dc = g (v − (v · ĉ) ĉ) / ‖c‖
-// and a token that is among the selected ones has their gradient, too. Which class averages which token the forward pass
-// has left as bits, or, where only the best class does, as the best class.
+// and a token that is among the selected ones has their gradient, too. Which class averages which token the forward
+// pass has left as bits, or, where only the best class does, as the best class.
 
 #include <tuple>
 #include <vector>
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const
       const float* unit = units + c * D;
       std::fill_n(sum, D, 0.f);
       for (int64_t slice = 0; slice < slices; ++slice) add_scaled(sum, 1.f, partial + (slice * C + c) * D, D);
-      // Their tokens lie along a class, so little is left of the sum; what rounding leaves along it goes the second time.
+      // Their tokens lie along a class, so little is left of the sum; the second time takes what rounding left of it.
       for (int times = 0; times < 2 && inverse[c] < kLargest; ++times) add_scaled(sum, -dot(sum, unit, D), unit, D);
       for (int64_t i = 0; i < D; ++i) sum[i] *= slope[c] * inverse[c];
       write_row(image(dclasses, b, dtype) + c * D * size_of(dtype), dtype, sum, D);

@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   launch(by_dtype(tokens, kOp, select_tokens_assign_f32, select_tokens_assign_bf16, select_tokens_assign_f16),
          dim3(B * tiles), kThreads,
          {read(tokens), tokens.stride(0), tokens.stride(1), tokens.stride(2), read(classes), classes.stride(0),
-          classes.stride(1), classes.stride(2), N, C, D, tiles, threshold, write<int>(best), write<float>(cosine), words,
-          write<unsigned>(above), write<float>(sums), write<float>(reach)});
+          classes.stride(1), classes.stride(2), N, C, D, tiles, threshold, write<int>(best), write<float>(cosine),
+          words, write<unsigned>(above), write<float>(sums), write<float>(reach)});
   launch(by_dtype(tokens, kOp, select_tokens_collect_f32, select_tokens_collect_bf16, select_tokens_collect_f16),
          dim3(B * C), scan::kThreads,
          {read(tokens), tokens.stride(0), tokens.stride(1), tokens.stride(2), N, C, D, length, read<int>(best),

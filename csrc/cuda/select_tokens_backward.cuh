@@ -187,25 +187,25 @@ __device__ void dclasses(const Params& p, Shared& s) {
 
 }  // namespace fastcss::cuda::select_tokens_backward
 
-#define FASTCSS_SELECT_TOKENS_BACKWARD(type, T)                                                     \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens::scan::kThreads)        \
-      select_tokens_rank_##type(fastcss::cuda::select_tokens_backward::Params p) {                  \
-    __shared__ fastcss::cuda::select_tokens::scan::Shared s;                                        \
-    fastcss::cuda::select_tokens_backward::rank<T>(p, s);                                           \
-  }                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens_backward::kThreads)     \
-      select_tokens_dtokens_##type(fastcss::cuda::select_tokens_backward::Params p) {               \
-    fastcss::cuda::select_tokens_backward::dtokens<T>(p);                                           \
-  }                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens_backward::kThreads)     \
-      select_tokens_units_##type(fastcss::cuda::select_tokens_backward::Params p) {                 \
-    __shared__ fastcss::cuda::select_tokens_backward::Shared s;                                     \
-    fastcss::cuda::select_tokens_backward::add_units<T>(p, s);                                      \
-  }                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens_backward::kThreads)     \
-      select_tokens_dclasses_##type(fastcss::cuda::select_tokens_backward::Params p) {              \
-    __shared__ fastcss::cuda::select_tokens_backward::Shared s;                                     \
-    fastcss::cuda::select_tokens_backward::dclasses<T>(p, s);                                       \
+#define FASTCSS_SELECT_TOKENS_BACKWARD(type, T)                                                 \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens::scan::kThreads)    \
+      select_tokens_rank_##type(fastcss::cuda::select_tokens_backward::Params p) {              \
+    __shared__ fastcss::cuda::select_tokens::scan::Shared s;                                    \
+    fastcss::cuda::select_tokens_backward::rank<T>(p, s);                                       \
+  }                                                                                             \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens_backward::kThreads) \
+      select_tokens_dtokens_##type(fastcss::cuda::select_tokens_backward::Params p) {           \
+    fastcss::cuda::select_tokens_backward::dtokens<T>(p);                                       \
+  }                                                                                             \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens_backward::kThreads) \
+      select_tokens_units_##type(fastcss::cuda::select_tokens_backward::Params p) {             \
+    __shared__ fastcss::cuda::select_tokens_backward::Shared s;                                 \
+    fastcss::cuda::select_tokens_backward::add_units<T>(p, s);                                  \
+  }                                                                                             \
+  extern "C" __global__ void __launch_bounds__(fastcss::cuda::select_tokens_backward::kThreads) \
+      select_tokens_dclasses_##type(fastcss::cuda::select_tokens_backward::Params p) {          \
+    __shared__ fastcss::cuda::select_tokens_backward::Shared s;                                 \
+    fastcss::cuda::select_tokens_backward::dclasses<T>(p, s);                                   \
   }
 FASTCSS_SELECT_TOKENS_BACKWARD(f32, float)
 FASTCSS_SELECT_TOKENS_BACKWARD(bf16, fastcss::cuda::bf16)
