@@ -145,7 +145,7 @@ def points(scenes: Scenes, count: int) -> Iterator[Tensor]:
 
 def generator(scenes: Scenes, count: int, model: ClassDetector, sam: SamSegmenter) -> Iterator[Tensor]:
     """Losses of SAM and of a generator that reads the detector's tokens on a glyph; the modules first."""
-    own = PromptGenerator(1, LENGTH, DIM, PROMPTS, HIDDEN)
+    own = PromptGenerator(1, length=LENGTH, prompt_dim=DIM, prompts=PROMPTS, hidden=HIDDEN)
     nn.init.zeros_(own.class_embedding)
     words = encode(small_models.tokenizer(), describe(small_models.glyph_names()))
     model.eval().requires_grad_(False)

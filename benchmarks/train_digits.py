@@ -134,13 +134,13 @@ def learn(case: Case, runs: Path, base: Path, plan: dict) -> dict:
     epochs = {name: value for name, value in plan.items() if name == "epochs"}
     recipe = dataclasses.replace(defaults["recipe"], **form.recipe | epochs)
     rest = {name: value for name, value in plan.items() if name != "epochs"}
-    about = Plan("digits", case.setting, case.method, seed=case.seed, **defaults | rest | {"recipe": recipe})
+    about = Plan("digits", case.setting, method=case.method, seed=case.seed, **defaults | rest | {"recipe": recipe})
     if form.generator:
-        begin(runs / case.folder, about, base, form.settings)
+        begin(runs / case.folder, about, base, settings=form.settings)
     else:  # with the folders of the frozen models, what the base's own settings say has to be said
         places = checkpoint_folders(base)
         sites = {"sites": read_settings(base)["sites"]}
-        begin(runs / case.folder, about, (places["detector"], places["segmenter"]), sites | form.settings)
+        begin(runs / case.folder, about, (places["detector"], places["segmenter"]), settings=sites | form.settings)
     train(runs / case.folder)
     return row(runs / case.folder, case.form)
 

@@ -154,7 +154,9 @@ class Layer:
         def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
             bias, pad_key, pad_value = (tensor.to(q.dtype) for tensor in (self.bias, *self.pads))
             shift = self.block.shift_size
-            return (window_attention(q, k, v, bias, WINDOW, shift, pad_key=pad_key, pad_value=pad_value, impl=impl),)
+            return (
+                window_attention(q, k, v, bias, WINDOW, shift=shift, pad_key=pad_key, pad_value=pad_value, impl=impl),
+            )
 
         return forward
 

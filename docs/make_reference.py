@@ -106,7 +106,7 @@ def _exported(file: Path) -> dict[str, Path]:
 
 
 def _entry(name: str, path: Path) -> Entry:
-    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"  # type: ignore\b.*", "", path.read_text(encoding="utf-8"))  # said to the type checker
     defined = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.overrides import handle_torch_function
@@ -11,11 +12,15 @@ from torch.overrides import handle_torch_function
 from .private_apis import function_mode_is_enabled, function_modes
 
 
-def one_call(op: Callable) -> Callable:
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def one_call(op: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Wrap ``op`` so that a mode gets it whole, with its arguments, like torch's own functions."""
 
     @functools.wraps(op)
-    def call(*args, **kwargs):
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if _watched():
             return handle_torch_function(call, (), *args, **kwargs)
         return op(*args, **kwargs)

@@ -55,7 +55,7 @@ class Fusion:
         before = type(module)
         self.replaced[name] = fused.op
         self._counts[fused.op, before.__name__] += 1
-        module.__class__ = fused_class(fused, before)
+        module.__class__ = fused_class(fused, before)  # type: ignore[arg-type]  # mypy looks at its instances' __hash__
         self._classes.append((module, before, type(module)))
 
     def _refuse(self, name: str, module: nn.Module, reason: str) -> None:
@@ -108,10 +108,10 @@ def fuse_modules(model: nn.Module, linears: bool) -> Fusion:
         if isinstance(module, nn.Linear) and not linears:
             continue
         fused = fused_form(type(module))
-        reason = fused.why_not(module) if fused else why_not_known(type(module))
+        reason = fused.why_not(module) if fused else why_not_known(type(module))  # type: ignore[arg-type]
         if reason:
             fusion._refuse(name, module, reason)
         elif fused:
             fusion._replace(name, module, fused)
-    fusion._guards = refuse_attention_weights(model, [m for m, *_ in fusion._classes])
+    fusion._guards = refuse_attention_weights(model, [m for m, *_ in fusion._classes])  # type: ignore[misc]
     return fusion

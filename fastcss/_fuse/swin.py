@@ -153,4 +153,4 @@ def _attend(
             name: project(zeros)[0].unflatten(-1, heads)
             for name, project in zip(("pad_key", "pad_value"), projections[1:], strict=True)
         }
-    return window_attention(q, k, v, bias, layer.window_size, layer.shift_size, scale=scale, **pads).flatten(1, 2)
+    return window_attention(q, k, v, bias, layer.window_size, shift=layer.shift_size, scale=scale, **pads).flatten(1, 2)

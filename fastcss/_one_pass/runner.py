@@ -6,6 +6,8 @@ import copy
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +79,9 @@ class OnePass(nn.Module):
     def from_directories(
         cls,
         model: nn.Module,
-        directories: Sequence,
-        names: Sequence[str] | None = None,
+        directories: Sequence[str | Path],
         *,
+        names: Sequence[str] | None = None,
         engine: str = "auto",
         group_size: int | None = None,
         fuse: bool | None = None,
@@ -107,7 +109,7 @@ class OnePass(nn.Module):
         return cls._made_of(model, read_directories(model, directories, names), engine, group_size, fuse, task_dim)
 
     @classmethod
-    def _made_of(cls, model: nn.Module, adapters: Adapters | None, *options) -> OnePass:
+    def _made_of(cls, model: nn.Module, adapters: Adapters | None, *options: Any) -> OnePass:
         """Make a runner for the adapters in ``model``, or for ``adapters`` if the model is bare."""
         runner = cls.__new__(cls)
         nn.Module.__init__(runner)
@@ -185,7 +187,7 @@ class OnePass(nn.Module):
         memo[id(self)] = made
         return made
 
-    def __reduce_ex__(self, protocol) -> tuple:
+    def __reduce_ex__(self, protocol: object) -> tuple:
         return self._made_of, (self.model, self._given, *self._options)
 
     @property
@@ -203,13 +205,13 @@ class OnePass(nn.Module):
 
     def forward(
         self,
-        *args,
+        *args: Any,
         adapters: Sequence[str] | None = None,
         route: Tensor | None = None,
         per_sample: Sequence[str] | None = None,
         per_adapter: Mapping[str, Tensor] | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """Call the model with every adapter.
 
         Args:
@@ -253,7 +255,7 @@ class OnePass(nn.Module):
         captured = self._captures.find(tasks, self._model_copy, args, kwargs)
         return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
 
-    def _routed(self, route: Tensor, inputs: Inputs, per_sample: Sequence[str] | None):
+    def _routed(self, route: Tensor, inputs: Inputs, per_sample: Sequence[str] | None) -> Any:
         passes = self._passes
         if not len(route):
             return passes.bare(inputs)
@@ -265,11 +267,11 @@ class OnePass(nn.Module):
 
     def capture(
         self,
-        *args,
+        *args: Any,
         adapters: Sequence[str] | None = None,
         per_adapter: Mapping[str, Tensor] | None = None,
         fixed: Sequence[str] = (),
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Capture a CUDA graph of the call with these inputs; later calls with inputs of their shapes replay it.
 
@@ -296,7 +298,9 @@ class OnePass(nn.Module):
         call = functools.partial(self._all_tasks, tasks)
         self._captures.add(tasks, self._model_copy, call, fixed, args, kwargs)
 
-    def _all_tasks(self, tasks: tuple[int, ...], *args, per_adapter: dict[str, Tensor] | None = None, **kwargs):
+    def _all_tasks(
+        self, tasks: tuple[int, ...], *args: Any, per_adapter: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
         inputs = Inputs(args, kwargs, per_adapter or {})
         passes, size = self._passes, self.group_size
         output = self._engine.run(

@@ -33,7 +33,7 @@ def check_shapes(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:
     return sizes
 
 
-def check_tensor(op: str, name: str, tensor: Tensor, shape: str) -> None:
+def check_tensor(op: str, name: str, tensor: object, shape: str) -> None:
     """``tensor`` is one whose elements lie in memory one by one, or TypeError, which says ``shape``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {shape}, got {type(tensor).__name__}")

@@ -38,7 +38,7 @@ class FilteredCost(NamedTuple):
     """
 
     cost: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides a tuple's own index()
     score: Tensor
 
 
@@ -83,7 +83,7 @@ def cost_filter(image: Tensor, text: Tensor | PackedText, k: int, *, impl: str =
     """
     op = "cost_filter"
     packed = text if isinstance(text, PackedText) else None
-    text = _text(op, packed.text if packed else text)
+    text = _text(op, text.text if isinstance(text, PackedText) else text)
     if packed:
         _packed(op, packed, text)
     sizes = check_shapes(op, image=(image, "B H W D"))
@@ -183,7 +183,7 @@ def top_classes(score: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, T
     return TOP_CLASSES[impl](score, k)
 
 
-def scatter_cost(filtered: FilteredCost, classes: int, fill: float = -100.0) -> Tensor:
+def scatter_cost(filtered: FilteredCost, classes: int, *, fill: float = -100.0) -> Tensor:
     """Put what belongs to the kept classes back among all of them.
 
     Args:

@@ -129,4 +129,4 @@ def _shapes(op: str, spatial_shapes: Sequence[tuple[int, int]], sizes: dict[str,
     if sum(height * width for height, width in shapes) != sizes["S"]:
         total = sum(height * width for height, width in shapes)
         raise ValueError(f"{op}: spatial_shapes must add up to the S = {sizes['S']} tokens of value, got {total}")
-    return shapes
+    return shapes  # type: ignore[return-value]  # pairs, as was checked

@@ -40,8 +40,9 @@ class Contents:
             places = list(range(len(self.tensors)))
         else:
             places = [] if torch.equal(hashes, before) else (hashes != before).nonzero()[:, 0].tolist()
-        for place in places if act else ():
-            act(place)
+        if act is not None:
+            for place in places:
+                act(place)
         self._hashes = hashes
         return places
 

@@ -94,4 +94,5 @@ register_vmap("merge_masks", loop_vmap)
 def _pair(op: str, name: str, value: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(value, tuple | list | torch.Size) or len(value) != 2:
         raise TypeError(f"{op}: {name} must be (height, width), got {value!r}")
-    return tuple(int(check_count(op, f"{name}[{i}]", v)) for i, v in enumerate(value))
+    height, width = (int(check_count(op, f"{name}[{i}]", v)) for i, v in enumerate(value))
+    return height, width

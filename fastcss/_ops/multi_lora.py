@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class MultiLora(torch.autograd.Function):
         return *(grad if need else None for grad, need in grads), *[None] * 6
 
 
-def _vmap(op, batch: int, in_dims: tuple, arguments: tuple):
+def _vmap(op: Callable, batch: int, in_dims: tuple, arguments: tuple) -> tuple:
     """Fold a mapped axis into the slots of one call of ``op``.
 
     Mapped over the input or the index, each sample brings its own slots; mapped over the adapters, the samples' packs
@@ -141,7 +142,9 @@ FORWARD = Kernels("multi_lora", MultiLora, vmap=_vmap)
 BACKWARD = once_differentiable("multi_lora_backward", vmap=loop_vmap)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora):
+def _autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora
+) -> tuple[Tensor, Tensor, Tensor | None, PackedLora]:
     dtype = torch.get_autocast_dtype(x.device.type)
     lora = dataclasses.replace(lora, a=lora.a.to(dtype), b=lora.b.to(dtype))
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora

@@ -25,7 +25,7 @@ class TopQueries(NamedTuple):
     """
 
     queries: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides a tuple's own index()
     score: Tensor
 
 

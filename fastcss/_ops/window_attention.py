@@ -22,8 +22,8 @@ def window_attention(
     v: Tensor,
     bias: Tensor,
     window: int,
-    shift: int = 0,
     *,
+    shift: int = 0,
     pad_key: Tensor | None = None,
     pad_value: Tensor | None = None,
     scale: float | None = None,
@@ -77,13 +77,13 @@ def window_attention(
     pad_key, pad_value = (
         (k.new_zeros(k.shape[3:]) if x is None else x).expand(k.shape[0], -1, -1) for x in (pad_key, pad_value)
     )
-    tensors = autocast(q, k, v, bias, pad_key, pad_value)
-    impl = backends.choose(op, impl, tensors[0])
+    q, k, v, bias, pad_key, pad_value = autocast(q, k, v, bias, pad_key, pad_value)
+    impl = backends.choose(op, impl, q)
     if impl in ("reference", "composed"):
         form = composed.window_attention if impl == "composed" else reference.window_attention
         with no_autocast(q):
-            return form(*tensors, window, shift, scale)
-    return FORWARD[impl](*tensors, window, shift, scale)
+            return form(q, k, v, bias, pad_key, pad_value, window, shift, scale)
+    return FORWARD[impl](q, k, v, bias, pad_key, pad_value, window, shift, scale)
 
 
 class WindowAttention(torch.autograd.Function):
@@ -104,7 +104,7 @@ class WindowAttention(torch.autograd.Function):
         return dq, dk, dv, dbias if need_bias else None, *dpads, None, None, None, None
 
 
-def _fold(op: Callable, batch: int, in_dims: Sequence[int | None], arguments: Sequence):
+def _fold(op: Callable, batch: int, in_dims: Sequence[int | None], arguments: Sequence) -> tuple:
     """The mapped axis as a larger batch where all of it has one ``bias``, which has no batch."""
     if in_dims[3] is not None:
         return loop_vmap(op, batch, in_dims, arguments)

@@ -71,7 +71,7 @@ def _evaluate(model: DecoupleCSS, plan: Plan, options: argparse.Namespace) -> Ev
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("pictures", total=len(test))
         return compare(
-            model, test, plan.labels, plan.shortest, plan.longest, modes,
+            model, test, plan.labels, plan.shortest, plan.longest, modes=modes,
             workers=options.workers, report=lambda count: progress.advance(bar, count),
         )  # fmt: skip
 

@@ -122,13 +122,13 @@ class _Model:
         from ..models.preprocessing import preprocess
 
         device = next(self.model.parameters()).device
-        picture = preprocess(image, self.model.segmenter.image_size, **self.sides)
+        picture = preprocess(image, sam_side=self.model.segmenter.image_size, **self.sides)
         found = self.model.segment(
             picture.pixel_values[None].to(device),
             picture.sam_pixel_values[None].to(device),
             [picture.size],
-            [picture.crop],
-            self.mode,
+            crops=[picture.crop],
+            mode=self.mode,
         )
         return found.labels[0].cpu(), found.present[0].tolist(), found.presence[0].tolist()
 

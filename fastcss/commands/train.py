@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     bars = _Bars(console, len(plan.tasks), plan.recipe.epochs, records)
     try:
         with bars.progress:
-            summary = train(options.out, bars, options.workers, device)
+            summary = train(options.out, watch=bars, workers=options.workers, device=device)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from the last epoch that was finished")
         raise
@@ -142,7 +142,7 @@ def _begin(options: argparse.Namespace):
             "--voc-list train learns from the 1,464 pictures of train.txt"
         )
     plan = Plan(**defaults.plan | given | {"recipe": dataclasses.replace(defaults.plan["recipe"], **given["recipe"])})
-    begin(options.out, plan, _base(options), _settings(options))
+    begin(options.out, plan, _base(options), settings=_settings(options))
     return plan
 
 

@@ -149,5 +149,5 @@ def _is_number(value: float | None) -> bool:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    values = [value for value in values if value is not None]
-    return math.fsum(values) / len(values) if values else None
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

@@ -52,10 +52,10 @@ def tasks(data: str | int, setting: str) -> list[tuple[int, ...]]:
         total = data
     if total < 1:
         raise ValueError(f"tasks: data must have at least one class, got {total}")
-    first, dash, step = setting.partition("-")
-    if not (dash and first.isdecimal() and step.isdecimal() and int(first) > 0 and int(step) > 0):
+    begin, dash, end = setting.partition("-")
+    if not (dash and begin.isdecimal() and end.isdecimal() and int(begin) > 0 and int(end) > 0):
         raise ValueError(f"tasks: setting must be like 15-5, two numbers from 1, got {setting!r}")
-    first, step = int(first), int(step)
+    first, step = int(begin), int(end)
     if first > total:
         raise ValueError(f"tasks: setting {setting!r} begins with {first} classes, and there are only {total}")
     if rest := (total - first) % step:
@@ -110,15 +110,16 @@ class Overlapped(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, classes: Sequence[int], shown: Sequence[Collection[int]] | None = None
+        self, dataset: Dataset, classes: Sequence[int], *, shown: Sequence[Collection[int]] | None = None
     ) -> None:
         classes = tuple(classes)
         if len(set(classes)) < len(classes) or not set(classes) <= set(range(1, IGNORE)):
             raise ValueError(f"Overlapped: classes must be different labels from 1 to {IGNORE - 1}, got {classes}")
-        if shown is not None and len(shown) != len(dataset):
-            raise ValueError(f"Overlapped: shown must be as long as the data set, {len(dataset)}, got {len(shown)}")
+        count = len(dataset)  # type: ignore[arg-type]  # torch's Dataset names no length
+        if shown is not None and len(shown) != count:
+            raise ValueError(f"Overlapped: shown must be as long as the data set, {count}, got {len(shown)}")
         self.dataset, self.classes = dataset, classes
-        self.indices: Sequence[int] = range(len(dataset))
+        self.indices: Sequence[int] = range(count)
         if shown is not None:
             wanted = set(classes)
             self.indices = [i for i in self.indices if not wanted.isdisjoint(shown[i])]
@@ -150,5 +151,5 @@ def training_set(dataset: Dataset, classes: Sequence[int]) -> Overlapped:
         >>> second = training_set(DigitScenes("train", 100), tasks("digits", "2-2")[1])
     """
     if isinstance(dataset, DigitScenes):
-        return Overlapped(dataset, classes, [dataset.digits(scene) for scene in dataset.indices])
-    return Overlapped(dataset, classes, dataset.shown())
+        return Overlapped(dataset, classes, shown=[dataset.digits(scene) for scene in dataset.indices])
+    return Overlapped(dataset, classes, shown=dataset.shown())  # type: ignore[attr-defined]

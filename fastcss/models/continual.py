@@ -54,7 +54,7 @@ LOCK = ".lock"
 
 
 def begin(
-    folder: str | Path, plan: Plan, base: str | Path | tuple[str | Path, str | Path], settings: dict | None = None
+    folder: str | Path, plan: Plan, base: str | Path | tuple[str | Path, str | Path], *, settings: dict | None = None
 ) -> None:
     """Begin a run; one that was begun with the same plan and settings is left as it is.
 
@@ -83,7 +83,7 @@ def begin(
     places = checkpoint_folders(base) if copied else dict(zip(("detector", "segmenter"), base, strict=True))
     tokenizer = load_tokenizer(places["detector"])
     for t in range(len(plan.tasks)):
-        encode(tokenizer, describe(plan.classes(t), plan.phrases))
+        encode(tokenizer, describe(plan.classes(t), own=plan.phrases))
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         detector = ClassDetector.from_folder(places["detector"])
         segmenter = SamSegmenter.from_folder(places["segmenter"])
@@ -95,7 +95,7 @@ def begin(
     save_base(model, folder, **named, tokenizer=tokenizer, training=plan.to_json())
 
 
-def train(folder: str | Path, watch: Watch | None = None, workers: int = 0, device: str = "cpu") -> dict:
+def train(folder: str | Path, *, watch: Watch | None = None, workers: int = 0, device: str = "cpu") -> dict:
     """Continue a run from the last finished epoch to the end; return its summary.
 
     Args:
@@ -223,7 +223,7 @@ class _Run:
         tokenizer = load_tokenizer(checkpoint_folders(self.folder)["detector"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.plan.seed_of(t))
-            task = model.add_task(names, encode(tokenizer, describe(names, self.plan.phrases)))
+            task = model.add_task(names, encode(tokenizer, describe(names, own=self.plan.phrases)))
         if self.plan.method == "naive" and t > 0:
             _copy_adapter(model, model.tasks[t - 1].name, task.name)
         return model

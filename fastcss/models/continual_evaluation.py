@@ -35,15 +35,15 @@ def evaluate(
     labels: Sequence[str],
     shortest: int,
     longest: int,
-    mode: str = "one_pass",
     *,
+    mode: str = "one_pass",
     batch_size: int = 8,
     workers: int = 0,
     report: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Return the IoU of every label over a data set, ``[len(labels)]``; the arguments are those of ``compare``."""
     found = compare(
-        model, dataset, labels, shortest, longest, (mode,), batch_size=batch_size, workers=workers, report=report
+        model, dataset, labels, shortest, longest, modes=(mode,), batch_size=batch_size, workers=workers, report=report
     )
     return found.iou[mode]
 
@@ -55,8 +55,8 @@ def compare(
     labels: Sequence[str],
     shortest: int,
     longest: int,
-    modes: Sequence[str] = ("one_pass", "shared"),
     *,
+    modes: Sequence[str] = ("one_pass", "shared"),
     batch_size: int = 8,
     workers: int = 0,
     report: Callable[[int], None] | None = None,
@@ -94,7 +94,7 @@ def compare(
             for predicted, truth in zip(found[mode], truths, strict=True):
                 metrics[mode].update(predicted, truth.to(device))
         for maps in map(torch.stack, zip(*found.values(), strict=True)):  # [modes, H, W]
-            equal += (maps == maps[0]).all(0).sum().item()
+            equal += int((maps == maps[0]).all(0).sum())
             pixels += maps[0].numel()
         if report is not None:
             report(len(batch))
@@ -108,7 +108,7 @@ class _Prepared(Dataset):
         self._dataset, self._sides = dataset, sides
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._dataset)  # type: ignore[arg-type]  # torch's Dataset names no length
 
     def __getitem__(self, item: int) -> tuple[Picture, Tensor]:
         image, labels = self._dataset[item]

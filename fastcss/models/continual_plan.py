@@ -106,6 +106,7 @@ class Plan:
 
     data: str
     setting: str
+    _: dataclasses.KW_ONLY
     method: str = "decouplecss"
     root: str | None = None
     train_split: str = "train"
@@ -137,7 +138,7 @@ class Plan:
         if self.recipe.seed != 0:
             raise ValueError(f"Plan: recipe must have seed 0, the plan has its own, got {self.recipe.seed}")
         if self.phrases is not None:
-            describe(self.labels[1:], self.phrases)
+            describe(self.labels[1:], own=self.phrases)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ class DecoupleCSS(nn.Module):
     def classes(self) -> tuple[str, ...]:
         return tuple(name for task in self.tasks for name in task.classes)
 
-    def add_task(self, classes: Sequence[str], phrases: Phrases, name: str | None = None) -> Task:
+    def add_task(self, classes: Sequence[str], phrases: Phrases, *, name: str | None = None) -> Task:
         """Add a task with an adapter that does nothing yet; only the task's parameters are then trainable.
 
         Args:
@@ -139,6 +139,7 @@ class DecoupleCSS(nn.Module):
         pixel_values: Tensor,
         sam_pixel_values: Tensor,
         sizes: Sequence[tuple[int, int]],
+        *,
         crops: Sequence[tuple[int, int]] | None = None,
         mode: str = "one_pass",
     ) -> Segmentation:

@@ -50,6 +50,7 @@ GENERATOR_FILE = "generator.safetensors"
 def save_base(
     model: DecoupleCSS,
     folder: str | Path,
+    *,
     detector: str | Path | None = None,
     segmenter: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -101,7 +102,7 @@ def save_base(
         json.dump(config, file, indent=1)
 
 
-def save_task(model: DecoupleCSS, t: int, folder: str | Path, overwrite: bool = False) -> None:
+def save_task(model: DecoupleCSS, t: int, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write task t of the model into a run, whole or not at all.
 
     Raises:
@@ -275,7 +276,7 @@ def _load_task(model: DecoupleCSS, folder: Path) -> None:
     tensors = read_tensors(folder / "task.safetensors", "DecoupleCSS")
     with _names(folder / "task.json"):
         phrases = Phrases(torch.tensor(about["input_ids"]), torch.tensor(about["attention_mask"]))
-        task = model.add_task(about["classes"], phrases, about["name"])
+        task = model.add_task(about["classes"], phrases, name=about["name"])
     places = get_peft_model_state_dict(model.detector, adapter_name=task.name, save_embedding_layers=False)
     check_tensors(adapter, places, f"DecoupleCSS: {folder / WEIGHTS_FILE}")
     check_tensors(tensors, task.state_dict(), f"DecoupleCSS: {folder / 'task.safetensors'}")

@@ -28,7 +28,7 @@ class Losses(NamedTuple):
     tokens: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Says how a task is learnt. The defaults are the paper's for VOC; for ADE20K it has 20 epochs.
 

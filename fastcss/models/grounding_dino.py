@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 )
 
 from .checkpoint import load_pretrained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: The encoder has these parts of a ``GroundingDinoModel``.
 PARTS = ("backbone", "input_proj_vision", "text_backbone", "text_projection", "encoder", "level_embed")
@@ -82,12 +87,12 @@ class GroundingDinoEncoder(nn.Module):
         self.register_buffer("special_tokens", model.special_tokens, persistent=False)
 
     @classmethod
-    def from_folder(cls, folder: str) -> GroundingDinoEncoder:
+    def from_folder(cls, folder: str | Path) -> Self:
         """Load the encoder from a checkpoint folder of transformers, in float32; safetensors only, no network."""
         return cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS, dtype=torch.float32)).eval()
 
     @classmethod
-    def random(cls, size: str = "swin-t", seed: int = 0, fusion_scale: float = 0.5) -> GroundingDinoEncoder:
+    def random(cls, size: str = "swin-t", *, seed: int = 0, fusion_scale: float = 0.5) -> Self:
         """Make an encoder with random weights.
 
         Args:

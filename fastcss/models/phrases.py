@@ -52,7 +52,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def describe(names: Sequence[str], own: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
+def describe(names: Sequence[str], *, own: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
     """Return M + 1 phrases for each of c classes: the name alone, and M that say how the class looks.
 
     In the paper a language model writes the M = 30 phrases of each class. Here one list of adjectives stands before the

@@ -28,7 +28,7 @@ class Picture(NamedTuple):
     crop: tuple[int, int]
 
 
-def preprocess(image: Tensor, sam_side: int = 1024, shortest: int = 800, longest: int = 1333) -> Picture:
+def preprocess(image: Tensor, *, sam_side: int = 1024, shortest: int = 800, longest: int = 1333) -> Picture:
     """Resize and normalise a picture for Grounding DINO and for SAM, as their own processors do.
 
     Args:
@@ -53,7 +53,8 @@ def preprocess(image: Tensor, sam_side: int = 1024, shortest: int = 800, longest
         raise ValueError(f"preprocess: image must be [3, H, W] with at least one pixel, got {list(image.shape)}")
     size = (image.shape[1], image.shape[2])
     scale = sam_side / max(size)
-    crop = tuple(max(1, int(side * scale + 0.5)) for side in size)
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    crop = (height, width)
     padding = (0, sam_side - crop[1], 0, sam_side - crop[0])
     return Picture(
         pixel_values=_normalise(_resize(image, _detector_size(size, shortest, longest))),

@@ -22,7 +22,7 @@ class PromptGenerator(nn.Module):
     """
 
     def __init__(
-        self, classes: int, length: int = 512, prompt_dim: int = 256, prompts: int = 6, hidden: int = 1024
+        self, classes: int, *, length: int = 512, prompt_dim: int = 256, prompts: int = 6, hidden: int = 1024
     ) -> None:
         super().__init__()
         self.prompt_dim = prompt_dim

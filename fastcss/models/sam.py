@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,12 +36,12 @@ class SamSegmenter(nn.Module):
         self.model = model
 
     @classmethod
-    def from_folder(cls, folder: str) -> SamSegmenter:
+    def from_folder(cls, folder: str | Path) -> SamSegmenter:
         """Load the model from a checkpoint folder of transformers, in float32; safetensors only, no network."""
         return cls(load_pretrained(SamModel, folder, dtype=torch.float32)).eval()
 
     @classmethod
-    def random(cls, size: str = "vit-b", seed: int = 0) -> SamSegmenter:
+    def random(cls, size: str = "vit-b", *, seed: int = 0) -> SamSegmenter:
         """Make a model with random weights that are so large that a mask depends on its prompt, as in a trained model.
 
         Args:

@@ -203,11 +203,12 @@ class ClassAwareAffinity(nn.Module):
         small = labels[:, rows[:, None], columns].flatten(1)  # [B, N]
         seg = self._cross_entropy(output.logits, labels)
         affinity = aux = torch.zeros_like(seg)
-        if output.q is not None:
+        if output.q is not None and output.k is not None:
             affinity = affinity_loss(output.q, output.k, small, ignore_index=self.ignore_index, impl=self.impl)
         if output.coarse is not None:
             aux = self._cross_entropy(output.coarse, labels)
-        total = sum(weight * part for weight, part in zip(self.loss_weights, (seg, affinity, aux), strict=True))
+        of_seg, of_affinity, of_aux = self.loss_weights
+        total = of_seg * seg + of_affinity * affinity + of_aux * aux
         return CAALosses(total, seg, affinity, aux)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class GuidedLinear(nn.Linear):
         super().__init__(channels + guidance_channels, out_channels)
         self.parts = (channels, guidance_channels)
 
-    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guidance: Tensor) -> Tensor:  # type: ignore[override]  # the weights' layout alone
         own, shared = self.weight.split(self.parts, dim=1)
         return F.linear(x, own, self.bias) + F.linear(guidance, shared)
 
@@ -35,7 +35,7 @@ class GuidedConv(nn.Conv2d):
         super().__init__(channels + guidance_channels, out_channels, 3, padding=1, bias=False)
         self.parts = (channels, guidance_channels)
 
-    def forward(self, x: Tensor, guidance: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, guidance: Tensor | None) -> Tensor:  # type: ignore[override]
         own, shared = self.weight.split(self.parts, dim=1)
         maps = F.conv2d(x.flatten(0, 1), own, padding=1).unflatten(0, x.shape[:2])
         return maps if guidance is None else maps + F.conv2d(guidance, shared, padding=1).unsqueeze(1)
@@ -105,8 +105,8 @@ class ClassRefinement(nn.Module):
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """Refine ``x`` [B, k, H, W, C] by ``guidance`` [B, k, C] → [B, k, H, W, C], whatever the order of the k."""
         normed = self.norm(x)
-        query_key = F.elu(self.query_key(normed, guidance[:, :, None, None])) + 1
-        x = x + class_attention(*query_key.chunk(2, dim=-1), self.value(normed), self.heads)
+        query, key = (F.elu(self.query_key(normed, guidance[:, :, None, None])) + 1).chunk(2, dim=-1)
+        x = x + class_attention(query, key, self.value(normed), self.heads)
         return x + self.mlp(x)
 
 

@@ -146,7 +146,7 @@ class LSMSegHead(nn.Module):
         """Return each pixel's best class, int64 ``[B, H′, W′]``: ``forward(…).argmax(1)`` without [B, T, H′, W′]."""
         return filtered_argmax(self.filtered(image, text, sam, guidance))
 
-    def loss(self, filtered: FilteredCost, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    def loss(self, filtered: FilteredCost, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
         """Compute the binary cross-entropy of the kept classes' logits, upsampled to the labels, as CAT-Seg trains.
 
         Each class is a separate question. So a pixel whose class was not kept is a "no" to the classes that were, and

@@ -41,8 +41,10 @@ def picture(pixels, tmp_path) -> Path:
 
 
 def expected(model: DecoupleCSS, image: torch.Tensor, mode: str = "one_pass", **sides: int):
-    made = preprocess(image, model.segmenter.image_size, **sides)
-    return model.segment(made.pixel_values[None], made.sam_pixel_values[None], [made.size], [made.crop], mode)
+    made = preprocess(image, sam_side=model.segmenter.image_size, **sides)
+    return model.segment(
+        made.pixel_values[None], made.sam_pixel_values[None], [made.size], crops=[made.crop], mode=mode
+    )
 
 
 def labels_in(path: Path) -> torch.Tensor:

@@ -160,4 +160,4 @@ def test_bad_classes_are_named(classes):
 
 def test_what_is_shown_must_be_known_of_every_item():
     with pytest.raises(ValueError, match="shown must be as long as the data set, 5, got 1"):
-        Overlapped(MAPS, (1,), [(1,)])
+        Overlapped(MAPS, (1,), shown=[(1,)])

@@ -109,7 +109,7 @@ CASES = {
         ("01",) * 2,
     ),
     "window_attention": Case(
-        lambda q: ops.window_attention(q, q, q, BIAS, 3, 1),
+        lambda q: ops.window_attention(q, q, q, BIAS, 3, shift=1),
         lambda n: (normal(n, n + 4, n + 5, 2, 3),),
         ("012",),
     ),

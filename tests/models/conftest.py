@@ -57,7 +57,7 @@ def digit_run(digit_models, tmp_path_factory) -> Callable[[str], Path]:
     @functools.cache
     def make(method: str) -> Path:
         folder = tmp_path_factory.mktemp(method) / "run"
-        begin(folder, plan_of(method=method), digit_models, SETTINGS)
+        begin(folder, plan_of(method=method), digit_models, settings=SETTINGS)
         train(folder)
         return folder
 

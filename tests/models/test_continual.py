@@ -74,9 +74,9 @@ def test_the_last_line_is_what_the_loaded_model_measures(digit_run, method):
 def test_every_task_learns_on_its_own(digit_run, digit_models, tmp_path):
     """Its adapter and generators differ from how they began, and later tasks leave its bits alone."""
     plan = plan_of()
-    begin(tmp_path / "run", plan, digit_models, SETTINGS)
+    begin(tmp_path / "run", plan, digit_models, settings=SETTINGS)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", StopAt("measured"))
+        train(tmp_path / "run", watch=StopAt("measured"))
     assert learned(tmp_path / "run") == {
         name: content for name, content in learned(digit_run("decouplecss")).items() if name.startswith("task_0")
     }
@@ -112,7 +112,7 @@ def test_the_same_again_and_another_seed(digit_run, digit_models, tmp_path):
         run = tmp_path / str(seed)
         torch.manual_seed(seed + 10)  # the global generator does not matter
         before = torch.get_rng_state()
-        begin(run, plan_of(method="joint", seed=seed), digit_models, SETTINGS)
+        begin(run, plan_of(method="joint", seed=seed), digit_models, settings=SETTINGS)
         train(run)
         assert torch.equal(torch.get_rng_state(), before)
         assert (learned(run) == learned(digit_run("joint"))) == (seed == 0)
@@ -122,7 +122,7 @@ def test_the_same_again_and_another_seed(digit_run, digit_models, tmp_path):
 def test_own_phrases_are_what_is_learned_by(digit_models, tmp_path):
     plan = plan_of(method="joint", recipe=dataclasses.replace(RECIPE, epochs=1))
     own = {name: [f"round {name}", f"{name} small"] for name in plan.labels[1:]}
-    begin(tmp_path / "run", dataclasses.replace(plan, phrases=own), digit_models, SETTINGS)
+    begin(tmp_path / "run", dataclasses.replace(plan, phrases=own), digit_models, settings=SETTINGS)
     train(tmp_path / "run")
     (task,) = load(tmp_path / "run").tasks
     assert task.input_ids.shape == (10, 3, 4)  # the name and two phrases; [CLS], two words, [SEP]
@@ -131,9 +131,9 @@ def test_own_phrases_are_what_is_learned_by(digit_models, tmp_path):
 
 def test_models_may_be_named_by_their_folders(digit_models, digit_run, tmp_path):
     run, folders = tmp_path / "run", (digit_models / "base/detector", digit_models / "base/segmenter")
-    begin(tmp_path / "other", plan_of(), folders, SETTINGS)
+    begin(tmp_path / "other", plan_of(), folders, settings=SETTINGS)
     assert read_settings(tmp_path / "other")["sites"] == "fusion"
-    begin(run, plan_of(), folders, SETTINGS | {"sites": "swin+fusion"})
+    begin(run, plan_of(), folders, settings=SETTINGS | {"sites": "swin+fusion"})
     train(run)
     assert not (run / "base").exists()
     assert learned(run) == learned(digit_run("decouplecss"))
@@ -186,7 +186,7 @@ def test_naive_goes_on_from_the_adapter_before(digit_models, tmp_path):
             tmp_path / method,
             plan_of(method=method, recipe=still, train_scenes=4, test_scenes=1),
             digit_models,
-            SETTINGS,
+            settings=SETTINGS,
         )
         train(tmp_path / method)
         first, second = (load_file(tmp_path / method / f"task_{t}/adapter_model.safetensors") for t in range(2))

@@ -34,9 +34,9 @@ class Noise(Dataset):
         table = np.array([0, *(labels.index(name) for name in model.classes)])
         for i, shape in enumerate(SHAPES):
             image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(i))
-            picture = preprocess(image, model.segmenter.image_size, *SIDES)
+            picture = preprocess(image, sam_side=model.segmenter.image_size, shortest=SIDES[0], longest=SIDES[1])
             found = model.segment(
-                picture.pixel_values[None], picture.sam_pixel_values[None], [picture.size], [picture.crop]
+                picture.pixel_values[None], picture.sam_pixel_values[None], [picture.size], crops=[picture.crop]
             )
             predicted = table[found.labels[0].numpy()]
             truth = np.roll(predicted, 3, axis=1)

@@ -20,7 +20,7 @@ from fastcss.models.decouplecss_folder import saved_tasks
 
 @pytest.fixture
 def run(digit_models, tmp_path) -> Path:
-    begin(tmp_path / "run", plan_of(), digit_models, SETTINGS)
+    begin(tmp_path / "run", plan_of(), digit_models, settings=SETTINGS)
     return tmp_path / "run"
 
 
@@ -33,12 +33,12 @@ def assert_unbroken(run: Path, unbroken: Path) -> None:
 def test_stopped_at_every_turn(digit_models, digit_run, tmp_path):
     """In each start at the next thing that happens: in a batch, after an epoch, before, in and after evaluation."""
     run, held = tmp_path / "run", []
-    begin(run, plan_of(method="naive"), digit_models, SETTINGS)
+    begin(run, plan_of(method="naive"), digit_models, settings=SETTINGS)
     stops = ["learning", "step", "epoch", "step", "epoch", "evaluating", "evaluated", "measured"]
     stops += ["epoch", "epoch", "measured"]
     for event in stops:
         with pytest.raises(KeyboardInterrupt):
-            train(run, StopAt(event))
+            train(run, watch=StopAt(event))
         held.append((saved_tasks(run), len(lines(run)) if (run / "metrics.jsonl").exists() else 0))
     assert held == [*[(0, 0)] * 5, *[(1, 0)] * 2, *[(1, 1)] * 3, (2, 2)]
     train(run)
@@ -70,12 +70,12 @@ def test_killed_again_and_again(run, digit_run):
 
 def test_what_a_kill_leaves_half_written_does_not_count(run, digit_run):
     with pytest.raises(KeyboardInterrupt):
-        train(run, StopAt("epoch"))
+        train(run, watch=StopAt("epoch"))
     shutil.copytree(run / "progress", run / ".progress.new")
     (run / ".progress.new" / "trainer.safetensors").write_bytes(b"half")
     (run / "metrics.jsonl").write_bytes(b'{"kind": "ta')
     with pytest.raises(KeyboardInterrupt):
-        train(run, StopAt("epoch"))
+        train(run, watch=StopAt("epoch"))
     (run / "progress").rename(run / ".progress.old")  # the moment between the old and the new
     train(run)
     assert_unbroken(run, digit_run("decouplecss"))
@@ -86,7 +86,7 @@ def test_a_full_disk_keeps_what_was_finished(run, digit_run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(KeyboardInterrupt):
-        train(run, StopAt("epoch"))
+        train(run, watch=StopAt("epoch"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(continual_progress, "save_file", full)
@@ -99,7 +99,7 @@ def test_a_full_disk_keeps_what_was_finished(run, digit_run, monkeypatch):
 
 def test_progress_that_is_not_whole_is_named(run):
     with pytest.raises(KeyboardInterrupt):
-        train(run, StopAt("epoch"))
+        train(run, watch=StopAt("epoch"))
     tensors = load_file(run / "progress/task.safetensors")
     first = next(name for name in tensors if "lora_A" in name)
     save_file(tensors | {first: tensors[first][:1].clone()}, run / "progress/task.safetensors")

@@ -19,9 +19,9 @@ def test_a_finished_run_is_left_as_it_is(digit_run, digit_models):
     run = digit_run("decouplecss")
     stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     events = [name for name in vars(Watch) if not name.startswith("_")]
-    begin(run, plan_of(), digit_models, SETTINGS)
+    begin(run, plan_of(), digit_models, settings=SETTINGS)
     for event in events:
-        assert train(run, StopAt(event)) == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert train(run, watch=StopAt(event)) == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == stamps
 
 
@@ -36,7 +36,7 @@ def test_a_finished_run_is_left_as_it_is(digit_run, digit_models):
 )
 def test_another_plan_is_refused(digit_run, digit_models, fields, settings, message):
     with pytest.raises(ValueError, match=message):
-        begin(digit_run("decouplecss"), plan_of(**fields), digit_models, SETTINGS | settings)
+        begin(digit_run("decouplecss"), plan_of(**fields), digit_models, settings=SETTINGS | settings)
 
 
 def test_nothing_is_begun_without_data_or_models(digit_models, tmp_path):
@@ -51,7 +51,7 @@ def test_nothing_is_begun_without_data_or_models(digit_models, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*sam"):
         begin(run, plan_of(), (digit_models / "base/detector", tmp_path / "sam"))
     with pytest.raises(ValueError, match="threshold must be above 0"):
-        begin(run, plan_of(), digit_models, {"threshold": 0})
+        begin(run, plan_of(), digit_models, settings={"threshold": 0})
     words = digit_models / "base/detector/tokenizer.json"
     shutil.copytree(digit_models, tmp_path / "base")
     (tmp_path / "base/base/detector" / words.name).unlink()
@@ -85,12 +85,12 @@ def train_and_wait(run, begun, enough) -> None:
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        train(run, Waiting())
+        train(run, watch=Waiting())
 
 
 def test_two_do_not_train_one_run(digit_models, tmp_path):
     run, fork = tmp_path / "run", multiprocessing.get_context("fork")
-    begin(run, plan_of(), digit_models, SETTINGS)
+    begin(run, plan_of(), digit_models, settings=SETTINGS)
     begun, enough = fork.Event(), fork.Event()
     other = fork.Process(target=train_and_wait, args=(run, begun, enough))
     other.start()
@@ -100,4 +100,4 @@ def test_two_do_not_train_one_run(digit_models, tmp_path):
     enough.set()
     other.join()
     with pytest.raises(KeyboardInterrupt):
-        train(run, StopAt("learning"))
+        train(run, watch=StopAt("learning"))

@@ -86,7 +86,7 @@ def test_a_run_from_folders_in_half_precision(digit_models, tmp_path, dtypes):
         config = json.loads((place / "config.json").read_text())
         (folders[part] / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
     tokenizer.save_pretrained(folders["detector"])
-    begin(tmp_path / "run", plan_of(), tuple(folders.values()), SETTINGS)
+    begin(tmp_path / "run", plan_of(), tuple(folders.values()), settings=SETTINGS)
     model, _ = load_run(tmp_path / "run")
     for part, kept in (("detector", model.detector), ("segmenter", model.segmenter.model)):
         assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
@@ -138,5 +138,5 @@ def test_what_is_wrong_with_a_folder_is_named(digit_models, tmp_path, kind, erro
         SamSegmenter.from_folder(str(folder))
     if kind == "a pickle":
         with pytest.raises(error, match=re.escape(message)):
-            begin(tmp_path / "run", plan_of(), (places["detector"], folder), SETTINGS)
+            begin(tmp_path / "run", plan_of(), (places["detector"], folder), settings=SETTINGS)
         assert not (tmp_path / "run").exists()

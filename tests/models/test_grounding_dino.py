@@ -91,7 +91,7 @@ def test_random_encoders_follow_their_seed_and_leave_the_generator_alone():
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
-    first, again, other = (GroundingDinoEncoder.random("tiny", seed) for seed in (1, 1, 2))
+    first, again, other = (GroundingDinoEncoder.random("tiny", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.randn(3), expected)
     name = "encoder.layers.0.fusion_layer.attn.vision_proj.weight"
     assert torch.equal(first.get_parameter(name), again.get_parameter(name))

@@ -219,14 +219,14 @@ def base(digit_models, tmp_path_factory) -> Path:
 def test_a_run_takes_it_over_from_its_base_and_learns_from_it(base, tmp_path):
     """At a rate of next to nothing what a task begins with is what it ends with, also after an interruption."""
     run, still = tmp_path / "run", Recipe(epochs=1, batch_size=4, learning_rate=1e-12)
-    begin(run, plan_of(recipe=still, train_scenes=4, test_scenes=1), base, {"rank": 2})
+    begin(run, plan_of(recipe=still, train_scenes=4, test_scenes=1), base, settings={"rank": 2})
     defaults = DEFAULTS["digits"].settings
     assert defaults["length"] != SIZES["length"]
     assert read_settings(run) == defaults | SIZES | {"sites": "fusion", "rank": 2}
     assert read_training(run)["train_scenes"] == 4
     assert (run / PLACE).read_bytes() == (base / PLACE).read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        train(run, StopAt("measured"))
+        train(run, watch=StopAt("measured"))
     train(run)
     for task in load(run).tasks:
         assert len(task.classes) == 5
@@ -235,9 +235,9 @@ def test_a_run_takes_it_over_from_its_base_and_learns_from_it(base, tmp_path):
 
 def test_settings_that_it_contradicts_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match=f"hidden must be 16, as the initial generator of {base} has it, got 64"):
-        begin(tmp_path / "run", plan_of(), base, {"hidden": 64})
+        begin(tmp_path / "run", plan_of(), base, settings={"hidden": 64})
     with pytest.raises(ValueError, match=r"sites 'convnext\+fusion' has no place"):
-        begin(tmp_path / "run", plan_of(), base, {"sites": "convnext+fusion"})
+        begin(tmp_path / "run", plan_of(), base, settings={"sites": "convnext+fusion"})
     assert not (tmp_path / "run").exists()
-    begin(tmp_path / "run", plan_of(), base, {"hidden": 16, "sites": "swin+fusion"})
+    begin(tmp_path / "run", plan_of(), base, settings={"hidden": 16, "sites": "swin+fusion"})
     assert read_settings(tmp_path / "run")["sites"] == "swin+fusion"

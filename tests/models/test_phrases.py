@@ -51,11 +51,11 @@ def test_own_phrases_stand_beside_the_name(tmp_path):
     path = tmp_path / "phrases.json"
     path.write_text(json.dumps(OWN | {"Bär": ["brown bear", "white bear"]}, ensure_ascii=False), encoding="utf-8")
     own = read_phrases(path)
-    assert describe(["dining table", "cat"], own) == [
+    assert describe(["dining table", "cat"], own=own) == [
         ["dining table", "set table", "oak table"],
         ["cat", "sleepy cat", "grey cat"],
     ]
-    assert describe(["Bär"], own) == [["Bär", "brown bear", "white bear"]]
+    assert describe(["Bär"], own=own) == [["Bär", "brown bear", "white bear"]]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_descriptions_that_cannot_be():
     with pytest.raises(ValueError, match="own has no phrases for class 'dog'; it has cat, dining table"):
-        describe(["cat", "dog"], OWN)
+        describe(["cat", "dog"], own=OWN)
     with pytest.raises(ValueError, match="describe: own: every class must have as many phrases"):
-        describe(["cat"], OWN | {"dog": ["wet dog"]})
+        describe(["cat"], own=OWN | {"dog": ["wet dog"]})
     for names in ([], "cat"):
         with pytest.raises(ValueError, match="names must be a list of at least one class"):
             describe(names)

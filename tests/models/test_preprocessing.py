@@ -42,7 +42,7 @@ def test_detector_reads_what_its_own_processor_makes(size, sides):
     image = picture(*size)
     processor = GroundingDinoImageProcessorPil(size={"shortest_edge": sides[0], "longest_edge": sides[1]})
     expected = processor(image.numpy(), return_tensors="pt")["pixel_values"][0]
-    got = preprocess(image / 255, 64, *sides).pixel_values
+    got = preprocess(image / 255, sam_side=64, shortest=sides[0], longest=sides[1]).pixel_values
     assert got.shape == expected.shape
     assert (got - expected).abs().max() < ROUNDING
 
@@ -56,7 +56,7 @@ def test_published_sizes():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1)])
 def test_a_side_of_one_pixel(size):
-    got = preprocess(torch.rand(3, *size), 128, 64, 96)
+    got = preprocess(torch.rand(3, *size), sam_side=128, shortest=64, longest=96)
     assert min(*got.pixel_values.shape, *got.crop) >= 1
     assert got.sam_pixel_values.isfinite().all()
     assert got.pixel_values.isfinite().all()

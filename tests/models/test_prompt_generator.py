@@ -55,7 +55,7 @@ def test_no_rows():
 @pytest.mark.parametrize(("length", "weights"), [(512, 2_097_152), (1024, 2_621_440)])
 def test_weights_of_a_class_are_the_papers(length, weights):
     with torch.device("meta"):
-        assert PromptGenerator(7, length).weights_per_class() == weights
+        assert PromptGenerator(7, length=length).weights_per_class() == weights
 
 
 def test_untrained_prompts_are_of_the_size_of_their_tokens():

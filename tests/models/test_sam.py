@@ -133,7 +133,7 @@ def test_a_pickle_is_not_read(segmenter, tmp_path):
 
 def test_random_weights_hang_on_the_seed_alone():
     before = torch.get_rng_state()
-    first, same, other = (SamSegmenter.random("tiny", seed).state_dict() for seed in (1, 1, 2))
+    first, same, other = (SamSegmenter.random("tiny", seed=seed).state_dict() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(same[name], tensor) for name, tensor in first.items())
     name = "model.mask_decoder.iou_token.weight"

@@ -147,7 +147,7 @@ def test_wrong_names_and_models(saved):
     with pytest.raises(ValueError, match="different adapter names"):
         fastcss.one_pass.from_directories(bare, [folders[0], folders[0]])
     with pytest.raises(ValueError, match="different adapter names"):
-        fastcss.one_pass.from_directories(bare, folders, ["a", "b"])
+        fastcss.one_pass.from_directories(bare, folders, names=["a", "b"])
     with pytest.raises(ValueError, match="at least one folder"):
         fastcss.one_pass.from_directories(bare, [])
     with pytest.raises(ValueError, match="has adapters already"):

@@ -45,7 +45,7 @@ def test_folders_equal_peft(saved):
     assert runner.adapters == ("task0", "task1", "task2")
     assert_equal(runner(**inputs(vit, 2)), loop(model, inputs(vit, 2)))
     assert_untouched(bare, before)
-    named = fastcss.one_pass.from_directories(bare, [str(folders[1]), folders[0]], ["b", "a"])
+    named = fastcss.one_pass.from_directories(bare, [str(folders[1]), folders[0]], names=["b", "a"])
     assert_equal(named(**inputs(vit)), loop(model, inputs(vit), ["task1", "task0"]))
 
 
@@ -212,7 +212,7 @@ def test_pissa_converted_by_peft_is_plain_lora(tmp_path):
             parameter += 0.3
     given_up = save(model, tmp_path / "as it is")[0]
     converted = save(model, tmp_path / "converted", path_initial_model_for_weight_conversion=str(first))[0]
-    got = fastcss.one_pass.from_directories(bare, [converted, given_up], ["converted", "as it is"])(**given)
+    got = fastcss.one_pass.from_directories(bare, [converted, given_up], names=["converted", "as it is"])(**given)
     wanted = reloaded(bare, [converted, given_up], given)
     for i in range(2):
         torch.testing.assert_close(got[0][i], wanted[i][0], atol=1e-5, rtol=0)

@@ -72,7 +72,7 @@ def test_is_the_equation(impl, device):
 
     def attend(window, shift=0, bias=None, **pads):
         bias = torch.zeros(1, window**2, window**2, device=device) if bias is None else bias
-        return window_attention(zeros, zeros, v, bias, window, shift, impl=impl, **pads)[0, :, :, 0].tolist()
+        return window_attention(zeros, zeros, v, bias, window, shift=shift, impl=impl, **pads)[0, :, :, 0].tolist()
 
     assert attend(1) == v[0, :, :, 0, 0].tolist()
     upper, lower = [2.5, 2.5, 4.5, 4.5], [10.5, 10.5, 12.5, 12.5]
@@ -123,11 +123,11 @@ def test_who_is_no_neighbour_is_hardly_read(impl, device):
     runs(window_attention, impl, device)
     q, v = torch.zeros(1, 2, 2, 1, 1, device=device), torch.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
     bias = torch.zeros(1, 4, 4, device=device)
-    alone = window_attention(q, q, v.view(q.shape), bias, 2, 1, impl=impl)
+    alone = window_attention(q, q, v.view(q.shape), bias, 2, shift=1, impl=impl)
     assert alone.flatten().tolist() == [1, 2, 3, 4]
     # The one window of the shifted map holds the four tokens in the order 4 3 2 1.
     bias[0, :, 3] = 200
-    wrapped = window_attention(q, q, v.view(q.shape), bias, 2, 1, impl=impl)
+    wrapped = window_attention(q, q, v.view(q.shape), bias, 2, shift=1, impl=impl)
     assert wrapped.flatten().tolist() == [1, 1, 1, 1]
 
 
@@ -243,7 +243,7 @@ def test_in_place_of_transformers_own(impl, size, shift, dtype, device):
         tokens = layer.layernorm_before(x).unflatten(1, size)
         q, k, v = (f(tokens).unflatten(3, (3, 8)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         pads = {"pad_key": attention.k_proj.bias.view(3, 8), "pad_value": attention.v_proj.bias.view(3, 8)}
-        out = window_attention(q, k, v, attention.relative_position_bias()[0], 4, shift, **pads, impl=impl)
+        out = window_attention(q, k, v, attention.relative_position_bias()[0], 4, shift=shift, **pads, impl=impl)
         y = x + attention.o_proj(out).flatten(1, 2)
         return y + layer.mlp(layer.layernorm_after(y))
 
