@@ -2,6 +2,8 @@
 #
 #   make demo    handwritten digits in photographs, six tasks in one pass   → out/demo.png
 #   make test    lint and the whole test suite
+#   make lint    ruff, clang-format, and mypy over the public names
+#   make venv    what all of these run in, without running any           → .venv
 #   make train-digits   the demo's model anew, from a seed (an hour)        → fastcss/assets/digits
 #   make sanitize   the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make bench   the CPU benchmarks and their plots                         → benchmarks/results
@@ -27,7 +29,9 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 # Kernels that do not compile are an error here, not a slower package.
 export FASTCSS_REQUIRE_COMPILED := 1
 
-.PHONY: demo test lint sanitize train-digits bench floors gpu wheel clean
+.PHONY: venv demo test lint sanitize train-digits bench floors gpu wheel clean
+
+venv: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --out out/demo.png
@@ -39,6 +43,8 @@ test: lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/* csrc/*/* tests/native/* tests/native/*/*))
+	$(BIN)/mypy
 
 # A package of its own, next to whose module no other is loaded. What Python itself leaks is not looked at. pytest must not
 # capture (-s): a report ends the process.
@@ -94,7 +100,7 @@ gpu $(GPU_STAGES):
 	    $(if $(LIMIT),--seconds $(LIMIT)) $(if $(OUT),--out $(OUT))
 
 # The wheel is built from the source distribution, and is in dist once it has passed its self-test, in an environment with
-# torch alone. auditwheel names the oldest glibc in its file name; torch's libraries are torch's to bring.
+# torch and pytest alone. auditwheel names the oldest glibc in its file name; torch's libraries are torch's to bring.
 WHEEL := build/wheel$(if $(CUDA),-cuda)
 DIST := dist$(if $(CUDA),/cuda)
 wheel: $(VENV)/torch
@@ -105,11 +111,11 @@ wheel: $(VENV)/torch
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
 	    --wheel-dir $(WHEEL) $(WHEEL)/built/*.whl
 	empty=$$(mktemp -d) && trap 'rm -rf "$$empty"' EXIT && $(PYTHON) -m venv "$$empty" && \
-	    "$$empty/bin/pip" --disable-pip-version-check install $(or $(TORCH),torch) $(WHEEL)/*.whl && \
+	    "$$empty/bin/pip" --disable-pip-version-check install $(or $(TORCH),torch) "$$(echo $(WHEEL)/*.whl)[selftest]" && \
 	    cd "$$empty" && bin/python -m fastcss info && bin/python -m pytest --pyargs fastcss.selftest && \
 	    bin/python -c "import fastcss, torch; fastcss.ops.top_classes(torch.ones(1, 2), 1, impl='cpu')"
 	mkdir -p $(DIST) && rm -f $(DIST)/*.whl && mv $(WHEEL)/*.whl $(DIST)
 	@ls -l $(DIST)
 
 clean:
-	rm -rf build dist out *.egg-info fastcss/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist out *.egg-info fastcss/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

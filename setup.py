@@ -84,6 +84,15 @@ def version() -> str:
     return f"{own}+cu" + "".join(re.search(r"release (\d+)\.(\d+)", printed).groups())
 
 
+def project_urls() -> dict[str, str]:
+    """Where the project lives, as FASTCSS_URL says: the public CI names the repository that it builds. The sources name
+    no host, and so nothing that is built elsewhere sends a user to an address that is not its own."""
+    home = os.environ.get("FASTCSS_URL", "").rstrip("/")
+    pages = {"Changelog": "CHANGELOG.md", "Documentation": "docs", "Source": ""}
+    urls = {name: f"{home}/blob/HEAD/{page}" if page else home for name, page in pages.items()}
+    return {**urls, "Issues": f"{home}/issues"} if home else {}
+
+
 def build_cuda(module: Path, temporary: Path) -> None:
     """nvcc by itself: torch's CUDAExtension wants a CUDA build of torch, which the stable ABI does not need."""
     nvcc = find_nvcc()
@@ -165,6 +174,7 @@ class OptionalBuild(BuildExtension):
 
 setup(
     version=version(),
+    project_urls=project_urls(),
     packages=[
         "fastcss",
         "fastcss._dispatch",
@@ -184,7 +194,7 @@ setup(
     ],
     package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels", "fastcss.cuda": "csrc/cuda"},
     # Device code travels as text: where the compiled module is missing it is compiled at first use.
-    package_data={"fastcss.cuda": ["*.cuh"], "fastcss": ["assets/**"]},
+    package_data={"fastcss.cuda": ["*.cuh"], "fastcss": ["py.typed", "assets/**"]},
     include_package_data=False,
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

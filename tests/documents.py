@@ -1,4 +1,4 @@
-"""README.md and docs/ as tests read them: blocks of code by section, commands, and what only a reader has."""
+"""README.md, the other papers and docs/ as tests read them: blocks of code by section, and what only a reader has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAPERS = ("README.md", "CONTRIBUTING.md", "DESIGN.md", "SECURITY.md")
+GUIDES = [*(ROOT / paper for paper in PAPERS), *sorted(ROOT.glob("docs/*.md"))]
 REFERENCE = sorted(ROOT.glob("docs/reference/*.md"))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""Every command, file and test that README.md and docs/ name is there, with the options that are given to it."""
+"""Every command, file and test that README.md, other papers and docs/ name is there, with the options given to it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,18 @@ def test_a_command_is_one(where, command, capsys):
                 check_make(targets)
             case ["pip", "install", *what]:
                 check_pip(what)
+            case ["pre-commit", "install"]:
+                assert (ROOT / ".pre-commit-config.yaml").exists()
             case ["python", "-m", "pytest", *arguments] | ["pytest", *arguments]:
                 check_pytest(arguments)
             case ["python", "-m", "fastcss", *arguments]:
                 check_fastcss(arguments)
             case ["python", "-m", "benchmarks", *arguments]:
+                if "--compare" in arguments:  # with rows that another command of the page makes
+                    place = arguments.index("--compare")
+                    _, rows = arguments[place : place + 2]
+                    assert any(page == where and f"--out {rows}" in other for page, other in COMMANDS)
+                    del arguments[place : place + 2]
                 assert benchmarks.main([*arguments, "--list"]) == 0
                 assert capsys.readouterr().out.count("/")
             case ["python", "-m", module, *arguments]:
@@ -55,7 +62,7 @@ def test_a_command_is_one(where, command, capsys):
 def check_make(arguments: list[str]) -> None:
     for argument in arguments:
         name, is_variable, _ = argument.partition("=")
-        pattern = rf"^{re.escape(name)} \?=" if is_variable else rf"^{re.escape(name)}:"
+        pattern = rf"^{re.escape(name)} \?=" if is_variable else rf"^{re.escape(name)}( .*)?:"
         assert re.search(pattern, MAKEFILE, re.MULTILINE), argument
 
 
@@ -66,9 +73,12 @@ def check_pip(packages: list[str]) -> None:
 
 
 def check_pytest(arguments: list[str]) -> None:
-    """What is run is there."""
+    """What is run is there, and so are the options that are the suite's own."""
     what = [argument for argument in arguments if re.match(r"(tests|benchmarks|fastcss)\b", argument)]
     assert what
+    own = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert option == "--pyargs" or f'"{option}"' in own, option
     for path in what:
         module = "--pyargs" in arguments
         assert importlib.util.find_spec(path) if module else (ROOT / path).exists(), path

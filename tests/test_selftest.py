@@ -51,3 +51,12 @@ def test_it_fails_where_an_op_is_wrong(tmp_path):
     (row,) = (line for line in run.stdout.splitlines() if line.startswith("phrase_pool "))
     assert "2 FAILED" in row or "3 FAILED" in row
     assert "of the reference off" in run.stdout
+
+
+def test_it_says_what_to_install_where_pytest_is_missing():
+    program = (
+        "import runpy, sys; sys.modules['pytest'] = None; runpy.run_module('fastcss.selftest', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.endswith("which is not installed: pip install 'fastcss[selftest]'\n")

@@ -11,7 +11,6 @@ from torch.overrides import handle_torch_function
 
 from .private_apis import function_mode_is_enabled, function_modes
 
-
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 

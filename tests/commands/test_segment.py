@@ -231,10 +231,10 @@ def test_a_picture_that_cannot_be_labelled_leaves_the_others_their_results(
     Image.fromarray(pixels[:20, :, :3]).save(tmp_path / "large.png")
     real = DecoupleCSS.segment
 
-    def segment(model, pixel_values, sam_pixel_values, sizes, *rest):
+    def segment(model, pixel_values, sam_pixel_values, sizes, **options):
         if sizes == [(20, 48)]:
             raise error
-        return real(model, pixel_values, sam_pixel_values, sizes, *rest)
+        return real(model, pixel_values, sam_pixel_values, sizes, **options)
 
     monkeypatch.setattr(DecoupleCSS, "segment", segment)
     finished = command("segment", tmp_path / "large.png", picture, "--model", tiny_run, "--out", tmp_path / "out")
