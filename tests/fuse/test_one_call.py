@@ -25,8 +25,8 @@ def _window(**options):
     q = torch.randn(1, 5, 6, 2, 8, **options)
     return (
         ops.window_attention,
-        (q, q.detach(), q.detach(), torch.randn(2, 16, 16), 4, 2),
-        {"pad_key": torch.ones(2, 8)},
+        (q, q.detach(), q.detach(), torch.randn(2, 16, 16), 4),
+        {"shift": 2, "pad_key": torch.ones(2, 8)},
     )
 
 
