@@ -119,9 +119,9 @@ def find(model: DecoupleCSS, plan: Plan, image: Tensor, labels: Tensor) -> Scene
     from ..models.preprocessing import preprocess
 
     like = next(model.parameters())
-    picture = preprocess(image, model.segmenter.image_size, plan.shortest, plan.longest)
+    picture = preprocess(image, sam_side=model.segmenter.image_size, shortest=plan.shortest, longest=plan.longest)
     given = (picture.pixel_values[None].to(like), picture.sam_pixel_values[None].to(like))
-    found = model.segment(*given, [picture.size], [picture.crop]).labels[0].cpu()
+    found = model.segment(*given, [picture.size], crops=[picture.crop]).labels[0].cpu()
     return Scene(image, labels, torch.tensor([0, *map(plan.labels.index, model.classes)])[found])
 
 
@@ -133,7 +133,7 @@ def _compare(
 
     test = Overlapped(scenes, learned_labels(model, plan))
     sides = (plan.shortest, plan.longest)
-    return compare(model, test, plan.labels, *sides, MODES, batch_size=batch_size, report=report)
+    return compare(model, test, plan.labels, *sides, modes=MODES, batch_size=batch_size, report=report)
 
 
 def _rows(model: DecoupleCSS, plan: Plan, iou: Tensor) -> list[dict]:

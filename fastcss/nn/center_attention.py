@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class CenterAttention(nn.Module):
             attended.append(context if self.bottleneck is None else self.bottleneck(torch.cat([context, x], dim=1)))
         return attended
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
         """Explain keys that torch would only call unexpected, or would drop without ``strict``."""
         super()._load_from_state_dict(state_dict, prefix, *others)
         given = [key for key in state_dict if key.startswith(f"{prefix}bottleneck.")]
