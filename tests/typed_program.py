@@ -112,7 +112,8 @@ def parts_of_a_system(picture: Tensor, folder: Path) -> None:
     model = DecoupleCSS(detector, segmenter, rank=8)
     model.add_task(["cat"], Phrases(picture, picture), name="task0")
     model.add_task(["cat"], describe(["cat"]))  # type: ignore[arg-type]
-    DecoupleCSS(segmenter, detector)  # type: ignore[arg-type]
+    DecoupleCSS(segmenter, segmenter)  # type: ignore[arg-type]
+    DecoupleCSS(detector, detector)  # type: ignore[arg-type]
 
 
 def data_sets(root: Path) -> None:
