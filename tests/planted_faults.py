@@ -8,10 +8,13 @@ stand in any more. A change of the suite that loses a fault makes the suite wors
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from faults.fault import Fault
 from faults.kernels import CPU, CUDA, TRITON
 from faults.one_pass import FUSE, ONE_PASS
@@ -58,6 +62,7 @@ def main() -> int:
         tree = copied(options.tree.resolve(), options.scratch or Path(temporary) / "tree")
         faults = [fault for fault in faults if not why_not(tree, fault)]
         width, missed = max(len(fault.name) for fault in faults), 0
+        preload()
         print(f"{'fault':{width}}  {'file':40}  caught by, seconds", flush=True)
         for fault in faults:
             found = plant(tree, fault)
@@ -83,11 +88,19 @@ def why_not(tree: Path, fault: Fault) -> str | None:
 
 def copied(tree: Path, scratch: Path) -> Path:
     """The tree in a folder of its own, with its compiled module as it is."""
-    shutil.copytree(tree, scratch, ignore=LEFT_OUT, dirs_exist_ok=True, symlinks=True)
+    for link in LINKS:
+        (scratch / link).unlink(missing_ok=True)
+    shutil.copytree(tree, scratch, ignore=LEFT_OUT, dirs_exist_ok=True, symlinks=True, copy_function=copy_changed)
     for link, target in LINKS.items():
         if not (scratch / link).is_symlink():
             (scratch / link).symlink_to(target)
     return scratch.resolve()
+
+
+def copy_changed(source: str, target: str) -> None:
+    """A file that is there already keeps its time: what was compiled of it serves again."""
+    if not Path(target).exists() or Path(source).read_bytes() != Path(target).read_bytes():
+        shutil.copy(source, target)
 
 
 def plant(tree: Path, fault: Fault) -> Found:
@@ -120,21 +133,59 @@ def build(tree: Path) -> None:
 
 def first_failure(tree: Path, tests: str) -> tuple[str, bool]:
     """(the first test that fails, True); or (what came instead, False)."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    try:
-        done = subprocess.run(
-            [*command, *shlex.split(tests)], cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            os._exit(run_tests(tree, tests, said.fileno()))
+        code = wait_for(child)
+        said.seek(0)
+        lines = said.read()
+    if code is None:
         return f"no end after {SECONDS} s", True
-    if done.returncode < 0:
-        return f"the process ends by signal {-done.returncode}", True
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if done.returncode in (1, 2) and failed:
+    if code < 0:
+        return f"the process ends by signal {-code}", True
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", lines, re.MULTILINE)
+    if code in (1, 2) and failed:
         return failed[1], True
-    said = done.stdout.strip().rpartition("\n")[2]
-    return f"NOT CAUGHT ({said or done.stderr.strip()[-200:]})", False
+    return f"NOT CAUGHT ({lines.strip().rpartition(chr(10))[2][-200:]})", False
+
+
+def preload() -> None:
+    """Import what tests import and no fault is in, once for all of them: a child of this process has it already."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", TRITON_INTERPRET="1")
+    for package in ("torch", "numpy", "triton", "hypothesis", "transformers", "peft"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+
+
+def run_tests(tree: Path, tests: str, output: int) -> int:
+    """In a child: pytest in the copy of the tree, whose exit code this is."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path[0] = str(tree)
+    sys.dont_write_bytecode = True
+    os.setpgid(0, 0)
+    options = ("-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler")
+    try:
+        return int(pytest.main([*options, *shlex.split(tests)]))
+    except BaseException as error:  # whatever comes, this process may not go on as its parent would
+        print(error, flush=True)
+        return 3
+
+
+def wait_for(child: int) -> int | None:
+    """Its exit code, below 0 for a signal; None where it was killed after ``SECONDS``."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 if __name__ == "__main__":
