@@ -36,9 +36,9 @@ venv: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m fastcss demo --out out/demo.png
 
-# A process for every core, so a thread for every process: more would wait for each other.
+# A process for every core, so a thread for every process: more would wait for each other, and busily.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -18,6 +19,12 @@ def test_an_implementation_without_a_kernel_for_the_op_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match=r"^top_classes: impl='cuda' cannot run: it has no kernel for this op$"):
         ops.top_classes(torch.zeros(1, 3), 1, impl="cuda")
     assert backends.why_not("cuda", torch.empty(0, device="meta"), "merge_masks").startswith("it runs on cuda")
+
+
+def test_kernels_that_had_to_be_compiled_are_tested(device):
+    """Where they are not, no test has a case of them: ``make test`` says that they have to be there."""
+    if os.environ.get("FASTCSS_REQUIRE_COMPILED") == "1":
+        assert backends.UNAVAILABLE[device] is None
 
 
 def test_auto_takes_no_implementation_that_lacks_the_op(monkeypatch):

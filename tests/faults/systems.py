@@ -108,7 +108,7 @@ COMMANDS = [
     ),
     Fault(
         "commands-colours-of-the-legend-are-one-off",
-        "fastcss/_overlay.py",
+        "fastcss/commands/_overlay.py",
         "palette()[shown[i].index % 255 + 1]",
         "palette()[shown[i].index % 255]",
         "tests/test_overlay.py",

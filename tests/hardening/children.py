@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / "ops"), str(Path(__file__).parents[2])]
+    sys.path[:0] = [str(Path(__file__).parents[up] / room) for up, room in ((1, ""), (1, "ops"), (2, ""))]
 
 import numpy as np
 import torch

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / "ops"), str(Path(__file__).parents[2])]
+    sys.path[:0] = [str(Path(__file__).parents[up] / room) for up, room in ((1, ""), (1, "ops"), (2, ""))]
 
 import torch
 from op_calls import OPS, example

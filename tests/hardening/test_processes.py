@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 from calls import runs
 
-from fastcss import ops
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("kind", ["os.fork", "fork", "spawn"])
 def test_children(kind):
     """By hand, and as workers of a DataLoader."""
-    runs(ops.cost_filter, "cpu", "cpu")
+    runs("cpu", "cpu")
     program = [sys.executable, Path(__file__).with_name("children.py"), kind]
     # Or threads that wait take the processors that other tests are at.
     subprocess.run(program, check=True, timeout=300, env=os.environ | {"OMP_WAIT_POLICY": "passive"})

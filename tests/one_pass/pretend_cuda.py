@@ -8,22 +8,17 @@ what the host did between them while it was recorded is not done again, as with 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from private_apis import CUDA, META, device_guards
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 DEVICE = torch.device("cuda", 0)
 
-# What torch does around a call to switch to its device, by type of device; for meta tensors that is nothing.
-_GUARDS = (ctypes.c_void_p * 16).in_dll(
-    ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so")), "_ZN3c104impl26device_guard_impl_registryE"
-)
-_CUDA, _META = 1, 14
+_GUARDS = device_guards()
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 _READING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -65,14 +60,14 @@ class PretendDevice(TorchDispatchMode):
         self.faults: list[str] = []
 
     def __enter__(self):
-        self._only_lift, self._guard = torch._C._only_lift_cpu_tensors(), _GUARDS[_CUDA]
+        self._only_lift, self._guard = torch._C._only_lift_cpu_tensors(), _GUARDS[CUDA]
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor's copy to the device is a call of its own
-        _GUARDS[_CUDA] = _GUARDS[_META]
+        _GUARDS[CUDA] = _GUARDS[META]
         return super().__enter__()
 
     def __exit__(self, *error):
         torch._C._set_only_lift_cpu_tensors(self._only_lift)
-        _GUARDS[_CUDA] = self._guard
+        _GUARDS[CUDA] = self._guard
         return super().__exit__(*error)
 
     @contextlib.contextmanager

@@ -5,24 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from fastcss import PackedLora, multi_lora
-from fastcss._dispatch import backends
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-COMPILED = ("cpu", "triton")
-IMPLEMENTATIONS = ("composed", *COMPILED)
 RANKS = (3, 0, 32, 1, 24)
-
-
-def runs(impl: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """``impl``, or skip this test with the reason why it does not run here."""
-    reason = backends.why_not(impl, torch.empty(0, device=device, dtype=dtype))
-    if reason:
-        pytest.skip(f"{impl}: {reason}")
-    return impl
 
 
 class Inputs(NamedTuple):

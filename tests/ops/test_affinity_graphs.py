@@ -5,7 +5,8 @@ from __future__ import annotations
 import checks
 import pytest
 import torch
-from calls import Call, normal, runs
+from calls import Call, normal
+from left_out import ON_A_GPU
 
 from fastcss import ops
 
@@ -38,11 +39,9 @@ def call_of(op: str, device: str) -> Call:
 
 @pytest.mark.parametrize("op", ["affinity_attention", "class_affinity", "affinity_loss", "class_centers"])
 @pytest.mark.parametrize("impl", ["composed", "triton"])
+@ON_A_GPU
 def test_cuda_graph_replays_without_a_sync(impl, op, device):
-    if device != "cuda":
-        pytest.skip("CUDA graphs need --device cuda")
     call = call_of(op, device).leaves()
-    runs(call.op, impl, device)
     dys = call.output_gradients()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -13,7 +13,7 @@ from fastcss import ops
 
 def test_affinity_attention():
     """q kᵀ of this call is 256 MiB, and so would 1 − M be."""
-    runs(ops.affinity_attention, "cpu", "cpu")
+    runs("cpu", "cpu")
     backward = "y = call(*t); return *(x.detach() for x in y), *torch.autograd.grad(sum(x.sum() for x in y), t)"
     extra = checks.extra_memory(
         prepare="def make(n):\n"
@@ -29,7 +29,7 @@ def test_affinity_attention():
 @pytest.mark.parametrize(("mode", "mib"), [("fwd", 8), ("bwd", 32)])
 def test_class_affinity(mode, mib):
     """An N×N map of this call is 64 MiB, intra and inter with their gradients are 32."""
-    runs(ops.class_affinity, "cpu", "cpu")
+    runs("cpu", "cpu")
     forward = "y = ops.class_affinity(*t, mean=True, impl='cpu')"
     backward = "return *(x.detach() for x in y), *torch.autograd.grad(sum(x.sum() for x in y), t)"
     extra = checks.extra_memory(
@@ -44,7 +44,7 @@ def test_class_affinity(mode, mib):
 
 def test_affinity_loss():
     """A training step at N = 16,384, of which one N×N map in float32 is 1 GiB."""
-    runs(ops.affinity_loss, "cpu", "cpu")
+    runs("cpu", "cpu")
     extra = checks.extra_memory(
         prepare="def make(n):\n"
         "    return *(torch.randn(1, n, 16).requires_grad_() for _ in range(2)), torch.randint(21, (1, n))\n"
@@ -68,7 +68,7 @@ def test_composed_affinity_loss():
 @pytest.mark.parametrize("over", ["pixels", "classes"])
 def test_class_centers(over):
     """Forward: the softmaxed map of this call would be 38 MiB."""
-    runs(ops.class_centers, "cpu", "cpu")
+    runs("cpu", "cpu")
     extra = checks.extra_memory(
         prepare="def make(n):\n"
         "    return torch.randn(1, 150, n), torch.randn(1, n, 32)\n"

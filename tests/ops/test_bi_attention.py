@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import calls
 import checks
 import pytest
 import torch
 from bi_inputs import CASES, EACH_MASK, LARGE, MASKS, TENSORS, make
-from calls import DTYPES, IMPLEMENTATIONS, LAYOUTS, assert_as_good_as_eager, runs
-from hypothesis import strategies as st
+from calls import DTYPES, IMPLEMENTATIONS, LAYOUTS, assert_as_good_as_eager
+from left_out import light, points
 
 from fastcss.ops import bi_attention
 
@@ -18,23 +17,23 @@ from fastcss.ops import bi_attention
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda case, dtype: case in CASES and (dtype == torch.float32 or case == "D 5"))
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    runs(bi_attention, impl, device, case in CASES and (dtype == torch.float32 or case == "D 5"))
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
 @EACH_MASK
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda masks: len(masks) == 1)
 def test_masks(impl, masks, device, tolerances):
     call = make(*CASES["D 5"], masks=masks, device=device)
-    assert_as_good_as_eager(call, runs(bi_attention, impl, device, len(masks) == 1), tolerances[torch.float32])
+    assert_as_good_as_eager(call, impl, tolerances[torch.float32])
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_is_the_equation(impl, device):
     """By hand: logits that are logarithms, of which each side's share is a fraction."""
-    runs(bi_attention, impl, device)
     weights = torch.tensor([[1.0, 2.0, 5.0], [3.0, 4.0, 1.0]], device=device)  # [N, L]
     q, k = weights.log().view(1, 2, 1, 3), torch.eye(3, device=device).view(1, 3, 1, 3)
     v_text, v_image = (
@@ -52,9 +51,9 @@ def test_is_the_equation(impl, device):
 
 @pytest.mark.parametrize("scale", [5**-0.5, 0.0, -1.5, 3])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda scale: scale == -1.5)
 def test_scale(impl, scale, device, tolerances):
     """1 / √D unless told."""
-    runs(bi_attention, impl, device, scale == -1.5)
     call = make(*CASES["D 5"], device=device)
     for one, other in zip(call(impl), call.having(scale=scale)(impl), strict=True):
         assert torch.equal(one, other) == (scale == 5**-0.5)
@@ -63,9 +62,9 @@ def test_scale(impl, scale, device, tolerances):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda dtype: dtype == torch.float32)
 def test_large_logits(impl, dtype, device, tolerances):
     """The largest of a row or column is taken off before it is an exponent: all far below the batch's, or near it."""
-    runs(bi_attention, impl, device, dtype == torch.float32)
     call = make(*CASES["D 5"], dtype=dtype, device=device)
     q = call.tensors["q"].clone()
     q[0] += 200
@@ -79,11 +78,10 @@ def test_large_logits(impl, dtype, device, tolerances):
 @EACH_MASK
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda dtype, masks: dtype == torch.float32 and masks == MASKS)
+@points(lambda masks: bool(masks), "no mask, nothing masked")
 def test_masks_that_leave_nothing(impl, dtype, masks, device):
     """One sample's side is NaN, and nothing of the others."""
-    runs(bi_attention, impl, device, dtype == torch.float32 and masks == MASKS)
-    if not masks:
-        pytest.skip("no mask, nothing masked")
     call = make(*CASES["D 5"], masks=masks, dtype=dtype, device=device)
     for name in masks:
         call.options[name][1] = True
@@ -99,7 +97,6 @@ def test_masks_that_leave_nothing(impl, dtype, masks, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_tokens_to_read(impl, pixels, length, masked, device):
     """Are zeros, as a sum of nothing is, and so is every gradient; also of what is NaN."""
-    runs(bi_attention, impl, device)
     call = make(2, pixels, length, 2, 4, masks=MASKS if masked else (), device=device).leaves()
     got = call.results(impl, call.output_gradients())
     assert not any(tensor.count_nonzero() for tensor in got.values())
@@ -114,13 +111,13 @@ def test_no_tokens_to_read(impl, pixels, length, masked, device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda name, bad: (name, bad) in (("k", math.inf), ("v_image", -math.inf)))
 def test_not_finite(impl, name, bad, device):
     """A logit of NaN is the peak of all samples; one of +∞ is NaN, and all others are below the floor.
 
     Gradients of such logits are clamp's, and not compared. Two things reach less far than in the literal code: an
     infinite logit of an image token that is masked, whose text is NaN there, and a value that is masked.
     """
-    runs(bi_attention, impl, device, (name, bad) in (("k", math.inf), ("v_image", -math.inf)))
     for sample, read in ((1, True), (2, False)):
         if name == "q" and math.isinf(bad) and not read:
             continue
@@ -139,7 +136,6 @@ def test_not_finite(impl, name, bad, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_infinities_that_leave_something(impl, device):
     """Sample 0 has a logit of +∞: each other row of every sample reads all of the text alike."""
-    runs(bi_attention, impl, device)
     call = make(*CASES["D 5"], masks=(), device=device)
     k, q = call.tensors["k"].clone(), call.tensors["q"].abs()
     q[0, 3, 1, 2] = math.inf
@@ -157,8 +153,8 @@ def test_infinities_that_leave_something(impl, device):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded tokens"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda layout: layout == "NCHW")
 def test_any_strides(impl, layout, device, tolerances):
-    runs(bi_attention, impl, device, layout == "NCHW")
     call = make(2, 37, 20, 2, 6, device=device)
     if layout == "expanded tokens":
         q, k = (call.tensors[name] for name in "qk")
@@ -171,26 +167,12 @@ def test_any_strides(impl, layout, device, tolerances):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda: False)
 def test_parts_of_one_projection(impl, device, tolerances):
     """q and v_image as the halves of one tensor, k and v_text of another: not contiguous, and no copies."""
-    runs(bi_attention, impl, device, False)
     call = make(2, 37, 20, 2, 8, device=device)
     for pair in (("q", "v_image"), ("k", "v_text")):
         halves = torch.cat([call.tensors[name].flatten(2) for name in pair], dim=2).chunk(2, dim=2)
         call = call.having(**{n: half.unflatten(2, (2, 8)) for n, half in zip(pair, halves, strict=True)})
     assert not any(tensor.is_contiguous() for tensor in call.tensors.values())
     assert_as_good_as_eager(call, impl, tolerances[torch.float32])
-
-
-@EACH_MASK
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 8), ("cpu", 25), ("triton", 1)])
-def test_any_shape_and_stride(impl, examples, masks, device, tolerances):
-    runs(bi_attention, impl, device)
-    most = (80, 40, 40) if impl != "triton" else (20, 20, 12)
-    pixels, length, width = (st.integers(least, size) for least, size in zip((0, 0, 1), most, strict=True))
-    shapes = st.tuples(st.integers(0, 3), pixels, length, st.integers(1, 4), width)
-
-    def masked(*shape, seed):
-        return make(*shape, masks=masks, device=device, seed=seed)
-
-    calls.check_any_shape_and_stride(masked, shapes, impl, tolerances[torch.float32], examples)

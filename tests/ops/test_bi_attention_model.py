@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 from bi_inputs import ABOVE, EACH_MASK, FAR, MASKS, make_far, rounded_once, some
-from calls import COMPILED, DTYPES, IMPLEMENTATIONS, assert_as_good_as_eager, normal, runs
+from calls import DTYPES, IMPLEMENTATIONS, NOT_OF_64_BITS, assert_as_good_as_eager, normal
+from left_out import light
 from torch import Tensor
 
 from fastcss.ops import bi_attention
@@ -42,11 +43,10 @@ def in_its_module(features: dict[str, Tensor], masks: dict[str, Tensor], heads: 
 @EACH_MASK
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@light(lambda masks: masks == MASKS)
+@NOT_OF_64_BITS
 def test_in_place_of_transformers_own(impl, dtype, masks, device):
     """In its module, between its linear layers: both outputs and the gradients of all that goes in."""
-    if dtype == torch.float64 and impl in COMPILED:
-        pytest.skip(f"{impl}: no kernel of float64")
-    runs(bi_attention, impl, device, masks == MASKS)
     features = {n: 3 * normal(2, t, 24, seed=t, dtype=dtype, device=device) for n, t in (("image", 19), ("text", 9))}
     features = {name: tensor.requires_grad_() for name, tensor in features.items()}
     unread = {n: some(2, 9 if n == "text_mask" else 19).to(device) for n in masks}
@@ -63,11 +63,10 @@ def test_in_place_of_transformers_own(impl, dtype, masks, device):
 @pytest.mark.parametrize("masks", [(), MASKS], ids=["all read", "masks"])
 @pytest.mark.parametrize("case", FAR)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@light(lambda masks: masks == MASKS)
+@NOT_OF_64_BITS
 def test_its_clamps_are_transformers_own(impl, case, masks, dtype, device):
     """Half of the features' channels are projected as they are to queries and keys, the others at random to values."""
-    if dtype == torch.float64 and impl in COMPILED:
-        pytest.skip(f"{impl}: no kernel of float64")
-    runs(bi_attention, impl, device, masks == MASKS)
     call = make_far(case, masks=masks, dtype=dtype, device=device)
     sides = {"image": ("q", "v_image"), "text": ("k", "v_text")}
     features = {n: torch.cat([call.tensors[name].flatten(2) for name in side], 2) for n, side in sides.items()}
@@ -139,9 +138,9 @@ def test_what_the_floor_does_in_the_reference(case):
 @pytest.mark.parametrize("masks", [(), MASKS], ids=["all read", "masks"])
 @pytest.mark.parametrize("case", FAR)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda masks, dtype: dtype == torch.float32 and masks == MASKS)
 def test_further_apart_than_the_model_counts(impl, case, masks, dtype, device, tolerances):
     """Exact in 32 bits, so compared with that also in 16."""
-    runs(bi_attention, impl, device, dtype == torch.float32 and masks == MASKS)
     call = dataclasses.replace(make_far(case, masks=masks, dtype=dtype, device=device), op=rounded_once)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 
@@ -149,7 +148,6 @@ def test_further_apart_than_the_model_counts(impl, case, masks, dtype, device, t
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_masked_logits_are_a_peak_too(impl, device, tolerances):
     """As in the model, whose masks come after its floor."""
-    runs(bi_attention, impl, device)
     for name, token in (("text_mask", 1), ("image_mask", 4)):
         call = make_far("all but one", masks=(name,), device=device)
         call.options[name][:] = False
@@ -159,7 +157,6 @@ def test_masked_logits_are_a_peak_too(impl, device, tolerances):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_gradient_through_the_floor(impl, device):
-    runs(bi_attention, impl, device)
     call = make_far("all of another sample", device=device)
     got = call.leaves().results(impl, call.output_gradients())
     assert not got["dq"][1].count_nonzero()
@@ -173,7 +170,6 @@ def test_no_gradient_through_the_floor(impl, device):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_floored_text_is_read_alike(impl, device):
     """The mean of what is not masked."""
-    runs(bi_attention, impl, device)
     call = make_far("all of another sample", device=device)
     image, text = call(impl)
     for side, value, mask in ((image, "v_text", "text_mask"), (text, "v_image", "image_mask")):

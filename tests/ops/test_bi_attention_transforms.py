@@ -9,8 +9,7 @@ import pytest
 import torch
 from bi_inputs import CASES, LARGE, MASKS, TENSORS, make, make_far
 from calls import COMPILED, DTYPES, IMPLEMENTATIONS, normal, runs
-
-from fastcss.ops import bi_attention
+from left_out import light
 
 SMALL = (2, 5, 4, 2, 3)
 MASKED = pytest.mark.parametrize("masks", [(), MASKS], ids=["all read", "masks"])
@@ -18,16 +17,17 @@ MASKED = pytest.mark.parametrize("masks", [(), MASKS], ids=["all read", "masks"]
 
 @MASKED
 @pytest.mark.parametrize("impl", COMPILED)
+@light(lambda masks: masks == MASKS)
 def test_reproducible(impl, masks, device):
     call = make(2, 37, 9, 2, 10, masks=masks, dtype=torch.bfloat16, device=device)
-    checks.assert_reproducible(call, runs(bi_attention, impl, device, masks == MASKS))
+    checks.assert_reproducible(call, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", COMPILED)
+@light(lambda dtype: dtype == torch.float32)
 def test_of_its_sample_alone(impl, dtype, device):
     """Bitwise, whichever sample has the largest logit, as long as no logit is 50,000 below it."""
-    runs(bi_attention, impl, device, dtype == torch.float32)
     call = make(3, 13, 9, 1, 10, dtype=dtype, device=device)
     dys = call.output_gradients()
     for larger in (1, 0):
@@ -43,7 +43,7 @@ def test_of_its_sample_alone(impl, dtype, device):
 
 @pytest.mark.parametrize("case", ["D 17", *LARGE])
 def test_threads_do_not_change_results(case):
-    runs(bi_attention, "cpu", "cpu")
+    runs("cpu", "cpu")
     for dtype in DTYPES:
         checks.assert_same_on_any_number_of_threads(make(*(CASES | LARGE)[case], dtype=dtype))
 
@@ -56,16 +56,16 @@ def test_gradcheck(impl, masks, device):
 
 @pytest.mark.parametrize("masks", [*((name,) for name in MASKS), MASKS], ids=" ".join)
 @pytest.mark.parametrize("impl", COMPILED)
+@light(lambda masks: masks == MASKS)
 def test_finite_differences(impl, masks, device):
     call = make(2, 37, 9, 2, 18, masks=masks, device=device)
-    checks.assert_slope(call, runs(bi_attention, impl, device, masks == MASKS))
+    checks.assert_slope(call, impl)
 
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_finite_differences_at_the_floor(impl, device):
     """Where the peak is another sample's, which the differences leave where it is."""
     call = make_far("some of another sample", device=device)
-    runs(bi_attention, impl, device)
     dys = call.output_gradients()
     got = call.leaves().results(impl, dys)
     wide = call.leaves(torch.float64)
@@ -82,9 +82,9 @@ def test_finite_differences_at_the_floor(impl, device):
 
 @pytest.mark.parametrize("needs", TENSORS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda needs: needs in ("q", "v_text"))
 def test_one_gradient(impl, needs, device):
     call = make(*SMALL, device=device)
-    runs(bi_attention, impl, device, needs in ("q", "v_text"))
     slopes = []
     for name in ("reference", impl):
         leaf = call.tensors[needs].clone().requires_grad_()
@@ -95,9 +95,9 @@ def test_one_gradient(impl, needs, device):
 
 @pytest.mark.parametrize("side", [0, 1], ids=["image", "text"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda side: side == 1)
 def test_gradient_of_one_side(impl, side, device):
     """The other has none, and what only that side reads has zeros."""
-    runs(bi_attention, impl, device, side == 1)
     call = make(*SMALL, device=device)
     slopes = []
     for name in ("reference", impl):
@@ -111,23 +111,26 @@ def test_gradient_of_one_side(impl, side, device):
 
 @MASKED
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda masks: masks == MASKS)
 def test_second_derivatives(impl, masks, device):
     call = make(*SMALL, masks=masks, device=device)
-    checks.assert_once_differentiable(call, runs(bi_attention, impl, device, masks == MASKS))
+    checks.assert_once_differentiable(call, impl)
 
 
 @MASKED
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda masks: masks == MASKS)
 def test_autocast(impl, masks, device):
     call = make(*SMALL, masks=masks, device=device)
-    checks.assert_autocasts(call, runs(bi_attention, impl, device, masks == MASKS), device)
+    checks.assert_autocasts(call, impl, device)
 
 
 @MASKED
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda masks: masks == MASKS)
 def test_compile_without_graph_breaks(impl, masks, device):
     call = make(*SMALL, masks=masks, device=device)
-    checks.assert_compiles(call, runs(bi_attention, impl, device, masks == MASKS))
+    checks.assert_compiles(call, impl)
 
 
 @pytest.mark.parametrize(
@@ -136,24 +139,26 @@ def test_compile_without_graph_breaks(impl, masks, device):
     ids=" ".join,
 )
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda mapped: len(mapped) == 3)
 def test_vmap(impl, mapped, device):
     """Over tasks."""
     call = make(*SMALL, device=device)
-    checks.assert_maps(call, runs(bi_attention, impl, device, len(mapped) == 3), mapped)
+    checks.assert_maps(call, impl, mapped)
 
 
 @pytest.mark.parametrize("masks", [(), *((name,) for name in MASKS)], ids=["all read", *MASKS])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda: False)
 def test_vmap_with_masks_that_are_not_there(impl, masks, device):
     call = make(*SMALL, masks=masks, device=device)
-    checks.assert_maps(call, runs(bi_attention, impl, device, False), (*TENSORS, *masks))
+    checks.assert_maps(call, impl, (*TENSORS, *masks))
 
 
 @pytest.mark.parametrize("case", ["some of another sample", "some entries of a row"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda: False)
 def test_each_task_has_its_own_peak(impl, case, device):
     """Task 1 is far below task 0, which must not floor it; within a task all samples have one peak."""
-    runs(bi_attention, impl, device, False)
     call = make_far(case, device=device)
     tensors = {name: torch.stack([tensor, tensor]) for name, tensor in call.tensors.items()}
     # Channels that are zero in the queries of task 0: all logits of task 1 are lower by as much.
@@ -182,7 +187,6 @@ def test_each_task_has_its_own_peak(impl, case, device):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_opcheck(impl, device):
     """The raw ops, and the statistics that one leaves to the other."""
-    runs(bi_attention, impl, device)
     for shape, masks in ((SMALL, MASKS), ((1, *SMALL[1:]), ()), ((0, 3, 2, 2, 4), ()), ((2, 0, 3, 1, 2), MASKS)):
         call = make(*shape, masks=masks, device=device)
         unread = [call.options.get(name) for name in MASKS]
@@ -202,7 +206,6 @@ def test_opcheck(impl, device):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_statistics(impl, group, device):
     """No floor where logits are near each other, and of each softmax the largest logit and the logarithm of the sum."""
-    runs(bi_attention, impl, device)
     call = make(4, 7, 5, 2, 3, masks=(), device=device)
     q, k, *values = call.tensors.values()
     *_, image, text, floor = checks.raw("bi_attention", impl)(q, k, *values, None, None, 1.0, group)

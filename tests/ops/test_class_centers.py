@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import affinity
-import calls
 import checks
 import pytest
 import torch
 from calls import COMPILED, DTYPES, IMPLEMENTATIONS, LAYOUTS, Call, normal, runs
-from hypothesis import strategies as st
+from left_out import light
 
 from fastcss.ops import class_centers
 
@@ -45,9 +43,8 @@ LARGE = {"N 577": (2, 150, 577, 530), "N 1030": (1, 21, 1030, 150), "N 5000": (1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda case, dtype: case == "C 21" or (dtype == torch.float32 and case not in (*LARGE, "C 150")))
 def test_values_and_gradients(impl, case, dtype, over, device, tolerances):
-    light = case == "C 21" or (dtype == torch.float32 and case not in (*LARGE, "C 150"))
-    runs(class_centers, impl, device, light)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device, over=over)
     affinity.assert_as_good_as_eager(call, impl, tolerances[dtype])
 
@@ -81,7 +78,7 @@ def test_a_class_that_hardly_is_there(impl, dtype, over, device, tolerances):
     call.tensors["logits"][:, 4] += 200
     dys = call.output_gradients()
     exact = call.leaves(torch.float64).results("reference", dys)
-    got = call.leaves().results(runs(class_centers, impl, device), dys)
+    got = call.leaves().results(impl, dys)
     # A difference of logits of 400 is rounded to 3e-5, and so is its exponential.
     tolerance = max(2 * tolerances[dtype], 3e-5)
     for name, want in exact.items():
@@ -96,7 +93,7 @@ def test_logits_far_from_0(impl, over, device, tolerances):
     """What they are above the smallest is exact here, and the softmax of nothing else."""
     call = make(2, 5, 70, 9, device=device, over=over)
     call = call.having(logits=2**14 + (call.tensors["logits"] * 64).round() / 64)
-    affinity.assert_as_good_as_eager(call, runs(class_centers, impl, device), tolerances[torch.float32])
+    affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32])
 
 
 @OVER
@@ -106,7 +103,7 @@ def test_minus_infinity_takes_a_pixel_out(impl, over, device):
     call.tensors["logits"][1, 2, 5] = -math.inf
     call.tensors["logits"][1, 3, 1:] = -math.inf  # the centre is that of one pixel
     dys = call.output_gradients()
-    want, got = (call.leaves().results(name, dys) for name in ("reference", runs(class_centers, impl, device)))
+    want, got = (call.leaves().results(name, dys) for name in ("reference", impl))
     torch.testing.assert_close(got["class_centers"][1, 3], call.tensors["feats"][1, 0])
     for name in want:
         assert want[name].isfinite().all()
@@ -120,7 +117,7 @@ def test_minus_infinity_everywhere_is_nan(impl, what, over, device):
     """As in torch.softmax: a class without pixels; a pixel without classes, which only the classes' softmax minds."""
     call = make(2, 4, 70, 9, device=device, over=over)
     call.tensors["logits"][(1, 2) if what == "a class" else (1, slice(None), 5)] = -math.inf
-    want, got = call("reference")[0], call(runs(class_centers, impl, device))[0]
+    want, got = call("reference")[0], call(impl)[0]
     torch.testing.assert_close(got, want, equal_nan=True)
     assert want[1].isnan().any() == (what == "a class" or over == "classes")
     assert want[0].isfinite().all()
@@ -134,7 +131,7 @@ def test_nan_and_inf_propagate(impl, name, value, over, device):
     for pixels in (4, 70):
         call = make(2, 4, pixels, 5, device=device, over=over)
         call.tensors[name][1, 2, 3] = value
-        checks.assert_not_finite_as_reference(call, runs(class_centers, impl, device))
+        checks.assert_not_finite_as_reference(call, impl)
 
 
 @OVER
@@ -142,7 +139,7 @@ def test_nan_and_inf_propagate(impl, name, value, over, device):
 def test_infinity_is_nan(impl, over, device):
     call = make(2, 4, 70, 5, device=device, over=over)
     call.tensors["logits"][1, 2, 3] = math.inf
-    want, got = call("reference")[0], call(runs(class_centers, impl, device))[0]
+    want, got = call("reference")[0], call(impl)[0]
     assert torch.equal(got.isnan(), want.isnan())
     assert want[1, 2].isnan().all()
 
@@ -153,22 +150,11 @@ def test_infinity_is_nan(impl, over, device):
 @OVER
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda layout: layout in ("NCHW", "a slice", "expanded batch"))
 def test_any_strides(impl, layout, over, device, tolerances):
-    runs(class_centers, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
     call = make(2, 21, 66, 18, device=device, over=over).map(LAYOUTS[layout])
     dys = tuple(LAYOUTS[layout](dy) for dy in call.output_gradients())
     affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
-
-
-@OVER
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 20), ("triton", 3)])
-def test_any_shape_and_stride(impl, examples, over, device, tolerances):
-    runs(class_centers, impl, device)
-    pixels = st.integers(1, 200 if impl != "triton" else 40)
-    shapes = st.tuples(st.integers(0, 3), st.integers(1, 60), pixels, st.integers(0, 80))
-    change = functools.partial(make, device=device, over=over)
-    compare = affinity.assert_as_good_as_eager
-    calls.check_any_shape_and_stride(change, shapes, impl, tolerances[torch.float32], examples, compare)
 
 
 # --- the same again --------------------------------------------------------------------------------------------------
@@ -178,13 +164,13 @@ def test_any_shape_and_stride(impl, examples, over, device, tolerances):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_results_are_bitwise_reproducible(impl, over, device):
     call = make(2, 21, 70, 18, dtype=torch.bfloat16, device=device, over=over)
-    checks.assert_reproducible(call, runs(class_centers, impl, device))
+    checks.assert_reproducible(call, impl)
 
 
 @OVER
 @pytest.mark.parametrize("shape", [(1, 21, 70, 18), (2, 150, 577, 150), (3, 5, 40, 70)])
 def test_threads_do_not_change_results(shape, over):
-    runs(class_centers, "cpu", "cpu")
+    runs("cpu", "cpu")
     for dtype in DTYPES:
         checks.assert_same_on_any_number_of_threads(make(*shape, dtype=dtype, over=over))
 
@@ -194,7 +180,7 @@ def test_threads_do_not_change_results(shape, over):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_an_image_does_not_depend_on_its_batch(impl, pixels, over, device):
     call = make(3, 21, pixels, 18, dtype=torch.bfloat16, device=device, over=over)
-    checks.assert_batch_invariant(call, runs(class_centers, impl, device))
+    checks.assert_batch_invariant(call, impl)
 
 
 # --- autograd, torch.library, torch.compile, torch.vmap --------------------------------------------------------------
@@ -209,7 +195,7 @@ def test_gradcheck(impl, over, device):
 @OVER
 @pytest.mark.parametrize("impl", COMPILED)
 def test_finite_differences(impl, over, device):
-    checks.assert_slope(make(2, 7, 40, 18, device=device, over=over), runs(class_centers, impl, device))
+    checks.assert_slope(make(2, 7, 40, 18, device=device, over=over), impl)
 
 
 @OVER
@@ -218,7 +204,7 @@ def test_finite_differences(impl, over, device):
 def test_one_gradient(impl, needs, over, device):
     call = make(2, 7, 40, 18, device=device, over=over)
     leaf = call.tensors[needs].clone().requires_grad_()
-    (centers,) = call.having(**{needs: leaf})(runs(class_centers, impl, device))
+    (centers,) = call.having(**{needs: leaf})(impl)
     (dy,) = call.output_gradients()
     want = call.leaves().results("reference", (dy,))[f"d{needs}"]
     torch.testing.assert_close(torch.autograd.grad(centers, leaf, dy)[0], want, rtol=1e-4, atol=1e-5)
@@ -227,35 +213,33 @@ def test_one_gradient(impl, needs, over, device):
 @OVER
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_second_derivatives(impl, over, device):
-    checks.assert_once_differentiable(make(1, 3, 6, 4, device=device, over=over), runs(class_centers, impl, device))
+    checks.assert_once_differentiable(make(1, 3, 6, 4, device=device, over=over), impl)
 
 
 @OVER
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_autocast(impl, over, device):
-    checks.assert_autocasts(make(2, 7, 20, 9, device=device, over=over), runs(class_centers, impl, device), device)
+    checks.assert_autocasts(make(2, 7, 20, 9, device=device, over=over), impl, device)
 
 
 @OVER
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compile_without_graph_breaks(impl, over, device):
-    checks.assert_compiles(make(2, 7, 20, 5, device=device, over=over), runs(class_centers, impl, device))
+    checks.assert_compiles(make(2, 7, 20, 5, device=device, over=over), impl)
 
 
 @OVER
 @pytest.mark.parametrize("mapped", [("logits", "feats"), ("logits",), ("feats",)], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda mapped: len(mapped) > 1)
 def test_vmap(impl, mapped, over, device):
-    checks.assert_maps(
-        make(2, 3, 6, 4, device=device, over=over), runs(class_centers, impl, device, len(mapped) > 1), mapped
-    )
+    checks.assert_maps(make(2, 3, 6, 4, device=device, over=over), impl, mapped)
 
 
 @OVER
 @pytest.mark.parametrize("impl", COMPILED)
 def test_opcheck(impl, over, device):
     """And what is saved for the backward pass is what the schema says."""
-    runs(class_centers, impl, device)
     for shape in ((2, 7, 20, 5), (0, 2, 3, 4)):
         logits, feats = make(*shape, device=device).tensors.values()
         saved = checks.opcheck("class_centers", impl, logits, feats, over == "classes")

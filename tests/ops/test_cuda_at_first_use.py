@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import DTYPES, normal
+from left_out import ON_A_GPU
 from torch import Tensor
 
 from fastcss._dispatch import backends, nvrtc
@@ -22,8 +23,6 @@ def both(op: str, *arguments) -> tuple[Tensor, ...]:
 @pytest.fixture
 def inputs(device):
     """``inputs(*shape, dtype)``, where there are both."""
-    if device != "cuda":
-        pytest.skip("needs --device cuda")
     for reason in (nvrtc.why_not(), backends._NO_CUDA_MODULE):
         if reason:
             pytest.skip(reason)
@@ -31,6 +30,7 @@ def inputs(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@ON_A_GPU
 def test_selection(inputs, dtype):
     both("top_classes", inputs(3, 900, dtype=dtype), 7)
     masks, scores = 3 * inputs(11, 16, 20, dtype=dtype), inputs(11, dtype=dtype).abs()
@@ -43,6 +43,7 @@ def test_selection(inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@ON_A_GPU
 def test_prompt_mlp(inputs, dtype):
     shapes = ((5, 33), (6, 33, 40), (6, 40), (6, 40, 72), (6, 72))
     z, w1, b1, w2, b2 = (inputs(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import calls
 import checks
 import pytest
 import torch
-from calls import COMPILED, DTYPES, IMPLEMENTATIONS, LAYOUTS, Call, normal, runs
+from calls import DTYPES, IMPLEMENTATIONS, LAYOUTS, NOT_OF_64_BITS, Call, normal
 from deformable import CASES, LARGE, make, rounded_once
-from hypothesis import strategies as st
+from left_out import light, points
 from torch import Tensor
 
 from fastcss.ops import deformable_attention
@@ -29,9 +28,8 @@ def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda case, dtype, box: (case in CASES, case == "D 33", False)[box + (dtype != torch.float32)])
 def test_values_and_gradients(impl, case, dtype, box, device, tolerances):
-    light = (case in CASES, case == "D 33", False)[box + (dtype != torch.float32)]
-    runs(deformable_attention, impl, device, light)
     call = make(*(CASES | LARGE)[case], box=box, dtype=dtype, device=device)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 
@@ -39,10 +37,11 @@ def test_values_and_gradients(impl, case, dtype, box, device, tolerances):
 @BOXES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda box: not box)
 def test_reference_points_of_32_bits(impl, dtype, box, device, tolerances):
     """Are not rounded to the 16 of the rest, and neither is their gradient."""
     call = make(*CASES["D 5"], box=box, dtype=dtype, xy=torch.float32, device=device)
-    assert_as_good_as_eager(call, runs(deformable_attention, impl, device, not box), tolerances[dtype])
+    assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
 def one_image(rows: list[list[float]], points: list[tuple[float, float]], logits: list[float], device: str) -> dict:
@@ -61,7 +60,6 @@ def one_image(rows: list[list[float]], points: list[tuple[float, float]], logits
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_is_the_equation(impl, device):
     """By hand: the mean of four cells, a point in a cell's middle, half of one outside, a quarter, and one beyond."""
-    runs(deformable_attention, impl, device)
     points = [(0.5, 0.5), (1.0, 0.0), (-0.5, 0.0), (2.5, 1.5), (5.0, 0.0), (0.25, 0.0)]
     want = [(1 + 2 + 4 + 5) / 4, 2.0, 1 / 2, 6 / 4, 0.0, 1.25]
     for point, figure in zip(points, want, strict=True):
@@ -80,12 +78,13 @@ def test_is_the_equation(impl, device):
 @BOXES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@light(lambda box: not box)
 def test_outside_of_the_picture_all_is_zero(impl, dtype, box, device):
     """And every gradient."""
     call = make(*CASES["D 5"], box=box, dtype=dtype, device=device)
     offsets = call.tensors["offsets"]
     call = call.having(offsets=torch.where(offsets > 0, 200.0, -200.0).to(dtype)).leaves()
-    got = call.results(runs(deformable_attention, impl, device, not box), call.output_gradients())
+    got = call.results(impl, call.output_gradients())
     assert not any(tensor.count_nonzero() for tensor in got.values())
 
 
@@ -96,11 +95,10 @@ def test_outside_of_the_picture_all_is_zero(impl, dtype, box, device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["reference_points", "offsets"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda name, bad, box: not box and math.isnan(bad) == (name == "offsets") and bad != math.inf)
+@points(lambda impl, device: impl != "composed" or device != "cuda", "grid_sample reads nothing there on CUDA")
 def test_a_location_that_is_not_finite(impl, name, bad, box, device):
     """Is NaN where it is read, and nothing elsewhere."""
-    runs(deformable_attention, impl, device, not box and math.isnan(bad) == (name == "offsets") and bad != math.inf)
-    if impl == "composed" and device == "cuda":
-        pytest.skip("grid_sample reads nothing there on CUDA")
     call = make(*CASES["D 5"], box=box, device=device)
     call.tensors[name][1, 3, 0, 0, ...] = bad
     call.tensors[name][0, 5, 1, ..., 1] = bad
@@ -116,9 +114,9 @@ def test_a_location_that_is_not_finite(impl, name, bad, box, device):
 @BOXES
 @pytest.mark.parametrize("far", [1e5, 1e10, 1e30])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda far, box: far == 1e30 and not box)
 def test_far_away_nothing_is_read(impl, far, box, device):
     """Further than integers count."""
-    runs(deformable_attention, impl, device, far == 1e30 and not box)
     call = make(*CASES["D 5"], box=box, device=device)
     call.tensors["reference_points"][0, 3, 0, 0] = far
     call.tensors["offsets"][1, 4, 1, 1, 2, 1] = -far
@@ -131,8 +129,8 @@ def test_far_away_nothing_is_read(impl, far, box, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda dtype: dtype == torch.float32)
 def test_what_no_point_reads_does_not_matter(impl, dtype, device):
-    runs(deformable_attention, impl, device, dtype == torch.float32)
     call = make(2, ((9, 13), (3, 4)), 5, 2, 16, 3, dtype=dtype, device=device)
     dys = call.output_gradients()
     want = call.leaves().results(impl, dys)
@@ -150,9 +148,9 @@ def test_what_no_point_reads_does_not_matter(impl, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda dtype: dtype == torch.float32)
 def test_logits_of_infinity(impl, dtype, device, tolerances):
     """A point of −∞ has no part; where all are, or one is +∞ or NaN, the query's head is NaN."""
-    runs(deformable_attention, impl, device, dtype == torch.float32)
     call = make(*CASES["D 5"], dtype=dtype, device=device)
     logits = call.tensors["logits"]
     logits[0, 3, 1, 0, 2] = logits[1, 4, 0, 1] = -math.inf
@@ -167,11 +165,11 @@ def test_logits_of_infinity(impl, dtype, device, tolerances):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda dtype: dtype == torch.float32)
 def test_large_logits(impl, dtype, device, tolerances):
     """The largest of a head is taken off before it is an exponent."""
     call = make(*CASES["D 5"], dtype=dtype, device=device)
     call = call.having(logits=30 * call.tensors["logits"] + 60000 - 60000 * (dtype != torch.float32))
-    runs(deformable_attention, impl, device, dtype == torch.float32)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
 
 
@@ -181,9 +179,9 @@ def test_large_logits(impl, dtype, device, tolerances):
 @BOXES
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded levels"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@light(lambda layout, box: layout == "NCHW" and not box)
 def test_any_strides(impl, layout, box, device, tolerances):
     """One reference point for all levels, as the model has them, if no level is larger than another."""
-    runs(deformable_attention, impl, device, layout == "NCHW" and not box)
     call = make(
         2, ((5, 4),) * 3 if layout == "expanded levels" else ((5, 7), (3, 4)), 9, 2, 18, 3, box=box, device=device
     )
@@ -199,31 +197,16 @@ def test_any_strides(impl, layout, box, device, tolerances):
     assert_as_good_as_eager(call, impl, tolerances[torch.float32])
 
 
-@BOXES
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 2)])
-def test_any_shape_and_stride(impl, examples, box, device, tolerances):
-    runs(deformable_attention, impl, device)
-    sides = st.integers(1, 12)
-    levels = st.lists(st.tuples(sides, sides), min_size=1, max_size=5).map(tuple)
-    queries, width, points = (40, 80, 9) if impl != "triton" else (5, 12, 3)
-    sizes = (st.integers(0, queries), st.integers(1, 4), st.integers(1, width), st.integers(1, points))
-    shapes = st.tuples(st.integers(0, 3), levels, *sizes)
-    change = functools.partial(make, box=box, device=device)
-    calls.check_any_shape_and_stride(change, shapes, impl, tolerances[torch.float32], examples, assert_as_good_as_eager)
-
-
 # --- what others compute ---------------------------------------------------------------------------------------------
 
 
 @BOXES
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@NOT_OF_64_BITS
 def test_in_place_of_transformers_own(impl, dtype, box, device):
     """In its module, between its linear layers, with padding: the output and the gradients of all that goes in."""
     grounding_dino = pytest.importorskip("transformers.models.grounding_dino.modeling_grounding_dino")
-    if dtype == torch.float64 and impl in COMPILED:
-        pytest.skip(f"{impl}: no kernel of float64")
-    runs(deformable_attention, impl, device)
     torch.manual_seed(0)
     config = grounding_dino.GroundingDinoConfig(d_model=24, num_feature_levels=3)
     module = grounding_dino.GroundingDinoMultiscaleDeformableAttention(config, num_heads=3, n_points=4).to(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import COMPILED, DTYPES, IMPLEMENTATIONS, normal, runs
+from left_out import light
 from torch import Tensor
 
 from fastcss.ops import FilteredCost, cost_filter, filtered_argmax, pack_text, scatter_cost
@@ -13,9 +14,9 @@ from fastcss.ops import FilteredCost, cost_filter, filtered_argmax, pack_text, s
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", COMPILED)
+@light(lambda dtype: dtype != torch.float16)
 def test_the_score_is_the_largest_cost(impl, dtype, device):
     """Bitwise, of random rows too; and text of the batch gives what the same text of each image gives."""
-    runs(cost_filter, impl, device, dtype != torch.float16)
     image, text = (normal(*s, seed=i, dtype=dtype, device=device) for i, s in enumerate(((3, 5, 7, 40), (50, 2, 40))))
     found = cost_filter(image, text, 9, impl=impl)
     assert torch.equal(found.score, found.cost.amax(dim=(2, 3, 4)))
@@ -35,9 +36,9 @@ def embeddings(dtype: torch.dtype, device: str, shared: bool = True) -> tuple[Te
 @pytest.mark.parametrize("shared", [True, False], ids=["text", "text of each image"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@light(lambda dtype: dtype == torch.bfloat16)
 def test_packed_text_gives_the_same_bits(impl, dtype, shared, device):
     """The gradient of the image, too; the text has none."""
-    runs(cost_filter, impl, device, dtype == torch.bfloat16)
     image, text = embeddings(dtype, device, shared)
     image, text = image.requires_grad_(), text.requires_grad_()
     strided = text.transpose(-1, -2).contiguous().transpose(-1, -2) if impl in COMPILED else text
@@ -54,7 +55,7 @@ def test_packed_text_gives_the_same_bits(impl, dtype, shared, device):
 def test_packed_text_of_any_strides(impl, device):
     """As torch.vmap hands it on, where another dimension than the first is mapped."""
     image, text = embeddings(torch.float32, device)
-    packed = pack_text(text, impl=runs(cost_filter, impl, device))
+    packed = pack_text(text, impl=impl)
     strided = packed._replace(
         **{
             name: getattr(packed, name).mT.contiguous().mT
@@ -72,8 +73,8 @@ def test_packed_text_of_any_strides(impl, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_text_packed_for_another_implementation(impl, packed_for, device):
     image, text = embeddings(torch.float32, device)
-    runs(cost_filter, packed_for, device)
-    want = cost_filter(image, text, 6, impl=runs(cost_filter, impl, device))
+    runs(packed_for, device)
+    want = cost_filter(image, text, 6, impl=impl)
     found = cost_filter(image, pack_text(text, impl=packed_for), 6, impl=impl)
     assert torch.equal(found.index, want.index)
     torch.testing.assert_close(found.cost, want.cost)
@@ -83,7 +84,7 @@ def test_text_packed_for_another_implementation(impl, packed_for, device):
 def test_packed_text_under_autocast(impl, device):
     image, text = embeddings(torch.float32, device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        want = cost_filter(image, text, 6, impl=runs(cost_filter, impl, device))
+        want = cost_filter(image, text, 6, impl=impl)
         found = cost_filter(image, pack_text(text, impl=impl), 6, impl=impl)
     assert found.cost.dtype == torch.bfloat16
     for one, other in zip(found, want, strict=True):
@@ -93,7 +94,7 @@ def test_packed_text_under_autocast(impl, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_packed_text_in_one_graph(impl, device):
     image, text = embeddings(torch.float32, device)
-    packed = pack_text(text, impl=runs(cost_filter, impl, device))
+    packed = pack_text(text, impl=impl)
     torch.compiler.reset()
     run = torch.compile(lambda i, t: cost_filter(i, t, 6, impl=impl), fullgraph=True, backend="aot_eager")
     for one, other in zip(run(image, packed), cost_filter(image, packed, 6, impl=impl), strict=True):

@@ -9,8 +9,7 @@ import checks
 import pytest
 import torch
 from calls import COMPILED_CUDA, DTYPES, IMPLEMENTATIONS_CUDA, LAYOUTS, Call, normal, runs
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from left_out import light
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -88,8 +87,8 @@ LARGE = {"K 20": (20, 64, 64, (187, 250), (192, 256)), "K 150": (150, 40, 33, (1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+@light(lambda case, dtype: dtype == torch.float32 and case not in LARGE)
 def test_labels_and_scores(impl, case, dtype, device):
-    runs(ops.merge_masks, impl, device, dtype == torch.float32 and case not in LARGE)
     *sizes, crop = (CASES | LARGE)[case]
     assert_merged(make(*sizes, crop=crop, dtype=dtype, device=device), impl)
 
@@ -115,9 +114,9 @@ def sam(call: Call) -> Tensor:
     "size", [(375, 500), (640, 480), (1024, 683), (1200, 1600)], ids=lambda size: f"{size[0]}x{size[1]}"
 )
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(lambda: False)
 def test_is_what_sam_gives(impl, size, count, threshold, device):
     """On 99.99% of the pixels at least, of a picture whose longer side was made 1024."""
-    runs(ops.merge_masks, impl, device, False)
     scale = 1024 / max(size)
     crop = tuple(int(side * scale + 0.5) for side in size)
     call = make(count, 256, 256, size, crop=crop, threshold=threshold, device=device, seed=count)
@@ -133,7 +132,6 @@ def test_is_what_sam_gives(impl, size, count, threshold, device):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_thresholds(impl, threshold, device):
     """Above infinity there is nothing, above its opposite everything."""
-    runs(ops.merge_masks, impl, device)
     call = make(5, 12, 9, (33, 40), threshold=threshold, device=device)
     if math.isfinite(threshold):
         return assert_merged(call, impl)
@@ -144,9 +142,9 @@ def test_thresholds(impl, threshold, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+@light(lambda dtype: dtype == torch.float32)
 def test_at_the_threshold_is_no_mask(impl, dtype, device):
     """Whole numbers and weights in eighths: exact in any dtype. Equal scores go to the lower mask."""
-    runs(ops.merge_masks, impl, device, dtype == torch.float32)
     masks = torch.zeros(4, 2, 3)
     masks[0, 0, 0], masks[1, 0], masks[2] = 1, 1, 2
     masks[2, 0, 0] = masks[3, 1, 2] = -1
@@ -162,7 +160,6 @@ def test_at_the_threshold_is_no_mask(impl, dtype, device):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_nan_logits_are_no_mask(impl, device):
     """Where they reach; a tap of weight 0 may count as one, the next logit's pixels do not change."""
-    runs(ops.merge_masks, impl, device)
     call = make(5, 12, 9, (33, 40), device=device)
     call.tensors["masks"][2, 4:7, 3] = math.nan
     call.tensors["masks"][4] = math.nan
@@ -180,7 +177,6 @@ def test_nan_logits_are_no_mask(impl, device):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_scores_of_any_kind(impl, device):
     """NaN first, then by size, negative and infinite ones too; of any dtype; equal ones by mask."""
-    runs(ops.merge_masks, impl, device)
     masks = torch.ones(6, 2, 2, device=device)
     for scores, best in (
         ([-3.0, math.inf, math.nan, 5.0, math.nan, 9.0], 3),
@@ -199,25 +195,11 @@ def test_scores_of_any_kind(impl, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(lambda layout: layout in ("NCHW", "a slice", "expanded batch"))
 def test_any_strides(impl, layout, device):
-    runs(ops.merge_masks, impl, device, layout in ("NCHW", "a slice", "expanded batch"))
     call = make(5, 12, 9, (33, 40), crop=(40, 36), device=device)
     scores = torch.stack([call.tensors["scores"]] * 2, 1)[:, 0]
     assert_merged(call.having(masks=LAYOUTS[layout](call.tensors["masks"]), scores=scores), impl)
-
-
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 60), ("triton", 4), ("cuda", 10)])
-def test_any_size(impl, examples, device):
-    runs(ops.merge_masks, impl, device)
-    low, most = st.integers(1, 40), st.integers(1, 150 if impl != "triton" else 40)
-
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.integers(0, 20), low, low, most, most, st.integers(0, 2**31), st.data())
-    def check(count, height, width, rows, columns, seed, data):
-        crop = tuple(data.draw(st.integers(1, 4 * side)) for side in (height, width))
-        assert_merged(make(count, height, width, (rows, columns), crop=crop, device=device, seed=seed), impl)
-
-    check()
 
 
 # --- the same again, torch.library, torch.compile, torch.vmap --------------------------------------------------------
@@ -226,12 +208,12 @@ def test_any_size(impl, examples, device):
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_results_are_bitwise_reproducible(impl, device):
     call = make(5, 12, 9, (33, 40), crop=(40, 36), device=device)
-    checks.assert_reproducible(call, runs(ops.merge_masks, impl, device))
+    checks.assert_reproducible(call, impl)
 
 
 @pytest.mark.parametrize("case", ["larger", *LARGE])
 def test_threads_do_not_change_results(case):
-    runs(ops.merge_masks, "cpu", "cpu")
+    runs("cpu", "cpu")
     *sizes, crop = (CASES | LARGE)[case]
     checks.assert_same_on_any_number_of_threads(make(*sizes, crop=crop))
 
@@ -239,21 +221,20 @@ def test_threads_do_not_change_results(case):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_carries_no_gradient_and_compiles(impl, device):
     call = make(3, 8, 9, (16, 20), crop=(30, 36), device=device)
-    runs(ops.merge_masks, impl, device)
     assert not any(y.requires_grad for y in call.leaves()(impl))
     checks.assert_compiles(call, impl)
 
 
 @pytest.mark.parametrize("mapped", [("masks", "scores"), ("masks",), ("scores",)], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(lambda mapped: len(mapped) > 1)
 def test_vmap(impl, mapped, device):
     call = make(3, 4, 5, (8, 9), device=device)
-    checks.assert_maps(call, runs(ops.merge_masks, impl, device, len(mapped) > 1), mapped)
+    checks.assert_maps(call, impl, mapped)
 
 
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_opcheck(impl, device):
-    runs(ops.merge_masks, impl, device)
     for count in (3, 0):
         masks, scores = make(count, 8, 9, (16, 20), device=device).tensors.values()
         order = scores.argsort(descending=True, stable=True)

@@ -5,17 +5,8 @@ from __future__ import annotations
 import checks
 import pytest
 import torch
-from lora_inputs import (
-    COMPILED,
-    DTYPES,
-    IMPLEMENTATIONS,
-    RANKS,
-    Inputs,
-    assert_as_good_as_eager,
-    make,
-    output_gradient,
-    runs,
-)
+from calls import COMPILED, DTYPES, IMPLEMENTATIONS, runs
+from lora_inputs import RANKS, Inputs, assert_as_good_as_eager, make, output_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = {
@@ -45,14 +36,14 @@ CASES = {
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
     inputs = make(**CASES[case], dtype=dtype, device=device)
-    assert_as_good_as_eager(inputs, runs(impl, device), tolerances[dtype])
+    assert_as_good_as_eager(inputs, impl, tolerances[dtype])
 
 
 @pytest.mark.parametrize("mode", ["shared", "diverged"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_float32_adapters_of_a_bfloat16_model(impl, mode, device, tolerances):
     inputs = make(mode, (70,), 37, 29, RANKS, dtype=torch.bfloat16, lora_dtype=torch.float32, device=device)
-    assert_as_good_as_eager(inputs, runs(impl, device), tolerances[torch.bfloat16])
+    assert_as_good_as_eager(inputs, impl, tolerances[torch.bfloat16])
 
 
 def test_the_reference_is_the_equation(device):
@@ -80,7 +71,7 @@ def test_finite_differences(impl, mode, rows, device):
     index = [1, -1, 1] if mode == "routed" else None
     inputs = make(mode, (rows,), 21, 18, (3, 0, 17), index=index, device=device).leaves()
     dy = output_gradient(inputs)
-    gradients = inputs.results(runs(impl, device), dy)
+    gradients = inputs.results(impl, dy)
     for name in ("x", "weight", "a", "b", "bias"):
         value = getattr(inputs, name).detach()
         direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(2)).to(device)
@@ -94,7 +85,7 @@ def test_finite_differences(impl, mode, rows, device):
 def test_only_what_is_asked_for_is_differentiated(impl, needs, device):
     inputs = make("shared", (5,), 21, 18, (3, 0, 17), device=device)
     dy = output_gradient(inputs)
-    want = inputs.leaves().results(runs(impl, device), dy)[needs]
+    want = inputs.leaves().results(impl, dy)[needs]
     leaf = getattr(inputs, needs).detach().requires_grad_()
     y = inputs._replace(**{needs: leaf}).call(impl)
     assert torch.equal(torch.autograd.grad(y, leaf, dy)[0], want)
@@ -108,7 +99,7 @@ def test_the_saved_hidden_states(impl, mode, device):
         index = [1, -1, 2] if mode == "routed" else None
         inputs = make(mode, (rows,), 7, 5, (2, 0, 3), index=index, device=device)
         tensors = (inputs.a, inputs.b, inputs.lora.offsets, inputs.lora.scales, inputs.index)
-        forward = getattr(torch.ops.fastcss.multi_lora, runs(impl, device))
+        forward = getattr(torch.ops.fastcss.multi_lora, impl)
         y, h = forward(inputs.x, inputs.weight, inputs.bias, *tensors, 3, True)
         for s, t in enumerate((1, -1, 2) if index else range(3)):
             start, end = inputs.lora.offsets[t : t + 2].tolist() if t >= 0 else (0, 0)
@@ -132,7 +123,7 @@ def test_the_saved_hidden_states(impl, mode, device):
 def test_results_are_bitwise_reproducible(impl, rows, device):
     inputs = make("routed", (rows,), 37, 29, RANKS, index=[2, 0, 2], dtype=torch.bfloat16, device=device)
     dy = output_gradient(inputs)
-    first, again = (inputs.leaves().results(runs(impl, device), dy) for _ in range(2))
+    first, again = (inputs.leaves().results(impl, dy) for _ in range(2))
     checks.assert_bitwise(again, first)
 
 
@@ -144,7 +135,7 @@ def test_a_sample_does_not_depend_on_its_batch(impl, rows, device):
     inputs.x[1] = float("nan")
     dy = output_gradient(inputs)
     dy[1] = float("nan")
-    together = inputs.leaves().results(runs(impl, device), dy)
+    together = inputs.leaves().results(impl, dy)
     for s in (0, 2, 3):
         alone = inputs._replace(x=inputs.x[s : s + 1], index=inputs.index[s : s + 1]).leaves()
         alone = alone.results(impl, dy[s : s + 1])
@@ -160,7 +151,7 @@ def test_a_sample_does_not_depend_on_its_batch(impl, rows, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nan_of_an_adapter_stays_with_it(impl, mode, device):
     inputs = make(mode, (70,), 37, 29, RANKS, device=device)
-    clean = inputs.call(runs(impl, device))
+    clean = inputs.call(impl)
     second = slice(*inputs.lora.offsets[2:4].tolist())
     inputs.a[second] = float("nan")
     y = inputs.call(impl)
@@ -177,7 +168,7 @@ def test_index_minus_one_is_the_bare_layer(impl, rows, device):
     inputs.a.fill_(float("nan"))
     inputs = inputs.leaves()
     dy = output_gradient(inputs)
-    got = inputs.results(runs(impl, device), dy)
+    got = inputs.results(impl, dy)
     torch.testing.assert_close(got["y"], torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
     torch.testing.assert_close(got["x"], dy @ inputs.weight)
     assert not got["a"].count_nonzero()

@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from lora_inputs import IMPLEMENTATIONS, Inputs, assert_as_good_as_eager, make, output_gradient, runs
+from calls import IMPLEMENTATIONS, runs
+from lora_inputs import assert_as_good_as_eager, make, output_gradient
 
 from fastcss import PackedLora, multi_lora
 
@@ -34,39 +33,7 @@ def test_any_strides(impl, mode, layout, device, tolerances):
     if index:
         inputs = inputs._replace(index=torch.stack([inputs.index] * 2, -1).to(torch.int32)[:, 0])
     dy = change(output_gradient(inputs))
-    assert_as_good_as_eager(inputs, runs(impl, device), tolerances[torch.float32], dy)
-
-
-@st.composite
-def any_inputs(draw):
-    mode = draw(st.sampled_from(["shared", "diverged", "routed"]))
-    ranks = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
-    index = draw(st.lists(st.integers(-1, len(ranks) - 1), max_size=5)) if mode == "routed" else None
-    rows = draw(st.lists(st.integers(0, 20), max_size=2))
-    k, n, seed = draw(st.integers(0, 50)), draw(st.integers(0, 50)), draw(st.integers(0, 2**31))
-    inputs = make(mode, rows, k, n, ranks, index=index, bias=draw(st.booleans()), seed=seed)
-    layouts = st.sampled_from([lambda t: t, *list(LAYOUTS.values())[:3]])
-    x = draw(layouts)(inputs.x) if inputs.x.dim() > 1 else inputs.x
-    return inputs._replace(
-        x=x, weight=draw(layouts)(inputs.weight), a=draw(layouts)(inputs.a), b=draw(layouts)(inputs.b)
-    )
-
-
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 8)])
-def test_any_shape_and_stride(impl, examples, device, tolerances):
-    runs(impl, device)
-
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(any_inputs())
-    def check(inputs):
-        moved = (t.to(device) if isinstance(t, torch.Tensor) else t for t in inputs[:5])
-        lora = dataclasses.replace(
-            inputs.lora, offsets=inputs.lora.offsets.to(device), scales=inputs.lora.scales.to(device)
-        )
-        index = None if inputs.index is None else inputs.index.to(device)
-        assert_as_good_as_eager(Inputs(*moved, lora, inputs.mode, index), impl, tolerances[torch.float32])
-
-    check()
+    assert_as_good_as_eager(inputs, impl, tolerances[torch.float32], dy)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, under Triton's interpreter
@@ -78,7 +45,7 @@ def test_nan_and_inf_propagate(impl, mode, value, device):
         index = [1, -1, 0] if mode == "routed" else None
         inputs = make(mode, (rows,), 21, 18, (3, 17, 0), index=index, device=device)
         inputs.x[..., 2, 5] = value
-        want, got = inputs.call("reference"), inputs.call(runs(impl, device))
+        want, got = inputs.call("reference"), inputs.call(impl)
         assert torch.equal(want.isfinite(), got.isfinite())
         assert not got[..., 2, :].isfinite().any()
 
@@ -91,7 +58,7 @@ def test_nan_and_inf_propagate(impl, mode, value, device):
 def test_index_out_of_range_raises_on_cpu(impl, wrong):
     inputs = make("routed", (3,), 7, 5, (2, 3), index=[0, wrong])
     with pytest.raises(IndexError, match="index"):
-        inputs.call(runs(impl, "cpu"))
+        inputs.call(impl)
 
 
 @pytest.mark.parametrize("rows", [3, 70])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import checks
 import pytest
 import torch
-from lora_inputs import COMPILED, IMPLEMENTATIONS, Inputs, make, output_gradient, runs
+from calls import COMPILED, IMPLEMENTATIONS
+from left_out import ON_A_GPU
+from lora_inputs import Inputs, make, output_gradient
 
 from fastcss import PackedLora, multi_lora
 
@@ -13,7 +15,7 @@ from fastcss import PackedLora, multi_lora
 @pytest.mark.parametrize("impl", COMPILED)
 def test_double_backward_raises(impl, device):
     inputs = make("shared", (3,), 7, 5, (2, 1), device=device).leaves()
-    (gradient,) = torch.autograd.grad(inputs.call(runs(impl, device)).sum(), inputs.x, create_graph=True)
+    (gradient,) = torch.autograd.grad(inputs.call(impl).sum(), inputs.x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
@@ -23,7 +25,7 @@ def test_autocast(impl, device):
     """float32 parameters, a bfloat16 layer: the same as casting by hand, and the gradients come back in float32."""
     inputs = make("shared", (6,), 21, 18, (3, 0, 17), device=device).leaves()
     with torch.autocast(device, dtype=torch.bfloat16):
-        y = inputs.call(runs(impl, device))
+        y = inputs.call(impl)
     by_hand = inputs.leaves(torch.bfloat16)
     assert torch.equal(y, by_hand.call(impl))
     dy = output_gradient(inputs).to(torch.bfloat16)
@@ -38,7 +40,6 @@ def test_autocast(impl, device):
 def test_opcheck(impl, mode, device):
     index = [1, -1, 1] if mode == "routed" else None
     inputs = make(mode, (4,), 7, 5, (2, 0, 3), index=index, device=device)
-    runs(impl, device)
     tensors = (inputs.a, inputs.b, inputs.lora.offsets, inputs.lora.scales, inputs.index)
     for save_h in (False, True):
         y, h = checks.opcheck("multi_lora", impl, inputs.x, inputs.weight, inputs.bias, *tensors, 3, save_h)
@@ -54,7 +55,7 @@ def test_compile_without_graph_breaks(impl, mode, device):
     inputs = make(mode, (4,), 7, 5, (2, 0, 3), index=index, device=device)
     dy = output_gradient(inputs)
     eager = inputs.leaves()
-    want = eager.results(runs(impl, device), dy)
+    want = eager.results(impl, dy)
     compiled = inputs.leaves()
 
     @torch.compile(fullgraph=True, backend="inductor" if impl == "cpu" else "aot_eager")
@@ -69,16 +70,15 @@ def test_compile_without_graph_breaks(impl, mode, device):
 
 @pytest.mark.parametrize("mode", ["shared", "diverged", "routed"])
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
+@ON_A_GPU
 def test_cuda_graph_replays_without_a_sync(impl, mode, device):
-    if device != "cuda":
-        pytest.skip("CUDA graphs need --device cuda")
     for rows in (4, 300):
         index = [1, -1, 0, 7] if mode == "routed" else None  # 7 is wrong: NaN, not an error
         inputs = make(mode, (rows,), 64, 96, (4, 200, 0), index=index, dtype=torch.bfloat16, device=device)
         dy, inputs = output_gradient(inputs), inputs.leaves()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            want = inputs.results(runs(impl, device), dy)
+            want = inputs.results(impl, dy)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
@@ -142,7 +142,7 @@ def _loop(function, arguments, in_dims):
 @pytest.mark.parametrize("name", VMAPS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_vmap(impl, name, device):
-    function, arguments, in_dims = _mapped(name, runs(impl, device), device)
+    function, arguments, in_dims = _mapped(name, impl, device)
     want = _loop(function, arguments, in_dims)
     torch.testing.assert_close(torch.vmap(function, in_dims)(*arguments), want)
 
@@ -151,7 +151,7 @@ def test_vmap(impl, name, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_training_through_vmap(impl, name, device):
     """Gradients of a vmapped call, and vmapped gradients of a call (torch.func)."""
-    function, arguments, in_dims = _mapped(name, runs(impl, device), device)
+    function, arguments, in_dims = _mapped(name, impl, device)
     leaves = [v.requires_grad_() for v in arguments[:3]]
     want = torch.autograd.grad(_loop(function, arguments, in_dims).square().sum(), leaves)
     got = torch.autograd.grad(torch.vmap(function, in_dims)(*arguments).square().sum(), leaves)

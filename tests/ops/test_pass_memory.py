@@ -8,7 +8,6 @@ from calls import runs
 from deformable import make
 
 from benchmarks import measure
-from fastcss import ops
 
 MIB = 1 << 20
 LEVELS = [(50, 60), (25, 30), (13, 15), (7, 8)]
@@ -26,7 +25,7 @@ small, large = make([(8, 9), (4, 5), (2, 3), (1, 2)]), make({levels})
 def test_deformable_attention(mode):
     """The sampled values of this call would be 63 MiB. In the backward pass the gradient of the output, 4 MiB, is made
     dense, a head's sums are in float32, and each head's share of the reference points' gradient is kept."""
-    runs(ops.deformable_attention, "cpu", "cpu")
+    runs("cpu", "cpu")
     forward = "y = ops.deformable_attention(value, levels, *rest, impl='cpu')"
     backward = "return y.detach(), *torch.autograd.grad(y.sum(), (value, *rest))"
     extra = checks.extra_memory(
@@ -58,7 +57,7 @@ small, large = make(100, 10), make({n}, {length})
 def test_bi_attention(mode):
     """The logits of this call would be 128 MiB. In the backward pass the gradients of both outputs, 4 MiB, are made
     dense, and each chunk of the image keeps what it adds to those of the text."""
-    runs(ops.bi_attention, "cpu", "cpu")
+    runs("cpu", "cpu")
     forward = "y = ops.bi_attention(*sides, *masks, impl='cpu')"
     backward = "return *(x.detach() for x in y), *torch.autograd.grad(sum(x.sum() for x in y), sides)"
     extra = checks.extra_memory(
@@ -84,7 +83,7 @@ small, large = make(10, 10), make(201, 267)
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
 def test_window_attention(mode, shift):
     """q alone is 20 MiB, and so would be a copy that is rolled, filled up or partitioned; the scores would be 30."""
-    runs(ops.window_attention, "cpu", "cpu")
+    runs("cpu", "cpu")
     forward = f"y = ops.window_attention(*t[:4], 7, {shift}, pad_key=t[4], pad_value=t[5], impl='cpu')"
     backward = "return y.detach(), *torch.autograd.grad(y, t, dout)"
     extra = checks.extra_memory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import calls
@@ -10,7 +9,7 @@ import checks
 import pytest
 import torch
 from calls import COMPILED_CUDA, DTYPES, IMPLEMENTATIONS_CUDA, LAYOUTS, Call, normal, runs
-from hypothesis import strategies as st
+from left_out import light
 from torch import Tensor
 
 from fastcss.ops import prompt_mlp
@@ -66,9 +65,12 @@ LARGE = {"L 530": (9, 4, 530, 130, 150), "O 1030": (20, 3, 70, 257, 1030), "R 30
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(
+    lambda case, dtype: (
+        (case, dtype) == ("R 20", torch.bfloat16) or (dtype == torch.float32 and case not in (*LARGE, "R 20", "R 70"))
+    )
+)
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
-    light = case not in (*LARGE, "R 20", "R 70") if dtype == torch.float32 else case == "R 20"
-    runs(prompt_mlp, impl, device, light and dtype != torch.float16)
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
     calls.assert_as_good_as_eager(call, impl, tolerances[dtype])
 
@@ -76,7 +78,6 @@ def test_values_and_gradients(impl, case, dtype, device, tolerances):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_by_hand(impl, device):
     """Class 1 adds what of z is above 2, class 0 takes its second half; none is nothing."""
-    runs(prompt_mlp, impl, device)
     z = torch.tensor([[1.0, 5.0], [1.0, 5.0], [4.0, 3.0]], device=device)
     w1 = torch.tensor([[[0.0], [1.0]], [[1.0], [1.0]]], device=device)
     b1, w2 = torch.tensor([[0.0], [-2.0]], device=device), torch.tensor([[[1.0, 0.0]], [[1.0, -1.0]]], device=device)
@@ -96,7 +97,7 @@ def test_rows_of_no_class(impl, device):
     call = make(12, 7, 18, 21, 9, index=torch.tensor([-1, 3, 3, -1, 0, 5, 3, -1, 0, -1, -1, 6]), device=device)
     none = call.options["index"] < 0
     dys = call.output_gradients()
-    want = call.leaves().results(runs(prompt_mlp, impl, device), dys)
+    want = call.leaves().results(impl, dys)
     call.tensors["z"][none] = math.nan
     got = call.leaves().results(impl, dys)
     for name in ("prompt_mlp", "dz"):
@@ -114,7 +115,7 @@ def test_rows_of_no_class(impl, device):
 def test_index_of_any_integers(impl, dtype, device):
     index = torch.tensor([3, 0, 3, 1, 6, 6, 0])
     call = make(7, 7, 18, 21, 9, index=index, device=device)
-    (want,) = call(runs(prompt_mlp, impl, device))
+    (want,) = call(impl)
     for given in (index.to(dtype), torch.stack([index, index], 1).to(dtype)[:, 0]):
         assert torch.equal(call.having(index=given.to(device))(impl)[0], want)
 
@@ -122,7 +123,6 @@ def test_index_of_any_integers(impl, dtype, device):
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_a_class_out_of_range_gives_nan(impl, device):
     """Where it cannot be read before: its row, and no other. The CPU's kernel reads it and says so."""
-    runs(prompt_mlp, impl, device)
     call = make(7, 5, 18, 21, 9, index=torch.tensor([3, 0, 3, 1, 4, 4, 0]), device=device)
     (want,) = call(impl)
     index = call.options["index"].clone()
@@ -141,9 +141,9 @@ def test_a_class_out_of_range_gives_nan(impl, device):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["z", *WEIGHTS])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(lambda name: name in ("z", "w1"))
 def test_nan_and_inf_propagate(impl, name, value, device):
     """Through the rectifier, too; and never into a row of another class."""
-    runs(prompt_mlp, impl, device, name in ("z", "w1"))
     call = make(7, 5, 9, 5, 4, index=torch.tensor([3, 1, 3, 1, 4, -1, 0]), device=device)
     call.tensors[name][1, ..., 2] = value
     want, got = call("reference")[0], call(impl)[0]
@@ -159,7 +159,7 @@ def test_the_gradient_of_a_hidden_value_that_is_nan(impl, device):
     call = make(7, 2, 9, 5, 4, device=device)
     call.tensors["b1"][:, 3] = math.nan
     dys = call.output_gradients()
-    want, got = (call.leaves().results(name, dys) for name in ("reference", runs(prompt_mlp, impl, device)))
+    want, got = (call.leaves().results(name, dys) for name in ("reference", impl))
     torch.testing.assert_close(got["dz"], want["dz"])
     torch.testing.assert_close(got["db1"], want["db1"])
 
@@ -177,8 +177,8 @@ VIEWS = {
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *VIEWS])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(lambda layout: layout in ("NCHW", "a slice", "every second class", "transposed"))
 def test_any_strides(impl, layout, device, tolerances):
-    runs(prompt_mlp, impl, device, layout in ("NCHW", "a slice", "every second class", "transposed"))
     call = make(20, 5, 18, 21, 34, device=device)
     (dy,) = call.output_gradients()
     change = (LAYOUTS | VIEWS)[layout]
@@ -192,26 +192,17 @@ def test_any_strides(impl, layout, device, tolerances):
     calls.assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=(dy,))
 
 
-@pytest.mark.parametrize(("impl", "examples"), [("composed", 10), ("cpu", 30), ("triton", 3), ("cuda", 10)])
-def test_any_shape_and_stride(impl, examples, device, tolerances):
-    runs(prompt_mlp, impl, device)
-    most = 90 if impl != "triton" else 24
-    sizes = (st.integers(0, most) for _ in range(3))
-    shapes = st.tuples(st.integers(0, 30), st.integers(1, 9), *sizes)
-    change = functools.partial(make, device=device)
-    calls.check_any_shape_and_stride(change, shapes, impl, tolerances[torch.float32], examples)
-
-
 # --- the same again --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(12, 5, 33, 21, 65), (40, 2, 70, 130, 34)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
+@light(lambda shape: shape[0] == 12)
 def test_reproducible_and_of_its_row_alone(impl, dtype, shape, device):
     """A row gives the same bits alone, and in any order among others."""
     call = make(*shape, dtype=dtype, device=device)
-    checks.assert_reproducible(call, runs(prompt_mlp, impl, device, shape[0] == 12))
+    checks.assert_reproducible(call, impl)
     checks.assert_batch_invariant(call, impl, shared=WEIGHTS)
     order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0)).to(device)
     turned = call.having(z=call.tensors["z"][order], index=call.options["index"][order])
@@ -220,7 +211,7 @@ def test_reproducible_and_of_its_row_alone(impl, dtype, shape, device):
 
 @pytest.mark.parametrize("case", ["R 20", *LARGE])
 def test_threads_do_not_change_results(case):
-    runs(prompt_mlp, "cpu", "cpu")
+    runs("cpu", "cpu")
     for dtype in DTYPES:
         checks.assert_same_on_any_number_of_threads(make(*(CASES | LARGE)[case], dtype=dtype))
 
@@ -235,7 +226,7 @@ def test_gradcheck(impl, device):
 
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_finite_differences(impl, device):
-    checks.assert_slope(make(12, 5, 18, 21, 9, device=device), runs(prompt_mlp, impl, device))
+    checks.assert_slope(make(12, 5, 18, 21, 9, device=device), impl)
 
 
 @pytest.mark.parametrize("needs", ["z", *WEIGHTS])
@@ -243,7 +234,7 @@ def test_finite_differences(impl, device):
 def test_one_gradient(impl, needs, device):
     call = make(12, 5, 18, 21, 9, device=device)
     leaf = call.tensors[needs].clone().requires_grad_()
-    (y,) = call.having(**{needs: leaf})(runs(prompt_mlp, impl, device))
+    (y,) = call.having(**{needs: leaf})(impl)
     (dy,) = call.output_gradients()
     want = call.leaves().results("reference", (dy,))[f"d{needs}"]
     torch.testing.assert_close(torch.autograd.grad(y, leaf, dy)[0], want, rtol=1e-4, atol=1e-5)
@@ -251,29 +242,29 @@ def test_one_gradient(impl, needs, device):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_second_derivatives(impl, device):
-    checks.assert_once_differentiable(make(5, 3, 4, 5, 3, device=device), runs(prompt_mlp, impl, device))
+    checks.assert_once_differentiable(make(5, 3, 4, 5, 3, device=device), impl)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_autocast(impl, device):
-    checks.assert_autocasts(make(12, 5, 18, 21, 9, device=device), runs(prompt_mlp, impl, device), device)
+    checks.assert_autocasts(make(12, 5, 18, 21, 9, device=device), impl, device)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_compile_without_graph_breaks(impl, device):
-    checks.assert_compiles(make(7, 3, 9, 5, 4, device=device), runs(prompt_mlp, impl, device))
+    checks.assert_compiles(make(7, 3, 9, 5, 4, device=device), impl)
 
 
 @pytest.mark.parametrize("mapped", [("z", "index"), ("z", *WEIGHTS), ("z",), ("index",)], ids=" ".join)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@light(lambda mapped: len(mapped) > 2)
 def test_vmap(impl, mapped, device):
     call = make(6, 3, 4, 5, 3, device=device)
-    checks.assert_maps(call, runs(prompt_mlp, impl, device, len(mapped) > 2), mapped)
+    checks.assert_maps(call, impl, mapped)
 
 
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_opcheck(impl, device):
-    runs(prompt_mlp, impl, device)
     for shape in ((7, 3, 9, 5, 4), (0, 2, 3, 4, 5)):
         call = make(*shape, device=device)
         (z, w1, b1, w2, b2), index = call.tensors.values(), call.options["index"]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import checks
 import pytest
 import torch
-from calls import Call, normal, runs
+from calls import Call, normal
+from left_out import ON_A_GPU
 from torch import Tensor
 
 from fastcss import ops
@@ -55,11 +56,9 @@ def call_of(op: str, device: str, seed: int = 0) -> Call:
 
 
 @pytest.mark.parametrize(("op", "impl"), REPLAYED)
+@ON_A_GPU
 def test_cuda_graph_replays_without_a_sync(op, impl, device):
-    if device != "cuda":
-        pytest.skip("CUDA graphs need --device cuda")
     call, other = (call_of(op, device, seed).leaves() for seed in (0, 50))
-    runs(call.op, impl, device)
     dys = call.output_gradients()
     call.results(impl, dys)  # a kernel that is compiled at first use is
     torch.cuda.set_sync_debug_mode("error")

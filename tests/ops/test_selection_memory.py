@@ -17,7 +17,7 @@ MIB = 1 << 20
 @pytest.mark.parametrize(("batch", "classes", "prompts"), [(5, 847, 1), (1, 150, 80)])
 def test_cost_filter(batch, classes, prompts):
     """The cost map of these would be 9 and 26 MiB; the maps of the k kept classes, the result, are not counted."""
-    runs(ops.cost_filter, "cpu", "cpu")
+    runs("cpu", "cpu")
     extra = checks.extra_memory(
         prepare="def make(b, t, p):\n"
         "    text = ops.pack_text(torch.randn(t, p, 512), impl='cpu')\n"
@@ -38,7 +38,7 @@ def test_composed_cost_filter():
 
 def test_select_tokens():
     """The cosines of this call would be 7 MiB, its tokens in rows of length one 17."""
-    runs(ops.select_tokens, "cpu", "cpu")
+    runs("cpu", "cpu")
     extra = checks.extra_memory(
         prepare="def make(n, c):\n"
         "    return torch.randn(1, n, 256), torch.randn(1, c, 256)\n"
@@ -62,7 +62,7 @@ _PROMPTS = (
 @pytest.mark.parametrize("mode", ["fwd", "dz"])
 def test_prompt_mlp(mode):
     """The weights of its 20 classes are 50 MiB, the classes not next to each other."""
-    runs(ops.prompt_mlp, "cpu", "cpu")
+    runs("cpu", "cpu")
     forward = "y = ops.prompt_mlp(z, *w, index, impl='cpu')"
     backward = "dz, = torch.autograd.grad(y.sum(), z); return y.detach(), dz"
     extra = checks.extra_memory(
@@ -81,7 +81,7 @@ def test_composed_prompt_mlp():
 @pytest.mark.parametrize("score", [False, True])
 def test_merge_masks(score):
     """All of its masks in full size would be 600 MiB, one of them 4; the label map is 8."""
-    runs(ops.merge_masks, "cpu", "cpu")
+    runs("cpu", "cpu")
     extra = checks.extra_memory(
         prepare="def make(k):\n"
         "    return torch.randn(k, 256, 256), torch.rand(k)\n"
@@ -101,7 +101,7 @@ def test_composed_merge_masks():
 
 def test_topk_queries():
     """The logits of this call would be 19 MiB."""
-    runs(ops.topk_queries, "cpu", "cpu")
+    runs("cpu", "cpu")
     extra = checks.extra_memory(
         prepare="def make(n):\n"
         "    return torch.randn(4, n, 256), torch.randn(150, 256)\n"
@@ -121,7 +121,7 @@ def test_composed_topk_queries():
 def test_top_margin(mode):
     """The logits of this call are 37 MiB, and so is their gradient, which is a result. What the backward pass wants
     saved is 12 bytes a pixel."""
-    runs(ops.top_margin, "cpu", "cpu")
+    runs("cpu", "cpu")
     forward = "y = ops.top_margin(z, impl='cpu')"
     backward = "dz, = torch.autograd.grad(y.margin.sum() + y.curvature.sum(), z); return *(x.detach() for x in y), dz"
     extra = checks.extra_memory(
