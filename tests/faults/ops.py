@@ -67,7 +67,7 @@ OPS = [
         "fastcss/_dispatch/flops.py",
         "return 3 * affinity_loss(",
         "return 2 * affinity_loss(",
-        "tests/test_benchmark_cases.py",
+        "tests/test_flops.py",
     ),
     Fault(
         "dispatch-an-op-is-seen-in-parts",

@@ -346,3 +346,12 @@ def test_tangents_of_a_kernel_are_refused(op, compile):
         pytest.raises(Exception, match=rf"{ERRORS.get(op, op.split()[0])}: .*no forward-mode .*impl='composed'"),
     ):
         (compiled(run, tensors) if compile else run)(*tensors)
+
+
+@pytest.mark.parametrize("op", [op for op in SHAPES if op not in ("merge_masks", "topk_queries", "top_classes")])
+def test_dual_numbers_of_a_kernel_are_refused(op):
+    """Which torch.func, whose levels the test above has, is not needed for."""
+    f, tensors = function(op, "cpu")
+    name = ERRORS.get(op, op.split()[0])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=rf"{name}: .*no forward-mode"):
+        f(*(forward_ad.make_dual(t, t) if t.is_floating_point() else t for t in tensors))

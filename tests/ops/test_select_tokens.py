@@ -198,6 +198,32 @@ def test_of_equal_cosines_the_lower_class_wins(impl, dtype, device):
 
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_of_equal_cosines_in_other_blocks_the_lower_class_wins(impl, device):
+    """A tiled kernel goes through the classes block by block."""
+    classes = torch.tensor([1.0, 0.0]).expand(1, 150, 2).clone()
+    classes[0, :7] = torch.tensor([0.0, 1.0])
+    tokens = torch.tensor([[[2.0, 0.0]]])
+    found = select_tokens(tokens.to(device), classes.to(device), threshold=0.5, length=2, impl=impl)
+    assert found.counts[0].nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
+def test_tokens_of_a_class_that_lie_far_apart(impl, device, monkeypatch):
+    """The kernel sums the counts of 512 blocks of tokens at a time; in the interpreter, of four."""
+    count = 40_000
+    if impl == "triton" and device == "cpu":
+        from triton.language import constexpr
+
+        count = 600
+        monkeypatch.setattr("fastcss.kernels.select_tokens.BLOCKS", constexpr(4))
+    tokens, classes = torch.zeros(1, count, 2, device=device), torch.tensor([[[1.0, 0.0]]], device=device)
+    tokens[0, [3, count // 2, count - 5], 0] = torch.tensor([1.0, 2.0, 3.0], device=device)
+    found = select_tokens(tokens, classes, threshold=0.5, length=6, impl=impl)
+    assert found.counts.tolist() == [[3]]
+    assert found.tokens.flatten().tolist() == [1, 0, 2, 0, 3, 0]
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_no_survivor(impl, device):
     call = make(2, 70, 5, 33, 50, threshold=1, device=device).leaves()
     got = call.results(impl, call.output_gradients())
