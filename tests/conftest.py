@@ -28,6 +28,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--sequences", type=int, help="random sequences of changes under a runner, new ones each time (tests/one_pass)"
     )
+    parser.addoption(
+        "--keep-reports", action="store_true", help="replace what is kept of compiled kernels (tests/kernels/reports)"
+    )
 
 
 def pytest_configure(config):
@@ -39,6 +42,17 @@ def pytest_configure(config):
             mend_triton_interpreter()
     else:
         torch.backends.cudnn.allow_tf32 = False  # by default it is, and has 11 bits; see benchmarks/cases.py
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_left_over():
+    """A file's compiled graphs and garbage are of no use to the next one, and a process would grow to 5 GB by them."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

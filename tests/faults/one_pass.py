@@ -15,7 +15,7 @@ ONE_PASS = [
     Fault(
         "one-pass-adapters-do-not-follow-eval",
         "fastcss/_one_pass/changes.py",
-        "        _follow_mode(self._stand_ins)\n        return not",
+        "        _follow_mode(self._adapted)\n        return not",
         "        return not",
         "tests/one_pass/test_changes.py tests/one_pass/test_training.py",
     ),
@@ -109,7 +109,7 @@ ONE_PASS = [
     Fault(
         "one-pass-a-graph-outlives-its-weights",
         "fastcss/_one_pass/cuda_graphs.py",
-        "if captured.stamp != _stamp(stand_in, bool(fixed)):",
+        "if captured.stamp != _stamp(copy, bool(fixed)):",
         "if captured.stamp is None:",
         "tests/one_pass/test_capture.py",
     ),

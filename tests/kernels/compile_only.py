@@ -1,24 +1,25 @@
 """Compile what the Triton ops launch, for GPUs that are not there, and read what the compiler made of it.
 
 The ops are called on meta tensors, and a stand-in for Triton's driver turns each launch into a compilation for its
-target. That happens in a process of its own (a test file run as a program), because there Triton must not be
-interpreting. Its rows are kept (``reports.py``).
+target. That happens in a process of its own, ``python compile_only.py FAMILY [COUNT]``, because there Triton must not
+be interpreting. Its rows are kept (``reports.py``).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-from reports import ROOT, report
+from reports import ROOT, Reports
 
+LAUNCHES = Path(__file__).with_name("launches")
+FAMILIES = sorted(path.stem for path in LAUNCHES.glob("*.py"))
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 TENSOR_CORE = {
@@ -46,11 +47,12 @@ class CompileOnly:
         return 0
 
 
-def compile_all(cases: dict[int, Sequence]) -> list[dict]:
-    """One row for each distinct kernel that a case of an architecture, a NamedTuple with ``call``, launches.
+def compile_all(family: str, count: int | None = None) -> list[dict]:
+    """One row for each distinct kernel that a call of the family, a NamedTuple with ``call``, launches.
 
-    Of the first N cases, where that is the program's argument.
+    Of the first ``count`` calls, where that is given.
     """
+    module = importlib.import_module(f"launches.{family}")
     import triton
 
     launch, compiled = triton.runtime.JITFunction.run, []
@@ -59,10 +61,11 @@ def compile_all(cases: dict[int, Sequence]) -> list[dict]:
         compiled.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
     triton.runtime.JITFunction.run = compile_instead
-    rows, seen, end = [], set(), int(sys.argv[1]) if len(sys.argv) > 1 else None
-    for architecture, calls in cases.items():
+    rows, seen = [], set()
+    for architecture in ARCHITECTURES:
         triton.runtime.driver.set_active(CompileOnly(architecture))
-        for case in calls[:end]:
+        calls = module.CASES + (getattr(module, "HOPPER", ()) if architecture == 90 else ())
+        for case in calls[:count]:
             case.call()
             for kernel in compiled:
                 if kernel.hash not in seen:
@@ -94,31 +97,22 @@ def _resources(kernel, architecture: int) -> dict:
     }
 
 
-def compiled_by(program: str) -> list[dict]:
-    """The rows that the test file ``program`` prints when it is run, or printed when the kernels were the same."""
-    triton = pytest.importorskip("triton")
-    sources = [Path(program), Path(__file__), *ROOT.joinpath("kernels").glob("*.py")]
-    return report(Path(program).stem, sources, f"triton {triton.__version__}", lambda: run(program))
+def compiled_by(family: str, reports: Reports) -> list[dict]:
+    """The rows that the program prints for a family, or printed when the kernels were the same."""
+    import triton
+
+    sources = [LAUNCHES / f"{family}.py", Path(__file__), *ROOT.joinpath("kernels").glob("*.py")]
+    return reports.rows(family, sources, f"triton {triton.__version__}", lambda: run(family))
 
 
-def run(program: str, *arguments: str) -> list[dict]:
+def run(family: str, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, program, *arguments]
+    command = [sys.executable, __file__, family, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def check(compiled: list[dict], architecture: int, kernels: set[str], record_table) -> None:
-    """These kernels and no other; nothing spills, shared memory is enough, and 16-bit products are done on tensor cores
-    where there are any."""
-    rows = [row for row in compiled if row["sm"] == architecture]
-    assert {row["kernel"] for row in rows} == kernels
-    columns = ("sm", "kernel", "dtype", "warps", "registers", "spills", "shared")
-    for row in rows:
-        record_table("compiled Triton kernels", {name: row[name] for name in columns})
-        assert row["spills"] == 0, row
-        assert row["shared"] <= SHARED_MEMORY[architecture], row
-        if row["dtype"] != "float32" and row["dots"]:  # float32 products are exact, which no tensor core does
-            assert row["instructions"], f"no tensor-core instruction: {row}"
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1], *map(int, sys.argv[2:]))))

@@ -1,14 +1,18 @@
 """What the compilers made of the kernels, kept in ``reports/``: to compile them all takes two cores six minutes, and
 the result is the same for as long as the sources and the compiler are.
 
-A report that no longer belongs to them is made anew and replaced by the test that reads it; commit it with the kernel.
+Where a report no longer belongs to them, the tests read one that is made anew, and write nothing into the tree;
+``pytest tests/kernels --keep-reports`` replaces those kept. Commit them with the kernel.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterable
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fastcss._files import whole_file
@@ -17,21 +21,51 @@ FOLDER = Path(__file__).with_name("reports")
 ROOT = Path(__file__).parents[2]
 
 
-def report(name: str, sources: Iterable[Path], compiler: str, compile: Callable[[], list[dict]]) -> list[dict]:
-    """The rows that ``compile`` returns for these sources and this compiler: the kept ones if both are as they were."""
-    path = FOLDER / f"{name}.json"
-    made_from = {"compiler": compiler, "sources": _digest(sources)}
-    kept = json.loads(path.read_text()) if path.exists() else {"made_from": None}
-    if kept["made_from"] != made_from:
-        kept = {"made_from": made_from, "rows": compile()}
-        with whole_file(path) as file:
-            rows = ",\n".join(map(json.dumps, kept["rows"]))
-            file.write(f'{{"made_from": {json.dumps(made_from)}, "rows": [\n{rows}\n]}}\n')
-    return kept["rows"]
+class Reports:
+    """The kept reports, and in ``made`` those that had to be made anew: into ``kept`` itself they are replaced."""
+
+    def __init__(self, kept: Path, made: Path) -> None:
+        self.folders = (made, kept)
+
+    def rows(self, name: str, sources: Iterable[Path], compiler: str, compile: Callable[[], list[dict]]) -> list[dict]:
+        """What ``compile`` returns for these sources and this compiler: as it is kept, if both are as they were."""
+        made_from = {"compiler": compiler, "sources": digest(sources)}
+        made = self.folders[0] / f"{name}.json"
+        with open(self.folders[0] / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making the same
+            for folder in self.folders:
+                report = _read(folder / made.name)
+                if report["made_from"] == made_from:
+                    return report["rows"]
+            found = compile()
+            with whole_file(made) as file:
+                rows = ",\n".join(map(json.dumps, found))
+                file.write(f'{{"made_from": {json.dumps(made_from)}, "rows": [\n{rows}\n]}}\n')
+        return found
 
 
-def _digest(sources: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {"made_from": None}
+
+
+def digest(sources: Iterable[Path]) -> str:
+    """Of names and contents; comments, docstrings and the layout of Python's are nothing that a compiler reads."""
+    found = hashlib.sha256()
     for path in sorted(sources):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+        text = "".join(_code(path)).encode() if path.suffix == ".py" else path.read_bytes()
+        found.update(path.name.encode() + b"\0" + text + b"\0")
+    return found.hexdigest()[:16]
+
+
+#: Tokens that say nothing by their text, and what stands for them.
+_MARKS = {tokenize.NEWLINE: "\n", tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+
+
+def _code(path: Path) -> Iterator[str]:
+    begins = True  # a statement, which a string alone makes a docstring
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if not (begins and token.type == tokenize.STRING):
+            yield _MARKS.get(token.type, token.string)
+        begins = token.type in _MARKS

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reports import report
 from torch.utils.cpp_extension import include_paths
 
 from fastcss._dispatch import nvrtc
@@ -59,13 +58,13 @@ def _resources(log: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_kernels_compile_without_spills(source, tmp_path, record_table):
+def test_kernels_compile_without_spills(source, reports, tmp_path, record_table):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[-2]
-    sources = [source, Path(__file__), *FOLDER.glob("*.cuh"), *FOLDER.glob("*.h")]
+    sources = [source, *FOLDER.glob("*.cuh"), *FOLDER.glob("*.h")]
     compiler = f"nvcc {version}, torch {torch.__version__}"
-    rows = report(f"cuda_{source.stem}", sources, compiler, lambda: compile_one(source, tmp_path))
+    rows = reports.rows(f"cuda_{source.stem}", sources, compiler, lambda: compile_one(source, tmp_path))
     files = [file for file in DEVICE_CODE if file.startswith(source.stem)]
     entries = {name for file in files for name in _entries(nvrtc.source(file))}
     assert {(row["kernel"], row["sm"]) for row in rows} == {(name, sm) for name in entries for sm in ARCHITECTURES}

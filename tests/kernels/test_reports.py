@@ -1,44 +1,41 @@
-"""The kept reports are those of the kernels that are here."""
+"""The kept reports are those of the kernels that are here, and no test replaces them."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import pytest
-import reports
-from compile_only import compiled_by, run
-
-PROGRAM = str(Path(__file__).with_name("test_compile.py"))
+from compile_only import FAMILIES
+from reports import FOLDER, ROOT, Reports, digest
 
 
-def test_the_compiler_says_the_same_again():
-    pytest.importorskip("triton")
-    kept, again = compiled_by(PROGRAM), run(PROGRAM, "1")
-    assert {row["sm"] for row in again} == {80, 90, 100}
-    for row in again:
-        assert row in kept
+def test_made_anew_for_other_sources_and_another_compiler(tmp_path):
+    kept, made = tmp_path / "kept", tmp_path / "made"
+    kept.mkdir(), made.mkdir()
+    source, count = tmp_path / "kernel.cu", []
 
-
-def test_made_anew_for_other_sources_and_another_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr(reports, "FOLDER", tmp_path)
-    monkeypatch.setattr(reports, "ROOT", tmp_path)
-    source, made = tmp_path / "kernel.py", []
-
-    def rows(compiler: str) -> list[dict]:
-        return reports.report("name", [source], compiler, lambda: made.append(compiler) or [{"registers": len(made)}])
+    def rows(reports: Reports, compiler: str) -> list[dict]:
+        return reports.rows("name", [source], compiler, lambda: count.append(compiler) or [{"registers": len(count)}])
 
     source.write_text("a")
-    assert rows("old") == rows("old") == [{"registers": 1}]
-    assert rows("new") == rows("new") == [{"registers": 2}]
+    assert rows(Reports(kept, kept), "old") == rows(Reports(kept, made), "old") == [{"registers": 1}]
+    assert rows(Reports(kept, made), "new") == rows(Reports(kept, made), "new") == [{"registers": 2}]
     source.write_text("b")
-    assert rows("new") == rows("new") == [{"registers": 3}]
-    assert made == ["old", "new", "new"]
-    assert json.loads((tmp_path / "name.json").read_text())["rows"] == [{"registers": 3}]
+    assert rows(Reports(kept, made), "new") == [{"registers": 3}]
+    assert count == ["old", "new", "new"]
+    assert json.loads((kept / "name.json").read_text())["rows"] == [{"registers": 1}]
+    assert rows(Reports(kept, kept), "new") == [{"registers": 4}]
+    assert json.loads((kept / "name.json").read_text())["rows"] == [{"registers": 4}]
 
 
-def test_there_is_none_of_a_test_that_is_gone():
-    names = {path.stem for path in reports.FOLDER.glob("*.json")}
-    programs = {path.stem for path in Path(__file__).parent.glob("test_compile*.py")}
-    cuda = {f"cuda_{path.stem}" for path in (reports.ROOT / "csrc" / "cuda").glob("*.cu")}
-    assert names <= programs | cuda
+def test_prose_is_nothing_to_the_compiler(tmp_path):
+    path, seen = tmp_path / "kernel.py", {}
+    texts = ['"""One."""\nx = "a"  # why\n', '"""Two."""\n# of it\nx = "a"\n', 'x = "b"\n', "if x:\n    x = 1\nx = 2\n"]
+    for text in [*texts, "if x:\n    x = 1\n    x = 2\n"]:
+        path.write_text(text)
+        seen.setdefault(digest([path]), []).append(text)
+    assert [len(alike) for alike in seen.values()] == [2, 1, 1, 1]
+
+
+def test_there_is_none_of_what_is_gone():
+    cuda = {f"cuda_{path.stem}" for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert {path.stem for path in FOLDER.glob("*.json")} <= {*FAMILIES, *cuda}

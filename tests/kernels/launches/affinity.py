@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
-
-import pytest
-from compile_only import ARCHITECTURES, check, compile_all, compiled_by
 
 DEPTH = 512
 
@@ -73,27 +69,3 @@ KERNELS = {
     "pixel_lse_kernel", "class_centers_kernel", "combine_centers_kernel",
     "center_gradient_dots_kernel", "feats_gradient_kernel", "logits_gradient_kernel",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compiled_by(__file__)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    check(compiled, architecture, KERNELS, record_table)
-
-
-def test_hopper_holds_two_programs_where_the_splits_count_on_it(compiled):
-    """tanh beside products: 65,536 registers for two programs, or more, of up to 160 value columns."""
-    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == "affinity_kernel"]
-    narrow = [row for row in rows if row["width"] <= 150 and row["key_width"] == 64 and row["dtype"] != "float32"]
-    assert narrow
-    for row in narrow:
-        assert 2 * 32 * row["warps"] * row["registers"] <= 65536, row
-        assert 2 * row["shared"] <= 227 * 1024, row
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))

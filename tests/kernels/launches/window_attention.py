@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
-
-import pytest
-from compile_only import ARCHITECTURES, SHARED_MEMORY, check, compile_all, compiled_by
 
 
 class Windows(NamedTuple):
@@ -61,35 +57,3 @@ KERNELS = {
     "window_attention_kernel", "window_gradients_kernel", "sum_parts_kernel",
     "query_gradients_kernel", "key_gradients_kernel", "bias_gradients_kernel",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compiled_by(__file__)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    check(compiled, architecture, KERNELS, record_table)
-
-
-def test_hopper_holds_the_programs_that_are_to_run_at_once(compiled):
-    """A program takes as many windows as it takes for one wave of them."""
-    programs = {"window_attention_kernel": (4, 4), "window_gradients_kernel": (3, 2)}
-    rows = [row for row in compiled if row["sm"] == 90 and row["dtype"] == "bfloat16"]
-    rows = [row for row in rows if row["kernel"] in programs and row["window"] in (7, 8)]
-    assert {row["kernel"] for row in rows} == set(programs)
-    for row in rows:
-        count = programs[row["kernel"]][row["need_bias"]]
-        assert count * 32 * row["warps"] * row["registers"] <= 65536, row
-        assert count * row["shared"] <= SHARED_MEMORY[90], row
-
-
-def test_all_stages_share_their_kernels(compiled):
-    """Neither the sizes of the map nor heads, shift or strides of a packed projection make a kernel of their own."""
-    alike = [row for row in compiled if (row["dtype"], row["window"], row["width"]) == ("bfloat16", 7, 32)]
-    assert not [row for row in alike if (row["stage"] or row["packed"]) and row["kernel"] != "sum_parts_kernel"]
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))

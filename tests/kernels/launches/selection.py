@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
-
-import pytest
-from compile_only import ARCHITECTURES, check, compile_all, compiled_by
 
 
 class Selection(NamedTuple):
@@ -75,32 +71,3 @@ KERNELS = {
     "token_places_kernel", "tokens_gradient_kernel", "class_sums_kernel", "classes_gradient_kernel",
     "layer_kernel", "weights_gradient_kernel",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compiled_by(__file__)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    check(compiled, architecture, KERNELS, record_table)
-
-
-@pytest.mark.parametrize(
-    ("kernel", "programs"),
-    [
-        ("top_margin_kernel", 512),  # 512² pixels, 512 of bfloat16 a program
-        ("layer_kernel", 640),  # 20 rows of 1024 columns
-    ],
-)
-def test_hopper_holds_all_programs_at_once(compiled, kernel, programs):
-    """Kernels that memory limits have no second wave: a multiprocessor has 65,536 registers for 1/132 of them."""
-    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == kernel and row["dtype"] == "bfloat16"]
-    assert rows
-    for row in rows:
-        assert -(-programs // 132) * 32 * row["warps"] * row["registers"] <= 65536, row
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))

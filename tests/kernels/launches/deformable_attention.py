@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
-
-import pytest
-from compile_only import ARCHITECTURES, check, compile_all, compiled_by
 
 
 class Deformable(NamedTuple):
@@ -54,32 +50,3 @@ HOPPER = (
     Deformable(17821, height=128),
 )
 KERNELS = {"deformable_attention_kernel", "points_gradient_kernel", "value_sums_kernel", "dvalue_kernel"}
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compiled_by(__file__)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    check(compiled, architecture, KERNELS, record_table)
-
-
-def test_hopper_holds_enough_warps_to_wait_for_memory(compiled):
-    """A multiprocessor needs some 40 KiB on their way for its share of 4.8 TB/s at 1 µs, and L2 is faster. A warp has a
-    level's 16 reads of 16 bytes a thread, 8 KiB; 16 warps share 65,536 registers."""
-    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == "deformable_attention_kernel"]
-    rows = [row for row in rows if (row["dtype"], row["queries"], row["width"]) == ("bfloat16", 17821, 32)]
-    assert rows
-    for row in rows:
-        assert 16 * 32 * row["registers"] <= 65536, row
-
-
-def test_other_sizes_of_levels_compile_nothing_anew(compiled):
-    """128, 64, 32 and 16 rows, for which Triton would: what it knows of an argument are multiples of 16."""
-    assert not [row for row in compiled if row["height"] != 100]
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
-
-import pytest
-from compile_only import ARCHITECTURES, check, compile_all, compiled_by
 
 
 class BiAttention(NamedTuple):
@@ -51,28 +47,3 @@ HOPPER = (
     BiAttention(195, width=48),  # none a power of two
 )
 KERNELS = {"attend_kernel", "combine_kernel", "delta_kernel", "gradient_kernel", "add_parts_kernel"}
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compiled_by(__file__)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    check(compiled, architecture, KERNELS, record_table)
-
-
-def test_two_programs_of_a_short_text_share_a_hopper_multiprocessor(compiled):
-    """Where memory is the limit, one loads while the other multiplies: 65,536 registers and 227 KiB for both, of which
-    the system takes 1 KiB each."""
-    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == "attend_kernel"]
-    rows = [row for row in rows if row["dtype"] == "bfloat16" and row["length"] == 20]
-    assert rows
-    for row in rows:
-        assert 2 * 32 * row["warps"] * row["registers"] <= 65536, row
-        assert 2 * (row["shared"] + 1024) <= 227 * 1024, row
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))

@@ -3,11 +3,7 @@ and without spilling."""
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
-
-import pytest
-from compile_only import ARCHITECTURES, check, compile_all, compiled_by
 
 
 def empty(*shape, dtype: str):
@@ -86,28 +82,3 @@ KERNELS = {
     "token_score_kernel", "gather_rows_kernel",
     "phrase_cosine_kernel", "pool_kernel", "phrases_gradient_kernel", "cls_gradient_kernel", "combine_kernel",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compiled_by(__file__)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(compiled, architecture, record_table):
-    check(compiled, architecture, KERNELS, record_table)
-
-
-def test_hopper_holds_two_programs_that_look_for_maxima(compiled):
-    """One multiplies while the other is in its epilogue: 65,536 registers and 227 KiB for both."""
-    rows = [row for row in compiled if row["sm"] == 90 and row["kernel"] == "largest_cost_kernel"]
-    rows = [row for row in rows if row["dtype"] != "float32"]
-    assert rows
-    for row in rows:
-        assert "wgmma.mma_async" in row["instructions"], row
-        assert 2 * 32 * row["warps"] * row["registers"] <= 65536, row
-        assert 2 * row["shared"] <= 227 * 1024, row
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all({80: CASES, 90: CASES + HOPPER, 100: CASES})))
