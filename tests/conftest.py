@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import os
+import sys
 from collections import defaultdict
 
 # A thread that waits for work must not keep a core busy: there are as many processes as cores. Before torch is loaded.
