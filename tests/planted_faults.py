@@ -144,10 +144,11 @@ def first_failure(tree: Path, tests: str) -> tuple[str, bool]:
         return f"no end after {SECONDS} s", True
     if code < 0:
         return f"the process ends by signal {-code}", True
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", lines, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", lines, re.MULTILINE)
     if code in (1, 2) and failed:
         return failed[1], True
-    return f"NOT CAUGHT ({lines.strip().rpartition(chr(10))[2][-200:]})", False
+    said = re.findall(r"^.*(?:passed|failed|error|no tests ran).*$", lines, re.MULTILINE) or lines.splitlines()
+    return f"NOT CAUGHT ({said[-1].strip() if said else f'exit code {code}'})", False
 
 
 def preload() -> None:
@@ -167,7 +168,7 @@ def run_tests(tree: Path, tests: str, output: int) -> int:
     sys.path[0] = str(tree)
     sys.dont_write_bytecode = True
     os.setpgid(0, 0)
-    options = ("-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler")
+    options = ("-x", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler")
     try:
         return int(pytest.main([*options, *shlex.split(tests)]))
     except BaseException as error:  # whatever comes, this process may not go on as its parent would

@@ -17,7 +17,8 @@ ONE_PASS = [
         "fastcss/_one_pass/changes.py",
         "        _follow_mode(self._adapted)\n        return not",
         "        return not",
-        "tests/one_pass/test_changes.py tests/one_pass/test_training.py",
+        "tests/one_pass/test_changes.py tests/one_pass/test_training.py tests/one_pass/test_folders.py "
+        "tests/one_pass/test_hooks.py",
     ),
     Fault(
         "one-pass-what-was-written-in-place-stays-shared",
@@ -60,7 +61,7 @@ ONE_PASS = [
         "fastcss/_one_pass/group_size.py",
         "return -(-tasks // groups)",
         "return max(1, tasks // groups)",
-        "tests/one_pass/test_engines.py -k 'group or memory or tensors'",
+        "tests/one_pass/test_engines.py -k groups",
     ),
     Fault(
         "one-pass-written-tensors-are-not-put-back",
@@ -146,7 +147,7 @@ ONE_PASS = [
         "fastcss/_ops/fingerprint.py",
         "hash((tuple(tensor.shape), str(tensor.dtype)))",
         "hash(tuple(tensor.shape))",
-        "tests/one_pass/test_changes.py tests/models/test_decouplecss_state.py",
+        "tests/ops/test_fingerprint.py",
     ),
 ]
 

@@ -27,6 +27,17 @@ def b(model, adapter: str = "task1") -> nn.Parameter:
     return lora(model).lora_B[adapter].weight
 
 
+def test_a_scale_that_is_a_tensor_is_seen_when_it_is_written():
+    """PEFT multiplies by it; the dict that it is in holds the same object as before."""
+    model = build_adapted(vit)
+    lora(model).scaling["task1"] = torch.tensor(lora(model).scaling["task1"])
+    runner, given = fastcss.one_pass(model), inputs(vit)
+    with torch.no_grad():
+        assert_equal(runner(**given), loop(model, given))
+        lora(model).scaling["task1"].mul_(-3)
+        assert_equal(runner(**given), loop(model, given))
+
+
 # --- new values, however written -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastcss
+from fastcss._one_pass import group_size
 
 # --- sharing ----------------------------------------------------------------------------------------------------------
 
@@ -186,3 +187,10 @@ def test_writes_in_place(how, engine):
     # What the model writes into what outlives the call is there as the loop leaves it, a refused attempt undone.
     torch.testing.assert_close(model.get_base_model().kept, other.get_base_model().kept)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("tasks", "fit", "size"), [(6, 6, 6), (6, 5, 3), (6, 4, 3), (5, 3, 3), (7, 3, 3), (4, 1, 1)])
+def test_groups_are_as_few_as_fit_and_of_one_size(tasks, fit, size, monkeypatch):
+    monkeypatch.setattr(group_size, "_maps_large_tensors", lambda: True)
+    assert group_size.group_size(tasks, group_size.WIDEST_MAPPED // fit) == size
+    assert group_size.group_size(tasks, 2 * group_size.WIDEST_KEPT) == 1

@@ -10,6 +10,7 @@ from adapted_models import EXACT, adapt, assert_equal, loop
 from torch import nn
 
 import fastcss
+from fastcss._one_pass.shared_work import SharedWork
 
 
 class Beside(nn.Module):
@@ -275,3 +276,12 @@ def test_flex_attention(engine):
 def test_a_function_that_the_model_compiles(engine):
     model, x = beside(torch.compile(lambda x: (x * 2).relu(), backend="eager")), torch.rand(3, 4)
     assert_equal(fastcss.one_pass(model, engine=engine)(x), loop(model, {"x": x}))
+
+
+def test_a_call_under_no_grad_is_another_call():
+    """The same function of the same tensors, whose result has no gradient there."""
+    weight = nn.Parameter(torch.ones(3))
+    with SharedWork([weight]):
+        with torch.no_grad():
+            assert not torch.mul(weight, 2).requires_grad
+        assert torch.mul(weight, 2).requires_grad

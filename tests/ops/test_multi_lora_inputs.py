@@ -10,6 +10,7 @@ from calls import IMPLEMENTATIONS, runs
 from lora_inputs import assert_as_good_as_eager, make, output_gradient
 
 from fastcss import PackedLora, multi_lora
+from fastcss.composed import multi_lora as composed
 
 #: Rows that are all the same all lose the same to cancellation; here no sum is less than a tenth of its terms.
 SEED = 3
@@ -79,6 +80,21 @@ def test_index_out_of_range_gives_nan_where_it_cannot_be_read(rows, wrong, devic
     for gradient in (dx[[0, 2]], da, db):  # the wrong slot belongs to no adapter
         assert gradient.isfinite().all()
     torch.testing.assert_close(da[2:], inputs.lora.scales[1] * (inputs.b[2:].sum(1)[:, None] * inputs.x[0].sum(0)))
+
+
+@pytest.mark.parametrize("wrong", [-2, 2])
+def test_index_out_of_range_beneath_the_public_function(wrong):
+    """The kernel reads the index itself, and looks at it; the composed form, which may not read it, gives NaN."""
+    inputs = make("routed", (3,), 7, 5, (2, 3), index=[1, wrong, -1])
+    y = composed.multi_lora(inputs.x, inputs.weight, inputs.bias, inputs.lora, inputs.index)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    tensors = (inputs.a, inputs.b, inputs.lora.offsets, inputs.lora.scales, inputs.index)
+    kernel = getattr(torch.ops.fastcss.multi_lora, runs("cpu", "cpu"))
+    with pytest.raises(RuntimeError, match=rf"multi_lora: index must be in \[-1, 2\), got {wrong}"):
+        getattr(torch.ops.fastcss.multi_lora, runs("cpu", "cpu"))(
+            inputs.x, inputs.weight, inputs.bias, *tensors, 3, False
+        )
 
 
 def _bad_arguments():
