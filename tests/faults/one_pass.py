@@ -94,11 +94,11 @@ ONE_PASS = [
         "tests/one_pass/test_routes.py tests/one_pass/test_refusals.py",
     ),
     Fault(
-        "one-pass-dora-runs-as-lora",
+        "one-pass-merged-adapters-are-added-twice",
         "fastcss/_one_pass/read_adapters.py",
-        "if dora}",
-        "if dora and not adapter}",
-        "tests/one_pass/test_refusals.py tests/one_pass/test_lora_configs.py",
+        "    if layer.merged:\n",
+        "    if not layer:\n",
+        "tests/one_pass/test_refusals.py",
     ),
     Fault(
         "one-pass-rslora-is-scaled-by-its-rank",

@@ -100,8 +100,9 @@ def test_a_half_made_adapter_is_gone_when_it_is_deleted_as_the_message_says():
 @torch.no_grad()
 def test_bad_routes():
     runner, given = fastcss.one_pass(build_adapted(vit)), inputs(vit, 2)
-    with pytest.raises(IndexError, match="3 adapters"):
-        runner(**given, route=torch.tensor([0, 3]))
+    for wrong in (3, -2):
+        with pytest.raises(IndexError, match="3 adapters"):
+            runner(**given, route=torch.tensor([0, wrong]))
     with pytest.raises(ValueError, match="route has 3 entries"):
         runner(**given, route=torch.tensor([0, 1, 1]))
     for route in ([0, 1], torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):

@@ -92,9 +92,7 @@ def test_index_out_of_range_beneath_the_public_function(wrong):
     tensors = (inputs.a, inputs.b, inputs.lora.offsets, inputs.lora.scales, inputs.index)
     kernel = getattr(torch.ops.fastcss.multi_lora, runs("cpu", "cpu"))
     with pytest.raises(RuntimeError, match=rf"multi_lora: index must be in \[-1, 2\), got {wrong}"):
-        getattr(torch.ops.fastcss.multi_lora, runs("cpu", "cpu"))(
-            inputs.x, inputs.weight, inputs.bias, *tensors, 3, False
-        )
+        kernel(inputs.x, inputs.weight, inputs.bias, *tensors, 3, False)
 
 
 def _bad_arguments():
