@@ -150,7 +150,7 @@ def test_outputs_of_two_replays_are_copies(place):
     assert not torch.equal(first.last_hidden_state_vision, second.last_hidden_state_vision)
 
 
-@pytest.mark.parametrize("changed", ["lora_B", "base_layer.weight"])
+@pytest.mark.parametrize("changed", ["lora_B", "base_layer.weight", "text_projection"])
 def test_what_changed_in_place_is_captured_anew(changed, place, replaying):
     model = adapted(place)
     runner, example = fastcss.one_pass(model, fuse=True), given(place)
