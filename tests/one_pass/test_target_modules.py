@@ -12,7 +12,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from fastcss._one_pass.target_modules import targeted
 
-WANTED = (["q_proj", "fc1"], ["layers.1.mlp.fc2", "o_proj"], r".*\.1\..*(q_proj|fc2)", r"q_proj", ["0", "projection"])
+WANTED = (
+    *(["q_proj", "fc1"], ["layers.1.mlp.fc2", "o_proj"], r".*\.1\..*(q_proj|fc2)", r"q_proj", ["0", "projection"]),
+    ["proj", "c1", "fc2"],  # the ends of names are none, but whole parts
+)
 EXCLUDED = (None, ["q_proj"], ["layers.0.mlp.fc1", "projection"], r"layers\.0\..*", [])
 INDICES = (None, [], [1], 0, [0, 5])
 PATTERNS = (None, "layers", ["blocks", "layers"], "h", [])
