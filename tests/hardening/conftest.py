@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 # The inputs and the models are those of the ops' and the models' own tests.
 sys.path[:0] = [str(Path(__file__).parents[1] / room) for room in ("ops", "one_pass", "fuse")]
 
-EXAMPLES = 24
+EXAMPLES = 30
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from calls import DTYPES, IMPLEMENTATIONS, LAYOUTS, Call, laid_out
+from calls import DTYPES, IMPLEMENTATIONS_CUDA, LAYOUTS, Call, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
+from left_out import points
 from op_calls import OPS
 from torch import Tensor
 
 from fastcss import ops
+from fastcss._dispatch import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Of the examples that are asked for: torch's own code is not what is tested, and the interpreter is slow.
-SHARES = {"cpu": 1, "composed": 1 / 4, "triton": 1 / 12}
+SHARES = {"cpu": 1, "cuda": 1 / 2, "composed": 1 / 4, "triton": 1 / 12}
 
 
 def in_another_order(tensor: Tensor) -> Tensor:
@@ -62,7 +64,8 @@ def test_every_op_is_here():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
+@points(lambda impl, op: impl != "cuda" or op in backends.KERNELS["cuda"], "the op has no kernel in CUDA C++")
 def test_values_and_gradients(impl, op, device, tolerances, fuzz):
 
     @fuzz(SHARES[impl])
