@@ -44,7 +44,8 @@ void through_cosine(const UnitRows& own, int64_t count, const UnitRows& others, 
       float* row = sums + i * padded;
       read_row(slope, gradient.at(first + i, 0), terms);
       read_row(value, cost.at(first + i, 0), terms);
-      add_scaled(row, -dot(slope, value, terms), own.rows + (first + i) * width, width);
+      if (own.inverse[first + i] < kLargestInverse)
+        add_scaled(row, -dot(slope, value, terms), own.rows + (first + i) * width, width);
       for (int64_t d = 0; d < width; ++d) row[d] *= own.inverse[first + i];
       done(first + i, row);
     }

@@ -100,11 +100,12 @@ std::tuple<Tensor, Tensor> phrase_pool_backward(const Tensor& dpooled, const Ten
         float* to = dphrase + m * D;
         add_scaled(to, own.weight[m], given, D);
         add_scaled(to, ds_by_length, image, D);
-        add_scaled(to, -ds_by_length * own.cosine[m] * own.inverse[m], own.row + m * D, D);
+        if (own.inverse[m] < kLargestInverse)
+          add_scaled(to, -ds_by_length * own.cosine[m] * own.inverse[m], own.row + m * D, D);
         add_scaled(part, ds_by_length, own.row + m * D, D);
         along += ds * own.cosine[m];
       }
-      add_scaled(part, -along, image, D);
+      if (inverse[b] < kLargestInverse) add_scaled(part, -along, image, D);
     }
     for (int64_t m = 0; m < M; ++m)
       write_row(cpu::image(dphrases, c, dtype) + m * D * size_of(dtype), dtype, dphrase + m * D, D);

@@ -24,6 +24,8 @@ void add_scaled(float* sum, float factor, const float* term, int64_t n);  // sum
 
 // 1 / max(‖·‖, 1e-12): what makes a row one of length 1, and leaves a row of zeros as it is.
 float inverse_length(const float* row, int64_t n);
+// That of a row which counts as 1e-12 long: it is divided by a constant, so that its own length has no slope.
+constexpr float kLargestInverse = 1.f / 1e-12f;
 // The same of each lane of a packed panel.
 void inverse_lengths(const float* panel, int width, int lanes, int64_t words, bool pairs, float* inverse);
 

@@ -15,7 +15,6 @@ namespace fastcss::cpu {
 namespace {
 
 constexpr const char* kOp = "select_tokens";
-constexpr float kLargest = 1.f / 1e-12f;  // 1 / the length that shorter rows are taken for; such a length has no slope
 
 // The pairs of one image.
 struct Pairs {
@@ -89,7 +88,7 @@ std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const
         if (first < length) read_row(own, given.at(pairs.best[n], first), std::min(D, length - first));
         add_scaled(own, scale, pull, D);
         const float along = scale * dot(pull, row, D);
-        if (scale < kLargest) add_scaled(own, -scale * scale * along, row, D);
+        if (scale < kLargestInverse) add_scaled(own, -scale * scale * along, row, D);
         write_row(out, dtype, own, D);
       }
     });
@@ -99,7 +98,8 @@ std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const
       std::fill_n(sum, D, 0.f);
       for (int64_t slice = 0; slice < slices; ++slice) add_scaled(sum, 1.f, partial + (slice * C + c) * D, D);
       // Their tokens lie along a class, so little is left of the sum; the second time takes what rounding left of it.
-      for (int times = 0; times < 2 && inverse[c] < kLargest; ++times) add_scaled(sum, -dot(sum, unit, D), unit, D);
+      for (int times = 0; times < 2 && inverse[c] < kLargestInverse; ++times)
+        add_scaled(sum, -dot(sum, unit, D), unit, D);
       for (int64_t i = 0; i < D; ++i) sum[i] *= slope[c] * inverse[c];
       write_row(image(dclasses, b, dtype) + c * D * size_of(dtype), dtype, sum, D);
     });

@@ -49,8 +49,8 @@ def literal(head, image, text, sam=None, guidance=()):
         maps = head.cost_embedding(cost[kept])  # (5.6), [k, C, h, w]
         visual = head.visual_projection(image[b : b + 1])
         for spatial, classes in zip(head.spatial, head.classes, strict=True):
-            for block in spatial.blocks:
-                maps = literal_window(block, maps, spatial.guidance_norm(visual[0].permute(1, 2, 0)))
+            for block, shifted in zip(spatial.blocks, (False, True), strict=True):  # W-MSA, then SW-MSA
+                maps = literal_window(block, shifted, maps, spatial.guidance_norm(visual[0].permute(1, 2, 0)))
             maps = literal_classes(classes, maps, head.text_projection(words))
         for i, stage in enumerate(head.upsampling):  # (5.9)
             maps = stage.up(maps)
@@ -64,13 +64,13 @@ def literal(head, image, text, sam=None, guidance=()):
     return torch.stack(results)
 
 
-def literal_window(block, maps, guide):
+def literal_window(block, shifted, maps, guide):
     """(5.7) on ``maps`` [k, C, h, w]: attention of every pixel to every pixel of the window that it is in."""
     k, c, h, w = maps.shape
     window = [torch.zeros(h, w, dtype=torch.long, device=maps.device) for _ in range(2)]
     for axis, size in enumerate((h, w)):
         side = min(block.window, size)
-        shift = side // 2 if block.shifted and side < size else 0
+        shift = side // 2 if shifted and side < size else 0
         number = torch.tensor([(i - shift) // side for i in range(size)], device=maps.device)
         window[axis] += number[:, None] if axis == 0 else number
     same = torch.stack([(n.flatten()[:, None] == n.flatten()) for n in window]).all(0)

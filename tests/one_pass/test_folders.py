@@ -59,6 +59,18 @@ def test_folders_of_embeddings_and_convolutions(build, tmp_path):
     assert_equal(runner(**inputs(build, 2)), loop(model, inputs(build, 2)))
 
 
+@torch.no_grad()
+def test_dropout_of_folders_follows_train_and_eval(tmp_path):
+    """Without PEFT's layers only the adapted layer's own mode says whether its adapters drop; here they drop all."""
+    torch.manual_seed(0)
+    bare, given = vit(), inputs(vit)
+    model = adapt(copy.deepcopy(bare), *({"r": r, "target_modules": SITES[vit], "lora_dropout": 1.0} for r in (2, 3)))
+    runner = fastcss.one_pass.from_directories(bare.train(), save(model, tmp_path))
+    for mode in (True, False, True):
+        runner.train(mode)
+        assert_equal(runner(**given), [bare(**given)] * 2 if mode else loop(model, given))
+
+
 def rewrite(folder, rename):
     """The same tensors under other keys."""
     path = folder / "adapter_model.safetensors"

@@ -101,7 +101,7 @@ def test_a_half_made_adapter_is_gone_when_it_is_deleted_as_the_message_says():
 def test_bad_routes():
     runner, given = fastcss.one_pass(build_adapted(vit)), inputs(vit, 2)
     for wrong in (3, -2):
-        with pytest.raises(IndexError, match="3 adapters"):
+        with pytest.raises(IndexError, match="route must hold places of 3 adapters"):
             runner(**given, route=torch.tensor([0, wrong]))
     with pytest.raises(ValueError, match="route has 3 entries"):
         runner(**given, route=torch.tensor([0, 1, 1]))
