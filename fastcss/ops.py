@@ -1,6 +1,5 @@
 """Gathers every op of the package; each is defined in a file of its own."""
 
-from ._dispatch import flops  # noqa: F401  so that torch.utils.flop_counter knows the ops
 from ._ops.affinity_attention import affinity_attention
 from ._ops.affinity_loss import affinity_loss
 from ._ops.bi_attention import BiAttention, bi_attention

@@ -1,10 +1,13 @@
+import math
+
 import torch
 from torch import Tensor
 
-from ._library import define
+from ._library import raw_op
 
 # What the logits less the largest of them are at least: what float16 can count.
 LEAST = -50000.0
+
 
 # q, v_image [B, N, heads, D], k, v_text [B, L, heads, D]; text_mask bool [B, L], image_mask bool [B, N], True where a
 # token is not read; each `group` samples in turn share one largest logit. → image [B, N, heads · D], text
@@ -13,13 +16,12 @@ LEAST = -50000.0
 #   group in which one is below that, else (0, -inf);
 # - image_stats [B, heads, N, 2] and text_stats [B, heads, L, 2], for each softmax the largest t that it reads and the
 #   logarithm of Σ e^(t - largest). One number for both would lose what a large t leaves of the logarithm.
-_BI_ATTENTION = (
+@raw_op(
     "(Tensor q, Tensor k, Tensor v_image, Tensor v_text, Tensor? text_mask, Tensor? image_mask, float scale, "
-    "SymInt group) -> (Tensor image, Tensor text, Tensor image_stats, Tensor text_stats, Tensor floor)"
+    "SymInt group) -> (Tensor image, Tensor text, Tensor image_stats, Tensor text_stats, Tensor floor)",
+    flops=lambda q, k, *_: 6 * math.prod(q) * k[1],
 )
-
-
-def _bi_attention_fake(
+def bi_attention(
     q, k, v_image, v_text, text_mask, image_mask, scale, group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, pixels, heads, width = q.shape
@@ -29,19 +31,13 @@ def _bi_attention_fake(
     return image, text, *stats, q.new_empty((batch, 2), dtype=torch.float32)
 
 
-define("bi_attention", _BI_ATTENTION, _bi_attention_fake)
-
-_BI_ATTENTION_BACKWARD = (
+@raw_op(
     "(Tensor dimage, Tensor dtext, Tensor q, Tensor k, Tensor v_image, Tensor v_text, Tensor? text_mask, "
     "Tensor? image_mask, Tensor text, Tensor image_stats, Tensor text_stats, Tensor floor, float scale) "
-    "-> (Tensor dq, Tensor dk, Tensor dv_image, Tensor dv_text)"
+    "-> (Tensor dq, Tensor dk, Tensor dv_image, Tensor dv_text)",
+    flops=lambda dimage, dtext, q, k, *_: 14 * math.prod(q) * k[1],
 )
-
-
-def _bi_attention_backward_fake(
+def bi_attention_backward(
     dimage, dtext, q, k, v_image, v_text, text_mask, image_mask, text, image_stats, text_stats, floor, scale
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v_image, v_text))
-
-
-define("bi_attention_backward", _BI_ATTENTION_BACKWARD, _bi_attention_backward_fake)

@@ -1,20 +1,22 @@
+import math
+
 import torch
 from torch import Tensor
 
-from ._library import define
+from ._library import raw_op
+
 
 # tokens [B, N, D], classes [B, C, D]. selected [B, C, length]: the surviving tokens of each class in token order, one
 # after the other, cut or filled with zeros. counts int64 [B, C] of them. presence [B, C], the mean cosine, or 0, of the
 # support int64 [B, C] tokens whose cosine with the class is at least the threshold; with best_only of the surviving
 # ones. For the backward pass best int32 [B, N], the class a token survives for or -1, and above int32 [B, N, ⌈C/32⌉]:
 # bit c % 32 of word c / 32 says that class c averages the token; with best_only, where best says it, there is no word.
-_SELECT_TOKENS = (
+@raw_op(
     "(Tensor tokens, Tensor classes, float threshold, SymInt length, bool best_only) "
-    "-> (Tensor selected, Tensor counts, Tensor presence, Tensor support, Tensor best, Tensor above)"
+    "-> (Tensor selected, Tensor counts, Tensor presence, Tensor support, Tensor best, Tensor above)",
+    flops=lambda tokens, classes, *_: 2 * math.prod(tokens) * classes[1],
 )
-
-
-def _select_tokens_fake(
+def select_tokens(
     tokens, classes, threshold, length, best_only
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     per_class, per_token = classes.shape[:2], tokens.shape[:2]
@@ -28,16 +30,10 @@ def _select_tokens_fake(
     )
 
 
-define("select_tokens", _SELECT_TOKENS, _select_tokens_fake)
-
-_SELECT_TOKENS_BACKWARD = (
+@raw_op(
     "(Tensor dselected, Tensor dpresence, Tensor tokens, Tensor classes, Tensor support, Tensor best, Tensor above) "
-    "-> (Tensor dtokens, Tensor dclasses)"
+    "-> (Tensor dtokens, Tensor dclasses)",
+    flops=None,
 )
-
-
-def _select_tokens_backward_fake(dselected, dpresence, tokens, classes, support, best, above) -> tuple[Tensor, Tensor]:
+def select_tokens_backward(dselected, dpresence, tokens, classes, support, best, above) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape), classes.new_empty(classes.shape)
-
-
-define("select_tokens_backward", _SELECT_TOKENS_BACKWARD, _select_tokens_backward_fake)
