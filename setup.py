@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
 WITH_CUDA = os.environ.get("FASTCSS_CUDA") == "1"
@@ -175,22 +175,11 @@ class OptionalBuild(BuildExtension):
 setup(
     version=version(),
     project_urls=project_urls(),
+    # Every folder of fastcss/ with an __init__.py, and the two that stand elsewhere; a checkout may link to those.
     packages=[
-        "fastcss",
-        "fastcss._dispatch",
-        "fastcss._fuse",
-        "fastcss._one_pass",
-        "fastcss._ops",
-        "fastcss._schema",
-        "fastcss.commands",
-        "fastcss.reference",
-        "fastcss.composed",
-        "fastcss.nn",
-        "fastcss.models",
-        "fastcss.data",
+        *find_packages(include=["fastcss", "fastcss.*"], exclude=["fastcss.kernels", "fastcss.cuda"]),
         "fastcss.kernels",
         "fastcss.cuda",
-        "fastcss.selftest",
     ],
     package_dir={"fastcss": "fastcss", "fastcss.kernels": "kernels", "fastcss.cuda": "csrc/cuda"},
     # Device code travels as text: where the compiled module is missing it is compiled at first use.

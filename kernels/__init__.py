@@ -1,8 +1,9 @@
 """Triton kernels, one file an op. Imported only where Triton is there."""
 
-from .._rooms import import_files
-
 
 def register() -> None:
-    """Give the raw ops their Triton implementations. Called once, when the package finds a working Triton."""
+    """Give the raw ops their Triton implementations. Called when the package finds a working Triton."""
+    # Imported here: transformers looks for a package "kernels", and in a checkout finds this folder, without a parent.
+    from .._rooms import import_files
+
     import_files(__name__, __path__)

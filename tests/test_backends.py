@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastcss import ops
+from fastcss import _launchers, ops
 from fastcss._dispatch import backends, nvrtc
 from fastcss._dispatch.info import info
 
@@ -123,12 +124,24 @@ def test_an_interpreter_that_cuts_off_is_refused_for_that_dtype(interpreter, mon
         ops.top_classes(torch.zeros(1, 3, dtype=torch.bfloat16), 1, impl="triton")
 
 
-def test_every_raw_op_of_the_cuda_sources_has_both_launchers():
+def test_every_raw_op_of_the_cuda_sources_has_both_launchers(monkeypatch):
     """What csrc/cuda/*.cu registers and what is compiled at first use are the same ops."""
-    folder = nvrtc.folder()
-    sources = "".join(path.read_text() for path in folder.glob("*.cu"))
+    sources = "".join(path.read_text() for path in nvrtc.folder().glob("*.cu"))
     if not sources:
         pytest.skip("installed without csrc/cuda/*.cu")
-    assert {f'"{launcher.__name__}.cuda"' for launcher in nvrtc.LAUNCHERS} == {
-        part.split(",")[0] for part in sources.split("m.impl(")[1:]
-    }
+    given = []
+    monkeypatch.setattr(_launchers, "LIBRARY", SimpleNamespace(impl=lambda *arguments: given.append(arguments)))
+    monkeypatch.setattr(backends, "_NO_CUDA_MODULE", "there is no module")
+    monkeypatch.setattr(nvrtc, "why_not", lambda: None)
+    assert backends._probe_cuda() is None
+    assert {key for _, _, key in given} == {"CUDA"}
+    assert {f'"{op}"' for op, _, _ in given} == {part.split(",")[0] for part in sources.split("m.impl(")[1:]}
+
+
+def test_a_second_launcher_of_an_op_is_refused():
+    def merge_masks():
+        """Of another file."""
+
+    with pytest.raises(RuntimeError, match=r"^merge_masks has a launcher already, in fastcss\._launchers"):
+        nvrtc.launcher(merge_masks)
+    assert _launchers.LAUNCHERS["merge_masks"] is not merge_masks

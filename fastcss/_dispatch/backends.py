@@ -43,7 +43,9 @@ def _probe_cuda() -> str | None:
     reason = nvrtc.why_not()
     if reason:
         return f"{_NO_CUDA_MODULE}, and its kernels cannot be compiled at first use: {reason}"
-    nvrtc.register()
+    from .. import _launchers
+
+    _launchers.register()
     return None
 
 

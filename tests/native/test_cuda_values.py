@@ -13,6 +13,7 @@ from cuda_build import CudaOnCpu, build
 from torch import Tensor
 
 from fastcss._dispatch import nvrtc
+from fastcss._launchers import LAUNCHERS
 from fastcss.reference import cost_filter, merge_masks, prompt_mlp, select_tokens
 
 
@@ -24,10 +25,10 @@ def on_cpu(pytestconfig) -> CudaOnCpu:
 @pytest.fixture
 def run(on_cpu, monkeypatch):
     """``run(op, …)``: what both launchers give, bit by bit the same whatever order a block's threads run in."""
-    monkeypatch.setattr(nvrtc, "launch", on_cpu.launch)
+    monkeypatch.setattr(nvrtc, "launch_packed", on_cpu.launch)
 
     def run(op: str, *arguments) -> tuple[Tensor, ...]:
-        compiled, by_python = getattr(torch.ops.fastcss, op).cuda, getattr(nvrtc, op)
+        compiled, by_python = getattr(torch.ops.fastcss, op).cuda, LAUNCHERS[op]
         found = []
         for order, launcher in enumerate((compiled, by_python, compiled)):
             on_cpu.set_order(order)
@@ -299,5 +300,5 @@ def test_launch_by_cupy(on_cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     nvrtc._module.cache_clear()
     on_cpu.set_order(0)
-    assert nvrtc.top_classes(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2)[1].tolist() == [[1, 3]]
+    assert LAUNCHERS["top_classes"](torch.tensor([[1.0, 3.0, 2.0, 3.0]]), 2)[1].tolist() == [[1, 3]]
     nvrtc._module.cache_clear()
