@@ -19,10 +19,10 @@ PACKAGES = {"fastcss": "fastcss", "kernels": "fastcss.kernels", "benchmarks": "b
 #: From the bottom. A module is of the longest name here that is its own or that of a package around it. It imports from
 #: layers below and from what is of the same name; neighbours, as the implementations of an op are, keep apart.
 LAYERS = (
-    ("fastcss._dispatch.private_apis",),
+    ("fastcss._dispatch.private_apis", "fastcss._rooms"),
     ("fastcss._cosine", "fastcss._files", "fastcss._malloc", "fastcss._schema", "fastcss.packed_lora"),
-    ("fastcss._dispatch.autograd", "fastcss._dispatch.readable"),
-    ("fastcss.reference", "fastcss.composed", "fastcss.kernels"),
+    ("fastcss._dispatch.autograd", "fastcss._dispatch.nvrtc", "fastcss._dispatch.readable"),
+    ("fastcss.reference", "fastcss.composed", "fastcss.kernels", "fastcss._launchers"),
     ("fastcss._dispatch",),
     ("fastcss._ops",),
     ("fastcss.ops",),
@@ -42,8 +42,8 @@ LAYERS = (
     ("tests",),
 )
 HEIGHTS = {name: height for height, layer in enumerate(LAYERS) for name in layer}
-#: Files whose imports have names that are made at run time, below themselves: the command that was asked for.
-IMPORT_BY_NAME = {"fastcss/__main__.py"}
+#: Files whose imports have names that are made at run time: the command that was asked for, and all files of a room.
+IMPORT_BY_NAME = {"fastcss/__main__.py", "fastcss/_rooms.py"}
 
 
 class Import(NamedTuple):

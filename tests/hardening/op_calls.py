@@ -98,12 +98,20 @@ Sizes = Callable[[int, int], SearchStrategy[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """How a call of an op is made, of which shapes, with which options, and how it is compared with the reference."""
+    """How a call of an op is made, of which shapes, with which options, and how it is compared with the reference.
+
+    Attributes:
+        example: a shape that is shared out among threads, and does not take long.
+        small: a few elements a side.
+    """
 
     make: Callable[..., Call]
     shapes: Callable[[Sizes], SearchStrategy[tuple]]
     compare: Callable[..., None] = calls.assert_as_good_as_eager
     options: dict[str, SearchStrategy] = dataclasses.field(default_factory=dict)
+    _: dataclasses.KW_ONLY
+    example: tuple
+    small: tuple
 
 
 def _windows(n: Sizes) -> SearchStrategy[tuple]:
@@ -137,73 +145,121 @@ OPS = {
         lambda n: tuples(n(0, 3), n(0, 110), n(0, 70), n(0, 80)),
         affinity.assert_as_good_as_eager,
         {"scale": SCALES, "mean": FLAGS},
+        example=(2, 200, 33, 40),
+        small=(2, 5, 3, 4),
     ),
     "class_affinity": Drawn(
         test_class_affinity.make,
         lambda n: tuples(n(0, 3), n(0, 110), n(0, 70), n(0, 80), n(1, 60)),
         affinity.assert_as_good_as_eager,
         {"scale": SCALES, "mean": just(True)},
+        example=(2, 200, 33, 40, 21),
+        small=(2, 5, 3, 4, 2),
     ),
     "affinity_loss": Drawn(
         test_affinity_loss.make,
         lambda n: tuples(n(0, 3), n(0, 110), n(0, 70), n(1, 30)),
         affinity.assert_as_good_as_eager,
         {"scale": SCALES, "ignored": sampled_from([0.0, 0.2, 1.0])},
+        example=(2, 200, 33, 5),
+        small=(2, 5, 3, 3),
     ),
     "class_centers": Drawn(
         test_class_centers.make,  # one pixel alone has no gradient, and its rounding no size
         lambda n: tuples(n(0, 3), n(1, 60), n(2, 200), n(0, 80)),
         affinity.assert_as_good_as_eager,
         {"over": sampled_from(["pixels", "classes"])},
+        example=(2, 21, 200, 40),
+        small=(2, 3, 5, 4),
     ),
-    "cost_filter": Drawn(test_cost_filter.make, _filter, test_cost_filter.assert_as_good_as_eager, {"shared": FLAGS}),
-    "packed_filter": Drawn(make_packed, _filter, test_cost_filter.assert_as_good_as_eager, {"shared": FLAGS}),
-    "top_classes": Drawn(make_scores, lambda n: tuples(n(0, 4), n(1, 1500), n(1, 1500))),
+    "cost_filter": Drawn(
+        test_cost_filter.make,
+        _filter,
+        test_cost_filter.assert_as_good_as_eager,
+        {"shared": FLAGS},
+        example=(2, 12, 13, 40, 59, 2, 9),
+        small=(2, 2, 3, 4, 5, 2, 3),
+    ),
+    "packed_filter": Drawn(
+        make_packed,
+        _filter,
+        test_cost_filter.assert_as_good_as_eager,
+        {"shared": FLAGS},
+        example=(2, 12, 13, 40, 59, 2, 9),
+        small=(2, 2, 3, 4, 5, 2, 3),
+    ),
+    "top_classes": Drawn(
+        make_scores,
+        lambda n: tuples(n(0, 4), n(1, 1500), n(1, 1500)),
+        example=(5, 500, 40),
+        small=(2, 6, 3),
+    ),
     "phrase_pool": Drawn(
         test_phrase_pool.make,  # of one channel no cosine has a gradient, and its rounding no size
         lambda n: tuples(n(0, 6), n(1, 60), n(1, 60), n(2, 80)),
         test_phrase_pool.assert_as_good_as_eager,
+        example=(3, 21, 7, 40),
+        small=(2, 3, 4, 5),
     ),
     "select_tokens": Drawn(
         test_select_tokens.make,
         lambda n: tuples(n(0, 3), n(0, 300), n(1, 40), n(4, 80), n(1, 300)),
         test_select_tokens.assert_as_good_as_eager,
         {"threshold": sampled_from([0.1, 0.0, -0.3]), "presence": sampled_from(["all", "best"])},
+        example=(3, 200, 21, 40, 150),
+        small=(2, 6, 3, 4, 7),
     ),
-    "prompt_mlp": Drawn(test_prompt_mlp.make, lambda n: tuples(n(0, 30), n(1, 9), n(0, 90), n(0, 90), n(0, 90))),
+    "prompt_mlp": Drawn(
+        test_prompt_mlp.make,
+        lambda n: tuples(n(0, 30), n(1, 9), n(0, 90), n(0, 90), n(0, 90)),
+        example=(20, 5, 65, 33, 97),
+        small=(4, 3, 4, 5, 3),
+    ),
     "merge_masks": Drawn(
         make_masks,
         lambda n: tuples(n(0, 20), _crops(n), tuples(n(1, 150), n(1, 150))),
         assert_merged,
         {"threshold": sampled_from([0.0, 1.5])},
+        example=(5, ((33, 31), (100, 124)), (137, 121)),
+        small=(3, ((3, 4), (9, 13)), (7, 5)),
     ),
     "topk_queries": Drawn(
         test_topk_queries.make,
         lambda n: tuples(n(0, 3), n(0, 300), n(24, 80), n(1, 40), n(1, 60)),
         options={"bias": FLAGS},
+        example=(3, 200, 40, 21, 30),
+        small=(2, 6, 4, 3, 3),
     ),
     "top_margin": Drawn(
         test_top_margin.make,
         lambda n: tuples(n(0, 3), n(2, 60), n(0, 200)),
         assert_margins,
         options={"labelled": FLAGS, "ignored": sampled_from([0.0, 0.2, 1.0])},
+        example=(3, 21, 200),
+        small=(2, 3, 6),
     ),
     "deformable_attention": Drawn(
         deformable.make,
         lambda n: tuples(n(0, 3), _levels(n), n(0, 40), n(1, 4), n(1, 80), n(1, 9)),
         test_deformable_attention.assert_as_good_as_eager,
         {"box": FLAGS},
+        example=(2, ((9, 13), (5, 7)), 70, 3, 33, 4),
+        small=(2, ((3, 4), (2, 2)), 5, 2, 3, 2),
     ),
     "bi_attention": Drawn(
         bi_inputs.make,
         lambda n: tuples(n(0, 3), n(0, 80), n(0, 40), n(1, 4), n(1, 40)),
         options={"masks": sampled_from([(), ("text_mask",), ("image_mask",), bi_inputs.MASKS])},
+        example=(3, 130, 20, 2, 33),
+        small=(2, 5, 4, 2, 3),
     ),
     "window_attention": Drawn(
         window_inputs.make,
         _windows,
         window_inputs.assert_as_good_as_eager,
         {"pads": sampled_from([(), ("pad_key",), ("pad_value",), window_inputs.PADS])},
+        example=(2, 14, 21, 3, 32, 7, 3),
+        small=(2, 5, 6, 2, 3, 3, 1),
     ),
     "multi_lora": Drawn(
         make_lora,
@@ -215,30 +271,12 @@ OPS = {
             lists(n(0, 40), min_size=1, max_size=4),
         ),
         options={"bias": FLAGS, "lora_dtype": sampled_from([None, torch.float32])},
+        example=("routed", [40], 60, 50, [8, 0, 24, 3]),
+        small=("routed", [4], 6, 5, [2, 0, 3]),
     ),
-}
-
-#: Of each op a call that is shared out among threads, and does not take long.
-SHAPES = {
-    "affinity_attention": (2, 200, 33, 40),
-    "class_affinity": (2, 200, 33, 40, 21),
-    "affinity_loss": (2, 200, 33, 5),
-    "class_centers": (2, 21, 200, 40),
-    "cost_filter": (2, 12, 13, 40, 59, 2, 9),
-    "packed_filter": (2, 12, 13, 40, 59, 2, 9),
-    "top_classes": (5, 500, 40),
-    "phrase_pool": (3, 21, 7, 40),
-    "select_tokens": (3, 200, 21, 40, 150),
-    "prompt_mlp": (20, 5, 65, 33, 97),
-    "merge_masks": (5, ((33, 31), (100, 124)), (137, 121)),
-    "topk_queries": (3, 200, 40, 21, 30),
-    "top_margin": (3, 21, 200),
-    "deformable_attention": (2, ((9, 13), (5, 7)), 70, 3, 33, 4),
-    "bi_attention": (3, 130, 20, 2, 33),
-    "window_attention": (2, 14, 21, 3, 32, 7, 3),
-    "multi_lora": ("routed", [40], 60, 50, [8, 0, 24, 3]),
 }
 
 
 def example(op: str, dtype: torch.dtype = torch.float32) -> Call:
-    return OPS[op].make(*SHAPES[op], dtype=dtype)
+    """One that is shared out among threads, and does not take long."""
+    return OPS[op].make(*OPS[op].example, dtype=dtype)

@@ -151,26 +151,12 @@ def _grads(y: Tensor, leaves: Sequence[Tensor], *args, **kwargs) -> tuple[Tensor
 
 # --- ops: small calls, as a function of their tensors ----------------------------------------------------------------
 
-SHAPES = {
-    "affinity_attention": (2, 5, 3, 4),
-    "class_affinity": (2, 5, 3, 4, 2),
-    "affinity_loss": (2, 5, 3, 3),
-    "class_centers": (2, 3, 5, 4),
-    "cost_filter": (2, 2, 3, 4, 5, 2, 3),
-    "scatter_cost": (2, 2, 3, 4, 5, 2, 3),
-    "top_classes": (2, 6, 3),
-    "phrase_pool": (2, 3, 4, 5),
-    "select_tokens": (2, 6, 3, 4, 7),
-    "prompt_mlp": (4, 3, 4, 5, 3),
-    "merge_masks": (3, ((3, 4), (9, 13)), (7, 5)),
-    "topk_queries": (2, 6, 4, 3, 3),
-    "top_margin": (2, 3, 6),
-    "deformable_attention": (2, ((3, 4), (2, 2)), 5, 2, 3, 2),
-    "bi_attention": (2, 5, 4, 2, 3),
-    "window_attention": (2, 5, 6, 2, 3, 3, 1),
+#: Name → a call of a few elements a side: the name starts with that of the op, or is that of what goes on from one.
+SHAPES = {op: drawn.small for op, drawn in op_calls.OPS.items() if op not in ("packed_filter", "multi_lora")} | {
+    "scatter_cost": op_calls.OPS["cost_filter"].small,
     "multi_lora shared": ("shared", [4], 6, 5, [2, 0, 3]),
     "multi_lora diverged": ("diverged", [2, 2], 6, 5, [2, 0, 3]),
-    "multi_lora routed": ("routed", [4], 6, 5, [2, 0, 3]),
+    "multi_lora routed": op_calls.OPS["multi_lora"].small,
 }
 
 #: The op by whose name another one is refused.
