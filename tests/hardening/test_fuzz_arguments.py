@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from arguments import ARGUMENTS
@@ -20,19 +22,15 @@ OTHERS = {
     "scatter_cost": {"filtered": KEPT, "classes": 5, "fill": -100.0},
     "filtered_argmax": {"filtered": KEPT},
 }
-#: What ``ARGUMENTS`` leaves at its default.
-OPTIONS = {
-    "affinity_attention": {"scale": 1.0, "mean": False},
-    "class_affinity": {"scale": 1.0, "mean": False},
-    "affinity_loss": {"scale": 1.0, "ignore_index": 255, "num_classes": None},
-    "class_centers": {"over": "pixels"},
-    "merge_masks": {"crop": None, "threshold": 0.0, "return_score": False},
-    "top_margin": {"ignore_index": 255},
-    "bi_attention": {"text_mask": None, "image_mask": None, "scale": None},
-    "window_attention": {"shift": 0, "scale": None},
-    "multi_lora": {"mode": "shared"},
-}
-ALL = {op: given | OPTIONS.get(op, {}) for op, given in (ARGUMENTS | OTHERS).items()}
+
+
+def defaults(op: str) -> dict:
+    """What ``ARGUMENTS`` leaves as it is."""
+    parameters = inspect.signature(getattr(ops, op)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "impl"}
+
+
+ALL = {op: defaults(op) | given for op, given in (ARGUMENTS | OTHERS).items()}
 ANYTHING = [None, "x", 3, 0, -1, 2.5, float("nan"), float("inf"), 2**70, -(2**70), True, (), (1, 2), [1, 2], {}]
 ANYTHING += [object(), torch.ones(()), torch.ones(0), torch.ones(1, 1, 1, 1, 1, 1, 1)]
 
