@@ -45,7 +45,8 @@ def test_it_has_a_file_in_every_room(op):
 @pytest.mark.parametrize("room", ["reference", "_schema", "composed", "_ops"])
 def test_a_room_of_ops_has_no_other_files(room):
     files = {path.stem for path in (ROOT / "fastcss" / room).glob("*.py") if not path.stem.startswith("_")}
-    assert files - INTERNAL == set(OPS)
+    more = files - INTERNAL - set(OPS)
+    assert not more, f"fastcss/ops.py lacks {', '.join(sorted(more))}"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -66,7 +67,8 @@ def test_its_function_has_its_name(op):
     ],
 )
 def test_it_is_in_the_table(table, entries):
-    assert not set(OPS) - entries, f"not in {table}"
+    missing = set(OPS) - entries
+    assert not missing, f"{table} lacks {', '.join(sorted(missing))}"
 
 
 def test_every_raw_op_has_a_kernel_of_each_kind():
