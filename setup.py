@@ -175,8 +175,8 @@ class OptionalBuild(BuildExtension):
 setup(
     version=version(),
     project_urls=project_urls(),
-    # Every folder of fastcss/ with an __init__.py, and the two that stand elsewhere; a checkout may link to those.
     packages=[
+        # Every folder of fastcss/ with an __init__.py, and two from elsewhere: a checkout may have links to those.
         *find_packages(include=["fastcss", "fastcss.*"], exclude=["fastcss.kernels", "fastcss.cuda"]),
         "fastcss.kernels",
         "fastcss.cuda",
