@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._library import raw_op
 
-PANEL_ROWS = 12  # of a panel of packed text: what one step of the CPU's matrix products reads
+PANEL_ROWS = 12  # one step of the CPU's matrix products reads a panel of so many rows of packed text
 
 
 # image [B, H, W, D], text [1 or B, T, P, D]; scale float32 [1 or B, T, P] is 1 / max(‖text‖, 1e-12), and it and panels

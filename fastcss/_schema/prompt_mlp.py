@@ -22,8 +22,8 @@ def _backward_flops(dy, z, w1, w2, index, hidden, need_dz, need_weights) -> int:
     return 2 * z[0] * (second + need_dz * first + need_weights * (first + second))
 
 
-# Of the weights' gradients, whole tensors with zeros for the classes of no row; empty where need_weights is off, and dz
-# where need_dz is.
+# The weights' gradients are whole tensors with zeros for the classes of no row. need_weights turned off leaves them
+# empty, and need_dz dz.
 @raw_op(
     "(Tensor dy, Tensor z, Tensor w1, Tensor w2, Tensor index, Tensor hidden, bool need_dz, bool need_weights) "
     "-> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",

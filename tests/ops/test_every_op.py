@@ -84,7 +84,7 @@ def test_every_raw_op_has_a_kernel_of_each_kind():
 
 
 def test_every_triton_implementation_launches_on_the_device_of_its_tensors():
-    """By its source: what goes wrong without, on the second of two GPUs, no other test here can see."""
+    """The source says so: what goes wrong without it, on the second of two GPUs, no other test here can see."""
     pytest.importorskip("triton")
     from fastcss import kernels
 
