@@ -64,9 +64,9 @@ OPS = [
     ),
     Fault(
         "dispatch-flops-of-one-gradient",
-        "fastcss/_dispatch/flops.py",
-        "return 3 * affinity_loss(",
-        "return 2 * affinity_loss(",
+        "fastcss/_schema/affinity_loss.py",
+        "3 * _flops(",
+        "2 * _flops(",
         "tests/test_flops.py",
     ),
     Fault(
