@@ -11,11 +11,21 @@ from collections import defaultdict
 
 # A thread that waits for work must not keep a core busy: there are as many processes as cores. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# fastcss decides when it is imported whether Triton is available, and the conftest.py of a folder that the command line
+# names imports it before any option is read. Processes of pytest-xdist have the variable from the first one.
+if "PYTEST_XDIST_WORKER" not in os.environ and "--device=cuda" not in " ".join(sys.argv).replace(
+    "--device ", "--device="
+):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import left_out
 import pytest
 import torch
 from private_apis import mend_triton_interpreter
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED and importlib.util.find_spec("triton"):
+    mend_triton_interpreter()
 
 _tables: dict[str, list[dict]] = defaultdict(list)
 
@@ -39,11 +49,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     left_out.configure(config)
     config.pluginmanager.register(left_out)
-    if config.getoption("--device") == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before fastcss is imported: it decides there what is available
-        if importlib.util.find_spec("triton"):
-            mend_triton_interpreter()
-    else:
+    on_cpu = config.getoption("--device") == "cpu"
+    if on_cpu != INTERPRETED:
+        raise pytest.UsageError("--device goes on the command line, and TRITON_INTERPRET=1 with --device cpu alone")
+    if not on_cpu:
         torch.backends.cudnn.allow_tf32 = False  # by default it is, and has 11 bits; see benchmarks/cases.py
 
 
