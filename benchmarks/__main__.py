@@ -1,5 +1,5 @@
 """``python -m benchmarks [OP…] [--case NAME] [--mode fwd|bwd] [--device cpu|cuda] [--quick] [--out FILE.jsonl]
-[--compare OLD.jsonl]``."""
+[--compare OLD.jsonl]``: verifies, times and compares every provider of each case."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastcss._malloc import tune_malloc
 from . import compare, harness, measure, registry, report
 from .cases import MODES, OURS, Case
 
-#: On each provider of a case, on average: all cases take less than twenty minutes of two cores. With AVX2 only that is
-#: so when torch.compile has its results in its caches; else it takes four more.
+#: Seconds that are spent on each provider of a case, on average: all cases then take less than twenty minutes on two
+#: cores. A CPU with only AVX2 needs torch.compile's results in its caches for that, and else four minutes more.
 SECONDS = 0.05
 
 
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(
     points: Sequence[tuple[Case, str]], options: argparse.Namespace, out: Path | None, console: Console
 ) -> list[dict]:
-    """The rows of each case and mode, shown and written as they come."""
+    """Measure each case and mode, show and write the rows as they come, and return them."""
     rows = []
     for case, mode in points:
         outcome = harness.run(case, mode, options.device, options.malloc, SECONDS)
@@ -83,13 +83,13 @@ def _run(
 
 
 def _right(rows: Sequence[dict]) -> bool:
-    """Whether fastcss ran and was verified wherever any provider ran; ``rows`` are of one run."""
+    """Tell whether fastcss ran and was verified wherever any provider ran; ``rows`` come from one run."""
     ours = [row for row in rows if row["provider"] == OURS]
     return all(row["verified"] for row in ours) and len(ours) == len({(row["case"], row["mode"]) for row in rows})
 
 
 def _old_rows(options: argparse.Namespace, cases: Sequence[Case]) -> list[dict]:
-    """Of the file to compare with, read before a run that may write it: what this run is to measure anew.
+    """Read the rows that this run will measure again, before it may write into the same file.
 
     Raises:
         OSError: there is no such file.

@@ -1,4 +1,4 @@
-"""What the cases of the affinity ops share: queries and keys, and the affinity map by rows in torch."""
+"""Gives the cases of the affinity ops what they share: queries and keys, and the affinity map by rows in torch."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ ROWS = (64, 128, 256, 512)
 
 
 def queries_and_keys(shape: dict, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Of an affinity map whose logits have a standard deviation of 2."""
+    """Draw queries and keys of an affinity map whose logits have a standard deviation of 2."""
     size = (1, shape["N"], shape["K"])
     q = normal(*size, scale=2 * shape["K"] ** -0.5, dtype=dtype, device=device)
     return q, normal(*size, dtype=dtype, device=device)
 
 
 def exact(pixels: int) -> str:
-    """What float64 is computed with: the equation, or in row chunks where its maps would take 10 GiB."""
+    """Name the implementation for float64: the equation, or row chunks when the equation's maps would take 10 GiB."""
     return "reference" if pixels <= 8192 else "composed"
 
 
 def chunk_rows(pixels: int) -> Sequence[int]:
-    """Rows of the map at a time that the chunked forms try."""
+    """List how many rows of the map at a time the chunked forms try."""
     return ROWS if pixels <= 8192 else ROWS[:2]
 
 
 def complement(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The means M V ÷ N and (1 − M) V ÷ N from M V and the column sums, in float32 until the end."""
+    """Compute the means M V ÷ N and (1 − M) V ÷ N from M V and the column sums, in float32 until the end."""
     intra = product.float() / values.shape[1]
     inter = values.mean(dim=1, keepdim=True, dtype=torch.float32) - intra
     return intra.to(values.dtype), inter.to(values.dtype)
 
 
 def whole_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """M V with the whole map."""
+    """Compute M V with the whole map in memory."""
     return torch.bmm(torch.bmm(q, k.mT).sigmoid(), v)
 
 
 class ChunkedProduct(torch.autograd.Function):
-    """M V with M = sigmoid(Q Kᵀ) for one image, a few rows of the map at a time: the best form of torch ops we know.
+    """Computes M V with M = sigmoid(Q Kᵀ) for one image, a few rows of the map at a time: the best torch form we know.
 
-    One buffer for the rows, sigmoid in place (half the time of tanh), products into their place; the backward pass
-    makes the rows again.
+    It keeps one buffer for the rows, applies the sigmoid in place (half the time of tanh) and writes products into
+    their place; the backward pass computes the rows again.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class ChunkedProduct(torch.autograd.Function):
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Onto a float32 sum."""
+    """Add a product onto a float32 sum."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -86,7 +86,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def flex_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """M V by FlexAttention, in float32: a softmax over log σ(s), times the sum it was divided by, is σ(s)."""
+    """Compute M V by FlexAttention, in float32: a softmax over log σ(s), times the sum it was divided by, is σ(s)."""
     out, lse = _flex_attention()(*(t[:, None] for t in (q, k, v)), score_mod=_log_sigmoid, scale=1.0, return_lse=True)
     return out[:, 0].float() * lse[:, 0, :, None].exp()
 

@@ -1,4 +1,4 @@
-"""What the cases of several ops share: random inputs, steps with and without gradients, the best size of a chunk."""
+"""Gives cases what several ops need: random inputs, steps with and without gradients, the best size of a chunk."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def normal(*size: int, scale: float = 1.0, dtype: torch.dtype, device: str) -> T
 
 
 def step_of(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Step:
-    """A step of ``forward(*tensors)``; in mode "bwd" with the gradients of all tensors.
+    """Make a step of ``forward(*tensors)``; in mode "bwd" with the gradients of all tensors.
 
     Args:
         forward: tensors → outputs.
         tensors: the inputs, all differentiable.
-        gradients: one of each output that is differentiable, in their order.
+        gradients: one for each differentiable output, in the order of the outputs.
         mode: "fwd" or "bwd".
     """
     if mode == "fwd":
@@ -49,12 +49,12 @@ def step_of(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Ten
 
 
 def expected(forward: Forward, tensors: Sequence[Tensor], gradients: Sequence[Tensor], mode: str) -> Sequence[Tensor]:
-    """What ``forward`` gives in float64."""
+    """Compute the outputs of ``forward`` in float64, and in mode "bwd" the gradients."""
     return step_of(forward, [t.double() for t in tensors], [dy.double() for dy in gradients], mode)()
 
 
 def on(impl: str, step: Step) -> Step:
-    """``step`` with ``impl`` where impl="auto" has no choice on a GPU yet, for want of measurements such as this."""
+    """Run ``step`` on ``impl`` where impl="auto" has no choice on a GPU yet, because no measurement supports one."""
     choice = dict.fromkeys(backends.KERNELS[impl], (impl,))
 
     def run():
@@ -65,16 +65,20 @@ def on(impl: str, step: Step) -> Step:
 
 
 def capture_with(shared: Iterable[Tensor]) -> Callable[[str, Step], Step]:
-    """A ``Problem.capture`` for whole models: what depends on shapes and on these tensors alone is left out of the
-    graph, as ``runner.capture`` leaves out what depends on its fixed inputs. In every provider but "compiled", since
-    torch.compile does not compile while calls are watched."""
+    """Make a ``Problem.capture`` for whole models: the graph leaves out what depends only on shapes and these tensors.
+
+    ``runner.capture`` leaves out what depends on its fixed inputs in the same way. The provider "compiled" is captured
+    whole, since torch.compile does not compile while calls are watched.
+    """
     shared = list(shared)
     return lambda name, step: measure.captured(step, SharedWork(shared) if name != "compiled" else None)
 
 
 def fastest(prepare: Callable[[int], Step], sizes: Sequence[int]) -> Step:
-    """The step of that size of a chunk which is fastest here, by the better of two calls: one alone may meet a slow
-    moment, and a choice that changes from run to run is noise that no row shows."""
+    """Return the step with the chunk size that is fastest here, judged by the better of two calls.
+
+    A single call may meet a slow moment, and a choice that changes from run to run is noise that no row shows.
+    """
 
     def seconds(step: Step) -> float:
         start = time.perf_counter()

@@ -16,8 +16,8 @@ from fastcss.ops import affinity_attention
 from . import _affinity, _steps
 from .cases import Case, Problem, Step
 
-# Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, and the means
-# of 4096 features of either sign are small beside the rounded terms.
+# Errors are relative to the largest expected value. float32 adds up 4096 rounded products. bfloat16 has 8 bits, and
+# the means of 4096 features of either sign are small beside the rounded terms.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/affinity_attention.py", "fastcss/composed/affinity_attention.py")
 
@@ -63,7 +63,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs, without what a backward pass computes again, and bytes in and out of memory."""
+    """Count FLOPs, without what a backward pass computes again, and bytes in and out of memory."""
     n, k, d = (shape[name] for name in ("N", "K", "D"))
     flops, moved = 2 * n * n * (k + d), 2 * n * k + 3 * n * d
     if mode == "bwd":  # inputs and gradients of the outputs are read, gradients of the inputs written
@@ -76,7 +76,7 @@ def _with(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _one_product(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole map once; inter from the column sums, which saves the second product."""
+    """Compute the whole map once, and inter from the column sums, which saves the second product."""
     return _affinity.complement(_affinity.whole_product(q, k, v), v)
 
 

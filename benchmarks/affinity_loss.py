@@ -17,8 +17,8 @@ from fastcss.ops import affinity_loss
 from . import _affinity, _steps
 from .cases import Case, Problem, Step
 
-# Relative to the largest expected value. float32: sums of up to 16,384² terms. bfloat16: the logits, rounded to its 8
-# bits where the map is in memory, and the gradients.
+# Errors are relative to the largest expected value. float32 adds up as many as 16,384² terms. bfloat16 rounds the
+# logits to 8 bits where the map is in memory, and the gradients.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SOURCES = ("fastcss/_ops/affinity_loss.py", "fastcss/composed/affinity_loss.py")
 CLASSES = 21
@@ -54,7 +54,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         "fastcss": lambda: step(_with("auto")),
         "chunked": lambda: _steps.fastest(chunked, _affinity.chunk_rows(shape["N"])),
     }
-    # At N = 16,384 in float32 the map, its labels and the losses take 1 GiB each, and autograd keeps several.
+    # The map, its labels and the losses take 1 GiB each at N = 16,384 in float32, and autograd keeps several of them.
     if shape["N"] <= 8192 or device == "cuda":
         providers["literal"] = lambda: step(_literal)
         if not quick:
@@ -75,7 +75,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs, without what a backward pass computes again, and bytes in and out of memory."""
+    """Count FLOPs, without what a backward pass computes again, and bytes in and out of memory."""
     n, k = shape["N"], shape["K"]
     flops, moved = 2 * n * n * k, 2 * n * k
     return (flops, moved * itemsize) if mode == "fwd" else (4 * flops, 3 * moved * itemsize)
@@ -86,13 +86,13 @@ def _with(impl: str) -> Callable[..., Tensor]:
 
 
 def _literal(q: Tensor, k: Tensor, labels: Tensor) -> Tensor:
-    """Both maps, of the logits and of the labels, whole."""
+    """Compute the loss with both maps, of the logits and of the labels, whole in memory."""
     same = labels[:, :, None] == labels[:, None, :]
     return F.binary_cross_entropy_with_logits(torch.bmm(q, k.mT).float(), same.float())
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """A few rows of the map at a time in one buffer; the labels by the sums of q and k over each class."""
+    """Computes a few rows of the map at a time in one buffer, and the labels' part from sums of q and k by class."""
 
     @staticmethod
     def forward(ctx, rows: int, q: Tensor, k: Tensor, labels: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from fastcss.ops import bi_attention
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: means of 17,821 rounded terms. bfloat16: its 8 bits of the logits, which are
-# up to 10 below the largest, and of the attention where it is in memory. The gradients of the model's own code are
-# worse: its maxima have gradients too, 0 but for the rounding of all N · L logits, which falls on a few of them.
+# Errors are relative to the largest expected value. float32 takes means of 17,821 rounded terms. bfloat16 has 8 bits
+# for the logits, which are up to 10 below the largest, and for the attention where it is in memory. The gradients of
+# the model's own code are worse: its maxima have gradients too. They would be 0 but for the rounding of all N · L
+# logits, and that falls on a few of them.
 TOLERANCE = {
     "fwd": {torch.float32: 2e-5, torch.bfloat16: 5e-2},
     "bwd": {torch.float32: 3e-4, torch.bfloat16: 2.5e-1},
@@ -30,10 +31,10 @@ Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The points of the specification: Grounding DINO's fusion on a picture of 800 × 1066 pixels, with the text of a
-    few phrases and with the longest that the model takes.
+    """List the points of the specification: Grounding DINO's fusion on a picture of 800 × 1066 pixels, with the text
+    of a few phrases and with the longest text that the model takes.
 
-    As in the model's batch of one picture, some of the text is padding and none of the picture; it masks both.
+    Some of the text is padding and none of the picture, as in the model's batch of one picture; the model masks both.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     found = []
@@ -80,8 +81,11 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs: the logits and one product for each side; in the backward pass two for each of these, without the logits
-    that it may compute again. Bytes in and out of memory."""
+    """Count FLOPs, and bytes in and out of memory.
+
+    The forward pass has the logits and one product for each side. The backward pass has two products for each of
+    these; the logits that it may compute again do not count.
+    """
     batch, pixels, length, heads, width = (shape[name] for name in ("B", "N", "L", "heads", "D"))
     flops = 6 * batch * pixels * length * heads * width
     side = batch * (pixels + length) * heads * width  # q and k, both values, or both outputs
@@ -93,7 +97,7 @@ def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
 def _eager(
     q: Tensor, k: Tensor, v_image: Tensor, v_text: Tensor, text_mask: Tensor, image_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """transformers' GroundingDinoBiMultiHeadAttention between its linear layers, line by line."""
+    """Follow transformers' GroundingDinoBiMultiHeadAttention between its linear layers, line by line."""
     batch, pixels, heads, width = q.shape
 
     def reshape(x: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def _eager(
 def _sdpa(
     q: Tensor, k: Tensor, v_image: Tensor, v_text: Tensor, text_mask: Tensor, image_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each side for itself, its logits computed anew, without the clamps, which no logit reaches here."""
+    """Attend from each side separately: logits are computed twice, and not clamped, as none reaches the clamps here."""
     q, k, v_image, v_text = (x.transpose(1, 2) for x in (q, k, v_image, v_text))
     image = F.scaled_dot_product_attention(q, k, v_text, attn_mask=~text_mask[:, None, None])
     text = F.scaled_dot_product_attention(k, q, v_image, attn_mask=~image_mask[:, None, None])

@@ -20,17 +20,17 @@ from fastcss.nn import ClassAwareAffinity
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Relative to the largest expected value. float32: some twenty layers of sums of up to 4096 rounded products.
-# bfloat16: its 8 bits in each of these layers.
+# Errors are relative to the largest expected value. float32 has some twenty layers that add up as many as 4096 rounded
+# products; bfloat16 has 8 bits in each of these layers.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1}
 SOURCES = ("fastcss/nn/caa.py", "fastcss/nn/center_attention.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The head, with OCR's bottleneck as well, and "base", the segmentation layer alone: what CAA is added to.
+    """List the head, the head with OCR's bottleneck, and "base", the bare segmentation layer that CAA is added to.
 
-    On CUDA inference is in bfloat16 and training in float32: in bfloat16 the gradients of a head that was never trained
-    are nothing but rounding, in every implementation, so that none could be verified.
+    CUDA runs inference in bfloat16 and training in float32: the gradients of a head that was never trained are nothing
+    but rounding in bfloat16, in every implementation, so that none could be verified.
     """
     if device == "cuda":
         kinds = [(torch.bfloat16, "", ("fwd",)), (torch.float32, "-fp32", ("bwd",))]
@@ -78,14 +78,14 @@ def _problem(what: str, shape: dict, dtype: torch.dtype, device: str, mode: str)
 
 
 def _variant(head: ClassAwareAffinity, impl: str, dtype: torch.dtype, device: str) -> ClassAwareAffinity:
-    """A copy of the head, with the same parameters, that runs ``impl``."""
+    """Copy the head, with the same parameters, to run on ``impl``."""
     variant = copy.deepcopy(head).to(device, dtype)
     variant.impl = impl
     return variant
 
 
 class Base(nn.Module):
-    """What a model without CAA has in its place: the segmentation layer and its loss."""
+    """Stands for a model without CAA: it has the segmentation layer and its loss, and nothing else."""
 
     def __init__(self, head: ClassAwareAffinity) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Base(nn.Module):
 
 
 def _step(model: nn.Module, features: Tensor, labels: Tensor, mode: str) -> Step:
-    """Inference: the logits. Training: the total loss, and of all gradients those of the features and the weights."""
+    """Make a step: inference returns the logits, training the total loss and the features' and weights' gradients."""
     if mode == "fwd":
         return torch.no_grad()(lambda: (model(features)[0],))
     features = features.clone().requires_grad_()
@@ -110,16 +110,17 @@ def _step(model: nn.Module, features: Tensor, labels: Tensor, mode: str) -> Step
     def step():
         total = model.loss(model(features), labels)[0]
         gradients = torch.autograd.grad(total, leaves)
-        # A bias that the next norm takes out again has a gradient of 0, and rounding of any size beside it.
+        # A bias that the next norm takes out again has a gradient of 0: what is computed for it is only rounding.
         return total.detach(), *(gradient for gradient in gradients if gradient.dim() > 1)
 
     return step
 
 
 def _work(model: nn.Module, features: Tensor, mode: str) -> tuple[float, float]:
-    """FLOPs, of the map's two products with the features only one; bytes of features and parameters.
+    """Count FLOPs, and bytes of features and parameters.
 
-    A training step takes three times the products of inference, and the loss of the map.
+    The map is multiplied with the features twice, and counts once, since one product is enough. A training step takes
+    three times the products of inference, and the loss of the map.
     """
     batch, width, height, columns = features.shape
     pixels = height * columns

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.campaign [STAGE…] [--seconds S] [--out FOLDER]``: all that has to be found out on a GPU.
+"""``python -m benchmarks.campaign [STAGE…] [--seconds S] [--out FOLDER]``: runs all that has to be found out on a GPU.
 
-Each unit of a stage is a process of its own, since a kernel that faults spoils CUDA for its process. What was done is
-kept in out/gpu, and a second call goes on from there: with what was not run yet or was stopped, and with what failed
-once the sources are others. A failure stops nothing; the exit code says whether there was one.
+Each unit of a stage is a process of its own, since a kernel that faults spoils CUDA for its process. The results are
+kept in out/gpu, and a second call goes on from there: it runs what was not run yet or was stopped, and, once the
+sources have changed, what failed. A failure stops nothing; the exit code says whether there was one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 CORES = os.cpu_count() or 1
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # where as many processes run as there are cores
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for stages that run as many processes as there are cores
 
 Units = Mapping[str, Sequence[str]]  # name → command
 
 
 class Stage(NamedTuple):
-    """``units`` is called with the folders of what is kept and of the rows, when the stage begins."""
+    """Describes a stage. ``units`` is called with the folder of what is kept and that of the rows, when it begins."""
 
     units: Callable[[Path, Path], Units]
     at_a_time: int = 1
@@ -46,9 +46,9 @@ def with_environment(command: Sequence[str], **variables: str) -> list[str]:
 
 
 def build(kept: Path, rows: Path) -> Units:
-    """With CUDA C++ where nvcc is there; else it is compiled at first use, where CuPy is there.
+    """Install the package, with its CUDA C++ if nvcc is there; without nvcc, CuPy compiles that at first use.
 
-    Where a kernel does not compile, the others can still be looked at: then what is left is installed.
+    If a kernel does not compile, the rest is installed all the same, so that the others can be looked at.
     """
     install = " ".join(python("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."))
     cuda = "FASTCSS_CUDA=1" if shutil.which("nvcc") else ""
@@ -69,7 +69,7 @@ CHECKED = {"memcheck": "any_strides", "racecheck": "reproducible"}
 
 
 def check(kept: Path, rows: Path) -> Units:
-    """A few tests of every kernel under compute-sanitizer."""
+    """Run a few tests of every kernel under compute-sanitizer."""
     units = {}
     for tool, words in CHECKED.items():
         sanitizer = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
@@ -77,7 +77,7 @@ def check(kept: Path, rows: Path) -> Units:
             if re.search(rf"def test_\w*{words}", file.read_text()):
                 tests = python("-m", "pytest", file.relative_to(ROOT), "--device", "cuda")
                 which = ["-k", f"{words} and (triton or cuda)", "--maxfail", "1"]
-                # Memory of its own for each tensor, so that what is read or written beyond it is nobody else's.
+                # Each tensor gets its own memory, so that a read or write beyond it does not fall into another one.
                 alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | ONE_THREAD
                 units[f"{tool} {file.stem}"] = with_environment([*sanitizer, *tests, *which], **alone)
     return units
@@ -92,7 +92,7 @@ def of_each_case(command: Callable[[str], Sequence[str]]) -> Units:
 
 
 def verify(kept: Path, rows: Path) -> Units:
-    """Every provider once, many cases at a time: what is compiled for them is there when they are timed."""
+    """Run every provider once, many cases at a time, so that all is compiled by the time they are timed."""
     return of_each_case(lambda name: python("-m", "benchmarks.verify", name, "--device", "cuda"))
 
 
@@ -110,7 +110,7 @@ SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis"
 
 
 def count(kept: Path, rows: Path) -> Units:
-    """The hardware's counters over the kernels of each op's first case: why one is as far from its limit as it is."""
+    """Read the hardware's counters over the kernels of each op's first case, to see what keeps one from its limit."""
     from fastcss._dispatch import backends
 
     ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--target-processes", "all"]
@@ -133,7 +133,7 @@ STAGES = {
 
 
 def sha(*paths: str) -> str:
-    """Of the code in these files and folders."""
+    """Hash the code in these files and folders."""
     digest = hashlib.sha256()
     for path in paths:
         files = [ROOT / path] if (ROOT / path).is_file() else sorted((ROOT / path).rglob("*"))
@@ -144,7 +144,7 @@ def sha(*paths: str) -> str:
 
 
 class Run:
-    """A unit that runs, in a process group of its own; what it prints goes to a file."""
+    """Holds a unit that runs, in a process group of its own; what it prints goes to a file."""
 
     def __init__(self, name: str, command: Sequence[str], printed: Path):
         self.name, self.printed, self.start = name, printed, time.monotonic()
@@ -158,7 +158,7 @@ class Run:
         return time.monotonic() - self.start
 
     def stop(self) -> int:
-        """As a shell would: 128 and the signal."""
+        """Kill the unit, and return what a shell would: 128 + the signal's number."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         return 128 + signal.SIGKILL
@@ -182,7 +182,7 @@ class Campaign:
         self.ended = {row["unit"]: row for row in map(json.loads, lines)}
 
     def run(self, name: str, stage: Stage) -> bool:
-        """Whether all units of the stage are done and were right."""
+        """Run a stage until it ends or the deadline comes, and tell whether all its units are done and were right."""
         units = {f"{name}/{unit}": command for unit, command in stage.units(self.kept, self.rows).items()}
         waiting, running = [unit for unit in units if not self.is_done(unit)], []
         print(f"{name}: {len(waiting)} of {len(units)} to run", flush=True)
@@ -219,7 +219,7 @@ class Campaign:
         self.log(run, f"exit code {code}")
 
     def log(self, run: Run, end: str) -> None:
-        """The end of what it printed for who watches, more where it failed."""
+        """Keep all that the unit printed, and print the end of it: two lines, or 15 if it failed."""
         text = run.printed.read_text(errors="replace")
         run.printed.unlink()
         title = f"{run.name}: {end}, {run.seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""What a benchmark case is: its inputs, its providers, what they must return and what the work needs at least."""
+"""Defines a benchmark case: its inputs, its providers, what they must return and what the work needs at least."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ MODES = ("fwd", "bwd")
 
 Step = Callable[[], Sequence[Tensor]]
 
-# As torch.mm's, and as every tolerance has it: by default convolutions of float32 have 11 bits on a GPU. This is the
-# older of torch's two settings: after the newer, cudnn.conv.fp32_precision, torch.export fails in the process (2.13).
+# Convolutions of float32 have 11 bits on a GPU by default. This gives them all 24, which torch.mm has and every
+# tolerance expects. It is the older of torch's two settings: once the newer one, cudnn.conv.fp32_precision, was set,
+# torch.export fails in that process (torch 2.13).
 torch.backends.cudnn.allow_tf32 = False
 
 
 def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference of any tensor, relative to its largest expected value.
+    """Find the largest difference in any tensor, relative to that tensor's largest expected value.
 
-    inf where shapes or NaNs differ, and where any whole number does: how far apart two class numbers are says nothing.
+    It is inf if shapes or NaNs differ, or any whole number does: how far apart two class numbers are says nothing.
     """
     if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
         return float("inf")
@@ -40,18 +41,18 @@ def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 @dataclasses.dataclass
 class Problem:
-    """A case with its inputs made: the same work for every provider.
+    """Holds a case with its inputs made: the same work for every provider.
 
     Attributes:
         providers: name → a function that prepares the provider and returns its step. A step does the work once and
             returns its tensors: the output, and in mode "bwd" the gradients after it, in the order of ``expected``.
             Preparing may raise where a provider does not exist on this machine.
-        expected: computes what every step must return; a provider whose step it is has that for its first call.
-        tolerance: largest error, of what ``error`` measures.
-        flops: that the work needs at least.
-        bytes: that must be moved between memory and chip at least.
-        error: how far a step's tensors are from ``expected``.
-        capture: provider's name and its step → the step as a CUDA graph.
+        expected: computes what every step must return. It may be a provider's own step, whose first call it then is.
+        tolerance: the largest ``error`` that a provider may have.
+        flops: what the work needs at least.
+        bytes: what must be moved between memory and chip at least.
+        error: measures how far a step's tensors are from ``expected``.
+        capture: a provider's name and its step → the step as a CUDA graph.
     """
 
     providers: dict[str, Callable[[], Step]]
@@ -65,9 +66,9 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One point of the benchmark.
+    """Names one point of the benchmark.
 
-    ``build(device, mode)`` makes its inputs, ``sources`` are patterns of what runs.
+    ``build(device, mode)`` makes its inputs; ``sources`` are patterns of the source files that it runs.
     """
 
     op: str
@@ -77,4 +78,4 @@ class Case:
     build: Callable[[str, str], Problem]
     sources: tuple[str, ...]
     modes: tuple[str, ...] = MODES
-    by_name: bool = False  # so long that it runs only where its name was asked for
+    by_name: bool = False  # it takes so long that it runs only if it was asked for by name

@@ -1,4 +1,4 @@
-"""Cases of ``class_affinity``: pixels attend to the class centres through the affinity map, and other ways to do it.
+"""Cases of ``class_affinity``: pixels attend to class centres through the affinity map; and other ways to do it.
 
 Mode "bwd" is a training step's share: forward, then the gradients of q, k, feats and centers.
 """
@@ -17,8 +17,8 @@ from fastcss.ops import class_affinity
 from . import _affinity, _steps
 from .cases import Case, Problem, Step
 
-# Relative to the largest expected value. float32: sums of 4096 and 16384 rounded products. bfloat16: the class logits,
-# about 1, are rounded to its 8 bits more than once.
+# Errors are relative to the largest expected value. float32 adds up 4096 or 16384 rounded products. bfloat16 rounds
+# the class logits, which are about 1, to its 8 bits more than once.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 4e-2}
 SOURCES = tuple(
     f"fastcss/{room}/{op}.py" for room in ("_ops", "composed") for op in ("class_affinity", "affinity_attention")
@@ -26,13 +26,16 @@ SOURCES = tuple(
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The points of the specification; on CPU, where the last takes a minute, the forward pass in bfloat16 instead, and
-    of the larger map the forward pass alone."""
+    """List the points of the specification.
+
+    A CPU takes a minute for the last one and has the forward pass in bfloat16 in its place; it runs the larger map
+    forward only.
+    """
     points = [(4096, 150), (4096, 21), (16384, 150), (16384, 21)]
     if device == "cuda":
         return [_case(*point, torch.bfloat16, quick) for point in points]
     large = _case(*points[2], torch.float32, quick)
-    # Without AVX-512 torch's own products of bfloat16 take minutes.
+    # torch's own products of bfloat16 take minutes without AVX-512.
     short = quick or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     halves = [_case(*point, torch.bfloat16, quick, "-bf16") for point in points[:2] if short]
     forward = (dataclasses.replace(case, modes=("fwd",)) for case in (large, *halves))
@@ -90,7 +93,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs in the order M (F Cᵀ), without what a backward pass computes again, and bytes in and out of memory."""
+    """Count FLOPs in the order M (F Cᵀ), without what a backward pass recomputes, and bytes in and out of memory."""
     n, k, d, c = (shape[name] for name in ("N", "K", "D", "C"))
     flops, moved = 2 * n * n * (k + c) + 6 * n * d * c, 2 * n * k + 3 * n * d + c * d
     if mode == "bwd":  # inputs and gradients of the outputs are read, gradients of the inputs written
@@ -103,13 +106,13 @@ def _with(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _reassociated(q: Tensor, k: Tensor, feats: Tensor, centers: Tensor, product=_affinity.whole_product):
-    """``product`` computes M V, with values of C channels; inter from the column sums saves the second one."""
+    """Compute M V by ``product``, with values of C channels, and inter from column sums without a second product."""
     scores = torch.bmm(feats, centers.mT)
     logits = _affinity.complement(product(q, k, scores), scores)
     return tuple(torch.bmm(x.softmax(dim=2), centers) for x in logits)
 
 
 def _chunks_compiled(rows: int = 256) -> Callable[..., Tensor]:
-    """Each chunk of rows as one compiled graph."""
+    """Compile M V, to be called for each chunk of rows."""
     chunk = torch.compile(_affinity.whole_product)
     return lambda q, k, v: torch.cat([chunk(part, k, v) for part in q.split(rows, dim=1)], dim=1)

@@ -16,8 +16,8 @@ from fastcss.ops import class_centers
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Relative to the largest expected value. float32: sums of 4096 rounded products. bfloat16: its 8 bits, also of the
-# softmaxed map where it is in memory.
+# Errors are relative to the largest expected value. float32 adds up 4096 rounded products. bfloat16 has 8 bits, also
+# for the softmaxed map where it is in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SOURCES = ("fastcss/_ops/class_centers.py", "fastcss/composed/class_centers.py")
 
@@ -37,7 +37,7 @@ def _case(classes: int, dtype: torch.dtype, quick: bool) -> Case:
 
 def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: str) -> Problem:
     n, d, c = (shape[name] for name in ("N", "D", "C"))
-    # As they come out of a backbone: both are [B, channels, pixels].
+    # Both lie in memory as a backbone gives them: [B, channels, pixels].
     tensors = (
         _steps.normal(1, c, n, scale=2, dtype=dtype, device=device),
         _steps.normal(1, d, n, dtype=dtype, device=device).mT,
@@ -64,7 +64,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs, and bytes in and out of memory."""
+    """Count FLOPs, and bytes in and out of memory."""
     n, d, c = (shape[name] for name in ("N", "D", "C"))
     flops, moved = 2 * n * d * c, c * n + n * d + c * d
     return (flops, moved * itemsize) if mode == "fwd" else (3 * flops, 2 * moved * itemsize)

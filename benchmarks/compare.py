@@ -1,4 +1,4 @@
-"""``python -m benchmarks.compare NEW.jsonl OLD.jsonl``: what got slower; ``--compare OLD.jsonl`` tells after a run."""
+"""``python -m benchmarks.compare NEW.jsonl OLD.jsonl``: tells what got slower, as a run does with ``--compare``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from . import report
 from .cases import OURS
 from .report import MACHINE, POINT
 
-#: Of what no run shows of itself, see ``compare``.
+#: Growth that is always allowed, for noise that no single run shows: see ``compare``.
 FLOOR = 1.1
 
 
 @dataclasses.dataclass
 class Change:
-    """One case and mode in both files: our medians, how many times as long it takes, and what noise would explain."""
+    """Holds a case and mode of both files: our medians, how many times as long it takes, and what noise explains."""
 
     case: str
     mode: str
-    point: str  # both, and the dtype; "+graph" for that of a CUDA graph
+    point: str  # case, mode and dtype; with "+graph" for our CUDA graph
     old_ms: float
     new_ms: float
-    peers: float | None  # how many times as long they take; None where the machine is its own measure
+    peers: float | None  # how many times as long they take; None on a GPU, where our median itself is compared
     factor: float
     noise: float
 
@@ -42,7 +42,7 @@ class Change:
 
 @dataclasses.dataclass
 class Comparison:
-    """What could be compared, and by name: what only the old file has, what is wrong now, what has no common peer."""
+    """Lists what could be compared; and by name what only the old file has, is wrong now, or has no common peer."""
 
     changes: list[Change]
     gone: list[str]
@@ -55,17 +55,19 @@ class Comparison:
 
 
 def compare(new: Sequence[dict], old: Sequence[dict]) -> Comparison:
-    """Our rows in ``new`` against those in ``old``, of the same machine, case, mode and dtype.
+    """Compare our rows in ``new`` with those in ``old`` of the same machine, case, mode and dtype.
 
-    On a CPU, whose clock and neighbours change between runs, what is compared is our median ÷ the geometric mean of the
-    medians of all P peers that are verified in both files, variants of ours not counted; on a GPU, our median itself,
-    and that of our CUDA graph. It regressed if it grew by more than the factor 1.1 · exp(2u). There u² is the sum over
-    both files of s² of ours and, on a CPU, of Σ s² ÷ P² of the peers, with s = ½ ln(p80 ÷ p20), some 0.84 standard
-    deviations of single calls: of calls, not of medians, as all calls of a run share its moment. The tenth is for what
-    no run shows of itself: memory laid out differently, and the spread of what was called once.
+    The clock and the neighbours of a CPU change between runs. So what is compared on a CPU is our median ÷ the
+    geometric mean of the medians of all P peers that are verified in both files, not counting variants of ours. On a
+    GPU it is our median itself, and that of our CUDA graph.
+
+    A figure regressed if it grew by more than the factor 1.1 · exp(2u). Here u² is the sum over both files of our s²
+    and, on a CPU, of the peers' Σ s² ÷ P², with s = ½ ln(p80 ÷ p20), which is some 0.84 standard deviations of single
+    calls. The spread is that of calls and not of medians, because all calls of a run share its moment. The tenth is
+    for what no single run shows: memory laid out differently, and the spread of what was called once.
 
     Raises:
-        ValueError: they have nothing in common; says what each is of.
+        ValueError: the files have nothing in common; the message says what each holds.
     """
     before, now = _points(old), _points(new)
     if not before.keys() & now.keys():
@@ -137,7 +139,7 @@ def _summary(rows: Sequence[dict]) -> str:
 
 
 def show(found: Comparison, console: Console) -> None:
-    """What got worse as a table and as names, and a last line that sums up."""
+    """Print what got worse, as a table and as names, and a last line that sums up."""
     regressions = sorted((change for change in found.changes if change.regressed), key=lambda change: -change.factor)
     if regressions:
         table = Table(title="slower than before, beyond noise", title_justify="left")

@@ -17,11 +17,11 @@ from fastcss.ops import cost_filter, pack_text, top_classes
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: products of 512 rounded terms, sums of 576 in the gradients. bfloat16: its 8
-# bits, in the rows of length one and in the cost.
+# Errors are relative to the largest expected value. float32 has products of 512 rounded terms, and sums of 576 in the
+# gradients. bfloat16 has 8 bits, in the normalised rows and in the cost.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/cost_filter.py", "fastcss/composed/cost_filter.py", "fastcss/_cosine.py")
-#: Elements of the cost map at a time that the chunked form tries.
+#: The chunked form tries this many elements of the cost map at a time.
 CHUNKS = (1 << 17, 1 << 19, 1 << 21)
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -79,9 +79,9 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def _image(shape: dict, text: Tensor) -> Tensor:
-    """Noise that shows k classes of each image at one pixel each, with costs far enough apart for bfloat16.
+    """Draw noise in which k classes appear, at one pixel each per image, with costs far enough apart for bfloat16.
 
-    Stored as a backbone gives it, [B, D, H, W]. What noise has of cost by chance stays below the least of these.
+    It is stored as a backbone gives it, [B, D, H, W]. The costs that noise has by chance stay below the least of these.
     """
     batch, height, width, d, k = (shape[n] for n in "BHWDk")
     pixels = torch.randn(batch, height * width, d, device=text.device)
@@ -96,7 +96,7 @@ def _image(shape: dict, text: Tensor) -> Tensor:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs of all maps and once more of those that are kept, and bytes in and out of memory."""
+    """Count FLOPs, those of all maps and once more of those that are kept, and bytes in and out of memory."""
     batch, t, p, d, k = (shape[n] for n in "BTPDk")
     pixels = shape["H"] * shape["W"]
     one_map = 2 * batch * p * pixels * d
@@ -105,13 +105,13 @@ def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
 
 
 def _packed(image: Tensor, text: Tensor, k: int) -> Step:
-    """As a model runs it whose text does not change."""
+    """Pack the text once, as a model does whose text does not change."""
     packed = pack_text(text)
     return torch.no_grad()(lambda: cost_filter(image, packed, k))
 
 
 def _literal(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """CAT-Seg's aggregator: in float32, text repeated for each image, the cost map whole."""
+    """Follow CAT-Seg's aggregator: float32, the text repeated for each image, the whole cost map in memory."""
     given = image.dtype
     image, text = image.permute(0, 3, 1, 2).float(), text.float().repeat(len(image), 1, 1, 1)
     cost = torch.einsum("bchw,btpc->bpthw", F.normalize(image, dim=1), F.normalize(text, dim=-1))
@@ -124,7 +124,7 @@ def _literal(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _amax(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One product in the inputs' dtype and its largest values; no second normalisation, no permuted copy."""
+    """Take one product in the inputs' dtype and its largest values, without a second normalisation or permuted copy."""
     (batch, height, width, _), prompts = image.shape, text.shape[1]
     pixels, text = F.normalize(image, dim=-1).flatten(1, 2), F.normalize(text, dim=-1)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def _amax(image: Tensor, text: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _chunked(image: Tensor, text: Tensor, k: int, elements: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_amax``, with the cost map of a few classes at a time."""
+    """Do as ``_amax`` does, with the cost map of a few classes at a time."""
     (batch, height, width, _), (classes, prompts, _) = image.shape, text.shape
     pixels, text = F.normalize(image, dim=-1).flatten(1, 2), F.normalize(text, dim=-1)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def _top_case(k: int, quick: bool) -> Case:
 
 def _top_problem(shape: dict, device: str, mode: str) -> Problem:
     batch, classes, k = (shape[n] for n in "BTk")
-    # Normal values, all different: how torch.topk orders ties is left open.
+    # The values are normal and all different, as torch.topk leaves open how it orders ties.
     place = torch.rand(batch, classes, device=device).argsort(dim=1)
     score = torch.special.ndtri((place.double() + 0.5) / classes).float()
 

@@ -1,5 +1,5 @@
-"""``ncu --profile-from-start off … python -m benchmarks.counted CASE…``: our kernels of these cases, each launched once
-where Nsight Compute counts, after calls that compile and choose."""
+"""``ncu --profile-from-start off … python -m benchmarks.counted CASE…``: launches our kernels of these cases once each
+while Nsight Compute counts, after calls that compile and choose."""
 
 from __future__ import annotations
 

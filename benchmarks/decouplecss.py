@@ -1,7 +1,7 @@
 """Cases of DecoupleCSS: one picture through detector, prompt generators and SAM, with the classes of six tasks.
 
-"fastcss" runs every task's adapter in one pass; "shared" switches the adapters and does the rest once a picture;
-"literal" does everything once a task and decodes every prompt by itself, as published.
+"fastcss" runs every task's adapter in one pass. "shared" switches the adapters and does the rest once per picture.
+"literal" does everything once per task and decodes every prompt by itself, as published.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ TOLERANCE = 1e-4  # of the pixels: the specification's 99.99%
 MODES = {"fastcss": "one_pass", "shared": "shared", "literal": "literal"}
 SOURCES = ("fastcss/models/*.py", *one_pass.SOURCES)
 
-#: Both models' sizes and where the adapters sit; τ, which leaves some classes of a picture of noise and not others; the
-#: sizes of a class's tokens and of its generator, the adapters' rank, and the picture's size.
+#: The sizes of both models and where the adapters sit; τ, chosen so that a picture of noise shows some classes and not
+#: others; the sizes of a class's tokens and of its generator; the adapters' rank; and the picture's size.
 TINY = {"detector": "tiny", "sam": "tiny", "tau": 0.3, "length": 128, "hidden": 64, "r": 8, "H": 96, "W": 128}
 TINY |= {"sites": "swin+fusion"}
 SMALL = {"detector": "swin-t", "sam": "vit-b", "tau": 0.05, "length": 512, "hidden": 1024, "r": 32, "H": 480, "W": 640}
 SMALL |= {"sites": "swin+fusion"}
-#: The published system's models, as its storage tells them: full size.
+#: The published system's models at full size, as its figures of storage tell.
 FULL = SMALL | {"detector": "swin-b", "sam": "vit-h", "sites": "fusion"}
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """In float32 on every device: in half precision rounding decides which tokens a class gets."""
+    """List the models in float32 on every device: rounding would decide in half precision which tokens a class gets."""
     points = {"tiny": TINY} if quick else {"tiny": TINY, "swin-t-vit-b": SMALL, "swin-b-vit-h": FULL}
     found = []
     for name, sizes in points.items():
@@ -68,7 +68,7 @@ def _problem(shape: dict, device: str, mode: str) -> Problem:
 
 
 def random_model(shape: dict) -> nn.Module:
-    """A model with random weights, adapters and tasks."""
+    """Build a model with random weights, adapters and tasks."""
     from fastcss.models.class_detector import ClassDetector
     from fastcss.models.decouplecss import DecoupleCSS, Phrases
     from fastcss.models.sam import SamSegmenter
@@ -96,7 +96,7 @@ def random_model(shape: dict) -> nn.Module:
 
 
 def _picture(shape: dict, side: int, device: str) -> dict:
-    """What ``segment`` takes of one picture of noise: SAM's has its longer side in full and zeros beyond it."""
+    """Make the arguments of ``segment`` for a picture of noise: SAM's copy fills its longer side, zeros the rest."""
     height, width = shape["H"], shape["W"]
     rows, columns = (size * side // max(height, width) for size in (height, width))
     pixels = _steps.normal(1, 3, height, width, dtype=torch.float32, device=device)

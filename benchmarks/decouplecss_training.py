@@ -1,7 +1,7 @@
 """Cases of training DecoupleCSS: one step of the newest task, its losses, gradients and AdamW's update.
 
-"fastcss" trains the last of T tasks; "one-task" takes the same step in the same model with the others taken out of it.
-Both must give the same gradients, and since T is to cost nothing, take the same time and memory.
+"fastcss" trains the last of T tasks; "one-task" takes the same step in the same model without the other tasks. Both
+must give the same gradients; and since other tasks should cost nothing, both should take the same time and memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastcss.models.task_pictures import Batch
 
 CLASSES, BATCH = 3, 2
-#: Of the largest gradient: in float32, of sums that a GPU adds up in no fixed order. On a CPU they are equal.
+#: Errors are relative to the largest gradient. A GPU adds up float32 sums in no fixed order; on a CPU both are equal.
 TOLERANCE = 1e-5
 
 
@@ -49,13 +49,13 @@ def _problem(shape: dict, device: str, mode: str) -> Problem:
     text = ("text_backbone", "text_projection")
     read = sum(p.nbytes for name, p in alone.named_parameters() if not any(part in name for part in text))
     learnt = sum(p.nbytes for p in alone.parameters() if p.requires_grad)
-    # AdamW reads and writes the two moments of what is learnt, and writes that itself.
+    # AdamW reads and writes the two moments of what is learnt, and writes the weights themselves.
     moved = read + 5 * learnt
     return Problem(providers, expected, TOLERANCE, counter.get_total_flops(), moved, capture=_no_graph)
 
 
 def last_task_alone(model: nn.Module) -> nn.Module:
-    """A copy of the model that has only its last task."""
+    """Copy the model with its last task only."""
     alone = copy.deepcopy(model)
     for task in alone.tasks[:-1]:
         alone.detector.delete_adapter(task.name)
@@ -64,7 +64,10 @@ def last_task_alone(model: nn.Module) -> nn.Module:
 
 
 def _step(model: nn.Module, batch: Batch) -> Step:
-    """Losses and gradients of what is learnt. At rate 0 AdamW does its work, and every step is like the first."""
+    """Make a step that returns the losses and the gradients of what is learnt.
+
+    AdamW does all its work at rate 0, and so every step is like the first.
+    """
     from fastcss.models.decouplecss_training import activate, embed_phrases, training_step
 
     task = model.tasks[-1]
@@ -83,7 +86,7 @@ def _step(model: nn.Module, batch: Batch) -> Step:
 
 
 def _batch(shape: dict, model: nn.Module, device: str) -> Batch:
-    """Pictures of noise that show every class, each in a band."""
+    """Draw pictures of noise that show every class, each in a band."""
     from fastcss.models.task_pictures import TaskPictures, collate
 
     height, width = shape["H"], shape["W"]

@@ -18,15 +18,16 @@ from fastcss.ops import deformable_attention
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: sums of some 1,300 rounded terms for each token of the smallest level.
-# bfloat16: its 8 bits of each of those terms where they are in memory, and of the sampled values and the attention.
+# Errors are relative to the largest expected value. float32 adds up some 1,300 rounded terms for each token of the
+# smallest level. bfloat16 has 8 bits for each of those terms where they are in memory, and for the sampled values and
+# the attention.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 SOURCES = ("fastcss/_ops/deformable_attention.py", "fastcss/composed/deformable_attention.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The point of the specification: Grounding DINO's encoder on a picture of 800 × 1066 pixels, whose levels have
-    13,400 + 3,350 + 850 + 221 = 17,821 tokens."""
+    """List the point of the specification: Grounding DINO's encoder on a picture of 800 × 1066 pixels, whose levels
+    have 13,400 + 3,350 + 850 + 221 = 17,821 tokens."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name, levels = "deformable_attention/n17821", [(100, 134), (50, 67), (25, 34), (13, 17)]
     if quick:
@@ -67,12 +68,12 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def points_and_offsets(shape: dict, device: str) -> tuple[Tensor, Tensor]:
-    """Each token's centre, and the offsets that the model's layer starts with: 1, 2, … cells in the direction of the
-    head; and noise of one cell.
+    """Make each token's centre, and the offsets that the model's layer starts with: 1, 2, … cells in the direction of
+    the head, plus noise of one cell.
 
-    All locations are odd multiples of 1/256, which bfloat16 holds and no level has a cell's border at, or providers
-    would differ by what a location is rounded. So an offset is a cell × n/128 with n = 1, 2, 3, 4, 6, 8, 12, …, which
-    bfloat16 holds too, for levels whose sizes are a power of two times at most 85.
+    All locations are odd multiples of 1/256. bfloat16 holds these exactly, and no level has a border between cells
+    there; otherwise providers would differ by how a location is rounded. So an offset is a cell × n/128 with n = 1, 2,
+    3, 4, 6, 8, 12, …, which bfloat16 holds too, for levels whose sizes are a power of two times at most 85.
     """
     heads, count, levels = shape["heads"], shape["points"], shape["levels"]
     centers = []
@@ -91,9 +92,12 @@ def points_and_offsets(shape: dict, device: str) -> tuple[Tensor, Tensor]:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs: four corners of each point times its attention and share, added up; in the backward pass as many for the
-    gradient of the values, and as many for the products of values and the output's gradient, from which those of
-    offsets and logits follow. Bytes in and out of memory."""
+    """Count FLOPs, and bytes in and out of memory.
+
+    The forward pass multiplies the four corners of each point by its attention and share, and adds them up. The
+    backward pass does as much for the gradient of the values, and as much again for the products of values and the
+    output's gradient, from which the gradients of offsets and logits follow.
+    """
     batch, heads, width, levels = (shape[name] for name in ("B", "heads", "D", "levels"))
     queries = sum(h * w for h, w in levels)
     reads = heads * len(levels) * shape["points"]  # of a query
@@ -106,7 +110,7 @@ def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
 
 
 def _literal(levels: list[tuple[int, int]], device: str) -> Callable[..., Tensor]:
-    """transformers' GroundingDinoMultiscaleDeformableAttention between its linear layers."""
+    """Follow transformers' GroundingDinoMultiscaleDeformableAttention between its linear layers."""
     from transformers.models.grounding_dino.modeling_grounding_dino import MultiScaleDeformableAttention
 
     core, spatial_shapes = MultiScaleDeformableAttention(), torch.tensor(levels, device=device)

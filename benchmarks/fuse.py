@@ -1,7 +1,7 @@
 """Cases of ``fuse``: one pass of the Grounding DINO encoder over a picture and six phrases, as it is and fused.
 
-"eager" is the model as transformers builds it, with Swin's and BERT's attention on SDPA; "attention only" is fused but
-for its linear layers.
+"eager" is the model as transformers builds it, with Swin's and BERT's attention on SDPA. "attention only" is fused
+except for its linear layers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastcss._fuse.fusion import fuse_modules
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value, which is the model's own in float64. float32: the specification's 1e-5. bfloat16: its 8
-# bits in each of some sixty layers.
+# Errors are relative to the largest expected value, which comes from the model itself in float64. float32 has the
+# specification's 1e-5; bfloat16 has 8 bits in each of some sixty layers.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-1}
 SOURCES = ("fastcss/_fuse/*.py", "fastcss/_ops/*.py", "fastcss/composed/*.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The point of the specification; on a GPU the picture is 800 × 1066."""
+    """List the point of the specification; the picture is 800 × 1066 on a GPU."""
     size, height, width, dtype = "swin-t", 480, 640, torch.float32
     if device == "cuda":
         height, width, dtype = 800, 1066, torch.bfloat16

@@ -20,13 +20,13 @@ from . import limits, measure
 from .cases import OURS, Case, Problem, Step
 
 ROOT = Path(__file__).parent.parent
-#: What a call may leave in the caches for the next one does not count beside this.
+#: Calls of so many milliseconds do not gain from what the call before left in the caches.
 LONG_MS = 100.0
 
 
 @dataclasses.dataclass
 class Outcome:
-    """Rows of one case in one mode, and why a provider has none or was refused."""
+    """Holds the rows of one case in one mode, and why a provider has none or was refused."""
 
     rows: list[dict]
     remarks: dict[str, str]
@@ -35,9 +35,10 @@ class Outcome:
 def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outcome:
     """Verify every provider of ``case``, measure its memory, and time it for ``seconds`` on average.
 
-    All cases together are to take minutes, so a call of seconds is made no oftener than it must be: once to verify it,
-    once for its memory, which makes the heap what it needs, and to be timed until ``measure.PATIENCE_MS``. The first
-    two are one call of the oracle, where that is a provider's step, and of peers that compile and keep nothing.
+    All cases together should take minutes, so a call that lasts seconds is made no more often than it must be: once to
+    verify it, once for its memory, which also makes the heap as large as it needs, and then until
+    ``measure.PATIENCE_MS`` to be timed. The first two are one and the same call for the oracle, if it is a provider's
+    step, and for peers that compile and keep nothing.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -55,7 +56,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
 
     steps, errors, remarks = verify(problem.providers, oracle.result, problem, first_call)
     right = {name: step for name, step in steps.items() if errors[name] <= problem.tolerance}
-    if device == "cuda":  # beside what a caller waits, what the GPU does: each provider as a CUDA graph
+    if device == "cuda":  # a CUDA graph of each provider shows the GPU's own time, besides what a caller waits
         graphs = {f"{name}+graph": functools.partial(problem.capture, name, step) for name, step in right.items()}
         graphs, graph_errors, graph_remarks = verify(graphs, oracle.result, problem)
         right |= {name: step for name, step in graphs.items() if graph_errors[name] <= problem.tolerance}
@@ -70,7 +71,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
         if not errors[name] <= problem.tolerance:
             remarks[name] = f"refused: its error became {errors[name]:.2g} beside the others"
     right = {name: step for name, step in right.items() if errors[name] <= problem.tolerance}
-    # Of what --compare judges there is a spread in any case.
+    # --compare judges our rows by their spread, so ours are called three times in any case.
     times = measure.times_ms(right, device, seconds, before, thrice={OURS})
     best = limits.measured_limits(device, case.dtype).ms(problem.flops, problem.bytes)
     common = {"op": case.op, "case": case.name, "shape": case.shape, "mode": mode, "device": device}
@@ -84,7 +85,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
 
 
 def _first_is_like_others(name: str, device: str) -> bool:
-    """Whether a provider's first call holds no more memory than the next: it compiles nothing and keeps nothing."""
+    """Tell whether a provider's first call holds no more memory than the next: it compiles and keeps nothing."""
     return device == "cpu" and OURS not in name and "compiled" not in name
 
 
@@ -94,7 +95,7 @@ def verify(
     problem: Problem,
     first_call: Callable[[str, Step], Sequence[Tensor]] = lambda _, step: step(),
 ) -> tuple[dict[str, Step], dict[str, float], dict[str, str]]:
-    """Prepare and run every provider once: its step, its error, and a remark where it did not run or was wrong."""
+    """Prepare and run every provider once; return steps, errors, and a remark on each that did not run or was wrong."""
     steps, errors, remarks = {}, {}, {}
     for name, prepare in providers.items():
         try:
@@ -114,7 +115,7 @@ def _figures(samples: list[float] | None, peak: float | None, problem: Problem) 
     names = ("median_ms", "p20_ms", "p80_ms", "calls", "peak_mib", "gflops", "gbps")
     if not samples:
         return dict.fromkeys(names)
-    # Of a single call, which has no quantiles, all three are its time.
+    # A single call has no quantiles: all three figures are its time.
     p20, *_, p80 = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 2
     median = statistics.median(samples)
     rates = problem.flops / median / 1e6, problem.bytes / median / 1e6
@@ -124,7 +125,7 @@ def _figures(samples: list[float] | None, peak: float | None, problem: Problem) 
 
 @functools.cache
 def _stamp(sources: tuple[str, ...], device: str) -> dict:
-    """What produced a row."""
+    """Say what produced a row: versions, sources, date and device."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -149,7 +150,7 @@ def _commit() -> str | None:
 
 
 def source_sha(patterns: Sequence[str]) -> str:
-    """Hash of the sources a row stands on, every kernel among them; a row with another one is stale."""
+    """Hash the sources that a row stands on, every kernel among them; a row with another hash is stale."""
     files = {file for pattern in (*patterns, "kernels/*.py", "csrc/**/*") for file in ROOT.glob(pattern)}
     digest = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file()):
@@ -158,7 +159,7 @@ def source_sha(patterns: Sequence[str]) -> str:
 
 
 def device_name(device: str) -> str:
-    """Such as "NVIDIA H200" or "AMD EPYC 9654, AVX512, 2 threads", with the widest instructions in use."""
+    """Name the device: "NVIDIA H200", or "AMD EPYC 9654, AVX512, 2 threads" with the widest instructions in use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()

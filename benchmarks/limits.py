@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: the rate of a GEMM and of a copy."""
+"""Measures what this machine can do at best: the rate of a GEMM and of a copy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .measure import times_ms
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """``gemm`` in FLOP/s and ``copy`` in bytes/s, read and written bytes both counted."""
+    """Holds ``gemm`` in FLOP/s and ``copy`` in bytes/s, which counts both read and written bytes."""
 
     gemm: float
     copy: float
 
     def ms(self, flops: float, bytes: float) -> float:
-        """The least time for this much work, were both units busy all the time."""
+        """Compute the least time for this much work, as if both units were busy all the time."""
         return max(flops / self.gemm, bytes / self.copy) * 1e3
 
 
 @functools.cache
 def measured_limits(device: str, dtype: torch.dtype) -> Limits:
-    """The best of some GEMM sizes and of some copies, once per run."""
+    """Measure the best of some GEMM sizes and of some copies, once per run."""
     sizes = (4096, 8192) if device == "cuda" else (768, 2048)
     gemm = max(2 * n**3 / _best_seconds(step, device) for n in sizes for step in _gemms(n, device, dtype))
     copied = (1 << 30) if device == "cuda" else (256 << 20)

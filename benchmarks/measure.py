@@ -1,4 +1,4 @@
-"""Time and memory of one call."""
+"""Measures the time and the memory of one call."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler below would prin
 
 
 def give_memory_back(above: float = 0.25) -> None:
-    """What is free goes to the system, where the process holds more than this part of the machine's memory.
+    """Give free memory back to the system, if the process holds more than this part of the machine's memory.
 
-    After ``tune_malloc`` nothing else does that, and pieces of every case add up. The next case then waits for its page
-    faults anew, so it is not done oftener.
+    Nothing else does that after ``tune_malloc``, and pieces of every case add up. It is not done more often because the
+    next case then has its page faults again.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -35,9 +35,9 @@ def give_memory_back(above: float = 0.25) -> None:
             libc.malloc_trim(ctypes.c_size_t(0))
 
 
-#: Rounds of all providers at the least; but a provider whose calls took this long together sits out what is left.
+#: All providers are called in at least so many rounds; one whose calls took so long in sum sits out the rest.
 ROUNDS, PATIENCE_MS = 5, 2500.0
-#: Beyond this many times what a call took before it met a slow moment, such as page faults of a gigabyte.
+#: A call that takes more than so many times as long as the one before met a slow moment, such as a gigabyte's faults.
 FAR = 1.25
 
 
@@ -48,20 +48,20 @@ def times_ms(
     before: Mapping[str, float] = MappingProxyType({}),
     thrice: Container[str] = (),
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, all providers in turn (A B A B …), so that a slow moment of the machine hits them all.
+    """Time the calls of all providers in turn (A B A B …), in milliseconds: a slow moment of the machine hits them all.
 
     Args:
         steps: name → what to call; each has run before.
         device: "cpu" or "cuda".
-        seconds: to spend on each provider on average, beyond which there are ROUNDS in any case.
-        before: of those that need no call before the first that is timed, how long their last one took.
-        thrice: names of those called three times at the least, however long that takes; so is one whose first time is
-            far from that of the call before it.
+        seconds: time to spend on each provider on average; there are ROUNDS in any case.
+        before: how long the last call took, for those that need no untimed call before the first that is timed.
+        thrice: names that are called at least three times, however long that takes. So is a provider whose first time
+            is far from that of the call before it.
     """
     time_once = _cuda_ms if device == "cuda" else _cpu_ms
     samples = {name: [] for name in steps}
     for name, step in steps.items():
-        if name not in before:  # after the profiler a first call finds nothing where the others do
+        if name not in before:  # the profiler leaves the caches cold for the first call, unlike for the later ones
             step()
     end = time.perf_counter() + seconds * len(steps)
     for rounds in itertools.count():
@@ -84,7 +84,7 @@ def _cpu_ms(step: Callable[[], object]) -> float:
 
 
 def _cuda_ms(step: Callable[[], object]) -> float:
-    """From an idle GPU with a cold second-level cache: what a caller in a larger program waits, launches included."""
+    """Time a call on an idle GPU with a cold L2 cache: what a caller in a larger program waits, launches included."""
     flush = _flush_buffer()
     flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -108,9 +108,9 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def captured(step: Callable[[], object], constants: AbstractContextManager | None = None) -> Callable[[], object]:
-    """``step`` as a CUDA graph, whose time is the device's alone; raises if it cannot be captured.
+    """Capture ``step`` as a CUDA graph, whose time is the device's alone; raises if it cannot be captured.
 
-    Within ``constants`` the first calls may keep results for the captured one, such as what no graph can hold.
+    The first calls may keep results in ``constants`` for the captured one, such as those that no graph can hold.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -133,7 +133,7 @@ def captured(step: Callable[[], object], constants: AbstractContextManager | Non
 
 @dataclasses.dataclass
 class Watched:
-    """One call: what it returned, the most memory it held, and how long it took, the profiler's share included."""
+    """Holds of one call its result, the most memory it held, and how long it took, the profiler's share included."""
 
     result: Sequence[Tensor]
     peak_mib: float
@@ -141,11 +141,11 @@ class Watched:
 
 
 def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
-    """Call ``step`` and record the most memory it holds at a time beyond what was there before it; its result counts,
+    """Call ``step`` and record the most memory it holds at a time beyond what was there before; its result counts,
     kept state does not.
 
-    On CPU from the profiler's record of torch's allocator. It sees temporaries inside compiled ops too, but not the
-    workspace that our C++ ops keep for each thread, which is state like any other.
+    The figure on a CPU comes from the profiler's record of torch's allocator. That sees temporaries inside compiled ops
+    too, but not the workspace that our C++ ops keep for each thread, which is state like any other.
     """
     start = time.perf_counter()
     if device == "cuda":
@@ -164,9 +164,10 @@ def watched(step: Callable[[], Sequence[Tensor]], device: str) -> Watched:
 
 
 def allocations(profile: torch.profiler.profile) -> list[int]:
-    """Bytes that torch took on CPU and, negative, gave back, in order; what was there before ``profile`` is left out.
+    """List the bytes that torch took on CPU and (negative) gave back, in order, without blocks older than ``profile``.
 
-    The profiler does report the end of such a block if an earlier profile saw one at its address, with that one's size.
+    The profiler does report the end of an older block if an earlier profile saw one at its address, with the size of
+    that one.
     """
     pending, seen = list(profile.profiler.kineto_results.experimental_event_tree()), []
     while pending:
@@ -187,5 +188,5 @@ def allocations(profile: torch.profiler.profile) -> list[int]:
 
 
 def peak_mib(step: Callable[[], object], device: str) -> float:
-    """Most memory one call holds at a time, as ``watched`` records it."""
+    """Measure the most memory that one call holds at a time, as ``watched`` records it."""
     return watched(step, device).peak_mib

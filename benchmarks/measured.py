@@ -1,7 +1,7 @@
-"""``python -m benchmarks.measured FILE.jsonl…``: what of ``backends.MEASURED_ON_GPU`` a GPU's rows support.
+"""``python -m benchmarks.measured FILE.jsonl…``: tells what of ``backends.MEASURED_ON_GPU`` a GPU's rows support.
 
-A kernel is one for impl="auto" where it was verified, and not slower than the op's composed form, in every case and
-mode of its op.
+impl="auto" may choose a kernel if it was verified, and no slower than the op's composed form, in every case and mode of
+its op.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from . import report
 
 KERNELS = ("triton", "cuda")
-COMPOSED = ("composed", "by level")  # what cases call it
+COMPOSED = ("composed", "by level")  # the names that cases have for it
 
 
 def ratios(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """op → kernel → point → its time over the composed form's, inf where it did not run or was wrong."""
+    """Compute op → kernel → point → its time ÷ the composed form's, inf if it did not run or was wrong."""
     points: dict[tuple, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["device"] == "cuda":
@@ -40,7 +40,7 @@ def _op(row: dict) -> str:
 
 
 def supported(rows: Sequence[dict]) -> dict[str, tuple[str, ...]]:
-    """What MEASURED_ON_GPU may be: the kernels of each op, the faster one first."""
+    """Say what MEASURED_ON_GPU may be: the kernels of each op, the faster one first."""
     found = {}
     for op, kernels in ratios(rows).items():
         faster = {kernel: points.values() for kernel, points in kernels.items() if max(points.values()) <= 1}

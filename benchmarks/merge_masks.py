@@ -1,7 +1,7 @@
 """Cases of ``merge_masks``: SAM's low-resolution masks as one label map, and other ways to merge them.
 
-A step is right where the share of pixels with another label is at most 1e-4: rounding decides where a resized logit is
-next to the threshold.
+A step is right if at most a share of 1e-4 of the pixels has another label: rounding decides the label of a pixel whose
+resized logit is next to the threshold.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fastcss.ops import merge_masks
 from . import _steps
 from .cases import Case, Problem, Step
 
-#: Share of pixels.
+#: The largest share of the pixels that may have another label.
 TOLERANCE = 1e-4
 SOURCES = ("fastcss/_ops/merge_masks.py", "fastcss/composed/merge_masks.py")
-#: Masks at a time that the chunked form tries; one is painting them over each other.
+#: The chunked form tries this many masks at a time; with one it paints the masks over each other.
 CHUNKS = (1, 4, 16)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The points of the specification, and one where nothing can be skipped. SAM resizes its masks in float32."""
+    """List the points of the specification, and one in which nothing can be skipped; float32, as SAM resizes masks."""
     points = [(20, ""), (150, ""), (20, "-noise")]
     return [_case(count, ending, quick) for count, ending in points]
 
@@ -69,7 +69,7 @@ def _problem(shape: dict, noise: bool, quick: bool, device: str, mode: str) -> P
 
 
 def _blobs(shape: dict, device: str) -> Tensor:
-    """Logits such as SAM's: about 10 inside of an ellipse of 2–15% of the picture, -10 outside, soft edges, noise."""
+    """Draw logits like SAM's: about 10 inside an ellipse of 2–15% of the picture, -10 outside, soft edges, noise."""
     count, height, width = (shape[n] for n in "Khw")
 
     def uniform(low: float, high: float) -> Tensor:
@@ -85,12 +85,12 @@ def _blobs(shape: dict, device: str) -> Tensor:
 
 
 def moved(shape: dict) -> float:
-    """Bytes of the masks in and of the labels out of memory."""
+    """Count the bytes of the masks in and of the labels out of memory."""
     return 4 * shape["K"] * shape["h"] * shape["w"] + 8 * shape["H"] * shape["W"]
 
 
 def differing(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The share of pixels with another label; inf where the map has another shape or kind."""
+    """Compute the share of pixels with another label; inf if the map has another shape or dtype."""
     (labels,), (wanted,) = got, expected
     if labels.shape != wanted.shape or labels.dtype != wanted.dtype:
         return float("inf")
@@ -98,21 +98,21 @@ def differing(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """SAM's post-processing: to the resolution of its padded picture, and from there to the picture's."""
+    """Resize as SAM's post-processing does: to the resolution of its padded picture, then to the picture's."""
     padded = (4 * masks.shape[1], 4 * masks.shape[2])
     whole = F.interpolate(masks[None], padded, mode="bilinear", align_corners=False)
     return F.interpolate(whole, size, mode="bilinear", align_corners=False)[0]
 
 
 def _literal(masks: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """All masks whole, and the argmax of their confidences."""
+    """Resize all masks whole, and take the argmax of their confidences."""
     above = _resized(masks, size) > 0
     best, label = torch.where(above, scores[:, None, None], -1).max(dim=0)
     return torch.where(best >= 0, label + 1, 0)
 
 
 def _chunked(masks: Tensor, scores: Tensor, size: tuple[int, int], masks_at_a_time: int) -> Tensor:
-    """The worst masks first, some at a time, painted over by the better ones."""
+    """Paint the worst masks first, some at a time, and the better ones over them."""
     order = scores.argsort()
     labels = torch.zeros(size, dtype=torch.int64, device=masks.device)
     for part in order.split(masks_at_a_time):

@@ -18,8 +18,8 @@ import fastcss
 
 from .cases import MODES, Case, Problem, Step
 
-# Relative to the largest expected value. float32: sums of up to 4096 rounded products. bfloat16: its 8 bits, and
-# merged weights are rounded once more than the layer itself.
+# Errors are relative to the largest expected value. float32 adds up as many as 4096 rounded products. bfloat16 has 8
+# bits, and merged weights are rounded once more than the layer itself.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/multi_lora.py", "fastcss/composed/multi_lora.py", "fastcss/packed_lora.py")
 
@@ -48,7 +48,7 @@ def _case(prefix: str, form: str, m: int, k: int, n: int, t: int, r: int, dtype:
     shape = {"form": form, "M": m, "K": k, "N": n, "T": t, "r": r}
     grid = bool(prefix)
     build = functools.partial(_problem, shape, dtype, not (grid or quick))
-    # With backward those two dozen would take minutes; the points beside the grid have it at 1024 rows.
+    # These two dozen points would take minutes with backward; the points beside the grid have it at 1024 rows.
     modes = ("fwd",) if grid and m >= 1024 else MODES
     return Case("multi_lora", name, shape, dtype, build, SOURCES, modes)
 
@@ -76,7 +76,7 @@ def _problem(shape: dict, dtype: torch.dtype, compiled: bool, device: str, mode:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs, and bytes in and out of memory, that a perfect implementation needs."""
+    """Count the FLOPs, and the bytes in and out of memory, that a perfect implementation needs."""
     m, k, n, t, ranks = shape["M"], shape["K"], shape["N"], shape["T"], shape["T"] * shape["r"]
     inputs = 1 if shape["form"] == "shared" else t
     base, delta = 2 * inputs * m * k * n, 2 * m * ranks * (k + n)
@@ -89,7 +89,7 @@ def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
 
 @dataclasses.dataclass
 class Layer:
-    """A linear layer with T adapters of one rank, its input, and the gradient of its output."""
+    """Holds a linear layer with T adapters of one rank, its input, and the gradient of its output."""
 
     x: Tensor  # [M, K] or [T, M, K]
     weight: Tensor  # [N, K]
@@ -123,7 +123,7 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _stepped(forward: Forward, data: Layer, mode: str) -> Step:
-    """A step of ``forward(x, weight, bias, a, b)`` → [T, M, N]."""
+    """Make a step of ``forward(x, weight, bias, a, b)`` → [T, M, N]."""
     x, weight, bias, a, b = data.x, data.weight, data.bias, data.a, data.b
     if mode == "fwd":
 
@@ -164,13 +164,13 @@ def _ours(data: Layer, mode: str, impl: str) -> Step:
 
 
 def _padded(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The shrink as a batched product for each task, the expand as ``baddbmm`` onto the base."""
+    """Compute the shrink as one product per task, and the expand as ``baddbmm`` onto the base."""
     hidden = torch.matmul(x, a.transpose(1, 2))  # [T, M, r]
     return torch.baddbmm(F.linear(x, weight, bias).expand(a.shape[0], -1, -1), hidden, b)
 
 
 def _stacked(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """As ``_padded``, with the shrink of a shared input as one GEMM over all tasks' rows."""
+    """Do as ``_padded`` does, with the shrink of a shared input as one GEMM over all tasks' rows."""
     base = F.linear(x, weight, bias)
     if x.dim() == 2:
         hidden = (x @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2]).transpose(0, 1)  # [T, M, r]
@@ -179,7 +179,7 @@ def _stacked(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> T
 
 
 def _torch_best(data: Layer, mode: str) -> Step:
-    """The best composition of torch ops we know; without autograd into buffers made beforehand."""
+    """Take the best composition of torch ops we know; without autograd it writes into buffers made beforehand."""
     if mode == "bwd":
         return _stepped(_stacked, data, mode)
     (t, r, k), n = data.a.shape, data.weight.shape[0]
@@ -206,7 +206,7 @@ def _torch_best(data: Layer, mode: str) -> Step:
 
 
 def _merged(data: Layer, mode: str) -> Step:
-    """T whole weights ``W + B_t A_t``: kept for inference; training changes the adapters, so a step merges anew."""
+    """Merge T whole weights ``W + B_t A_t``: once for inference, and in every step of training, as adapters change."""
 
     def merge(a: Tensor, b: Tensor) -> Tensor:
         return torch.baddbmm(data.weight.t().expand(a.shape[0], -1, -1), a.transpose(1, 2), b)  # [T, K, N]
@@ -216,7 +216,7 @@ def _merged(data: Layer, mode: str) -> Step:
 
     if mode == "bwd":
         return _stepped(forward, data, mode)
-    # Merged in float32 and rounded once.
+    # The weights are merged in float32 and rounded once.
     wide = torch.baddbmm(
         data.weight.t().float().expand(data.tasks, -1, -1), data.a.transpose(1, 2).float(), data.b.float()
     )
@@ -226,7 +226,7 @@ def _merged(data: Layer, mode: str) -> Step:
 
 
 def _grouped(data: Layer) -> Step:
-    """``torch._grouped_mm`` for the expand; the base added after."""
+    """Expand by ``torch._grouped_mm``, and add the base after it."""
     t, m = data.tasks, data.dy.shape[1]
     ends = torch.arange(m, (t + 1) * m, m, dtype=torch.int32, device=data.x.device)
 
@@ -258,7 +258,7 @@ def _peft_layer(data: Layer):
 
 
 def _peft_loop(data: Layer, mode: str) -> Step:
-    """The adapters one after the other through ``set_adapter``, as a PEFT user does it."""
+    """Run the adapters one after the other through ``set_adapter``, as a PEFT user does."""
     layer = _peft_layer(data)
     names = [f"task{task}" for task in range(data.tasks)]
 
@@ -287,7 +287,7 @@ def _peft_loop(data: Layer, mode: str) -> Step:
 
 
 def _peft_mixed(data: Layer) -> Step:
-    """PEFT's mixed batch, one adapter a sample of it."""
+    """Run PEFT's mixed batch, with one adapter for each sample."""
     layer = _peft_layer(data).eval()
     names = [f"task{task}" for task in range(data.tasks)]
     return _without_grad(lambda: (layer(data.x, adapter_names=names),))

@@ -1,7 +1,7 @@
 """Cases of ``one_pass``: the Grounding DINO encoder with six adapters, all of them run on the same picture.
 
-"fastcss" is the runner as it comes, its model fused where that was measured to be faster; "fastcss-unfused" runs the
-model's own modules, as all peers do.
+"fastcss" is the runner with its defaults: its model is fused where that was measured to be faster. "fastcss-unfused"
+runs the model's own modules, as all peers do.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import fastcss
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Relative to the largest value. float32 is the specification's 1e-5; in bfloat16 the loop itself is off by this much
-# between batch sizes.
+# Errors are relative to the largest value. float32 has the specification's 1e-5; in bfloat16 the loop's own results
+# differ by this much between batch sizes.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 TASKS, RANK = 6, 32
 ROOMS = ("_one_pass", "_fuse", "_dispatch", "_ops", "composed")
@@ -36,7 +36,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         size, height, width = "tiny", 96, 128
     points = [(TASKS, "swin+fusion", ""), (TASKS, "fusion", "-fusion")]
-    if device == "cuda":  # what each further task costs where launches do not
+    if device == "cuda":  # these show what each further task costs if launches cost nothing
         points += [(tasks, "swin+fusion", "") for tasks in (1, 2, 4, 8)]
     found = []
     for tasks, sites, ending in points:
@@ -75,7 +75,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 @dataclasses.dataclass
 class System:
-    """A PEFT model with T adapters, named ``task0`` on, the model without them, and one picture with its text."""
+    """Holds a PEFT model with T adapters named ``task0``, …, the model without them, and one picture with its text."""
 
     model: nn.Module
     bare: nn.Module
@@ -93,7 +93,7 @@ class System:
         return cls(model, bare, inputs, [f"task{task}" for task in range(shape["T"])])
 
     def constants(self) -> list[Tensor]:
-        """What is the same in every call: the text, and both models without adapters."""
+        """List the tensors that are the same in every call: the text, and both models without adapters."""
         base = [p for name, p in self.model.named_parameters() if "lora_" not in name]
         return [self.inputs["input_ids"], *base, *self.model.buffers(), *self.bare.parameters(), *self.bare.buffers()]
 
@@ -102,7 +102,7 @@ class System:
         return _without_grad(lambda: _tensors(runner(**self.inputs)))
 
     def peft_loop(self) -> Step:
-        """What a PEFT user does today."""
+        """Switch the adapters one after the other, as a PEFT user does today."""
 
         def step():
             outputs = []
@@ -114,7 +114,7 @@ class System:
         return _without_grad(step)
 
     def peft_mixed(self) -> Step:
-        """PEFT's mixed batch: the picture T times, one adapter a sample."""
+        """Run PEFT's mixed batch: the picture T times, with one adapter for each sample."""
         tasks = len(self.names)
         repeated = {name: value.expand(tasks, *value.shape[1:]) for name, value in self.inputs.items()}
 
@@ -125,19 +125,19 @@ class System:
         return _without_grad(step)
 
     def merged_loop(self, wrap: Callable[[Callable], Callable] = lambda run: run) -> Step:
-        """A loop over T models whose adapters are merged; the weights that no adapter touches are kept once."""
+        """Loop over T models whose adapters are merged; the weights that no adapter touches are kept once."""
         states = [self._merged(name) for name in self.names]
         run = wrap(lambda state: _tensors(functional_call(self.bare, state, (), self.inputs)))
         return _without_grad(lambda: _stacked([run(state) for state in states]))
 
     def vmapped(self) -> Step:
         """``torch.vmap`` over stacked adapters: the six lines that share work without this package."""
-        model = copy.deepcopy(self.model)  # of its own: the loop switches the active adapter of the other one
+        model = copy.deepcopy(self.model)  # the loop switches the active adapter of the original
         model.set_adapter(self.names[0])
         return self._vmapped(model, [self._adapter(name) for name in self.names])
 
     def vmapped_merged(self) -> Step:
-        """The same over merged weights."""
+        """Do the same over merged weights."""
         return self._vmapped(self.bare, [self._merged(name) for name in self.names])
 
     def _vmapped(self, model: nn.Module, states: list[dict[str, Tensor]]) -> Step:
@@ -146,13 +146,13 @@ class System:
         return _without_grad(lambda: run(stacked))
 
     def _adapter(self, adapter: str) -> dict[str, Tensor]:
-        """This adapter's tensors, under the names of the first adapter's."""
+        """Return this adapter's tensors under the names that the first adapter's have."""
         first, mark = f".{self.names[0]}.", f".{adapter}."
         found = {name: p.detach() for name, p in self.model.named_parameters() if "lora_" in name and mark in name}
         return {name.replace(mark, first): p for name, p in found.items()}
 
     def _merged(self, adapter: str) -> dict[str, Tensor]:
-        """The adapted weights of the bare model, merged in float32 and rounded once."""
+        """Merge the adapted weights of the bare model in float32, and round them once."""
         state = {}
         for name, layer in self.model.get_base_model().named_modules():
             if hasattr(layer, "lora_A"):
@@ -164,9 +164,10 @@ class System:
 
 
 def split_flops(model: nn.Module, inputs: dict[str, Tensor], sites: str) -> tuple[float, float]:
-    """FLOPs of one task's pass, adapters included: those that are the same for all tasks, and those that are not.
+    """Count the FLOPs of one task's pass, with adapters: those shared by all tasks, and those of the task alone.
 
-    By parts of the model: the text backbone is always shared, the image backbone where no adapter sits on it.
+    They are told apart by parts of the model: the text backbone is always shared, the image backbone if no adapter sits
+    on it.
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

@@ -1,4 +1,4 @@
-"""Tables of ops: a line a case, of what fastcss takes and how many times as long its peers do."""
+"""Makes the tables of ops: each line tells of one case what fastcss takes and how many times as long its peers do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def multi_lora(rows: Sequence[dict]) -> str:
 
 
 BACKWARD = "… forward and backward"
-#: Of each its label, its case, and its mode where that is not fwd.
+#: Each line has a label, a case, and a mode unless that is fwd.
 Lines = Sequence[tuple[str, str] | tuple[str, str, str]]
 Cell = Callable[[Point], str]
 LIMIT: dict[str, Cell] = {"of the limit": Point.limit}
@@ -47,7 +47,7 @@ def _peaks(*providers: str) -> Cell:
 
 
 def _caa(rows: Sequence[dict], what: str, *mode: str) -> tuple[str, ...]:
-    """The line of the head; of rows that have it only as it once was, with OCR's bottleneck, by that name."""
+    """Make the line of the head; older rows have it only with OCR's bottleneck, and then the line says so."""
     if any(row["case"] == "caa/head-64x64" for row in rows):
         return f"CAA head, {what}", "caa/head-64x64", *mode
     return f"CAA head with OCR's bottleneck, {what}", "caa/ocr-head-64x64", *mode
@@ -76,9 +76,9 @@ def affinity(rows: Sequence[dict]) -> str:
     return _ops(rows, lines, columns)
 
 
-#: A case has one of them.
+#: Every case has one of these providers.
 LITERAL = ("literal", "eager", "index_select", "topk", "peft-loop")
-#: Those that readers know by another name.
+#: Readers know these providers by another name.
 NAMED = {"index_select": " (`index_select`, `bmm`)", "topk": " (`torch.topk`)", "peft-loop": " (PEFT loop)"}
 
 
@@ -124,7 +124,7 @@ def selection(rows: Sequence[dict]) -> str:
 
 
 def ops(rows: Sequence[dict]) -> str:
-    """README's."""
+    """Make the table of the README."""
     lines = [
         ("`multi_lora`, M=1024, K=N=768, 6 adapters of rank 32, one input", "multi_lora/shared-m1024-k768-n768-t6-r32"),
         ("… an input an adapter", "multi_lora/diverged-m1024-k768-n768-t6-r32"),
@@ -173,7 +173,7 @@ def detector(rows: Sequence[dict]) -> str:
 
 
 def single_rows(rows: Sequence[dict]) -> str:
-    """Where multi_lora is not the fastest."""
+    """Say by how much the best peer is faster than multi_lora for a single row, where multi_lora is not the fastest."""
     peers = ("baddbmm", "torch-best", "peft-loop", "peft-mixed", "compiled")
     names = sorted({row["case"] for row in rows if "-m1-" in row["case"]})
     ranges = []

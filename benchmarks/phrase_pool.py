@@ -17,8 +17,8 @@ from fastcss.ops import phrase_pool
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: products of 256 rounded terms. bfloat16: its 8 bits, also of the cosines and
-# of the weights where they are in memory.
+# Errors are relative to the largest expected value. float32 has products of 256 rounded terms. bfloat16 has 8 bits,
+# also for the cosines and the weights where they are in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/phrase_pool.py", "fastcss/composed/phrase_pool.py", "fastcss/_cosine.py")
 
@@ -58,19 +58,19 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs of the cosines and of the sums, and bytes in and out of memory."""
+    """Count the FLOPs of the cosines and of the sums, and bytes in and out of memory."""
     b, c, m, d = (shape[n] for n in "BCMD")
     flops, moved = 4 * b * c * m * d, b * d + c * m * d + b * c * d
     return (flops, moved * itemsize) if mode == "fwd" else (3 * flops, 2 * moved * itemsize)
 
 
 def _literal(cls: Tensor, phrases: Tensor) -> Tensor:
-    """Every image beside every phrase."""
+    """Compare every image with every phrase by broadcasting."""
     cosine = F.cosine_similarity(cls[:, None, None], phrases[None], dim=-1)  # [B, C, M]
     return (cosine.softmax(dim=2)[..., None] * phrases[None]).sum(dim=2)
 
 
 def _bmm(cls: Tensor, phrases: Tensor) -> Tensor:
-    """Two products instead of two broadcasts."""
+    """Use two products instead of two broadcasts."""
     cosine = F.normalize(cls, dim=-1) @ F.normalize(phrases, dim=-1).mT  # [C, B, M]
     return torch.bmm(cosine.softmax(dim=2), phrases).transpose(0, 1)

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.plot [FILE.jsonl …] [--out FOLDER]``: pictures of results, among them those of the README.
+"""``python -m benchmarks.plot [FILE.jsonl …] [--out FOLDER]``: draws results, among them the pictures of the README.
 
-Per op and mode one picture of every provider's time, percent of the limit and peak memory, by size: as rows of dots and
-bars, the smallest case on top, or as curves where there are many cases. And one picture of what all ops hold in memory.
+Each op and mode has one picture of every provider's time, percent of the limit and peak memory, by size: rows of dots
+and bars with the smallest case on top, or curves if there are many cases. One more shows what all ops hold in memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .cases import OURS
 RESULTS = Path(__file__).parent / "results"
 OUR_COLOR, PEER_COLOR = "#1b6ca8", "#b9c4cc"
 MODES = {"fwd": "forward", "bwd": "forward and backward"}
-#: More cases than these in one mode of an op are drawn as curves.
+#: A mode of an op is drawn as curves if it has more cases than this.
 MANY = 8
 
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-#: Panels beside each other.
+#: This many panels stand beside each other.
 COLUMNS = 6
 MARKERS = "sD^vPX*"
 MEASURES: dict[str, Callable[[dict], float]] = {
@@ -90,7 +90,7 @@ def draw(rows: Sequence[dict], stem: Path) -> list[Path]:
 
 
 def _save(figure: plt.Figure, title: str, cases: Cases, picture: Path) -> Path:
-    """Under a title of what was measured, where, and when."""
+    """Write a figure under a title that says what was measured, where, and when."""
     rows = [row for providers in cases.values() for row in providers.values()]
     devices, torches = ({row[name] for row in rows} for name in ("device_name", "torch"))
     dates = sorted({row["date"] for row in rows})
@@ -107,7 +107,7 @@ def _save(figure: plt.Figure, title: str, cases: Cases, picture: Path) -> Path:
 
 
 def _bars(cases: Cases) -> plt.Figure:
-    """A line a provider, by time, below a line with the name of its case; all three panels share them."""
+    """Draw one line per provider, by time, below a line with the name of its case; all three panels share the lines."""
     lines: list[tuple[str, dict | None]] = []
     for case, providers in cases.items():
         ordered = sorted(providers.values(), key=lambda row: row["median_ms"])
@@ -167,7 +167,7 @@ def _peaks(panel: plt.Axes, places: Sequence[tuple[int, dict]]) -> None:
 
 
 def _memory_axis(panel: plt.Axes, most: float) -> None:
-    """Logarithmic from 1 MiB on, with a place for 0, and room for the label of the most."""
+    """Make the axis logarithmic from 1 MiB on, with a place for 0, and room for the label of the largest value."""
     panel.set_xscale("symlog", linthresh=1)
     panel.set_xlim(0, max(4.0, 4 * most**1.05))
     panel.xaxis.set_major_formatter(PLAIN)
@@ -175,7 +175,7 @@ def _memory_axis(panel: plt.Axes, most: float) -> None:
 
 
 def _curves(cases: Cases) -> plt.Figure:
-    """Over the size that takes most values; a column of panels for each setting of the other ones."""
+    """Draw curves over the size that takes most values, with a column of panels for each setting of the others."""
     size, settings = _settings(cases)
     ordered = sorted(settings)
     blocks = [ordered[first : first + COLUMNS] for first in range(0, len(ordered), COLUMNS)]
@@ -201,8 +201,8 @@ def _curves(cases: Cases) -> plt.Figure:
 
 
 def _settings(cases: Cases) -> tuple[str, dict[tuple, dict[int, dict[str, dict]]]]:
-    """The size that takes most values; and for each setting of the others, as names and values: its value → provider →
-    row."""
+    """Find the size that takes most values; for each setting of the others (names and values), map the values of that
+    size → provider → row."""
     shapes = {case: next(iter(providers.values()))["shape"] for case, providers in cases.items()}
     first, *_ = shapes.values()
     differing = {name: len({str(shape[name]) for shape in shapes.values()}) for name in first}
@@ -231,7 +231,7 @@ def _dress(panel: plt.Axes, label: str, sizes: Sequence[int]) -> None:
 
 
 def _styles(cases: Cases) -> dict[str, dict]:
-    """Of the curves of every provider; ours is the last to be drawn."""
+    """Choose the style of every provider's curves; ours is drawn last."""
     names = dict.fromkeys(name for providers in cases.values() for name in providers if name != OURS)
     colors = plt.get_cmap("Set2").colors
     styles = {
@@ -242,7 +242,7 @@ def _styles(cases: Cases) -> dict[str, dict]:
 
 
 def _most_memory(groups: Sequence[Cases]) -> Cases:
-    """Of each op and mode the case in which some peer holds most beyond what ours does."""
+    """Pick for each op and mode the case in which some peer holds most beyond what ours holds."""
     found = {}
     for cases in groups:
         wasted = {
@@ -258,7 +258,7 @@ def _most_memory(groups: Sequence[Cases]) -> Cases:
 
 
 def _memory(cases: Cases) -> plt.Figure:
-    """A line an op and mode: ours, all peers, and the name of the one that holds most."""
+    """Draw one line per op and mode: ours, all peers, and the name of the peer that holds most."""
     figure, panel = plt.subplots(figsize=(12, 1.2 + 0.22 * len(cases)), layout="constrained")
     for place, providers in enumerate(cases.values()):
         peaks = {name: row["peak_mib"] for name, row in providers.items()}

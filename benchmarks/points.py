@@ -1,4 +1,4 @@
-"""A case's rows as cells of a table: times, ratios, memory."""
+"""Turns a case's rows into cells of a table: times, ratios, memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ALSO_OURS = ("fastcss", "fastcss-packed", "fastcss-unfused", "attention only")
 
 
 class Point:
-    """The providers of a case in a mode."""
+    """Holds the verified rows of a case in a mode, by provider."""
 
     def __init__(self, rows: Sequence[dict], case: str, mode: str = "fwd"):
         named = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
@@ -26,23 +26,23 @@ class Point:
         return f"{100 * self.rows[OURS]['limit_ms'] / self.rows[OURS]['median_ms']:.0f}%"
 
     def times(self, *providers: str) -> float | None:
-        """÷ fastcss of the fastest of these; None where there is none of them."""
+        """Divide the time of the fastest of these by fastcss's; None if no row has any of them."""
         took = [self.rows[name]["median_ms"] for name in providers if name in self.rows]
         return min(took) / self.rows[OURS]["median_ms"] if took else None
 
     def fastest_besides(self, *providers: str) -> str | None:
-        """Of those that are not the package's own."""
+        """Name the fastest provider besides these that is not the package's own."""
         others = [name for name in self.rows if name not in (*ALSO_OURS, *providers)]
         return min(others, key=lambda name: self.rows[name]["median_ms"], default=None)
 
     def peak(self, *providers: str) -> str:
-        """The most of them."""
+        """Return the largest peak of these providers."""
         found = [self.rows[name]["peak_mib"] for name in providers if name in self.rows]
         return mib(max(found)) if found else NONE
 
 
 def two_digits(number: float) -> str:
-    """At the least: 179, 23, 8.7, 0.49."""
+    """Write a number with at least two digits: 179, 23, 8.7, 0.49."""
     return f"{number:.0f}" if number >= 9.95 else f"{number:.1f}" if number >= 0.995 else f"{number:.2f}"
 
 

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.pretrain OUT [--work FOLDER]``: the small models' pre-training, on strokes and blobs.
+"""``python -m benchmarks.pretrain OUT [--work FOLDER]``: pre-trains the small models, on strokes and blobs.
 
-Four steps, two of them at a time; what is finished is kept in the work folder, and not done again:
+There are four steps, two of them at a time; what is finished is kept in the work folder and not done again:
 
 - features: the detector's backbone draws what it sees: the ink, and each glyph upright in 8×8 pixels;
 - detector: its tokens become like the names of the glyphs that they lie on;
@@ -8,7 +8,7 @@ Four steps, two of them at a time; what is finished is kept in the work folder, 
 - generator: a prompt generator, and SAM, segment the glyph that the detector's tokens are on. Every class's generator
   begins as a copy of it.
 
-OUT becomes a run without tasks: what ``python -m fastcss train --base OUT`` begins from. No digit is seen.
+OUT becomes a run without tasks, from which ``python -m fastcss train --base OUT`` begins. No digit is seen.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from . import small_models
 from .small_models import DIM, GLYPHS
 
 SCENES = 12000
-#: Steps and pictures a step.
+#: Each stage has so many steps, and so many pictures in a step.
 STEPS = {"features": (6000, 16), "detector": (4000, 16), "points": (3500, 8), "generator": (2500, 8)}
 RATES = {"features": 3e-3, "detector": 1.5e-3, "points": 1.5e-3, "generator": 1e-3}
 THRESHOLD, PROMPTS, LENGTH, HIDDEN = 0.3, 6, 1024, 32
 _LEVELS = (8, 4)  # sides of the detector's maps
-_THERE = 1 / 8  # of a token's cell: from here on it is on the glyph
+_THERE = 1 / 8  # a token is on a glyph if the glyph covers at least this share of its cell
 
 
 class Scenes:
-    """Glyph scenes in memory, the same in all processes.
+    """Holds glyph scenes in memory, the same in all processes.
 
     Attributes:
         images: uint8 ``[SCENES, 3, 128, 128]``.
@@ -70,7 +70,7 @@ class Scenes:
         self._mean, self._std = (torch.tensor(of)[:, None, None] for of in (MEAN, STD))
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """Normalised pictures [count, 3, 128, 128] in other colours than they have, and int64 labels."""
+        """Draw normalised pictures [count, 3, 128, 128] with changed colours, and int64 labels."""
         index = torch.randint(SCENES, (count,))
         images = self.images[index].float() / 255
         images = torch.stack([image[torch.randperm(3)] for image in images])
@@ -79,7 +79,7 @@ class Scenes:
 
 
 def features(scenes: Scenes, count: int) -> Iterator[Tensor]:
-    """Losses of the backbone and its projections; the modules first."""
+    """Yield the modules first, then losses of the backbone and its projections."""
     model = small_models.detector()
     upright = torch.stack([drawings(label).mean(0).flatten() for label in range(1, GLYPHS + 1)])  # [G, 64]
     draw = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, 64))
@@ -101,7 +101,7 @@ def features(scenes: Scenes, count: int) -> Iterator[Tensor]:
 
 
 def detector(scenes: Scenes, count: int, model: ClassDetector) -> Iterator[Tensor]:
-    """Losses of the whole detector, for the glyphs of the batch and a few others; the modules first."""
+    """Yield the modules first, then losses of the whole detector, for the glyphs of the batch and a few others."""
     upright = torch.stack([drawings(label).mean(0).flatten() for label in range(1, GLYPHS + 1)])
     words = encode(small_models.tokenizer(), describe(small_models.glyph_names()))
     centres = torch.cat([_centres(side) for side in _LEVELS])  # [N, 2]
@@ -122,12 +122,12 @@ def detector(scenes: Scenes, count: int, model: ClassDetector) -> Iterator[Tenso
             token_loss(cosine.flatten(0, 1), share.flatten(0, 1), THRESHOLD)
             + 0.5 * F.cross_entropy(16 * cosine[on], best[on])
             + F.binary_cross_entropy_with_logits(draw(found.tokens[on]), upright[classes[best[on]] - 1])
-            + 0.5 * (place(found.tokens) - centres)[on].abs().mean()  # prompts are to say where
+            + 0.5 * (place(found.tokens) - centres)[on].abs().mean()  # prompts must be able to say where
         )
 
 
 def points(scenes: Scenes, count: int) -> Iterator[Tensor]:
-    """Losses of SAM for six points a glyph; the modules first."""
+    """Yield the modules first, then losses of SAM for six points on each glyph."""
     sam = small_models.segmenter()
     ink = nn.Linear(DIM, 64)
     yield nn.ModuleDict({"sam": sam, "ink": ink})
@@ -144,7 +144,7 @@ def points(scenes: Scenes, count: int) -> Iterator[Tensor]:
 
 
 def generator(scenes: Scenes, count: int, model: ClassDetector, sam: SamSegmenter) -> Iterator[Tensor]:
-    """Losses of SAM and of a generator that reads the detector's tokens on a glyph; the modules first."""
+    """Yield the modules first, then losses of SAM and of a generator that reads the detector's tokens on a glyph."""
     own = PromptGenerator(1, length=LENGTH, prompt_dim=DIM, prompts=PROMPTS, hidden=HIDDEN)
     nn.init.zeros_(own.class_embedding)
     words = encode(small_models.tokenizer(), describe(small_models.glyph_names()))
@@ -167,7 +167,7 @@ def generator(scenes: Scenes, count: int, model: ClassDetector, sam: SamSegmente
 
 
 def _segmentation_loss(sam: SamSegmenter, embedding: Tensor, prompts: Tensor, masks: Tensor) -> Tensor:
-    """Of the masks at SAM's resolution, and of its own estimate of their IoU."""
+    """Add the loss of the masks, at SAM's resolution, and that of SAM's own estimate of their IoU."""
     decoded, target = sam.decode(embedding, prompts), masks[:, 1::2, 1::2]
     found = decoded.masks.detach() > 0
     iou = (found & target).flatten(1).sum(1) / (found | target).flatten(1).sum(1).clamp(min=1)
@@ -175,7 +175,7 @@ def _segmentation_loss(sam: SamSegmenter, embedding: Tensor, prompts: Tensor, ma
 
 
 def _prompt_of_points(sam: SamSegmenter, mask: Tensor) -> Tensor:
-    """Six points on a mask as SAM's own prompt encoder has them, [1, 6, D]."""
+    """Encode six points on a mask by SAM's own prompt encoder, [1, 6, D]."""
     ink = mask.nonzero()
     chosen = ink[torch.randint(len(ink), (PROMPTS,))].flip(-1) + 0.5  # (x, y)
     labels = torch.ones(1, 1, PROMPTS, dtype=torch.long)
@@ -183,24 +183,24 @@ def _prompt_of_points(sam: SamSegmenter, mask: Tensor) -> Tensor:
 
 
 def _flat(tokens: Tensor) -> Tensor:
-    """As ``select_tokens`` has them: flattened, cut or filled with zeros."""
+    """Flatten tokens, and cut them or fill up with zeros, as ``select_tokens`` does."""
     values = tokens.flatten()[:LENGTH]
     return F.pad(values, (0, LENGTH - len(values)))
 
 
 def _cells(labels: Tensor, side: int) -> Tensor:
-    """[B, 128, 128] → [B, side², pixels of a cell]."""
+    """Split labels into cells: [B, 128, 128] → [B, side², pixels of a cell]."""
     return labels.unflatten(1, (side, -1)).unflatten(3, (side, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def _shares(labels: Tensor, classes: Tensor) -> Tensor:
-    """How much of each token's cell shows each class, [B, N, c]."""
+    """Compute how much of each token's cell shows each class, [B, N, c]."""
     cells = [_cells(labels, side) for side in _LEVELS]
     return torch.cat([torch.stack([(of == k).float().mean(-1) for k in classes], -1) for of in cells], 1)
 
 
 def _only_glyph(labels: Tensor) -> Tensor:
-    """The glyph of each token whose cell shows that one only, and enough of it; else 0: [B, N]."""
+    """Return the glyph of each token whose cell shows only that one, and enough of it; else 0: [B, N]."""
     cells = [_cells(labels, side) for side in _LEVELS]
     one = [torch.where(((of == 0) | (of == of.amax(-1, keepdim=True))).all(-1), of.amax(-1), 0) for of in cells]
     there = [(of > 0).float().mean(-1) >= _THERE for of in cells]
@@ -213,7 +213,7 @@ def _centres(side: int) -> Tensor:
 
 
 def run(step: str, work: Path, seed: int, losses: Callable[..., Iterator], *models: nn.Module) -> nn.ModuleDict:
-    """Train what the step trains, or read it where that was done before; → its modules."""
+    """Train what the step trains, or read it if that was done before; return its modules."""
     torch.manual_seed(seed)
     path, (steps, count) = work / f"{step}.safetensors", STEPS[step]
     if path.is_file():
@@ -251,7 +251,7 @@ def _points_chain(work: Path, seed: int) -> None:
 
 
 def pretrain(out: Path, work: Path, seed: int = 0) -> None:
-    """All four steps, and ``out`` from them."""
+    """Run all four steps, and make ``out`` from them."""
     work.mkdir(parents=True, exist_ok=True)
     Scenes(work)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -261,7 +261,7 @@ def pretrain(out: Path, work: Path, seed: int = 0) -> None:
 
 
 def finish(out: Path, work: Path, seed: int) -> None:
-    """The last step, and ``out``, from what the others have left in the work folder."""
+    """Run the last step and make ``out``, from what the other steps have left in the work folder."""
     found = run("detector", work, seed, detector, small_models.detector())["model"]
     sam = run("points", work, seed, points)["sam"]
     last = run("generator", work, seed, generator, found, sam)

@@ -16,14 +16,14 @@ from fastcss.ops import prompt_mlp
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: products of 512 and 1024 rounded terms. bfloat16: its 8 bits, also of the
-# hidden values where they are in memory.
+# Errors are relative to the largest expected value. float32 has products of 512 and 1024 rounded terms. bfloat16 has 8
+# bits, also for the hidden values where they are in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/prompt_mlp.py", "fastcss/composed/prompt_mlp.py")
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The point of the specification; training where every class has a row, as the weights' gradients are whole."""
+    """List the points of the specification; every class has a row in training, where weights' gradients are whole."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return [_case(150, "fwd", dtype, quick), _case(20, "bwd", dtype, quick)]
 
@@ -87,7 +87,7 @@ def _part(z: Tensor, w1: Tensor, b1: Tensor, index: Tensor) -> None:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs, and bytes in and out of memory: of the weights those of the rows' classes, all different."""
+    """Count FLOPs, and bytes in and out of memory: weights count for the rows' classes only, which all differ."""
     rows, wide, hidden, out = (shape[n] for n in "RLHO")
     weights = wide * hidden + hidden * out
     flops, moved = 2 * rows * weights, rows * (weights + hidden + out + wide + out)
@@ -95,7 +95,7 @@ def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
 
 
 def _loop(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tensor) -> Tensor:
-    """One class after the other, as a list of perceptrons runs."""
+    """Run one class after the other, as a list of perceptrons does."""
     rows = []
     for row, c in zip(z.split(1), index.tolist(), strict=True):
         hidden = torch.addmm(b1[c], row, w1[c]).relu()
@@ -104,6 +104,6 @@ def _loop(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tens
 
 
 def _index_select(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tensor) -> Tensor:
-    """The weights of all rows copied, then batched products."""
+    """Copy the weights of all rows, then take batched products."""
     hidden = torch.bmm(z[:, None], w1.index_select(0, index)) + b1.index_select(0, index)[:, None]
     return (torch.bmm(hidden.relu(), w2.index_select(0, index)) + b2.index_select(0, index)[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""The list of all benchmark cases, and which of them a name means."""
+"""Lists all benchmark cases, and finds those that a name means."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ MODULES = (multi_lora, one_pass, *AFFINITY, *SELECTION, *FUSED, decouplecss, dec
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
-    """Every case of a device. ``quick`` gives small stand-ins under their own names, which end in ``-quick``."""
+    """List every case of a device. ``quick`` gives small stand-ins under their own names, which end in ``-quick``."""
     return [case for module in MODULES for case in module.cases(device, quick)]
 
 
 def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] = ()) -> list[Case]:
-    """The cases of these ops whose name starts with one of ``names``, with or without the op in front; all by default.
+    """Select these ops' cases whose name starts with one of ``names``, with or without the op in front; default: all.
 
     Raises:
-        ValueError: an op or a name that matches nothing; the message lists what there is.
+        ValueError: an op or a name matches nothing; the message lists what there is.
     """
     known = list(dict.fromkeys(case.op for case in cases))
     for op in ops:
@@ -58,6 +58,6 @@ def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] 
 
 
 def matches(op: str, case: str, ops: Sequence[str] = (), prefixes: Sequence[str] = ()) -> bool:
-    """Whether a case is one of these ops' and starts so, with or without the op in front."""
+    """Tell whether a case belongs to one of these ops and starts so, with or without the op in front."""
     starts = tuple(prefixes) or ("",)
     return (not ops or op in ops) and (case.startswith(starts) or case.removeprefix(op + "/").startswith(starts))

@@ -1,4 +1,4 @@
-"""The table for persons and the file for programs."""
+"""Writes results as a table for persons and as a file for programs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .cases import OURS
 from .harness import Outcome
 
 MACHINE = ("device", "device_name", "malloc")
-#: Rows that agree in these are of one run's comparison. Newer ones take the place of all older ones, whose times are of
-#: another moment: a provider that was not measured anew has none.
+#: Rows that agree in these fields belong to the comparison of one run. Newer rows replace all older ones, whose times
+#: are from another moment; so a provider that was not measured again has no row any more.
 POINT = ("case", "mode", "dtype", *MACHINE)
 
 
 def show(outcome: Outcome, console: Console) -> None:
-    """One case as a table: our row first, the others by time."""
+    """Print one case as a table: our row first, the others by time."""
     rows = sorted(outcome.rows, key=lambda row: (row["provider"] != OURS, row["median_ms"] or float("inf")))
     medians = {row["provider"]: row["median_ms"] for row in rows}
     first = rows[0] if rows else None
@@ -60,11 +60,11 @@ def _cells(row: dict, ours: float | None) -> list[str]:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a results file.
+    """Read the rows of a results file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: a line is none of our rows; names it.
+        ValueError: a line is no row of ours; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -87,7 +87,7 @@ def read(path: Path) -> list[dict]:
 def merge_into(path: Path, rows: Sequence[dict]) -> None:
     """Put ``rows`` into a results file in place of their older measurements; it is replaced whole or not at all."""
     merged = _points(read(path) if path.exists() else []) | _points(rows)
-    # A strict JSON reader knows no Infinity: the error of a wrong shape becomes null.
+    # Strict JSON has no Infinity: the error of a wrong shape becomes null.
     lines = [
         json.dumps({k: None if v == float("inf") else v for k, v in row.items()}) for row in chain(*merged.values())
     ]
@@ -104,5 +104,5 @@ def _points(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
 
 
 def file_name(device_name: str) -> str:
-    """``NVIDIA H200`` → ``nvidia-h200.jsonl``."""
+    """Name the results file of a device: ``NVIDIA H200`` → ``nvidia-h200.jsonl``."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".jsonl"

@@ -17,8 +17,8 @@ from fastcss.ops import select_tokens
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: products of 256 rounded terms, means of some 450 cosines. bfloat16: its 8
-# bits, also of the rows of length one and of the cosines where they are in memory.
+# Errors are relative to the largest expected value. float32 has products of 256 rounded terms, and means of some 450
+# cosines. bfloat16 has 8 bits, also for the normalised rows and the cosines where they are in memory.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/select_tokens.py", "fastcss/composed/select_tokens.py", "fastcss/_cosine.py")
 THRESHOLD = 0.3
@@ -60,10 +60,10 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def _tokens_and_classes(shape: dict, device: str) -> tuple[Tensor, Tensor]:
-    """Half of the tokens above the threshold and half below, none of them near it nor between two classes.
+    """Draw half of the tokens above the threshold and half below, none of them near it nor between two classes.
 
-    What a class's tokens have beside it they have in common in part; else nothing but rounding were left of its
-    gradient in bfloat16.
+    The tokens of a class share a part of what is orthogonal to the class; otherwise nothing but rounding would be left
+    of its gradient in bfloat16.
     """
     n, c, d = (shape[name] for name in "NCD")
     classes, which = torch.randn(c, d, device=device), torch.randint(c, (n,), device=device)
@@ -78,14 +78,15 @@ def _tokens_and_classes(shape: dict, device: str) -> tuple[Tensor, Tensor]:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs of the cosines, and in the backward pass of a class a token, as the inputs have it; bytes moved."""
+    """Count the FLOPs of the cosines, and bytes moved; the backward pass adds one class per token, as these inputs
+    have it."""
     n, c, d, length = (shape[name] for name in ("N", "C", "D", "length"))
     flops, moved = 2 * n * c * d, n * d + c * d + c * length
     return (flops, moved * itemsize) if mode == "fwd" else (flops + 4 * n * d, 2 * moved * itemsize)
 
 
 def _literal(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Boolean indexing and padding for one class after the other; on a GPU each of them waits for it."""
+    """Index by booleans and pad, one class after the other; each class waits for the GPU, if there is one."""
     cosine = F.normalize(tokens, dim=-1) @ F.normalize(classes, dim=-1).mT  # [B, N, C]
     value, best = cosine.max(dim=2)
     selected, counts, presence = [], [], []
@@ -103,7 +104,7 @@ def _literal(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> 
 
 
 def _sorted(tokens: Tensor, classes: Tensor, threshold: float, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """No host sync: the tokens stably sorted by class, and the first few of each gathered."""
+    """Sort the tokens stably by class and gather the first few of each; the host waits for nothing."""
     count, class_count, places = tokens.shape[1], classes.shape[1], -(-length // tokens.shape[2])
     cosine = F.normalize(tokens, dim=-1) @ F.normalize(classes, dim=-1).mT
     value, best = cosine.max(dim=2)

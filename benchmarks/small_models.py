@@ -1,4 +1,4 @@
-"""The small models that meet handwritten digits: Grounding DINO's and SAM's own classes, a hundred times smaller."""
+"""Builds the small models for handwritten digits from Grounding DINO's and SAM's own classes, a hundredth in size."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _WORDS, _DIGITS, _GLYPHS = 110, 200, 300  # word ids; transformers looks for BER
 
 
 def detector() -> ClassDetector:
-    """ConvNeXt, two levels of strides 8 and 16, three layers of the feature enhancer; random weights.
+    """Build ConvNeXt, two levels of strides 8 and 16, and three layers of the feature enhancer; random weights.
 
-    Not Swin: from random weights it learns nothing of a digit's shape in the minutes that ConvNeXt takes to.
+    It is not Swin, which from random weights learns nothing of a digit's shape in the minutes that ConvNeXt needs.
     """
     backbone = ConvNextConfig(
         hidden_sizes=[24, 48, 64, 96], depths=[1, 1, 2, 2], patch_size=2, layer_scale_init_value=1.0,
@@ -61,7 +61,7 @@ def detector() -> ClassDetector:
 
 
 def segmenter() -> SamSegmenter:
-    """A ViT of three layers on 16×16 patches, and SAM's decoder; random weights."""
+    """Build a ViT of three layers on 16×16 patches, and SAM's decoder; random weights."""
     vision = SamVisionConfig(
         hidden_size=DIM, output_channels=DIM, num_hidden_layers=3, num_attention_heads=4, mlp_dim=2 * DIM,
         image_size=SAM_SIDE, patch_size=8, window_size=8, global_attn_indexes=[1], num_pos_feats=DIM // 2,
@@ -74,7 +74,7 @@ def segmenter() -> SamSegmenter:
             module.reset_parameters()
     with torch.no_grad():
         model.vision_encoder.pos_embed.copy_(0.5 * _sines(model.vision_encoder.pos_embed.shape[1], DIM))
-        # transformers draws these for a checkpoint to replace, at frequencies that no neighbours share.
+        # transformers draws these for a checkpoint to replace: at its high frequencies even neighbours share nothing.
         frequencies = 0.7 * torch.randn(2, DIM // 2)
         for embedding in (model.shared_image_embedding, model.prompt_encoder.shared_embedding):
             embedding.positional_embedding.copy_(frequencies)
@@ -82,7 +82,7 @@ def segmenter() -> SamSegmenter:
 
 
 def tokenizer() -> BertTokenizer:
-    """Of whole words: the default adjectives, the digits' names, and glyph1 …"""
+    """Build a tokenizer of whole words: the default adjectives, the digits' names, and glyph1, glyph2, …"""
     words = [f"[unused{i}]" for i in range(_GLYPHS + GLYPHS + 130)]
     words[0], words[100:104] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     for first, named in ((_WORDS, ADJECTIVES), (_DIGITS, CLASSES[1:]), (_GLYPHS, glyph_names())):
@@ -98,7 +98,7 @@ def glyph_names() -> list[str]:
 
 @torch.no_grad()
 def name_digits(model: ClassDetector) -> None:
-    """Give the digits' names embeddings like those of the glyphs' names, drawn at random: no word says how it looks."""
+    """Draw embeddings for the digits' names, distributed as those of the glyphs' names: no word tells how it looks."""
     table = model.text_backbone.embeddings.word_embeddings.weight
     known = table[_GLYPHS : _GLYPHS + GLYPHS]
     spread = torch.linalg.cholesky(known.T.cov() + 1e-6 * torch.eye(known.shape[1]))
@@ -106,7 +106,7 @@ def name_digits(model: ClassDetector) -> None:
 
 
 def _sines(side: int, width: int) -> Tensor:
-    """Sines and cosines of rows and of columns, [1, side, side, width]."""
+    """Compute sines and cosines of rows and of columns, [1, side, side, width]."""
     frequencies = 1.5 * 100 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.tables``: what README.md and docs/measurements.md say was measured, from the rows of two CPUs.
+"""``python -m benchmarks.tables``: writes the measured parts of README.md and docs/measurements.md from two CPUs' rows.
 
-What stands there between ``<!-- measured: NAME -->``, or ``<!-- measured: NAME on AVX2 -->``, and ``<!-- end -->`` is
-made here. A number without a unit is a provider's median ÷ fastcss's.
+It makes what stands between ``<!-- measured: NAME -->``, or ``<!-- measured: NAME on AVX2 -->``, and ``<!-- end -->``.
+A number without a unit is a provider's median ÷ fastcss's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .cases import OURS
 from .points import Point, finer, ratio, table
 
 ROOT = Path(__file__).parent.parent
-#: By their widest instructions, which the names of the rows' device have: the file's stem, and what a page calls it.
+#: Maps a CPU's widest instructions, which are part of its name in the rows, to the stem of its file and its name on a
+#: page.
 CPUS = {
     "AVX512": ("amd-epyc-avx512-2-threads", "AMD EPYC (Zen 5, AVX-512)"),
     "AVX2": ("amd-epyc-avx2-2-threads", "AMD EPYC (Zen 3, AVX2)"),
@@ -39,7 +40,7 @@ ONE_PASS = {
 
 
 def stamp(rows: Sequence[dict]) -> str:
-    """Where and when."""
+    """Say on which machine, with which torch and when the rows were measured."""
     _, instructions, threads = rows[0]["device_name"].split(", ")
     torches = {row["torch"].split("+")[0] for row in rows}
     dates = sorted({row["date"] for row in rows})
@@ -48,7 +49,7 @@ def stamp(rows: Sequence[dict]) -> str:
 
 
 def _one_pass(rows: Sequence[dict]) -> dict[str, Point]:
-    """Where the adapters are → its case."""
+    """Map the adapters' sites to the case with adapters there."""
     names = {"Swin and fusion": "t6", "fusion only": "t6-fusion"}
     return {sites: Point(rows, f"one_pass/grounding-dino-480x640-{name}") for sites, name in names.items()}
 
@@ -101,16 +102,16 @@ MARKED = re.compile(r"<!-- measured: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def read_rows() -> dict[str, list[dict]]:
-    """Of each of ``CPUS``."""
+    """Read the rows of each of ``CPUS``."""
     results = ROOT / "benchmarks" / "results"
     return {instructions: report.read(results / f"{stem}.jsonl") for instructions, (stem, _) in CPUS.items()}
 
 
 def filled(page: str, rows: Mapping[str, Sequence[dict]]) -> str:
-    """``page`` with its parts made anew from the rows of each of ``CPUS``.
+    """Return ``page`` with its parts made anew from the rows of each of ``CPUS``.
 
     Raises:
-        ValueError: there is no such part, or no row that it needs.
+        ValueError: there is no such part, or a row that it needs is missing.
     """
 
     def made(match: re.Match) -> str:

@@ -1,9 +1,9 @@
-"""``pytest benchmarks``: our provider in every case of the registry, verified and timed by pytest-benchmark.
+"""``pytest benchmarks``: verifies our provider in every case of the registry, and times it by pytest-benchmark.
 
 ``pytest benchmarks --benchmark-autosave`` keeps the times, and ``pytest benchmarks --benchmark-compare
---benchmark-compare-fail=median:20%`` fails where they grew: absolute times, which only a machine of one's own can
-repeat. ``python -m benchmarks --compare OLD.jsonl`` compares with peers of the same run instead. ``--quick`` takes the
-small stand-in cases, ``-k`` a part of them.
+--benchmark-compare-fail=median:20%`` fails where they grew. These are absolute times, which only a machine of one's own
+can repeat; ``python -m benchmarks --compare OLD.jsonl`` compares with peers of the same run instead. ``--quick`` takes
+the small stand-in cases, ``-k`` a part of them.
 """
 
 import pytest

@@ -16,8 +16,8 @@ from fastcss.ops import top_margin
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: sums of 150 rounded exponentials. bfloat16: its 8 bits, also of the whole
-# softmax where it is in memory, and the curvature's difference of such.
+# Errors are relative to the largest expected value. float32 adds up 150 rounded exponentials. bfloat16 has 8 bits, also
+# for the whole softmax where it is in memory, and the curvature is a difference of such values.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 SOURCES = ("fastcss/_ops/top_margin.py", "fastcss/composed/top_margin.py")
 
@@ -36,7 +36,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: str) -> Problem:
     logits, labels = _logits_and_labels(shape, device)
     logits, pixels = logits.to(dtype), [shape[n] for n in "BHW"]
-    # Of margin, p_true, p_rival and curvature.
+    # The four gradients are those of margin, p_true, p_rival and curvature.
     gradients = tuple(_steps.normal(*pixels, dtype=dtype, device=device) for _ in range(4))
 
     def step(forward: Callable[[Tensor, Tensor], Margins]) -> Step:
@@ -62,7 +62,8 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def _logits_and_labels(shape: dict, device: str) -> tuple[Tensor, Tensor]:
-    """Noise below 3 and two larger logits a pixel that bfloat16 can tell apart; the label is either or any class."""
+    """Draw noise below 3, and two larger logits per pixel that bfloat16 can tell apart; the label is one of these two
+    classes or any class."""
     b, c, h, w = (shape[n] for n in "BCHW")
     logits = torch.randn(b, c, h, w, device=device).clamp_(max=3)
     first = torch.randint(c, (b, 1, h, w), device=device)
@@ -75,14 +76,15 @@ def _logits_and_labels(shape: dict, device: str) -> tuple[Tensor, Tensor]:
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """No products; bytes of the logits, the labels and the five outputs, and of the gradients of all but the rival."""
+    """Count no FLOPs, as there are no products; and bytes of the logits, the labels, the five outputs, and the
+    gradients of all but the rival."""
     b, c, h, w = (shape[n] for n in "BCHW")
     moved = b * h * w * ((c + 4) * itemsize + 2 * 8)
     return (0.0, moved) if mode == "fwd" else (0.0, moved + b * h * w * (2 * c + 4) * itemsize)
 
 
 def _literal(logits: Tensor, labels: Tensor) -> Margins:
-    """The two largest logits of a pixel, the rival among them, and the whole softmax."""
+    """Take the two largest logits of a pixel, one of which is the rival, and the whole softmax."""
     true = labels[:, None]
     top = logits.topk(2, dim=1).indices
     rival = torch.where(top[:, :1] == true, top[:, 1:], top[:, :1])
@@ -92,7 +94,7 @@ def _literal(logits: Tensor, labels: Tensor) -> Margins:
 
 
 def _max(logits: Tensor, labels: Tensor) -> Margins:
-    """The largest of the logits without the true one, and the softmax at two classes only."""
+    """Take the largest of the logits without the true one, and the softmax at two classes only."""
     true = labels[:, None]
     rival = logits.detach().scatter(1, true, float("-inf")).argmax(dim=1, keepdim=True)
     z_true, z_rival = logits.gather(1, true), logits.gather(1, rival)

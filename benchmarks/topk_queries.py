@@ -14,10 +14,11 @@ from fastcss.ops import topk_queries
 from . import _steps
 from .cases import Case, Problem, Step
 
-# Of the largest expected value. float32: products of 256 rounded terms. bfloat16: its 8 bits, in the scores.
+# Errors are relative to the largest expected value. float32 has products of 256 rounded terms; bfloat16 has 8 bits in
+# the scores.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 SOURCES = ("fastcss/_ops/topk_queries.py", "fastcss/composed/topk_queries.py")
-#: Tokens at a time that the chunked form tries.
+#: The chunked form tries this many tokens at a time.
 CHUNKS = (256, 1024, 4096)
 
 
@@ -63,7 +64,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
 
 
 def _features(shape: dict, prototypes: Tensor, bias: Tensor) -> Tensor:
-    """Noise, and k tokens of each picture with logits above its own, 1.5% apart: far enough for bfloat16."""
+    """Draw noise, and k tokens of each picture with logits above the noise, 1.5% apart: far enough for bfloat16."""
     features = torch.randn(*(shape[n] for n in "BND"), device=prototypes.device)
     logit = 7 * 1.015 ** torch.arange(shape["k"], device=prototypes.device)
     for tokens in features:
@@ -76,20 +77,20 @@ def _features(shape: dict, prototypes: Tensor, bias: Tensor) -> Tensor:
 
 
 def work(shape: dict, itemsize: int) -> tuple[float, float]:
-    """FLOPs, and bytes in and out of memory."""
+    """Count FLOPs, and bytes in and out of memory."""
     b, n, c, d, k = (shape[name] for name in "BNCDk")
     return 2 * b * n * c * d, (b * n * d + c * d + c + b * k * d + b * k) * itemsize + b * k * 8
 
 
 def _literal(features: Tensor, prototypes: Tensor, k: int, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask2Former's class layer over all tokens, as SimCIS selects its queries."""
+    """Run Mask2Former's class layer over all tokens, as SimCIS does to select its queries."""
     logits = F.linear(features, prototypes, bias)
     score, index = torch.topk(logits.max(-1)[0], k, dim=1)
     return torch.gather(features, 1, index[..., None].repeat(1, 1, features.shape[-1])), index, score
 
 
 def _chunked(features: Tensor, prototypes: Tensor, k: int, bias: Tensor, tokens: int):
-    """The logits of some tokens at a time, and no index of the best class."""
+    """Compute the logits of some tokens at a time, and no index of the best class."""
     parts = [F.linear(part, prototypes, bias).amax(dim=2) for part in features.split(tokens, dim=1)]
     score, index = torch.cat(parts, dim=1).topk(k, dim=1)
     return features.take_along_dim(index[..., None], dim=1), index, score

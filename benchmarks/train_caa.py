@@ -1,9 +1,9 @@
 """``python -m benchmarks.train_caa [--seeds 0 1 2] [--steps N] [--out FILE.jsonl]``: does class-aware affinity help?
 
-Trains a small FCN on digit scenes, then trains it on in two arms: as it is, and with ``ClassAwareAffinity`` between its
-features and its segmentation layer. Both arms start from the same weights, as the thesis starts from pretrained
-backbones, and see the same scenes in the same order, with the same optimiser and as many steps. Exit code 1: on some
-seed the module did not improve the mean IoU of held-out scenes.
+Trains a small FCN on digit scenes, then goes on in two arms: with the FCN as it is, and with ``ClassAwareAffinity``
+between its features and its segmentation layer. Both arms start from the same weights, as the thesis starts from
+pretrained backbones, and see the same scenes in the same order, with the same optimiser and as many steps. Exit code 1:
+the module did not improve the mean IoU of held-out scenes on some seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Scenes = tuple[Tensor, Tensor]  #: images and labels
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of both arms alike."""
+    """Holds the settings, which are the same for both arms."""
 
     start_steps: int = 1500  # without the module, once for both arms
     start_lr: float = 3e-3
@@ -53,7 +53,8 @@ class Settings:
 
 
 class FCN(nn.Module):
-    """Four convolutions to stride 8, one before the segmentation layer, an auxiliary head half-way; CAA where added.
+    """Has four convolutions to stride 8, one before the segmentation layer, and an auxiliary head half-way; CAA is
+    added by ``add_context``.
 
     A feature sees 47 pixels of the scene, about the size of a digit.
     """
@@ -68,7 +69,7 @@ class FCN(nn.Module):
         self.context: ClassAwareAffinity | None = None
 
     def add_context(self, impl: str) -> None:
-        """Class-aware affinity with the segmentation layer that is there."""
+        """Add class-aware affinity, which keeps the segmentation layer that is there."""
         channels = self.segmentation.in_channels
         self.context = ClassAwareAffinity(
             channels, len(CLASSES), key_channels=channels // 2, attention_channels=channels // 2, impl=impl
@@ -76,7 +77,7 @@ class FCN(nn.Module):
         self.context.segmentation = self.segmentation
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] → logits [B, C, H/8, W/8]."""
+        """Map images [B, 3, H, W] to logits [B, C, H/8, W/8]."""
         features = self.head(self.stage(self.stem(images)))
         return self.segmentation(features) if self.context is None else self.context(features).logits
 
@@ -98,7 +99,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def train(model: FCN, scenes: Scenes, steps: int, lr: float, seed: int, settings: Settings, advance: Callable) -> None:
-    """AdamW with a polynomial schedule; the order of the scenes follows from ``seed``."""
+    """Train by AdamW with a polynomial schedule; the order of the scenes follows from ``seed``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     model.train()
@@ -112,7 +113,7 @@ def train(model: FCN, scenes: Scenes, steps: int, lr: float, seed: int, settings
 
 
 def batches(scenes: Scenes, steps: int, batch: int, seed: int) -> Iterator[Scenes]:
-    """Shuffled scenes; the order follows from the seed alone."""
+    """Yield shuffled scenes; the order follows from the seed alone."""
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(order) < batch:
@@ -122,7 +123,7 @@ def batches(scenes: Scenes, steps: int, batch: int, seed: int) -> Iterator[Scene
 
 
 def rendered(scenes: DigitScenes, advance: Callable) -> Scenes:
-    """All images and labels, as uint8."""
+    """Render all images and labels, as uint8."""
     images, labels = [], []
     for image, label in scenes:
         images.append((image * 255).round().byte())
@@ -137,7 +138,7 @@ def _floats(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def iou(model: FCN, scenes: Scenes) -> Tensor:
-    """Intersection over union of each class over all pixels of all scenes: [C], float64."""
+    """Compute the intersection over union of each class over all pixels of all scenes: [C], float64."""
     classes = len(CLASSES)
     counts = torch.zeros(classes * classes, dtype=torch.int64)
     for images, labels in zip(*(part.split(50) for part in scenes), strict=True):
@@ -149,7 +150,7 @@ def iou(model: FCN, scenes: Scenes) -> Tensor:
 
 
 def run(seeds: Sequence[int], settings: Settings, console: Console) -> Iterator[dict]:
-    """Train and test both arms on every seed: a row for each, as it is finished."""
+    """Train and test both arms on every seed, and yield a row for each as it is finished."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 
@@ -186,7 +187,7 @@ def _row(arm: str, seed: int, settings: Settings, model: FCN, ious: Tensor, figu
 
 
 def pairs(rows: Sequence[dict]) -> list[tuple[dict, dict]]:
-    """The two arms of each seed."""
+    """Pair the rows of the two arms of each seed."""
     by_arm = [[row for row in rows if row["arm"] == arm] for arm in ARMS]
     return list(zip(*by_arm, strict=True))
 

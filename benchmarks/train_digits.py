@@ -1,10 +1,10 @@
 """``python -m benchmarks.train_digits [--cases NAME…] [--runs FOLDER] [--out FILE]``: does continual learning cost?
 
-DecoupleCSS learns the digits task after task; one adapter fine-tuned from task to task forgets; all classes at once, in
-joint training of the same model, is what there is to reach. Beside them the paper's own recipe, without what this
-project adds; and, where --cases asks for them, each of those additions left out ("ablations"). Every run is a folder
-that a killed one goes on from; its row is in the file as soon as it is finished. Exit code 1: on some setting
-DecoupleCSS is over 3 points of mIoU below joint training, or forgets over 1 point.
+DecoupleCSS learns the digits task after task; one adapter fine-tuned from task to task forgets; joint training of the
+same model on all classes at once is the goal to reach. A further method is the paper's own recipe, without what this
+project adds; and --cases can ask for runs that leave out one of these additions each ("ablations"). Every run is a
+folder, from which a killed run goes on; its row is in the file as soon as it is finished. Exit code 1: DecoupleCSS is
+over 3 points of mIoU below joint training on some setting, or forgets over 1 point.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from . import harness
 SETTINGS, SEEDS = ("2-2", "5-1"), (0, 1, 2)
 BELOW_JOINT, FORGETTING = 0.03, 0.01
 BASE = Path(__file__).parents[1] / "fastcss" / "assets" / "digits"
-#: Columns of the table: of a run's summary, and what it is called.
+#: The columns of the table: a field of a run's summary, and its title.
 COLUMNS = {"all": "mIoU", "first": "first task", "later": "later tasks", "avg_iou": "Avg-IoU", "ff_iou": "FF-IoU"}
 
 
 class Form(NamedTuple):
-    """How DecoupleCSS learns, where that is not as the package does it for the digits.
+    """Says in what DecoupleCSS learns differently from the package's own defaults for the digits.
 
     Attributes:
         recipe: fields of ``Recipe``.
-        settings: of ``DecoupleCSS``.
-        generator: new classes' prompt generators begin as the pre-trained one.
+        settings: settings of ``DecoupleCSS``.
+        generator: whether new classes' prompt generators begin as copies of the pre-trained one.
     """
 
     recipe: dict = {}  # noqa: RUF012
@@ -64,8 +64,8 @@ FORMS = {
     OURS: Form(),
     PAPER: Form(METHOD.recipe | RATES, METHOD.settings | ADAPTERS, generator=False),
 }
-#: What the package does for the digits and the paper does not say, each left out by itself; and all of its method and
-#: adapters at this package's rates.
+#: Each ablation leaves out one thing that the package does for the digits and the paper does not mention; the last has
+#: all of the paper's method and adapters at this package's rates.
 ABLATIONS = {
     "no-token-loss": Form({"token_weight": 0.0, "one_class_token_weight": 0.0}),
     "confidence-sam": Form(settings={"confidence": "sam"}),
@@ -81,7 +81,7 @@ ABLATIONS = {
 
 
 class Case(NamedTuple):
-    """One run. Joint training is the same whatever the setting."""
+    """Names one run. Joint training is the same whatever the setting."""
 
     method: str
     setting: str
@@ -90,7 +90,7 @@ class Case(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What ``--cases`` asks for it by, beside its own name."""
+        """The name of a group of runs, by which ``--cases`` may ask for this one, too."""
         return self.method if self.form == OURS else self.form
 
     @property
@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
 
 def cases(settings: Sequence[str], seeds: Sequence[int]) -> list[Case]:
-    """Of the table; the longest first, so that no process is left alone with one at the end."""
+    """List the runs of the table, the longest first, so that no process is left alone with a long one at the end."""
     kinds = (("decouplecss", PAPER), ("decouplecss", OURS), ("naive", OURS))
     continual = [Case(m, setting, seed, form) for m, form in kinds for seed in seeds for setting in settings]
     return continual + [Case("joint", settings[0], seed) for seed in seeds]
@@ -110,10 +110,10 @@ def ablations(settings: Sequence[str], seed: int) -> list[Case]:
 
 
 def chosen(names: Sequence[str] | None, settings: Sequence[str], seeds: Sequence[int]) -> list[Case]:
-    """The table's cases, or those of the names: of a run, of all runs of a method or form, or "ablations".
+    """Return the table's cases, or those named: a run, all runs of a method or form, or "ablations".
 
     Raises:
-        ValueError: a name of nothing.
+        ValueError: a name names nothing.
     """
     table, further = cases(settings, seeds), ablations(settings, seeds[0])
     if names is None:
@@ -128,7 +128,7 @@ def chosen(names: Sequence[str] | None, settings: Sequence[str], seeds: Sequence
 
 
 def learn(case: Case, runs: Path, base: Path, plan: dict) -> dict:
-    """One run to its end, in a process of its own; → its row."""
+    """Train one run to its end, in a process of its own, and return its row."""
     torch.set_num_threads(1)
     defaults, form = DEFAULTS["digits"].plan, (FORMS | ABLATIONS)[case.form]
     epochs = {name: value for name, value in plan.items() if name == "epochs"}
@@ -137,7 +137,7 @@ def learn(case: Case, runs: Path, base: Path, plan: dict) -> dict:
     about = Plan("digits", case.setting, method=case.method, seed=case.seed, **defaults | rest | {"recipe": recipe})
     if form.generator:
         begin(runs / case.folder, about, base, settings=form.settings)
-    else:  # with the folders of the frozen models, what the base's own settings say has to be said
+    else:  # given the folders of the frozen models alone, the run needs to be told what the base's own settings say
         places = checkpoint_folders(base)
         sites = {"sites": read_settings(base)["sites"]}
         begin(runs / case.folder, about, (places["detector"], places["segmenter"]), settings=sites | form.settings)
@@ -146,7 +146,7 @@ def learn(case: Case, runs: Path, base: Path, plan: dict) -> dict:
 
 
 def row(run: Path, form: str) -> dict:
-    """What a finished run's ``metrics.jsonl`` says, and what it was learned with."""
+    """Make a row of what a finished run's ``metrics.jsonl`` says and what it was trained with."""
     records = read_metrics(run)
     tasks = [record for record in records if record["kind"] == "task"]
     (summary,) = (record for record in records if record["kind"] == "summary")
@@ -160,7 +160,7 @@ def row(run: Path, form: str) -> dict:
 
 
 def table(rows: Sequence[dict], settings: Sequence[str]) -> list[list[str]]:
-    """A line for each setting and method: means over the seeds, and the standard deviation of the mIoU, in points."""
+    """Make a line for each setting and method: means over the seeds and the mIoU's standard deviation, in points."""
     lines = []
     for setting in settings:
         for method in ("joint", "decouplecss", PAPER, "naive", *ABLATIONS):
@@ -178,7 +178,8 @@ def table(rows: Sequence[dict], settings: Sequence[str]) -> list[list[str]]:
 
 
 def reached(rows: Sequence[dict], settings: Sequence[str]) -> bool:
-    """DecoupleCSS is close enough to joint training, and forgets little enough, on every setting that has both."""
+    """Tell whether DecoupleCSS is close enough to joint training, and forgets little enough, on every setting that has
+    both."""
     settings = [each for each in settings if _of(rows, "joint", each) and _of(rows, "decouplecss", each)]
 
     def mean(method: str, setting: str, name: str) -> float:
@@ -192,7 +193,7 @@ def reached(rows: Sequence[dict], settings: Sequence[str]) -> bool:
 
 
 def _of(rows: Sequence[dict], kind: str, setting: str) -> list[dict]:
-    """Of a method as the package has it, or of another form."""
+    """Select the rows of a method as the package has it, or of another form."""
 
     def kind_of(row: dict) -> str:
         return row["method"] if row["form"] == OURS else row["form"]
@@ -201,7 +202,7 @@ def _of(rows: Sequence[dict], kind: str, setting: str) -> list[dict]:
 
 
 def merged(rows: Sequence[dict], path: Path) -> list[dict]:
-    """The file's rows with these in the places of their runs, or at its end; the file then has them."""
+    """Put these rows into the file, in the places of their runs or at its end, and return all its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     together = {of["run"]: of for of in ({"form": OURS} | json.loads(line) for line in lines)}

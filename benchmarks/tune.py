@@ -1,9 +1,9 @@
-"""``python -m benchmarks.tune [CASE…] --out tiles.jsonl``: which tiles of the Triton kernels are the fastest here.
+"""``python -m benchmarks.tune [CASE…] --out tiles.jsonl``: finds the fastest tiles of the Triton kernels here.
 
-For each tile that a case's host code chooses, its neighbours are tried: one size half as large or twice, fewer or more
-warps or stages. They are verified, and timed in turn as CUDA graphs of the whole op; from the best of them once more.
-Several cases may be tuned at a time: they compile beside each other, and take turns on the GPU. Each result is a row of
-the file, from which kernels/tuned_tiles.py is written anew.
+It tries the neighbours of each tile that a case's host code chooses: one size half as large or twice, fewer or more
+warps or stages. They are verified, and timed in turn as CUDA graphs of the whole op; then the neighbours of the best
+one are tried in the same way. Several cases may be tuned at a time: they compile beside each other, and take turns on
+the GPU. Each result is a row of the file, from which kernels/tuned_tiles.py is written anew.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .cases import Case
 
 TABLE = harness.ROOT / "kernels" / "tuned_tiles.py"
 ROUNDS = 2
-#: What another tile must gain to be taken: less is noise.
+#: Another tile is taken only if it gains at least this share of the time: less is noise.
 GAIN = 0.03
-SECONDS = 0.05  # of a candidate's time
+SECONDS = 0.05  # spent on timing each candidate
 
 
 class Asked(dict):
-    """A table of tiles that notes what it was asked for, and what was chosen without it."""
+    """Is a table of tiles that notes what it was asked for, and what the host code would choose without it."""
 
     def __init__(self, tiles: dict[str, dict]):
         super().__init__(tiles)
@@ -59,7 +59,7 @@ def neighbours(tile: dict, free: tuple[str, ...]) -> list[dict]:
 
 @contextlib.contextmanager
 def compiling_only() -> Iterator[None]:
-    """Triton's launches compile their kernels and launch nothing."""
+    """Make Triton's launches compile their kernels and launch nothing."""
     import triton
 
     launch = triton.runtime.JITFunction.run
@@ -80,7 +80,7 @@ def alone_on_the_gpu(lock: Path) -> Iterator[None]:
 
 
 class Tuner:
-    """Of one case, in its last mode: "bwd" is forward and backward."""
+    """Tunes one case, in its last mode ("bwd" is forward and backward)."""
 
     def __init__(self, case: Case, lock: Path):
         from fastcss.kernels.tuned_tiles import TILES
@@ -97,7 +97,7 @@ class Tuner:
             self.step()
 
     def tune(self, sizes: str) -> dict:
-        """The row of one tile."""
+        """Find the best tile for these sizes, and return its row."""
         from fastcss.kernels.tuned import FREE
 
         chosen = self.table.chosen[sizes]
@@ -117,7 +117,7 @@ class Tuner:
         return row | {"device_name": torch.cuda.get_device_name(), "torch": torch.__version__}
 
     def times_ms(self, sizes: str, candidates: list[dict]) -> dict[int, float]:
-        """Of those candidates that run and are right, by their number; the first one must."""
+        """Time those candidates that run and are right, by their number; the first one must be among them."""
         graphs = {}
         for number, tile in enumerate(candidates):
             self.table[sizes] = tile
@@ -143,7 +143,10 @@ def read(file: Path) -> list[dict]:
 
 
 def table_of(rows: list[dict]) -> dict[int, dict[str, dict]]:
-    """Of several cases that ask for one tile, the one that takes longest decides."""
+    """Make the table of tiles that are better than the chosen ones.
+
+    If several cases ask for one tile, the case that takes longest decides.
+    """
     tiles: dict[int, dict[str, dict]] = {}
     for row in sorted(rows, key=lambda row: row["chosen_ms"]):
         tiles.setdefault(row["arch"], {})[row["sizes"]] = row["tile"] if row["tile"] != row["chosen"] else {}
@@ -152,7 +155,7 @@ def table_of(rows: list[dict]) -> dict[int, dict[str, dict]]:
 
 
 def source_of(tiles: dict[int, dict[str, dict]]) -> str:
-    """Of kernels/tuned_tiles.py."""
+    """Write the source of kernels/tuned_tiles.py with these tiles."""
     head = TABLE.read_text().split("TILES")[0]
     lines = []
     for arch, of_arch in tiles.items():

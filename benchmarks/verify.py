@@ -1,7 +1,7 @@
-"""``python -m benchmarks.verify CASE… [--device cpu|cuda] [--quick]``: every provider of these cases once, untimed.
+"""``python -m benchmarks.verify CASE… [--device cpu|cuda] [--quick]``: runs each provider of these cases once, untimed.
 
 It says which of them do not run or are wrong, and leaves all that is compiled for them in the compilers' caches. Exit
-code 1: one of ours.
+code 1: one of ours did not run or was wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def remarks(case: Case, mode: str, device: str) -> dict[str, str]:
-    """By provider, and on a GPU of each as a CUDA graph, too."""
+    """Return what is wrong, by provider; a GPU also runs each provider as a CUDA graph."""
     torch.manual_seed(0)
     torch.compiler.reset()
     problem = case.build(device, mode)

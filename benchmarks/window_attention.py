@@ -1,10 +1,10 @@
 """Cases of ``window_attention``: every layer of a Swin backbone on a picture, the op alone and with its projections.
 
-The model partitions its normed map once and projects queries, keys and values of the windows; the op takes them of the
-map. So that neither pays for the other's order, "eager", "compiled" and "sdpa" of the bare op are given keys and values
-in windows from the start and bring only the queries there, in place of the model's map: one padded, rolled and
-partitioned tensor, and one merged, rolled back and cropped, a layer, as in the model. Mode "bwd" is a training step's
-share: forward, then the gradients of q, k and v, which stay in windows where they came in windows; biases are frozen.
+The model partitions its normed map once, and projects queries, keys and values of the windows; the op takes those of
+the map. Neither should pay for the other's order. So the bare op's "eager", "compiled" and "sdpa" are given keys and
+values in windows from the start, and bring only the queries there, in place of the model's map. Each layer then pads,
+rolls and partitions one tensor, and merges, rolls back and crops one, as in the model. Mode "bwd" is a training step's
+share: forward, then the gradients of q, k and v, which stay in windows if they came in windows; biases are frozen.
 
 The case ``-layer`` is what a model feels: transformers' own ``SwinLayer`` with its projections, but without its norms
 and MLP (its two sums remain, in every provider), and what ``fastcss.fuse`` makes of it.
@@ -27,8 +27,8 @@ from fastcss.ops import window_attention
 from . import _steps
 from .cases import Case, Problem, Step, largest_error
 
-# Of the largest expected value. float32: sums of 49 rounded products, or of 768 before them. bfloat16: its 8 bits of
-# scores of up to 10, and of the attention where it is in memory.
+# Errors are relative to the largest expected value. float32 adds up 49 rounded products, and as many as 768 in the
+# projections before. bfloat16 has 8 bits for scores of up to 10, and for the attention where it is in memory.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 SOURCES = ("fastcss/_ops/window_attention.py", "fastcss/composed/window_attention.py")
 FUSE_SOURCES = ("fastcss/_fuse/*.py",)
@@ -36,7 +36,7 @@ WINDOW, WIDTH = 7, 32
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """The point of the specification: Swin-T on a picture of 800 × 1066 pixels, all twelve layers in turn."""
+    """List the point of the specification: Swin-T on a picture of 800 × 1066 pixels, all twelve layers in turn."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     name, maps = "window_attention/swin-t-800x1066", [(200, 267), (100, 134), (50, 67), (25, 34)]
     shape = {"B": 1, "maps": maps, "depths": [2, 2, 6, 2], "heads": [3, 6, 12, 24], "D": WIDTH, "window": WINDOW}
@@ -76,7 +76,7 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         )()
 
     def error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        """Gradients in windows are merged before they are compared."""
+        """Merge gradients that are in windows, and compare."""
         of_tensor = [layer for layer in layers for _ in range(len(expected) // len(layers))]
         maps = [
             layer.merged(a).view(b.shape) if (a.dim(), b.dim()) == (4, 5) else a
@@ -123,7 +123,7 @@ def _layer_problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mo
 
 @dataclasses.dataclass
 class Layer:
-    """One layer's inputs.
+    """Holds one layer's inputs.
 
     Attributes:
         block: transformers' SwinLayer, whose padding, shift and mask the peers run.
@@ -161,7 +161,7 @@ class Layer:
         return forward
 
     def model_step(self, attend: Callable[..., Tensor], mode: str, compiled: bool = False) -> Step:
-        """A step of transformers' arithmetic: q of the map, k and v in windows."""
+        """Make a step of transformers' arithmetic: q comes as a map, k and v in windows."""
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, padded = self.partitioned(q)
@@ -180,7 +180,7 @@ class Layer:
         return _steps.step_of(lambda *tensors: (forward(*tensors),), (q, *windows), [self.gradient], mode)
 
     def partitioned(self, x: Tensor) -> tuple[Tensor, Sequence[int]]:
-        """[B, H, W, heads, D] → [windows, window², heads, D], and height and width of the filled up map."""
+        """Partition [B, H, W, heads, D] → [windows, window², heads, D], and return the padded map's size, too."""
         from transformers.models.swin.modeling_swin import window_partition
 
         heads, width = x.shape[3:]
@@ -189,7 +189,7 @@ class Layer:
         return windows.view(-1, WINDOW * WINDOW, heads, width), x.shape[1:3]
 
     def merged(self, windows: Tensor) -> Tensor:
-        """[windows, window², heads, D] → [B, H, W, heads · D]."""
+        """Merge [windows, window², heads, D] → [B, H, W, heads · D]."""
         from transformers.models.swin.modeling_swin import window_reverse
 
         height, width = self.size
@@ -199,7 +199,7 @@ class Layer:
         return x if padded == (height, width) else x[:, :height, :width].contiguous()
 
     def mask(self, windows: int, padded: Sequence[int]) -> Tensor:
-        """The relative positions' bias, for a shifted layer with the mask of each window."""
+        """Return the relative positions' bias; a shifted layer adds the mask of each window."""
         bias = self.bias[None]
         mask = self.block.get_attn_mask(*padded, dtype=bias.dtype, device=bias.device)
         if mask is None:
@@ -208,7 +208,7 @@ class Layer:
 
 
 def swin_layers(shape: dict, dtype: torch.dtype, device: str) -> list[nn.Module]:
-    """transformers' layers with random weights, every second one shifted, norms and MLPs left out."""
+    """Build transformers' layers with random weights, every second one shifted, without norms and MLPs."""
     from transformers import SwinConfig
     from transformers.models.swin.modeling_swin import SwinLayer
 
@@ -226,15 +226,18 @@ def swin_layers(shape: dict, dtype: torch.dtype, device: str) -> list[nn.Module]
 
 
 def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
-    """FLOPs: the scores and the sums of each token's window; in the backward pass two products for each of these,
-    without the scores that it may compute again. Bytes of q, k, v and the output in and out of memory."""
+    """Count FLOPs, and the bytes of q, k, v and the output in and out of memory.
+
+    The forward pass has the scores and the sums of each token's window. The backward pass has two products for each of
+    these; the scores that it may compute again do not count.
+    """
     values = _values(shape)
     flops = 4 * WINDOW**2 * values
     return (flops, 4 * values * itemsize) if mode == "fwd" else (3 * flops, (3 * 3 + 2) * values * itemsize)
 
 
 def layer_work(shape: dict, itemsize: int) -> tuple[float, float]:
-    """The same with the four projections; of the maps only what the layer reads and writes, and its weights."""
+    """Count the same with the four projections, and the bytes of the layer's input, output and weights only."""
     values, flops, weights = _values(shape), 0, 0
     for (height, width), depth, heads in zip(shape["maps"], shape["depths"], shape["heads"], strict=True):
         channels = heads * shape["D"]
@@ -244,7 +247,7 @@ def layer_work(shape: dict, itemsize: int) -> tuple[float, float]:
 
 
 def _values(shape: dict) -> int:
-    """Of the maps of all layers."""
+    """Count the values in one map of every layer."""
     stages = zip(shape["maps"], shape["depths"], shape["heads"], strict=True)
     return sum(shape["B"] * h * w * depth * heads * shape["D"] for (h, w), depth, heads in stages)
 
@@ -254,7 +257,7 @@ def _in_turn(steps: Sequence[Step]) -> Step:
 
 
 def _compiled(forward: Callable) -> Callable:
-    """For this layer's shapes alone. A whole graph, so that nothing quietly runs uncompiled beyond dynamo's limit."""
+    """Compile for this layer's shapes alone, as a whole graph: nothing runs uncompiled unseen past dynamo's limit."""
     return torch.compile(forward, dynamic=False, fullgraph=True)
 
 
