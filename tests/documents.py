@@ -40,7 +40,7 @@ def sections(path: Path) -> list[Section]:
 
 
 def anchor(heading: str) -> str:
-    """Of a heading, as GitHub makes it."""
+    """Make the anchor of a heading as GitHub does."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
@@ -53,7 +53,7 @@ def inline_code(path: Path) -> list[str]:
 
 
 def readers_program(folder: Path, kind: str) -> dict:
-    """What an example takes from the program of its reader: a PEFT model of six tasks of this ``kind``, inputs for it,
+    """Make what an example expects of its reader's program: a PEFT model of six tasks of this ``kind``, inputs for it,
     and in ``folder`` the adapters as PEFT saves them."""
     from one_pass import adapted_models
 

@@ -25,13 +25,13 @@ def pytest_configure(config):
 
 
 def last_outcomes(file: Path) -> dict[str, str]:
-    """By test."""
+    """Read the last outcome of each test."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {row["test"]: row["outcome"] for row in rows}
 
 
 class Order:
-    """Which tests are run, and which of them first: the same in every process, also in one that starts later."""
+    """Selects the tests to run and orders them: the same in every process, also in one that starts later."""
 
     def __init__(self, before: dict[str, str]):
         self.before = before

@@ -117,7 +117,7 @@ def test_work_of_window_attention(mode, flops, moved):
 
 
 def test_work_of_whole_window_layers():
-    """On maps that are a multiple of the window, or the model's own products would hold those of the filling."""
+    """The maps are multiples of the window; the model's own products would count the padding's, otherwise."""
     shape = {"B": 2, "maps": [(14, 21), (14, 14)], "depths": [2, 1], "heads": [1, 2], "D": 32}
     blocks, flops = window_attention.swin_layers(shape, torch.float32, "cpu"), 0
     for block in blocks:
@@ -134,7 +134,7 @@ def test_work_of_whole_window_layers():
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_locations_of_deformable_attention_are_exact(quick):
-    """In every dtype, and none of them on the border of a cell."""
+    """The locations must be the same in every dtype, and none may be on the border of a cell."""
     (case,) = deformable_attention.cases("cuda", quick)
     points, offsets = deformable_attention.points_and_offsets(case.shape, "cpu")
     pixels = torch.tensor([(w, h) for h, w in case.shape["levels"]])[:, None]
@@ -199,7 +199,7 @@ def test_every_provider_of_the_quick_cases_is_right():
 
 
 def test_the_selection_ops_tell_bfloat16_inputs_apart():
-    """What a GPU will be given: indices and labels must not hang on rounding, in no provider."""
+    """A GPU will get these inputs: in no provider may indices or labels depend on rounding."""
     cases = [case for case in registry.all_cases("cuda", quick=True) if case.op in SELECTION]
     for case, mode in itertools.product(cases, MODES):
         if mode not in case.modes:
@@ -219,7 +219,7 @@ def test_case_names_are_unique_and_selected_by_prefix(device):
 
 
 def test_what_a_row_stands_on_is_there():
-    """Where a file was moved, its old name in ``SOURCES`` would leave it out of ``source_sha`` without a word."""
+    """If a file is moved, its old name in ``SOURCES`` would leave it out of ``source_sha`` without a word."""
     patterns = {pattern for case in registry.all_cases("cuda") for pattern in case.sources}
     assert [pattern for pattern in sorted(patterns) if not any(harness.ROOT.glob(pattern))] == []
 

@@ -185,7 +185,7 @@ HERE = {"device_name": harness.device_name("cpu"), "malloc": "default"}
 
 
 def test_a_run_is_compared_with_the_file_it_replaces(cases, tmp_path, capsys):
-    """Where ours took 0.1 ns and every peer an hour before, now it must have regressed; the other way round, not."""
+    """If ours took 0.1 ns and every peer an hour before, it must have regressed; the other way round it must not."""
     file = str(tmp_path / "rows.jsonl")
     assert command_line.main([*QUICK, "--out", file]) == 0
     for ours_ms, peer_ms, code, verdict in (
@@ -228,7 +228,7 @@ def test_only_what_is_slower_twice_regressed(slow, code, median, verdict, cases,
 
 
 def test_only_what_was_selected_can_be_gone(cases, tmp_path, capsys):
-    """Of other ops, cases, modes, machines and sizes a run says nothing."""
+    """A run says nothing of other ops, cases, modes, machines and sizes: their rows must not count as gone."""
     file = tmp_path / "rows.jsonl"
     others = rows("toy/one", **HERE) + rows("toy/lost-quick", mode="bwd", **HERE) + rows("toy/lost-quick")
     others += rows("other/lost-quick", op="other", **HERE)

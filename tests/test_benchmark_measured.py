@@ -1,4 +1,4 @@
-"""What impl="auto" takes on a GPU stands on rows of benchmarks/results."""
+"""Tests that what impl="auto" takes on a GPU is supported by rows of benchmarks/results."""
 
 from __future__ import annotations
 

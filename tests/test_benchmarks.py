@@ -295,7 +295,7 @@ def test_the_source_hash_follows_the_sources(tmp_path, monkeypatch):
 
 
 def test_freed_memory_is_given_back():
-    """In a process of its own, where the C library was told to keep it."""
+    """A process in which the C library was told to keep memory must give it back."""
     program = """
 import os, torch, fastcss
 from benchmarks import measure

@@ -73,7 +73,7 @@ def check_pip(packages: list[str]) -> None:
 
 
 def check_pytest(arguments: list[str]) -> None:
-    """What is run is there, and so are the options that are the suite's own."""
+    """Check that the files and modules to run exist, and that the suite has the options that are its own."""
     what = [argument for argument in arguments if re.match(r"(tests|benchmarks|fastcss)\b", argument)]
     assert what
     own = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")

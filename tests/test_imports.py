@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 #: Folder → the package that its files are modules of.
 PACKAGES = {"fastcss": "fastcss", "kernels": "fastcss.kernels", "benchmarks": "benchmarks", "tests": "tests"}
-#: From the bottom. A module is of the longest name here that is its own or that of a package around it. It imports from
-#: layers below and from what is of the same name; neighbours, as the implementations of an op are, keep apart.
+#: The layers, from the bottom. A module belongs to the longest name here that is its own or that of a package around
+#: it. It may import from layers below and from modules of the same name. Neighbours in a layer must not import each
+#: other, as the implementations of an op.
 LAYERS = (
     ("fastcss._dispatch.private_apis", "fastcss._rooms"),
     ("fastcss._cosine", "fastcss._files", "fastcss._malloc", "fastcss._schema", "fastcss.packed_lora"),
@@ -86,7 +87,7 @@ def imports(root: Path) -> list[Import]:
 
 
 def _named(node: ast.AST, importer: str, path: Path) -> Iterator[str]:
-    """What is imported here: a module, or something in one."""
+    """Yield what is imported here: a module, or something in one."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -132,7 +133,7 @@ def upward(found: Sequence[Import]) -> list[str]:
 
 
 def _layer(module: str) -> tuple[int, str] | None:
-    """Which one, and by which name; None where the table has no name for it."""
+    """Find a module's layer and the name that puts it there; None if the table has no name for it."""
     around = module
     while around not in HEIGHTS:
         around = around.rpartition(".")[0]
@@ -177,7 +178,7 @@ def test_nothing_else_imports_by_a_name_made_at_run_time():
 
 
 def test_no_public_name_shadows_a_module():
-    """After ``import fastcss.fuse`` a function of that name would be what ``fastcss.fuse`` is, or would be no more."""
+    """``import fastcss.fuse`` would put the module in the place of a function of that name, or the other way round."""
     there, public = modules(ROOT), 0
     for name, path in there.items():
         if name.startswith("fastcss") and "__all__" in path.read_text(encoding="utf-8"):

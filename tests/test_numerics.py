@@ -1,4 +1,4 @@
-"""What docs/numerics.md says of the whole package."""
+"""Tests what docs/numerics.md says of the whole package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_table_of_tolerances_is_that_of_the_tests(tolerances):
 
 @pytest.mark.parametrize("impl", ["composed", "cpu"])
 def test_denormals_stay(impl):
-    """On every thread, in the ops and around them."""
+    """Denormals must not become 0, on any thread, in the ops or around them."""
     if backends.UNAVAILABLE[impl]:
         pytest.skip(backends.UNAVAILABLE[impl])
     x = torch.full((64, 4096), 1e-40)  # enough for several threads

@@ -41,7 +41,7 @@ def finished(small, tmp_path_factory):
 
 
 def test_every_step_learns(finished, small):
-    """On the scenes that it saw, the loss after the last step is lower than before the first."""
+    """The loss on the scenes that it saw must be lower after the last step than before the first."""
     scenes = pretrain.Scenes(finished[0])
     for step, losses in (("features", pretrain.features), ("points", pretrain.points)):
         mean = {}

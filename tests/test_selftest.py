@@ -23,7 +23,7 @@ phrase_pool.phrase_pool = lambda *tensors: 1.001 * right(*tensors)
 
 
 def selftest(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own, which finds the package as an installed one, and without Triton's interpreter."""
+    """Run the self-test in a process that finds the package as an installed one, without Triton's interpreter."""
     path = os.pathsep.join((str(folder), str(ROOT)))
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "fastcss.selftest", *arguments)

@@ -45,7 +45,7 @@ def test_runs_are_chosen_by_name():
 
 
 def test_an_addition_left_out_is_all_that_differs():
-    """Of the package's way with the digits; and the paper's has none of them."""
+    """Each ablation must leave out one addition of the package's way with the digits; the paper's form has none."""
     ours, settings = DEFAULTS["digits"].plan["recipe"], DEFAULTS["digits"].settings
     for name, (recipe, changed, generator) in train_digits.ABLATIONS.items():
         assert all(getattr(ours, field) != value for field, value in recipe.items()), name

@@ -1,4 +1,4 @@
-"""Whether the version floors of pyproject.toml are true: ``make floors``, and a job of the public CI.
+"""Checks that the version floors of pyproject.toml are true: ``make floors``, and a job of the public CI.
 
 Three kinds of environments: each dependency at its floor beside the newest of the others that pip finds for it, all of
 them at their floors, and all at their newest. In each the self-test is run, and the tests that touch what is old there.
@@ -23,7 +23,7 @@ import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-#: What touches a dependency, of the tests that take seconds.
+#: The tests that touch each dependency, of those that take seconds.
 TESTS = {
     "numpy": ("tests/data", "tests/test_overlay.py"),
     "safetensors": ("tests/models/test_decouplecss_folder.py", "tests/one_pass/test_folders.py"),
@@ -40,7 +40,7 @@ SUMMARY = re.compile(r"^\d+ (?:passed|failed|error|skipped|deselected).*", re.MU
 
 
 def requirements() -> dict[str, Requirement]:
-    """Of the package and all its extras but those of its developers, by name."""
+    """Read the requirements of the package and of all its extras but the developers', by name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines = (*project["dependencies"], *extras["peft"], *extras["data"], *extras["commands"])
@@ -78,7 +78,7 @@ def make(folder: Path, pins: list[str], wanted: dict[str, Requirement]) -> Path:
 
 
 def run(python: Path, tests: list[str]) -> tuple[bool, str]:
-    """Whether the self-test and the tests pass there, and what pytest says of them."""
+    """Run the self-test and the tests there; return whether they pass, and what pytest says."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said, passed = [], True
     for which in (["--pyargs", "fastcss.selftest"], tests):

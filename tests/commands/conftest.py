@@ -62,7 +62,7 @@ def digit_models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digit_run(digit_models, tmp_path_factory) -> Path:
-    """What ``train`` makes of ``SMALL_DIGITS``; tests leave it as it is."""
+    """Trains a run with ``SMALL_DIGITS``; tests must not change it."""
     import torch
     from continual_runs import SMALL_DIGITS
 

@@ -96,7 +96,7 @@ def test_what_is_shown_is_what_is_measured(scenes, shown, figures):
 
 
 def test_labels_are_the_data_sets(loaded, scenes):
-    """Also where the model has its classes in another order."""
+    """The labels must be the data set's even if the model has its classes in another order."""
     model, found = build((2,)), {}
     model.tasks[0].thresholds.zero_()
     for names in (("zero", "one"), ("nine", "two")):

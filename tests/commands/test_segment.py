@@ -167,7 +167,7 @@ def test_a_picture_on_its_side_is_labelled_upright(command, tiny_model, tiny_run
 
 
 def test_long_pictures_are_labelled_whatever_the_backbone(command, pixels, tmp_path):
-    """Of which a ConvNeXt's strides would leave nothing."""
+    """A ConvNeXt's strides would leave nothing of the short side of these pictures."""
     model = build((2, 1), sites="convnext+fusion")
     run = save_run(model, tmp_path / "run", PLAN)
     shapes = [(2, 48), (36, 1), (3, 3), (36, 48)]
@@ -227,7 +227,7 @@ def test_bad_pictures_leave_the_others_their_results(command, tiny_run, picture,
 def test_a_picture_that_cannot_be_labelled_leaves_the_others_their_results(
     command, tiny_run, picture, pixels, tmp_path, monkeypatch, error
 ):
-    """As one does that is too large for the memory."""
+    """A picture may fail because it is too large for the memory."""
     Image.fromarray(pixels[:20, :, :3]).save(tmp_path / "large.png")
     real = DecoupleCSS.segment
 

@@ -1,4 +1,4 @@
-"""What is true of every kind of drawn scenes."""
+"""Checks what must be true of every kind of drawn scenes."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_torchmetrics_missing_names_the_extra(monkeypatch):
 
 def test_rows_have_old_new_and_all():
     metrics = ContinualMetrics([(1, 2), (3,), (4,)], images=(1, 1, 1))
-    # What is not learned yet does not count, whatever it is.
+    # Labels that are not learned yet do not count, whatever their values are.
     first = metrics.add([0.9, 0.8, 0.7, 0.1, math.nan])
     assert first["iou"] == [0.9, 0.8, 0.7, None, None]
     assert (first["task"], first["old"], first["new"]) == (1, None, pytest.approx(0.75))

@@ -78,7 +78,7 @@ def test_pillow_missing_names_the_extra(tmp_path, monkeypatch):
         read_image(tmp_path / "any.png")
 
 
-#: What a picture [2, 3] is, for each EXIF orientation, upright.
+#: Turns a picture [2, 3] upright, for each EXIF orientation.
 UPRIGHT = {
     None: lambda x: x, 1: lambda x: x, 2: lambda x: x.flip(1), 3: lambda x: x.flip(0, 1), 4: lambda x: x.flip(0),
     5: lambda x: x.T, 6: lambda x: x.rot90(-1), 7: lambda x: x.flip(0, 1).T, 8: lambda x: x.rot90(1), 9: lambda x: x,

@@ -1,4 +1,4 @@
-"""What every test of fused models wants."""
+"""Sets up every test of fused models."""
 
 import pytest
 

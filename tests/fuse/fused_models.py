@@ -13,8 +13,8 @@ EXACT = 1e-5  # float32, of the tensor's norm: the sums are the model's in anoth
 
 
 def encoder(device: str = "cpu") -> GroundingDinoEncoder:
-    """With points between the pixels: at first they lie on them, where a bilinear read has a slope on either side, and
-    rounding decides which of them is the gradient."""
+    """Build an encoder whose points lie between the pixels. A new model's points lie on pixels, where a bilinear read
+    has a slope on either side, and rounding decides which of them is the gradient."""
     model, generator = GroundingDinoEncoder.random("tiny"), torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("sampling_offsets.bias"):

@@ -1,4 +1,4 @@
-"""What ``fuse`` reports, refuses and undoes, on any model."""
+"""Tests what ``fuse`` reports, refuses and undoes, on any model."""
 
 from __future__ import annotations
 

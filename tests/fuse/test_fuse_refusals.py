@@ -1,4 +1,4 @@
-"""What ``fuse`` leaves as it is, and the reasons it gives."""
+"""Tests which modules ``fuse`` leaves as they are, and the reasons it gives."""
 
 from __future__ import annotations
 

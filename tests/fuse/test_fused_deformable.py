@@ -76,7 +76,8 @@ def test_what_may_be_left_out(path, options):
 
 
 def test_falls_back():
-    """Where the level shapes would have to be read from a tensor, or the weights are asked for."""
+    """The model's own code must run if the level shapes would have to be read from a tensor, or if the attention
+    weights are asked for."""
     path = "transformers.models.grounding_dino.modeling_grounding_dino.GroundingDinoMultiscaleDeformableAttention"
     rows = [shape.unbind() for shape in torch.tensor(SHAPES)]
     assert_fused_equals(build(path), inputs() | {"spatial_shapes_list": rows}, fused=False)

@@ -58,7 +58,7 @@ def tokens(height: int, width: int) -> tuple[torch.Tensor, tuple[int, int]]:
 @pytest.mark.parametrize("size", [(32, 32), (46, 38), (32, 70)], ids=lambda size: f"{size[0]}x{size[1]}")
 @torch.no_grad()
 def test_equals_the_model(kind, size, batch, device):
-    """Without padding, with padding on both sides and on one; every other layer is shifted."""
+    """The sizes need no padding, padding of both dimensions, or of one; every other layer is shifted."""
     model, given = build(kind, image_size=size).to(device), image(*size, batch)
     given["pixel_values"] = given["pixel_values"].to(device)
     expected = model(**given, output_hidden_states=True)

@@ -157,7 +157,7 @@ def test_any_batch_of_a_head():
 
 
 def test_a_program_from_a_file_learns():
-    """Without the Python of the op: its graph names the raw op, whose gradient is the op's."""
+    """The graph names the raw op, without the op's Python: the raw op's gradient must be the op's."""
     program = torch.export.export(Calls(CASES["multi_lora"].call), (normal(4, 5, 8),))
     file = io.BytesIO()
     torch.export.save(program, file)

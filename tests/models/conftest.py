@@ -1,4 +1,4 @@
-"""What every test of the whole systems wants, and runs of DecoupleCSS that are made once."""
+"""Sets up every test of the whole systems, and makes runs of DecoupleCSS once for all."""
 
 import functools
 import shutil

@@ -22,7 +22,7 @@ SMALL_DIGITS = (
     *("--data", "digits", "--setting", "5-5", "--epochs", "3", "--batch-size", "4"),
     *("--train-scenes", "12", "--test-scenes", "4"),
 )
-#: What differs between two runs of one plan.
+#: These fields differ between two runs of one plan.
 TIMES = ("seconds",)
 
 
@@ -46,7 +46,7 @@ def plan_of(**fields) -> Plan:
 
 
 def lines(run: Path) -> list[dict]:
-    """Of ``metrics.jsonl``, without the times."""
+    """Read the lines of ``metrics.jsonl``, without the times."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 

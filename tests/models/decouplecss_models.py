@@ -52,7 +52,7 @@ def convnext_detector() -> ClassDetector:
 
 
 def build(sizes: tuple[int, ...] = SIZES, sites: str = "swin+fusion", seed: int = 0) -> DecoupleCSS:
-    """In eval mode, with thresholds that some of the classes in a picture of noise are below."""
+    """Build a model in eval mode, whose thresholds some classes of a picture of noise do not reach."""
     torch.manual_seed(seed)
     detector = convnext_detector() if sites == "convnext+fusion" else ClassDetector.random("tiny")
     model = DecoupleCSS(
@@ -64,7 +64,7 @@ def build(sizes: tuple[int, ...] = SIZES, sites: str = "swin+fusion", seed: int 
 
 
 def add_task(model: DecoupleCSS, classes: int) -> None:
-    """With an adapter as if it were trained: as it comes it does nothing."""
+    """Add a task whose adapter looks trained: a new one does nothing."""
     number = len(model.tasks)
     task = model.add_task([f"class {number}.{k}" for k in range(classes)], phrases(classes, number))
     task.thresholds.fill_(0.101)
@@ -76,7 +76,7 @@ def add_task(model: DecoupleCSS, classes: int) -> None:
 
 
 def pictures(batch: int, device: str = "cpu") -> dict:
-    """What ``segment`` takes, with label maps of other sizes and pictures that fill SAM's in part."""
+    """Make arguments of ``segment``, with label maps of other sizes and pictures that fill only a part of SAM's."""
     generator = torch.Generator().manual_seed(0)
     return {
         "pixel_values": torch.randn(batch, 3, 64, 96, generator=generator).to(device),

@@ -35,7 +35,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def iou_now(run) -> list[float | None]:
-    """Of every label, by the run's model as it is loaded; None where there is none, or it is not learned."""
+    """Measure the IoU of every label by the run's model as loaded; None if it has none, or is not learned yet."""
     model, plan = load_run(run)
     seen = [label for labels in plan.tasks[: len(model.tasks)] for label in labels]
     iou = evaluate(model, Overlapped(plan.test_data(), seen), plan.labels, plan.shortest, plan.longest).tolist()
@@ -178,7 +178,7 @@ def test_naive_has_one_adapter_the_last(digit_run):
 
 
 def test_naive_goes_on_from_the_adapter_before(digit_models, tmp_path):
-    """At a rate of next to nothing what a task begins with is what it ends with."""
+    """The learning rate is next to nothing, so what a task ends with is what it began with."""
     still = Recipe(epochs=1, batch_size=8, learning_rate=1e-12)
     found = {}
     for method in ("naive", "decouplecss"):

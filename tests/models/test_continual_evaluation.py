@@ -1,4 +1,4 @@
-"""What a model knows, measured: against label maps compared by hand, in every mode."""
+"""Tests the measure of what a model knows against label maps compared by hand, in every mode."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def assert_unbroken(run: Path, unbroken: Path) -> None:
 
 
 def test_stopped_at_every_turn(digit_models, digit_run, tmp_path):
-    """In each start at the next thing that happens: in a batch, after an epoch, before, in and after evaluation."""
+    """Each start is stopped at the next event: in a batch, after an epoch, before, in and after evaluation."""
     run, held = tmp_path / "run", []
     begin(run, plan_of(method="naive"), digit_models, settings=SETTINGS)
     stops = ["learning", "step", "epoch", "step", "epoch", "evaluating", "evaluated", "measured"]
@@ -46,7 +46,7 @@ def test_stopped_at_every_turn(digit_models, digit_run, tmp_path):
 
 
 def train_until_killed(run: Path, calls: int) -> None:
-    """In a process of its own, which kills itself at a certain call of those that make things last."""
+    """Train in a process of its own, which kills itself at the given call of those that make files last."""
     dying = killing(calls)
     for module, name in ((os, "rename"), (os, "rmdir"), (os, "fsync")):
         setattr(module, name, dying(getattr(module, name)))

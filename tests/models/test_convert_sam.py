@@ -20,7 +20,7 @@ from fastcss.models.sam import SamSegmenter
 
 EPS = 1e-5  # of the norms in segment-anything's two-way transformer
 
-# What a module of transformers is in segment-anything, and where its parameters are by themselves there.
+# Maps a module of transformers to its name in segment-anything, also where that has bare parameters instead.
 MODULES = {
     "vision_encoder.patch_embed.projection": "image_encoder.patch_embed.proj",
     "vision_encoder.neck.conv1": "image_encoder.neck.0",
@@ -54,7 +54,7 @@ MODULES = {
 
 
 def segment_anything_name(name: str) -> str:
-    """Of a tensor that transformers calls ``name``."""
+    """Return segment-anything's name of a tensor that transformers calls ``name``."""
     if name == "shared_image_embedding.positional_embedding":
         return "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     owner, leaf = name.rsplit(".", 1)
@@ -116,7 +116,7 @@ def test_every_tensor_finds_its_place(model, checkpoint, tmp_path):
     ],
 )
 def test_the_published_sizes_are_recognised(name, width, depth, heads, wide):
-    """By their shapes: no tensor has memory here."""
+    """The sizes must be recognised by the tensors' shapes: no tensor has memory here."""
     vision = SamVisionConfig(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, global_attn_indexes=wide
     )
@@ -152,7 +152,7 @@ def test_what_is_no_sam_is_named(model, tmp_path, change, message):
 
 
 def optimizer_of(state: dict[str, Tensor]) -> dict:
-    """With moments, after a step."""
+    """Make an optimizer's state that has moments, after a step."""
     parameter = torch.nn.Parameter(state[NORM].clone())
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.ones_like(parameter)

@@ -17,7 +17,7 @@ from fastcss.ops import select_tokens
 
 @pytest.fixture(scope="module")
 def models():
-    """For tests that leave a model as it is."""
+    """Builds models for tests that do not change them."""
     return {sites: build(sites=sites) for sites in ("swin+fusion", "fusion")}
 
 
@@ -79,7 +79,7 @@ def test_literal_is_what_the_parts_make(models, confidence):
 
 
 def test_a_crop_is_the_corner_of_the_padded_picture(models):
-    """At twice SAM's size, where nothing is resized after the crop."""
+    """The picture has twice SAM's size, so that nothing is resized after the crop."""
     given = pictures(1) | {"sizes": [(256, 256)], "crops": None}
     (whole,) = models["fusion"].segment(**given).labels
     (corner,) = models["fusion"].segment(**given | {"sizes": [(170, 140)], "crops": [(85, 70)]}).labels
@@ -147,7 +147,7 @@ def test_no_class_is_background_alone():
 
 
 def watch_decoder(model, monkeypatch) -> list:
-    """What the segmenter is prompted with, and its masks."""
+    """Record what the segmenter is prompted with, and its masks."""
     seen, decode = [], model.segmenter.decode
 
     def watched(embedding, prompts):

@@ -1,4 +1,4 @@
-"""What DecoupleCSS refuses, each named in the message, before anything is changed or computed."""
+"""Tests what DecoupleCSS refuses: the message names it, and nothing is changed or computed before."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_a_full_disk_begins_no_run(saved_model, tmp_path, monkeypatch):
 
 
 def save_until_killed(model, t: int, folder: Path, calls: int) -> None:
-    """In a process of its own, which kills itself at a certain call of those that touch the disk."""
+    """Save in a process of its own, which kills itself at the given call of those that touch the disk."""
     dying = killing(calls)
 
     def half(tensors, path, metadata):

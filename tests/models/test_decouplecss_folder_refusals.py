@@ -17,7 +17,7 @@ from fastcss.models.sam import SamSegmenter
 
 
 def change(path: Path, value, *keys: str) -> None:
-    """What stands under these keys of a JSON file."""
+    """Change the value under these keys of a JSON file."""
     content = inner = json.loads(path.read_text())
     for key in keys[:-1]:
         inner = inner[key]

@@ -1,4 +1,4 @@
-"""Which classes of a picture are present: by r of eq. A.2, or, in older runs, by the tokens of the best class alone."""
+"""Tests which classes of a picture are present: by r of eq. A.2, or by the best class's tokens alone in older runs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_kept_model_finds_what_it_was_calibrated_to():
 
 
 def test_phrases_of_twins_are_alike():
-    """What the tests above begin from."""
+    """The tests above rely on this."""
     model = with_twins()
     first, second = embed_phrases(model, model.tasks[1])
     torch.testing.assert_close(first, second)

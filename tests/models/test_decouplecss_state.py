@@ -1,4 +1,4 @@
-"""What DecoupleCSS packs for its pass follows the model: tasks added, weights changed, loaded, copied and moved."""
+"""Tests that what DecoupleCSS packs follows the model: tasks added, weights changed, loaded, copied and moved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastcss.models.decouplecss import MODES
 
 
 def settled(model, given):
-    """What every call gives but the first, which measures how many tasks to run side by side, on fewer of them."""
+    """Return the second output: the first call measures how many tasks to run side by side, on fewer of them."""
     model.segment(**given)
     return model.segment(**given)
 

@@ -1,4 +1,4 @@
-"""What learning a task costs however many there are already: work, and memory, both counted and not timed."""
+"""Tests that learning a task costs the same however many there are already; work and memory are counted, not timed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLACK = 2048
 
 
 class Cost(NamedTuple):
-    """Of products; of all that was allocated, in bytes and in number; the most that was held at a time."""
+    """Holds the FLOPs of products, all that was allocated (bytes and number), and the most bytes held at a time."""
 
     flops: int
     allocated: int
@@ -30,12 +30,12 @@ class Cost(NamedTuple):
 
 
 def cost(run: Callable[[], object]) -> Cost:
-    """What compiled ops allocate for themselves counts too."""
+    """Measure what a call costs; memory that compiled ops allocate for themselves counts, too."""
     counter = FlopCounterMode(display=False)
     with counter:
         run()
     gc.collect()
-    gc.disable()  # what only the collector finds would else be held for as long as it happens to take
+    gc.disable()  # otherwise the peak would depend on when the collector happens to run
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             run()
@@ -47,7 +47,7 @@ def cost(run: Callable[[], object]) -> Cost:
 
 
 def training(tasks: int) -> Cost:
-    """Of an epoch of the newest task: reading pictures, losses, gradients, AdamW."""
+    """Measure an epoch of the newest task: reading pictures, losses, gradients, AdamW."""
     trainer = trainer_for((1,) * (tasks - 1) + (2,), epochs=3)
     trainer.run_epoch()  # makes AdamW's moments and whatever is kept from one call to the next
     return cost(trainer.run_epoch)

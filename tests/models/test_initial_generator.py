@@ -33,7 +33,7 @@ PLACE = "base/generator/generator.safetensors"
 
 
 def initial(classes: int = 1, prompt_dim: int = 32, **sizes: int) -> PromptGenerator:
-    """As if it were trained: untrained biases are zeros."""
+    """Build a generator that looks trained: untrained biases are zeros."""
     torch.manual_seed(7)
     generator = PromptGenerator(classes, prompt_dim=prompt_dim, **SIZES | sizes)
     for parameter in generator.parameters():
@@ -178,7 +178,7 @@ def test_what_is_not_whole_is_named(kept, tmp_path):
 
 
 def save_until_killed(model: DecoupleCSS, kept: Path, folder: Path, calls: int) -> None:
-    """In a process of its own, which kills itself at a certain call of those that touch the disk."""
+    """Save in a process of its own, which kills itself at the given call of those that touch the disk."""
     dying = killing(calls)
     for name in ("mkdir", "fsync", "rename", "replace"):
         setattr(os, name, dying(getattr(os, name)))
@@ -217,7 +217,7 @@ def base(digit_models, tmp_path_factory) -> Path:
 
 
 def test_a_run_takes_it_over_from_its_base_and_learns_from_it(base, tmp_path):
-    """At a rate of next to nothing what a task begins with is what it ends with, also after an interruption."""
+    """The learning rate is next to nothing, so what a task ends with is what it began with, also when interrupted."""
     run, still = tmp_path / "run", Recipe(epochs=1, batch_size=4, learning_rate=1e-12)
     begin(run, plan_of(recipe=still, train_scenes=4, test_scenes=1), base, settings={"rank": 2})
     defaults = DEFAULTS["digits"].settings

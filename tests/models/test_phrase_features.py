@@ -25,7 +25,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def read(monkeypatch) -> list[int]:
-    """How many classes the text encoder read the phrases of, call by call."""
+    """Lists for each call of how many classes the text encoder read the phrases."""
     calls, embed = [], ClassDetector.embed_phrases
 
     def counted(self, input_ids, attention_mask):

@@ -13,7 +13,7 @@ SIZES = {"length": 10, "prompt_dim": 8, "prompts": 3, "hidden": 12}
 
 
 def generator(classes: int, device: str = "cpu", seed: int = 0) -> PromptGenerator:
-    """With biases and embeddings as after training; they start at zero."""
+    """Build a generator with biases and embeddings as after training; they start at zero."""
     torch.manual_seed(seed)
     built = PromptGenerator(classes, **SIZES)
     for parameter in (built.class_embedding, built.bias_1, built.bias_2):

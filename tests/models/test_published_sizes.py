@@ -14,7 +14,7 @@ from fastcss.models.sam import VITS, SamSegmenter
 pytest.importorskip("peft")
 
 MIB = 2**20
-#: Of the published checkpoints; with them transformers' models have as many.
+#: The published checkpoints have so many parameters, and so have transformers' models with them.
 SAM = {"vit-b": 93_735_728, "vit-l": 312_343_088, "vit-h": 641_090_864}
 GROUNDING_DINO = {"swin-t": 172_118_014, "swin-b": 232_182_652}
 
@@ -24,7 +24,7 @@ def count(module: torch.nn.Module, of: str = "") -> int:
 
 
 def model_of(detector: str, sam: str, tasks: tuple[int, ...], **sites) -> DecoupleCSS:
-    """With tasks of so many classes each."""
+    """Build a model whose tasks have so many classes each."""
     with torch.device("meta"):
         model = DecoupleCSS(ClassDetector.random(detector), SamSegmenter.random(sam), **sites)
         for t, classes in enumerate(tasks):
@@ -46,7 +46,7 @@ def test_sam_by_name(size):
 
 @pytest.mark.parametrize("size", SWINS)
 def test_grounding_dino_by_name(size):
-    """What is left of it here is the published model without decoder, queries and heads."""
+    """The encoder must be the published model without decoder, queries and heads."""
     with torch.device("meta"):
         encoder = GroundingDinoEncoder.random(size)
         config = encoder.encoder.config

@@ -47,7 +47,7 @@ def test_a_pixel_has_the_label_under_its_centre(segmenter, size):
 
 @pytest.mark.parametrize("item", range(3))
 def test_masks_as_learnt_are_labels_when_merged(segmenter, item):
-    """What a mask is trained towards is what ``segment`` enlarges: nothing is shifted."""
+    """A mask is trained towards exactly what ``segment`` enlarges: nothing may be shifted."""
     dataset = Squares(3, sizes=((90, 120), (120, 90)))
     labels = dataset[item][1]
     example = TaskPictures(dataset, LABELS, segmenter, **SIDES)[item]

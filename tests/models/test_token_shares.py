@@ -1,4 +1,4 @@
-"""How much of each token's cell shows a class, against a loop over cells and pixels."""
+"""Tests how much of each token's cell shows a class, against a loop over cells and pixels."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def pictures_for(model: DecoupleCSS, count: int = 5, **sizes) -> TaskPictures:
 
 
 def single_class_trainer(**recipe) -> TaskTrainer:
-    """Of a task with one class, which each of its three pictures shows; 30 steps, each of all three."""
+    """Make a trainer of a task with one class, which each of three pictures shows; 30 steps, each with all three."""
     model = build((1,))
     shown = Subset(Squares(4, sizes=((48, 64),)), [0, 2, 3])
     recipe = Recipe(epochs=30, batch_size=3, learning_rate=3e-3, power=0, weight_decay=0, **recipe)
@@ -52,7 +52,7 @@ def single_class_trainer(**recipe) -> TaskTrainer:
 
 
 def trainer_for(sizes: tuple[int, ...] = (1, 2), count: int = 5, **recipe) -> TaskTrainer:
-    """Of the last task of a model with adapters that do something already."""
+    """Make a trainer of a model's last task; the model's adapters are not zero."""
     model = build(sizes)
     recipe = {"epochs": 3, "batch_size": 2, "learning_rate": 1e-3} | recipe
     return TaskTrainer(model, model.tasks[-1], pictures_for(model, count), Recipe(**recipe))

@@ -83,7 +83,7 @@ def test_micro_kernel(pieces, columns, terms):
 
 @pytest.mark.parametrize("terms", [1, 2, 33, 1024])
 def test_micro_kernel_of_bfloat16_pairs(pieces, terms):
-    """On numbers that bfloat16 holds, the products are exact and only the sums are rounded."""
+    """Products of numbers that bfloat16 holds must be exact; only the sums are rounded."""
     if not pieces.has_pairs():
         pytest.skip("this CPU does not multiply bfloat16")
     rows = pieces.panel_height()

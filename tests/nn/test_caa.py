@@ -162,7 +162,7 @@ def test_weights_come_back_from_safetensors(tmp_path, device):
 
 
 def test_the_affinity_map_is_never_made():
-    """With N = 4096 pixels one N×N map is 64 MiB, as the reference has it; everything else here is small."""
+    """One N×N map of N = 4096 pixels takes 64 MiB, and the reference makes it; everything else here is small."""
     features, labels = picture(batch=1, h=64, w=64, stride=1)
 
     def largest_allocation(impl):

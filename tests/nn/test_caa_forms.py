@@ -20,7 +20,7 @@ def added_parameters(module):
 
 
 def convolution_macs(module, size, forward=ClassAwareAffinity.__call__):
-    """Of the convolutions alone, as the thesis counts; on the meta device."""
+    """Count the MACs of the convolutions alone, as the thesis does; on the meta device."""
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), counter:
         forward(module.eval(), torch.empty(size))

@@ -130,7 +130,8 @@ def test_every_parameter_and_the_text_learn(device):
 
 
 def test_the_same_bits_from_run_to_run():
-    """On CPU; torch's convolutions and attention on CUDA sum their gradients in any order unless told otherwise."""
+    """Two runs on a CPU must agree; on CUDA torch's convolutions and attention sum gradients in any order, unless told
+    otherwise."""
     module, arguments = head(), inputs()
     runs = []
     for _ in range(2):
@@ -217,7 +218,7 @@ def test_the_default_is_cat_segs_size():
 
 
 def test_a_prediction_makes_no_logits_of_all_classes():
-    """At 96×96 those of 1000 classes are 35 MiB."""
+    """The logits of 1000 classes at 96×96 would take 35 MiB."""
     module, _ = plain()
     image, text = torch.randn(1, 12, 24, 24), torch.randn(1000, 2, 12)
 

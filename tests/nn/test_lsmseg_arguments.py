@@ -1,4 +1,4 @@
-"""What LSMSegHead refuses: sizes, inputs and labels, each named in the message."""
+"""Tests what LSMSegHead refuses: sizes, inputs and labels, each named in the message."""
 
 import pytest
 import torch

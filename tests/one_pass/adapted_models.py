@@ -140,7 +140,7 @@ def edit_config(folder, **options) -> None:
 
 
 def reloaded(bare: nn.Module, folders: list[Path], batch: dict, train: bool = False) -> list:
-    """What PEFT gives for each folder, loaded alone into a fresh copy of ``bare``."""
+    """Return PEFT's output for each folder, loaded alone into a fresh copy of ``bare``."""
     outputs = []
     for folder in folders:
         with warnings.catch_warnings():
@@ -154,7 +154,7 @@ def reloaded(bare: nn.Module, folders: list[Path], batch: dict, train: bool = Fa
 
 
 def loop(model: peft.PeftModel, batch: dict, names=None) -> list:
-    """What PEFT gives for each adapter."""
+    """Return PEFT's output for each adapter."""
     outputs = []
     for name in names or model.peft_config:
         model.set_adapter(name)

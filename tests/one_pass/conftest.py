@@ -1,4 +1,4 @@
-"""What every test of the runner wants."""
+"""Sets up every test of the runner."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which adapters run: some of them, one for each sample, and adapters that differ in layers, ranks and biases."""
+"""Tests which adapters run: some of them, one for each sample, and adapters with other layers, ranks and biases."""
 
 from __future__ import annotations
 

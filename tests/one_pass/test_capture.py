@@ -168,7 +168,7 @@ def test_what_changed_in_place_is_captured_anew(changed, place, replaying):
 
 
 def test_a_replay_reads_adapters_where_they_lie(place, replaying):
-    """Also what torch does not count: the pack is made within the graph."""
+    """A replay must see even changes that torch does not count: the pack is made within the graph."""
     model = adapted(place)
     runner, example = fastcss.one_pass(model, fuse=True), given(place)
     runner.capture(**example)
@@ -197,7 +197,7 @@ def test_capture_in_inference_mode(place, replaying):
 
 @FUSED
 def test_the_bare_encoder(fuse, place):
-    """Without adapters, captured as the benchmarks do."""
+    """An encoder without adapters must replay, captured as the benchmarks do it."""
     model = encoder(place)
     if fuse:
         fastcss.fuse(model)

@@ -1,4 +1,4 @@
-"""Where the runner meets others: tensor subclasses, scripts, exporters, trainers, torch's fused layers."""
+"""Tests the runner with what it meets: tensor subclasses, scripts, exporters, trainers, torch's fused layers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Quantised(Tensor):
 @pytest.mark.parametrize("fuse", [False, True])
 @torch.no_grad()
 def test_a_quantised_layer_keeps_its_own_linear(engine, fuse, monkeypatch):
-    """Also where our own GEMM is the faster for plain weights."""
+    """The layer must keep its own linear even if our GEMM is faster for plain weights."""
     monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model, x = between(nn.Linear(8, 8)), torch.randn(4, 20, 8)
     middle = model.get_base_model().middle

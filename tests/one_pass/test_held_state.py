@@ -1,4 +1,4 @@
-"""What the modules of a model hold beside modules and tensors: lists, dicts and objects, functions that share them."""
+"""Tests models whose modules hold more than modules and tensors: lists, dicts, objects, functions that share them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def through_a_default(options):
 @pytest.mark.parametrize("hook", [through_a_closure, through_a_partial, through_a_default])
 @torch.no_grad()
 def test_a_hook_reads_what_the_forward_has_left_for_it(hook):
-    """In an object that both know: the hook's is the user's own, and so must the copy's be."""
+    """Both know one object: the hook refers to the user's own, so the copy must use that, too."""
     model, given = held()
     base = model.get_base_model()
     base.options.mean = None

@@ -173,7 +173,7 @@ def by_method(module):
 
 
 def by_partial(module):
-    """As accelerate does."""
+    """Wrap a module's forward by a partial, as accelerate does."""
     module._old_forward = module.forward
 
     def new_forward(module, *args, **kwargs):
@@ -257,7 +257,7 @@ class Global(nn.Module):
 @pytest.mark.parametrize("engine", ["auto", "vmap", "replay"])
 @torch.no_grad()
 def test_an_original_layer_that_runs_is_an_error(engine):
-    """Where nothing can see that the model refers to its layer by another way."""
+    """Nothing can see that the model refers to its layer in another way, so the call must fail, not be wrong."""
     model = adapt(Global(), *({"r": 2, "target_modules": ["first"]} for _ in range(2)))
     HIDDEN["layer"] = model.get_base_model().first
     with pytest.raises(TypeError, match="own LoRA layer 'first' ran"):

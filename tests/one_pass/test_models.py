@@ -41,7 +41,7 @@ def test_equals_the_loop(build, batch):
 @pytest.mark.parametrize("build", MODELS)
 @torch.no_grad()
 def test_vmap_needs_no_slow_fallback(build):
-    """Where torch has no rule for an op it loops over the tasks, and says so when asked."""
+    """If torch has no vmap rule for an op, it loops over the tasks; it warns of that when asked."""
     runner, given = fastcss.one_pass(build_adapted(build), engine="vmap"), inputs(build, 2)
     torch._C._functorch._set_vmap_fallback_warning_enabled(True)
     try:

@@ -1,4 +1,4 @@
-"""What a runner keeps of its adapters: no more than they are, whatever subsets are asked for, and never old values."""
+"""Tests what a runner keeps of its adapters: no more than their size, whatever subsets run, and never old values."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class Driver:
     }
 
     def checked(self, what: Callable[[], None]) -> int:
-        """How often ``what`` was refused before it ran; each time the message said what to do."""
+        """Count how often ``what`` was refused before it ran; each time the message said what to do."""
         for refusals in range(8):
             try:
                 what()

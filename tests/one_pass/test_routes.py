@@ -15,7 +15,7 @@ ROUTE = torch.tensor([1, -1, 0])
 
 
 def one_by_one(model, given: dict, per_sample, route=ROUTE) -> list:
-    """What PEFT gives for each sample in a batch of one."""
+    """Return PEFT's output for each sample in a batch of one."""
     outputs = []
     for i, task in enumerate(route.tolist()):
         sample = {key: _entry(value, i, len(route)) if key in per_sample else value for key, value in given.items()}

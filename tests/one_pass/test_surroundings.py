@@ -1,4 +1,4 @@
-"""What is around a model (its PEFT wrapper, a compiler, another runner) and what its attributes and outputs hold."""
+"""Tests what is around a model (PEFT's wrapper, a compiler, another runner), and what attributes and outputs hold."""
 
 from __future__ import annotations
 

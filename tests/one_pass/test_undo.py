@@ -1,4 +1,4 @@
-"""What a run under vmap that fails leaves behind, and when it decides which engine runs from then on."""
+"""Tests what a failed run under vmap leaves behind, and when it decides which engine runs from then on."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def state(model) -> tuple:
 @pytest.mark.parametrize("calls_before", [0, 2])
 @torch.no_grad()
 def test_a_failed_run_is_undone(calls_before, how):
-    """In the first call and after calls that vmap ran: what the model writes is then there as the loop writes it."""
+    """A run may fail in the first call or after calls that vmap ran: the model must hold what the loop writes."""
     model, x = counts()
     runner = fastcss.one_pass(model, group_size=3)
     for _ in range(calls_before):

@@ -1,4 +1,4 @@
-"""What is particular to the affinity ops: errors that count at another size than their own, the ends of the sigmoid."""
+"""Has what only the affinity ops need: errors relative to another size than their own, and the sigmoid's ends."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _peers(call: Call, flat: bool, name: str, exact: dict[str, Tensor], dys: tup
 
 
 def saturated(call: Call, logit: float) -> Call:
-    """With all pairs near one logit."""
+    """Change the call so that all pairs have nearly this logit."""
     q, k = call.tensors["q"], call.tensors["k"]
     width = q.shape[-1]
     return call.having(q=1 + q / width, k=(logit + k) / width)
 
 
 def to_ten_thousand(call: Call) -> Call:
-    """With logits of both signs, flat and steep among each other, that any dtype holds: ±10⁴, ±200, ±4, 0."""
+    """Change the call's logits to ±10⁴, ±200, ±4 and 0, which any dtype holds: flat and steep ones are mixed."""
     *shape, width = call.tensors["q"].shape
     levels = torch.tensor([-50.0, -1.0, 0.0, 1.0, 50.0])
     picks = (torch.randint(5, (*shape, 1), generator=torch.Generator().manual_seed(i)) for i in (0, 1))

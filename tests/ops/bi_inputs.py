@@ -52,7 +52,7 @@ def some(batch: int, tokens: int, seed: int = 0) -> Tensor:
 # Below the peak by more than the model's 50,000, and by not quite as much.
 BELOW, ABOVE = 256 * 240, 256 * 192 + 18 * 47
 
-#: How far text token j of sample b is from the peak at image token i.
+#: Tells how far text token j of sample b is from the peak at image token i.
 FAR = {
     "nothing": lambda b, i, j: (i % 3 == 1) * ABOVE,
     "some entries of a row": lambda b, i, j: (i % 3 == 1) * torch.where(j % 2 == 0, BELOW, ABOVE),
@@ -87,7 +87,7 @@ def make_far(case: str, *, masks=MASKS, dtype=torch.float32, device="cpu", pixel
 
 
 def rounded_once(q, k, v_image, v_text, *, impl, **options):
-    """What the literal code gives in float32, in the dtype of ``q``: as good as 16 bits can be."""
+    """Run the literal code in float32 and round to the dtype of ``q``: as good as 16 bits can be."""
     tensors, dtype = (q, k, v_image, v_text), q.dtype
     if impl == "reference":
         tensors = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in tensors)

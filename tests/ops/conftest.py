@@ -1,4 +1,4 @@
-"""How many threads the tests of the ops have."""
+"""Sets how many threads the tests of the ops have."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """The CPU kernels divide their work between two; for all else the tensors are too small for more than one."""
+    """The CPU kernels divide their work between two threads; the tensors are too small for more than one in all other
+    implementations."""
     callspec = getattr(request.node, "callspec", None)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if callspec and callspec.params.get("impl") == "cpu" else 1)

@@ -9,8 +9,8 @@ from torch import Tensor
 from fastcss.ops import deformable_attention
 from fastcss.reference.deformable_attention import locations
 
-# How near a point may come to its cell's border, in cells: further than rounding moves a location, and finite
-# differences do.
+# A point keeps at least this distance from its cell's border, in cells: rounding and finite differences move it by
+# less.
 CLEAR = 1e-2
 
 Shapes = tuple[tuple[int, int], ...]
@@ -55,7 +55,7 @@ def make(
 
 
 def _references(shapes: Shapes, batch: int, queries: int, box: bool, seed: int) -> Tensor:
-    """In and around each level, in the middle part of a cell."""
+    """Draw reference points in and around each level, in the middle part of a cell."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([(w, h) for h, w in shapes])  # [levels, 2]
     random = torch.rand(batch, queries, len(shapes), 6, generator=generator)
@@ -72,7 +72,7 @@ def clear(shapes: Shapes, reference_points: Tensor, offsets: Tensor, margin: flo
 
 
 def rounded_once(value, spatial_shapes, reference_points, offsets, logits, *, impl):
-    """What the literal code gives in float32, in the dtype of ``value``: as good as 16 bits can be."""
+    """Run the literal code in float32 and round to the dtype of ``value``: as good as 16 bits can be."""
     tensors = (value, reference_points, offsets, logits)
     if impl == "reference":
         value, reference_points, offsets, logits = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)

@@ -21,12 +21,12 @@ EVERY = [(op, n) for op, arguments in ARGUMENTS.items() for n, v in arguments.it
 FLOATS = [(op, name) for op, name in EVERY if name not in ("labels", "index")]
 FIRST = {op: next(iter(arguments)) for op, arguments in ARGUMENTS.items()}
 OTHERS = [(op, name) for op, name in FLOATS if name != FIRST[op]]
-#: Of any number of dimensions, or of one of two.
+#: These may have any number of dimensions, or one of two.
 OF_ANY_RANK = [("cost_filter", "text"), ("top_margin", "logits")]
 
 
 def doubled(op: str) -> dict:
-    """In a dtype that no kernel takes."""
+    """Return arguments in a dtype that no kernel takes."""
     floats = {name for other, name in FLOATS if other == op}
     return {name: value.double() if name in floats else value for name, value in ARGUMENTS[op].items()}
 
@@ -73,14 +73,14 @@ SIZES |= {"w1": " L", "b1": "KH", "w2": "KH", "b2": "KO", "index": "R", "scores"
 SIZES |= {"offsets": ("B", " ", "heads"), "reference_points": ("B", "Q", "levels")}
 SIZES |= {"v_image": ("B", "N", "heads", "D"), "v_text": ("B", "L", "heads", "D")}
 SIZES |= {"pad_key": ("heads", "D"), "pad_value": ("heads", "D")}
-#: Of names that mean another argument elsewhere.
+#: These names mean another argument in other ops.
 OWN_SIZES = {("bi_attention", "k"): ("B", " ", "heads", "D"), ("window_attention", "bias"): ("heads",)}
 OWN_SIZES |= {("window_attention", name): ("B", "H", "W", "heads", "D") for name in "kv"}
 
 
 @pytest.mark.parametrize(("op", "name"), [one for one in (*OTHERS, ("prompt_mlp", "index")) if one[1] in SIZES])
 def test_sizes_that_do_not_match(op, name):
-    """Nor is a size of one broadcast."""
+    """A wrong size must be refused, and a size of one must not be broadcast."""
     right = ARGUMENTS[op][name]
     for dim, letter in enumerate(OWN_SIZES.get((op, name), SIZES[name])):
         for wrong in (right.narrow(dim, 0, 1), torch.cat([right, right], dim)):

@@ -57,13 +57,13 @@ def test_sizes_of_levels(wrong):
 
 @pytest.mark.parametrize("wrong", [torch.tensor([[2, 3], [1, 2]]), None, 8, {(2, 3), (1, 2)}])
 def test_levels_are_a_list(wrong):
-    """On a GPU a tensor of them would have to be waited for."""
+    """A tensor of level shapes must be refused: the host would have to wait for it on a GPU."""
     message = f"spatial_shapes must be a list of (height, width), got {type(wrong).__name__}"
     refused("deformable_attention", TypeError, message, spatial_shapes=wrong)
 
 
 def test_levels_as_lists_of_lists():
-    """What a configuration file has."""
+    """A configuration file gives lists of lists: these must work."""
     arguments = ARGUMENTS["deformable_attention"]
     want = ops.deformable_attention(**arguments)
     assert torch.equal(ops.deformable_attention(**arguments | {"spatial_shapes": [[2, 3], [1, 2]]}), want)
@@ -97,7 +97,7 @@ def test_masks_are_bool(name, letters, shape):
 
 @MASKS
 def test_sizes_of_masks(name, letters, shape):
-    """Of all tokens of all samples, and none is broadcast."""
+    """A mask must cover all tokens of all samples; it must not be broadcast."""
     batch, tokens = shape
     for wrong in ((1, tokens), (batch, 1), (batch, tokens + 1), (tokens,), (batch, 1, tokens), (batch, 3, 4, 6)):
         message = f"{name} must be [{letters}] with B = {batch}, {letters[-1]} = {tokens}, got {[*wrong]}"

@@ -28,7 +28,7 @@ CASES = {  # B, H, W, heads, D, window, shift
     "smaller than the window": (2, 3, 4, 2, 5, 7, 3),
     "lower than the window": (1, 2, 9, 2, 33, 4, 1),
 }
-# Of the models' sizes.
+# These have the models' sizes.
 LARGE = {
     "window 7": (2, 14, 21, 3, 32, 7, 0),
     "window 7, shift 3": (1, 15, 20, 3, 32, 7, 3),

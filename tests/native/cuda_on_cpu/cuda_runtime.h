@@ -1,6 +1,6 @@
-// What csrc/cuda takes of CUDA, for g++: its sources compiled with this file run on the CPU, block after block, so that
-// their values can be tested where there is no GPU. A block's threads are fibers of one thread; a warp runs until it
-// waits for others, and they take turns in an order that the test sets. Stricter than a GPU: threads that wait at
+// Gives g++ the part of CUDA that csrc/cuda uses: sources compiled with this file run on the CPU, block after block, so
+// that their values can be tested without a GPU. A block's threads are fibers of one thread; a warp runs until it waits
+// for others, and they take turns in an order that the test sets. It is stricter than a GPU: threads that wait at
 // different places, or for one that has ended, are an error, and shared memory is NaN before a block begins.
 #pragma once
 
@@ -87,7 +87,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return all;
 }
 
-// What csrc/cuda/numeric.cuh writes in PTX.
+// These replace what csrc/cuda/numeric.cuh writes in PTX.
 namespace fastcss::cuda {
 struct bf16;
 struct f16;

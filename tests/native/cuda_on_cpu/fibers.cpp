@@ -180,8 +180,9 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { retu
 
 void set_order(int value) { cuda_on_cpu::order = value; }
 
-// What a driver does: the kernel by its name, its parameters as bytes. Both conventions g++ has for a struct of more
-// than 16 bytes, a copy on the stack and a pointer to one, are the same for a longer struct that begins alike.
+// Does what a driver does: it finds the kernel by its name and passes its parameters as bytes. g++ has two conventions
+// for a struct of more than 16 bytes, a copy on the stack and a pointer to one. Both work for a longer struct that
+// begins with the same bytes.
 const char* launch(const char* name, const unsigned* grid, unsigned threads, const void* params, size_t size) {
   struct Bytes {
     char at[512];
