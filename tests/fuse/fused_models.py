@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from fastcss.models.grounding_dino import GroundingDinoEncoder, phrases_to_ids
 
-EXACT = 1e-5  # float32, of the tensor's norm: the sums are the model's in another order
+EXACT = 1e-5  # float32, relative to the tensor's norm: the sums are the model's in another order
 
 
 def encoder(device: str = "cpu") -> GroundingDinoEncoder:
@@ -23,7 +23,7 @@ def encoder(device: str = "cpu") -> GroundingDinoEncoder:
 
 
 def encoder_inputs(batch: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Images of different sizes in one batch, and texts of different lengths."""
+    """Make images of different sizes in one batch, and texts of different lengths."""
     generator, (height, width) = torch.Generator().manual_seed(0), (75, 98)
     ids = phrases_to_ids()[0].repeat(batch, 1)
     read, seen = torch.ones_like(ids), torch.ones(batch, height, width, dtype=torch.long)
@@ -37,7 +37,7 @@ def encoder_inputs(batch: int, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def random_weights(model: nn.Module) -> nn.Module:
-    """Weights of the size of trained ones: many start at 0, where nothing depends on anything."""
+    """Give weights the size of trained ones: many start at 0, where no output depends on them."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -53,7 +53,7 @@ def tensors(output: object) -> list[Tensor]:
 
 
 def assert_equal(got: object, expected: object, tolerance: float = EXACT) -> None:
-    """The same tensors, to ``tolerance`` of the norm of each."""
+    """Check that the tensors are the same, to ``tolerance`` of the norm of each."""
     got, expected = tensors(got), tensors(expected)
     assert len(got) == len(expected) > 0
     for g, e in zip(got, expected, strict=True):

@@ -197,7 +197,7 @@ def test_base_layers_of_peft(monkeypatch):
 
 
 def test_linear_in_torchscript(monkeypatch):
-    """A trace and a script of fused layers are those of unfused ones; and eager calls go on as before."""
+    """A trace and a script of fused layers must be those of unfused ones, and eager calls go on as before."""
     monkeypatch.setattr(linear, "OWN_GEMM_LEADS", True)
     model, x = perceptron().eval(), torch.randn(50, 8)
     expected = model(x)

@@ -16,7 +16,7 @@ from fastcss._fuse.fusion import fuse_modules
 
 
 def reason_for(change) -> str:
-    """Why the first layer of a Swin is refused after ``change(layer)``; the model computes what it did."""
+    """Say why the first layer of a Swin is refused after ``change(layer)``; the model must compute what it did."""
     model, given = swin(), torch.randn(1, 3, 32, 32)
     layer = model.encoder.layers[0].blocks[0]
     change(layer)

@@ -47,7 +47,7 @@ def test_equals_the_module(cls, masks):
 
 @torch.no_grad()
 def test_logits_that_are_clamped():
-    """Far apart logits: what is 50,000 below the largest counts as that."""
+    """These logits are far apart: one that is more than 50,000 below the largest must count as 50,000 below."""
     attention, given = build(GroundingDinoBiMultiHeadAttention), inputs()
     attention.vision_proj.weight *= 2e3
     attention.text_proj.weight *= 1e3
@@ -87,7 +87,7 @@ def test_gradients():
 
 @torch.no_grad()
 def test_bfloat16(tolerances):
-    """No further from the float64 module than the module's own bfloat16 is."""
+    """The fused module must be no further from the float64 module than the module's own bfloat16 is."""
     attention, given = build(GroundingDinoBiMultiHeadAttention), inputs(dtype=torch.bfloat16)
     exact = copy.deepcopy(attention).double()(given[0].double(), given[1].double(), *given[2:])
     own = attention.bfloat16()(*given)

@@ -71,7 +71,7 @@ def test_equals_the_module(path, box):
 )
 @pytest.mark.parametrize("path", [CLASSES[0], CLASSES[4]])
 def test_what_may_be_left_out(path, options):
-    """The mask, and references of each level where all levels have the same."""
+    """A caller may leave out the mask, and the levels of the references if all levels have the same."""
     assert_fused_equals(build(path), inputs(**options))
 
 

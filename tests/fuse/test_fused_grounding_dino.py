@@ -44,7 +44,7 @@ def test_equals_the_model(batch, linears, device):
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_with_adapters(batch, order, sites, monkeypatch):
-    """PEFT's layers stay inside the fused modules, and set_adapter goes on working."""
+    """PEFT's layers must stay inside the fused modules, and set_adapter must go on working."""
     monkeypatch.setitem(LORA_SITES, sites, SITES[sites])
     model, given = encoder(), encoder_inputs(batch)
     adapted = add_adapters(copy.deepcopy(model), 2, rank=4, sites=sites)
@@ -84,7 +84,7 @@ def test_gradients(with_adapters, device):
     def gradients() -> list[torch.Tensor]:
         wanted = [given["pixel_values"], *(p for p in model.parameters() if p.requires_grad)]
         output = model(**given)
-        # Different weights for all elements: of a normalised output the plain sum is a constant.
+        # All elements have different weights, as the plain sum of a normalised output is a constant.
         loss = sum((o * torch.linspace(-1, 1, o.numel(), device=device).view_as(o)).sum() for o in output.values())
         return [
             g if g is not None else torch.zeros(1, device=device)
@@ -96,7 +96,7 @@ def test_gradients(with_adapters, device):
     got = gradients()
     scale = max(e.norm() for e in expected)
     for g, e in zip(got, expected, strict=True):
-        # A gradient that is zero but for rounding is so in both.
+        # A gradient that is zero apart from rounding must be so in both.
         assert (g - e).norm() <= 1e-4 * e.norm() + 1e-6 * scale
 
 

@@ -46,7 +46,7 @@ def test_equals_the_loop(options, sites, linears):
 @pytest.mark.parametrize("impl", ["auto", "composed"])
 @torch.no_grad()
 def test_vmap_needs_no_slow_fallback(impl, monkeypatch):
-    """Nor do the composed forms."""
+    """No form of the ops, composed ones included, may need vmap's loop over the tasks."""
     model, given = add_adapters(encoder(), TASKS, rank=4, sites="swin+fusion"), encoder_inputs(2)
     expected = loop(model, given)
     fastcss.fuse(model)
@@ -64,7 +64,7 @@ def test_vmap_needs_no_slow_fallback(impl, monkeypatch):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("options", [{"engine": "vmap", "group_size": 1}, {"engine": "replay"}], ids=str)
 def test_what_no_adapter_touches_runs_once(options, grad, monkeypatch):
-    """The groups share Swin where only the fusion layers are adapted: a fused op does not end what they share."""
+    """The groups of tasks share Swin if only the fusion layers are adapted: a fused op must not end what they share."""
     model, given, calls = add_adapters(encoder(), TASKS, rank=4, sites="fusion"), encoder_inputs(1), []
     given["pixel_values"].requires_grad_(grad)
     fastcss.fuse(model)

@@ -73,8 +73,8 @@ def test_equals_the_model(kind, size, batch, device):
 @EACH_MODEL
 @torch.no_grad()
 def test_windows_larger_than_the_map(kind):
-    """Swin shrinks its window to the map, for good, and then its table of biases no longer fits: its own error comes,
-    and from then on. MaskFormer's copy fills the map up."""
+    """Swin shrinks its window to the map for good, and then its table of biases does not fit any more: its own error
+    must come, in this call and in later ones. MaskFormer's copy pads the map instead."""
     model = build(kind)
     fused = copy.deepcopy(model)
     fastcss.fuse(fused)
@@ -106,7 +106,7 @@ def test_layers(kind, size):
 @pytest.mark.parametrize("kind", ["swin", "donut", "clap"])
 @torch.no_grad()
 def test_always_partition(kind):
-    """A map no larger than the window is filled up and shifted all the same."""
+    """A map no larger than the window must be padded and shifted all the same."""
     layer, given = build_layer(kind), tokens(3, 5)
     expected = layer(*given, always_partition=True)[0]
     fastcss.fuse(layer)
@@ -143,7 +143,7 @@ def test_training_with_dropout_falls_back(kind):
 @EACH_MODEL
 @torch.no_grad()
 def test_training_with_stochastic_depth(kind):
-    """Whole layers are dropped as in the model: by the same random numbers."""
+    """Whole layers must be dropped by the same random numbers as in the model."""
     model, given = build(kind, drop_path_rate=0.5, hidden_dropout_prob=0.0).train(), image(46, 38)
     fused = copy.deepcopy(model)
     fastcss.fuse(fused)
@@ -169,7 +169,7 @@ def test_gradients(kind):
     got = gradients()
     scale = max(e.norm() for e in expected)
     for g, e in zip(got, expected, strict=True):
-        # The biases of keys have a gradient of zero but for rounding.
+        # The biases of keys have a gradient of zero, apart from rounding.
         assert (g - e).norm() <= 1e-5 * e.norm() + 1e-6 * scale
 
 
@@ -190,7 +190,7 @@ def test_gradient_checkpointing():
 
 @torch.no_grad()
 def test_bfloat16(tolerances):
-    """No further from the float64 model than the model's own bfloat16 is."""
+    """The fused model must be no further from the float64 model than the model's own bfloat16 is."""
     model, given = build("swin"), image(46, 38)
     exact = model.double()(**{**given, "pixel_values": given["pixel_values"].double()}).last_hidden_state
     given["pixel_values"] = given["pixel_values"].bfloat16()
@@ -212,7 +212,7 @@ def test_compiles_without_graph_breaks():
 
 @torch.no_grad()
 def test_attention_of_another_kind_falls_back():
-    """A user's own attention function, which transformers calls by its name."""
+    """The layer must run a user's own attention function, which transformers calls by its name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     layer, given, calls = build_layer("swin"), tokens(9, 6), []

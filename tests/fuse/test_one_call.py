@@ -1,4 +1,4 @@
-"""The fused ops as torch's own calls are to a TorchFunctionMode: seen whole, remembered, and once."""
+"""Tests that a TorchFunctionMode sees a fused op like a call of torch's own: whole, once, and kept like any other."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_is_remembered(make):
     with watch, shared:
         again = op(*args, **kwargs)
         other = op(tensors[0] + 1, *args[1:], **kwargs)
-    assert watch.seen.count(op) == 1  # for the other tensor
+    assert watch.seen.count(op) == 1  # only the call for the other tensor
     results = first if isinstance(first, tuple) else (first,)
     assert all(a is f for a, f in zip(again if isinstance(again, tuple) else (again,), results, strict=True))
     assert all(map(shared.is_shared, results))

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
 
-EXACT = 1e-5  # float32, largest absolute difference: the sums are the loop's in another order
+EXACT = 1e-5  # the largest absolute difference in float32: the sums are the loop's in another order
 
 
 def grounding_dino():
@@ -31,21 +31,21 @@ def grounding_dino():
         max_text_len=16, fusion_dropout=0.0, fusion_droppath=0.0, dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     model = transformers.GroundingDinoModel(config)
-    for layer in model.encoder.layers:  # at their initial 1e-4 the tasks would hardly differ
+    for layer in model.encoder.layers:  # the tasks would hardly differ at the initial 1e-4
         nn.init.constant_(layer.fusion_layer.vision_param, 0.5)
         nn.init.constant_(layer.fusion_layer.text_param, 0.5)
     return model
 
 
 def object_detector():
-    """The whole of it, with boxes and scores."""
+    """Build the whole detector, with boxes and scores."""
     config = grounding_dino().config
     config.decoder_layers = 2  # transformers ties the boxes' heads of the layers after the first
     return transformers.GroundingDinoForObjectDetection(config).eval()
 
 
 def _transformer(model_class, **options):
-    """Two layers of width 32."""
+    """Build a model of two layers of width 32."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     return model_class(model_class.config_class(**sizes, **options))
 
@@ -104,7 +104,7 @@ def inputs(build, batch: int = 1) -> dict:
 
 
 def adapt(model: nn.Module, *configs: dict) -> peft.PeftModel:
-    """A PEFT model with adapters task0, task1, …, none of them at its initial zero."""
+    """Make a PEFT model with adapters task0, task1, …, none of which is at its initial zero."""
     adapted = None
     for t, options in enumerate(configs):
         config = peft.LoraConfig(**{"lora_alpha": 7 - t, **options})
@@ -126,7 +126,7 @@ def build_adapted(build, **options) -> peft.PeftModel:
 
 
 def save(model: peft.PeftModel, folder: Path, **options) -> list[Path]:
-    """The folders that PEFT saves the adapters of ``model`` in."""
+    """Save the adapters of ``model`` by PEFT, and return their folders."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about shapes of biases, and embeddings that it saves too
         model.save_pretrained(folder, **options)
@@ -163,7 +163,7 @@ def loop(model: peft.PeftModel, batch: dict, names=None) -> list:
 
 
 def assert_equal(got, outputs: list, tolerance: float = EXACT) -> None:
-    """``got`` is ``outputs`` stacked, in their type; and they are not all the same."""
+    """Check that ``got`` is ``outputs`` stacked, in their type, and that these are not all the same."""
     leaves, structure = pytree.tree_flatten(got)
     expected = [pytree.tree_flatten(output) for output in outputs]
     assert type(got) is type(outputs[0])

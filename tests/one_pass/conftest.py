@@ -14,7 +14,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture
 def saved(tmp_path):
-    """(bare model, PEFT model, folders) of one small ViT whose adapters differ in everything."""
+    """Makes (bare model, PEFT model, folders) of a small ViT whose adapters differ in everything."""
     torch.manual_seed(0)
     bare = vit()
     model = adapt(

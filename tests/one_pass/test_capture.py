@@ -1,5 +1,6 @@
-"""Captured calls of the Grounding DINO encoder: nothing in them that no CUDA graph can hold, and replays that equal the
-eager call bit for bit. Without a GPU the device and its graphs are pretended (``pretend_cuda``); all else is the same.
+"""Tests captured calls of the Grounding DINO encoder: they contain nothing that a CUDA graph cannot hold, and replays
+equal the eager call bit for bit. Without a GPU the device and its graphs are pretended (``pretend_cuda``); all else is
+the same.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ FUSED = pytest.mark.parametrize("fuse", [True, False], ids=["fused", "unfused"])
 
 
 class RealDevice:
-    faults = ()  # the capture of what it cannot hold raises
+    faults = ()  # a real capture raises if it cannot hold something
 
 
 @pytest.fixture
 def place(device, monkeypatch):
-    """The device, real or pretended; what was recorded on it tells what no graph can hold."""
+    """Gives the device, real or pretended; its record tells what no graph can hold."""
     if device == "cuda":
         yield RealDevice()
         return
@@ -53,7 +54,7 @@ def adapted(place, tasks: int = 2):
 
 
 def given(place, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Images of a size that leaves every window a part, and six phrases; with ``seed`` both change."""
+    """Make images whose size leaves partial windows, and six phrases; ``seed`` changes both."""
     image = torch.randn(batch, 3, 75, 98, generator=torch.Generator().manual_seed(seed))
     ids = phrases_to_ids()[0].repeat(batch, 1)
     ids[:, 1] += seed
@@ -61,7 +62,7 @@ def given(place, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
 
 
 def leaves(output: object) -> list[Tensor]:
-    """Copies, which a later replay does not change."""
+    """Return copies, which a later replay does not change."""
     return [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
@@ -72,7 +73,8 @@ def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.fixture
 def replaying(monkeypatch) -> Callable:
-    """``replaying(runner, inputs)``: what a call gives that was replayed, and made the host wait for nothing."""
+    """``replaying(runner, inputs)`` returns a call's output, and checks that it was replayed without waits of the
+    host."""
     replays = []
     replay = cuda_graphs._replay
     monkeypatch.setattr(cuda_graphs, "_replay", lambda *args: replays.append(args) or replay(*args))
@@ -95,7 +97,7 @@ def replaying(monkeypatch) -> Callable:
 
 
 def eager(runner, inputs) -> list[Tensor]:
-    """The same call of the same runner, which has nothing captured now."""
+    """Make the same call of the same runner, which has nothing captured now."""
     with torch.no_grad():
         captures, runner._captures = runner._captures, cuda_graphs.Captures()
         try:
@@ -220,7 +222,8 @@ def test_the_bare_encoder(fuse, place):
 
 @FUSED
 def test_what_is_lifted_are_faults(fuse, device):
-    """The pretended device sees what a first call does that no graph can hold: so that no fault means something."""
+    """The pretended device must see what a first call does that no graph can hold: only then does "no fault" mean
+    anything."""
     if device == "cuda":
         pytest.skip("the pretended device is for machines without one")
     with PretendDevice() as pretended, torch.no_grad():
@@ -242,7 +245,8 @@ class TwoTensors(torch.nn.Module):
 
 
 def test_a_tensor_that_is_fixed_and_moving(place):
-    """Given twice in the example: the fixed place keeps it, the moving one takes what later calls give."""
+    """If the example has a tensor twice, the fixed place must keep it, and the moving one take what later calls
+    give."""
     torch.manual_seed(0)
     sites = {"r": 2, "target_modules": ["layer"]}
     runner = fastcss.one_pass(moved(adapt(TwoTensors(), sites, sites), place))

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what the backward pass computes again is what the forward pass computed."""
+"""Tests gradient checkpointing: the backward pass must compute again what the forward pass computed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_gradients_with_checkpoints_equal_the_loop(reentrant):
 
 
 class Checkpoints(nn.Module):
-    """Calls torch's checkpoint itself, where nobody can tell which adapter it is to compute again."""
+    """Calls torch's checkpoint itself, so that nobody can tell which adapter it must compute again."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Convolutions of every kind that torch has, with PEFT's adapters on them."""
+"""Tests convolutions of every kind that torch has, with PEFT's adapters on them."""
 
 from __future__ import annotations
 

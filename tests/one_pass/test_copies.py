@@ -1,4 +1,4 @@
-"""A runner as a module: copied, pickled, averaged, moved, trained by others' loops."""
+"""Tests a runner as a module: copied, pickled, averaged, moved, trained by others' loops."""
 
 from __future__ import annotations
 

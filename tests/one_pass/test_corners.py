@@ -34,7 +34,7 @@ def between(middle: nn.Module, tasks: int = 3, sites=("first",)):
 
 
 class Quantised(Tensor):
-    """A weight in int8 with a linear of its own, and no answer for any op of ours, as torchao's."""
+    """Is a weight in int8 with a linear of its own that knows none of our ops, as torchao's."""
 
     @staticmethod
     def __new__(cls, values: Tensor):

@@ -1,4 +1,4 @@
-"""Damaged adapter folders, and such as no reading makes right, are refused by name, and the model is left alone."""
+"""Tests that folders which are damaged or cannot be right are refused by name, and the model is left alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def truncate(folder):
 
 
 def to_convolution(folder, **options):
-    """The adapter's layer is the patch embedding instead, a convolution."""
+    """Put the adapter on the patch embedding instead, a convolution."""
     edit_config(folder, target_modules=["projection"], **options)
     key = "base_model.model.embeddings.patch_embeddings.projection"
     weights = {f"{key}.lora_A.weight": torch.ones(3, 3, 8, 8), f"{key}.lora_B.weight": torch.ones(32, 3, 1, 1)}

@@ -1,4 +1,4 @@
-"""Adapters read from the folders that PEFT and others save, as PEFT reads them."""
+"""Tests that adapters are read from the folders of PEFT and others as PEFT reads them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_dropout_of_folders_follows_train_and_eval(tmp_path):
 
 
 def rewrite(folder, rename):
-    """The same tensors under other keys."""
+    """Write the same tensors under other keys."""
     path = folder / "adapter_model.safetensors"
     save_file({rename(key): tensor for key, tensor in load_file(path).items()}, path)
 
@@ -139,7 +139,7 @@ def test_an_adapter_tied_to_the_embeddings(tmp_path):
 
 
 class ThreeNames(nn.Module):
-    """One layer under three names, one of them in a block of two names; another layer shares its weight."""
+    """Has one layer under three names, one of them in a block with two names; another layer shares its weight."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ def test_layers_that_a_folder_lacks_are_named(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2)
-    folders = save(model, tmp_path)  # of which PEFT keeps in "0" layer 0 alone, because "1" is an adapter too
+    folders = save(model, tmp_path)  # PEFT keeps layer 0 alone in "0", because "1" is the name of an adapter, too
     with pytest.warns(UserWarning, match=r"no weights for 'layers.1.*q_proj', 'layers.1.*v_proj', which") as said:
         runner = fastcss.one_pass.from_directories(bare, folders[:1])
     assert said[0].filename == __file__

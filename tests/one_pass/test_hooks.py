@@ -1,4 +1,4 @@
-"""Hooks and replaced forwards, on adapted layers and elsewhere, before and after the runner was built."""
+"""Tests hooks and replaced forwards, on adapted layers and elsewhere, from before and after the runner was built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADAPTED, PLAIN, ABOVE = "layers.0.attention.q_proj", "layers.0.layernorm_before"
 
 
 class Recorder:
-    """A user's object whose methods are hooks."""
+    """Stands for a user's object whose methods are hooks."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -53,7 +53,7 @@ KINDS = {
 
 
 def checked(model, given):
-    """The runner gives what the loop gives, and says that hooks see the adapters in turn."""
+    """Check that the runner gives what the loop gives, and says that hooks see the adapters in turn."""
     expected = loop(model, given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -183,7 +183,7 @@ def by_partial(module):
 
 
 def by_child(module):
-    """A closure over the adapted layer itself, and one that names a sibling made later in the copy."""
+    """Replace a forward by a closure over the adapted layer itself, and one over a sibling that is copied later."""
     layer, original = module.fc1, module.forward
     module.forward = lambda x: original(x) + layer(x)[..., : x.shape[-1]]
 
@@ -210,7 +210,7 @@ class Holder:
 
 
 class Plain(nn.Module):
-    """Keeps its layers where modules() does not see that it has them a second time."""
+    """Keeps its layers a second time where modules() does not see them."""
 
     def __init__(self, how: str) -> None:
         super().__init__()

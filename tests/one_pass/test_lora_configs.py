@@ -1,4 +1,4 @@
-"""Every option of a LoraConfig that leaves plain LoRA, live and from PEFT's folders, against PEFT itself."""
+"""Tests every option of a LoraConfig that leaves plain LoRA, live and from PEFT's folders, against PEFT itself."""
 
 from __future__ import annotations
 

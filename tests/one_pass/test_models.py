@@ -1,4 +1,4 @@
-"""The one-pass runner against PEFT itself: set_adapter, one forward pass, the next adapter, on real models."""
+"""Tests the one-pass runner on real models against PEFT itself: set_adapter, one forward pass, the next adapter."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_two_threads():
 @pytest.mark.parametrize("build", [grounding_dino, vit, resnet])
 @torch.no_grad()
 def test_bfloat16_is_as_near_as_peft_to_itself(build):
-    """The base model in bfloat16, adapters in float32: no further from float32 than PEFT's own bfloat16."""
+    """The base is in bfloat16, adapters in float32: ours must be no further from float32 than PEFT's own bfloat16."""
     model, given = build_adapted(build), inputs(build, 2)
     exact = loop(model, given)
     for name, parameter in model.named_parameters():

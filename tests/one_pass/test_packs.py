@@ -56,7 +56,7 @@ def test_memory_stays_bounded_over_random_subsets():
 
 
 def kept_bytes(runner) -> int:
-    """Bytes of what the layers keep, each piece of memory once."""
+    """Count the bytes that the layers keep, each piece of memory once."""
     found = {}
 
     def visit(value):
@@ -165,7 +165,7 @@ def test_a_fingerprint_does_not_depend_on_threads():
 
 
 def test_a_thread_sees_a_change_that_another_has_just_found(monkeypatch):
-    """One thread has found new values and is about to drop the old pack: a call of another must not run on that."""
+    """A thread found new values and is about to drop the old pack: another thread's call must not run on that pack."""
     torch.manual_seed(0)
     model, x = adapt(nn.Sequential(nn.Linear(8, 4)), {"r": 2, "target_modules": ["0"]}), torch.randn(2, 8)
     runner = fastcss.one_pass(model)

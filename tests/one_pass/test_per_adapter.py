@@ -1,4 +1,4 @@
-"""Inputs that differ between the adapters: each task's own phrases, say."""
+"""Tests inputs that differ between the adapters, such as each task's own phrases."""
 
 from __future__ import annotations
 

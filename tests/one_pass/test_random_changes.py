@@ -1,4 +1,4 @@
-"""Random sequences of changes of a model under its runner, which after each equals PEFT's loop or says what to do.
+"""Tests random sequences of changes to a runner's model: after each the runner equals PEFT's loop or says what to do.
 
 ``pytest tests/one_pass/test_random_changes.py --sequences 2000`` runs as many new ones.
 """
@@ -201,7 +201,7 @@ class Driver:
 
     def copy_runner(self) -> None:
         if not self.handles and not any("forward" in vars(m) for m in self.base.modules()):
-            self.runner = copy.deepcopy(self.runner)  # of a closure Python copies the function alone
+            self.runner = copy.deepcopy(self.runner)  # Python copies a closure's function, but not what it closes over
             self.model = self.runner.model
 
     def refresh(self) -> None:

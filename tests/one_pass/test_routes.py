@@ -1,4 +1,4 @@
-"""One adapter a sample: which inputs are cut into samples, and how the outputs are put together again."""
+"""Tests one adapter per sample: which inputs are cut into samples, and how the outputs are put together again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _entry(value, i, size):
 
 
 def assert_put_together(got, whole, outputs: list) -> None:
-    """``got`` has the structure and shapes of ``whole``, the output for the batch, and the values of ``outputs``."""
+    """Check that ``got`` has the structure and shapes of ``whole``, the batch's output, and the values of
+    ``outputs``."""
     leaves, structure = pytree.tree_flatten(got)
     shaped, expected = pytree.tree_flatten(whole)
     assert structure == expected
@@ -177,7 +178,7 @@ def test_training_on_each_samples_own_labels():
 
 
 class Classes(nn.Module):
-    """Scores against a matrix of classes that all samples share, ``how`` it meets the outputs."""
+    """Scores against a matrix of classes that all samples share; ``how`` says in which way it meets the outputs."""
 
     def __init__(self, how: str):
         super().__init__()
@@ -206,7 +207,7 @@ def classes(how: str):
     ("how", "message"), [("attends", "'?found'? of sample 0 alone"), ("scores", r"'scores' is \[5, 3, 3\]")]
 )
 def test_rows_that_are_no_samples_by_chance(how, message, mode):
-    """Three classes and three samples: the guess is refused, by shape or by value, and the remedy works."""
+    """Three classes look like three samples: that guess must be refused, by shape or by value, and the remedy work."""
     model, x, matrix = classes(how), torch.randn(3, 5, 8), torch.randn(3, 8)
     model.train(mode == "train")
     runner = fastcss.one_pass(model)

@@ -17,7 +17,7 @@ import fastcss
 
 
 class Small(nn.Module):
-    """Two layers; what its attributes hold decides what it gives."""
+    """Has two layers; the values of its attributes decide its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_traced():
 @pytest.mark.parametrize("target", ["first", "second"])
 @torch.no_grad()
 def test_vmapped_from_outside(target):
-    """The first layer's input has the outer axis alone where the second is the first with adapters."""
+    """The first layer's input has only the outer axis if the second layer is the first one with adapters."""
     model, x = small(target_modules=[target])
     runner, batches = fastcss.one_pass(model, engine="vmap"), torch.stack([x, -x, x.flip(0)])
     wanted = torch.stack([peft_loop(model, batch) for batch in batches])

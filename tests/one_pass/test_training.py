@@ -1,4 +1,4 @@
-"""Training through the runner: gradients, dropout and running statistics are those of the loop."""
+"""Tests training through the runner: gradients, dropout and running statistics must be those of the loop."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_dropout_is_on_the_adapters_alone(build):
 
 
 def test_batch_norm_in_training_runs_in_turn():
-    """Each task's pass updates the running statistics, as the loop does."""
+    """Each task's pass must update the running statistics, as the loop does."""
     model, given = build_adapted(resnet), inputs(resnet, 2)
     other = copy.deepcopy(model)
     runner = fastcss.one_pass(model)

@@ -16,7 +16,7 @@ import fastcss
 
 
 class Counts(nn.Module):
-    """Counts its calls in every way there is, then branches on a value that ``first`` of the adapters differ in."""
+    """Counts its calls in every way there is, then branches on a value in which adapters differ."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ def test_a_failed_run_is_undone(calls_before, how):
 
 @torch.no_grad()
 def test_what_cannot_be_undone_is_refused():
-    """A write that goes past torch's functions, in a buffer that no call before has written."""
+    """A write past torch's functions, to a buffer that no earlier call wrote, must be refused."""
     model, x = counts()
     runner = fastcss.one_pass(model, group_size=3)
     runner(x, "quiet")
@@ -106,7 +106,7 @@ def test_what_cannot_be_undone_is_refused():
 
 
 class Fails(nn.Module):
-    """Raises where it is told to."""
+    """Raises when it is told to."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ def test_whatever_ends_a_run_is_undone(error, engine):
 
 
 class _Shared(list):
-    """The world outside of a model: no copy of the model has one of its own, and nothing undoes it."""
+    """Stands for the world outside of a model: a copy of the model has no copy of this, and nothing undoes it."""
 
     def __deepcopy__(self, memo):
         return _World(self)
