@@ -1,4 +1,4 @@
-"""``pytest -p gpu_run --kept FILE``: the tests of a GPU that one has for minutes at a time.
+"""``pytest -p gpu_run --kept FILE``: runs the tests on a GPU that one has for minutes at a time.
 
 Outcomes are added to FILE as they come, what passed or was skipped is not run again, and what failed comes last. Tests
 that use no device are left to ``make test``. A kernel that faults spoils CUDA for its process: this one then ends, and

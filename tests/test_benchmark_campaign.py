@@ -1,4 +1,4 @@
-"""The GPU campaign without a GPU: units that fail, hang and are stopped, and what the next call goes on with."""
+"""Tests the GPU campaign without a GPU: units that fail, hang and are stopped, and what the next call goes on with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def in_folder(tmp_path: Path) -> Campaign:
 
 
 def started(tmp_path: Path) -> str:
-    """Each unit below appends its letter."""
+    """Read which units ran: each unit below appends its letter."""
     return "".join(sorted((tmp_path / "started").read_text().split()))
 
 
@@ -122,7 +122,7 @@ def test_of_no_device():
 
 @pytest.fixture
 def gpu_tests(tmp_path):
-    """``gpu_tests()``: one run of TESTS, in two processes."""
+    """``gpu_tests()`` runs TESTS once, in two processes."""
     pytest.importorskip("xdist")
     (tmp_path / "test_some.py").write_text(TESTS)
     shutil.copy(Path(__file__).with_name("gpu_run.py"), tmp_path)

@@ -1,4 +1,4 @@
-"""The benchmark cases: what work they count, and that every provider of the small ones is right."""
+"""Tests the benchmark cases: what work they count, and that every provider of the small ones is right."""
 
 import itertools
 
@@ -149,7 +149,7 @@ def test_locations_of_deformable_attention_are_exact(quick):
 
 
 def test_work_of_caa():
-    """The composed head has no product too many; the base is one 1×1 convolution, and so is OCR's bottleneck."""
+    """The composed head must have no extra product; the base is one 1×1 convolution, and so is OCR's bottleneck."""
     head, ocr, base = (case.build("cpu", "fwd") for case in caa.cases("cpu", quick=True))
     counter = FlopCounterMode(display=False)
     step = head.providers["composed"]()

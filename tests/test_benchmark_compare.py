@@ -1,4 +1,4 @@
-"""Rows against older rows: what is a regression, what is noise, and what cannot be compared."""
+"""Tests rows against older rows: what is a regression, what is noise, and what cannot be compared."""
 
 import json
 import math
@@ -18,7 +18,7 @@ MEDIANS = {"fastcss": 10.0, "literal": 80.0, "compiled": 20.0}
 
 
 def rows(case="toy/sum", mode="fwd", spread=1.0, times=1.0, medians=MEDIANS, **changes):
-    """One of each provider; ``spread`` is p80 ÷ p20, ``times`` what all of them take against MEDIANS."""
+    """Make one row per provider; ``spread`` is p80 ÷ p20, ``times`` multiplies MEDIANS."""
     common = {
         "op": "toy", "case": case, "mode": mode, "dtype": "float32", "device": "cpu", "device_name": "CPU, 2 threads",
         "malloc": "tuned", "verified": True,
@@ -62,7 +62,7 @@ def test_peers_count_by_their_geometric_mean():
 
 
 def test_noise_grows_with_the_spread_of_every_row():
-    """s = ½ ln 1.44 = ln 1.2 of each row, so u² = 2 (ln 1.2)² (1 + 2 ÷ 2²) in all."""
+    """Each row has s = ½ ln 1.44 = ln 1.2, so u² = 2 (ln 1.2)² (1 + 2 ÷ 2²) in all."""
     noise = 1.1 * math.exp(2 * math.log(1.2) * math.sqrt(3))
     found = compare.compare(ours(noise * 9.99, spread=1.44), rows(spread=1.44))
     assert only(found).noise == pytest.approx(noise)
@@ -85,7 +85,7 @@ def test_variants_of_ours_are_no_peers():
 
 
 def test_a_gpu_is_its_own_measure():
-    """The peers do not count there, and a CUDA graph is a row of ours like the other."""
+    """Peers must not count on a GPU, and our CUDA graph is a row of ours like the other."""
     gpu = {"device": "cuda", "device_name": "GPU"}
     old = ours(10.0, **gpu) + rows(medians={"fastcss+graph": 4.0}, **gpu)
     new = ours(10.5, times=2.0, **gpu) + rows(medians={"fastcss+graph": 4.2}, **gpu)
@@ -167,7 +167,7 @@ def test_wrong_files_are_named(text, message, files, tmp_path, capsys):
 
 @pytest.fixture
 def cases(monkeypatch):
-    """Two cases of a sum, each with a peer that is right."""
+    """Makes two cases of a sum, each with a peer that is right."""
     monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
     x = torch.arange(1.0, 1 + 2**10)
 
@@ -207,7 +207,7 @@ def test_a_run_is_compared_with_the_file_it_replaces(cases, tmp_path, capsys):
     [(1, 0, 10.0, "nothing regressed in 2 cases"), (2, 1, 30.0, "1 of 2 cases")],
 )
 def test_only_what_is_slower_twice_regressed(slow, code, median, verdict, cases, tmp_path, capsys, monkeypatch):
-    """One of two cases meets ``slow`` slow moments; it alone is measured again, and that is what is kept."""
+    """One of two cases meets ``slow`` slow moments: it alone must be measured again, and the second result be kept."""
     file, measured = tmp_path / "rows.jsonl", []
 
     def run(case, mode, *rest):

@@ -13,7 +13,7 @@ from fastcss._dispatch import backends
 
 
 def rows_of(case: str, mode: str = "fwd", **times: float | None) -> list[dict]:
-    """None: it ran and was wrong."""
+    """Make rows from times; None means that a provider ran and was wrong."""
     common = {"op": case.split("/")[0], "case": case, "mode": mode, "device": "cuda", "device_name": "A GPU"}
     common |= {"dtype": "bfloat16", "malloc": "tuned"}
     named = {name.replace("_", " "): ms for name, ms in times.items()}

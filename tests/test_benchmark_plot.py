@@ -1,4 +1,4 @@
-"""The pictures of the results: one an op and mode, and one of memory; what they show are the rows' values."""
+"""Tests the pictures of the results, one per op and mode and one of memory: they must show the rows' values."""
 
 import json
 

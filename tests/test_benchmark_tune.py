@@ -1,4 +1,4 @@
-"""Tuning without a GPU: which tiles are tried, and the table that is made of what was measured."""
+"""Tests tuning without a GPU: which tiles are tried, and the table that is made of the measured ones."""
 
 from __future__ import annotations
 

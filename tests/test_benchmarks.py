@@ -1,4 +1,4 @@
-"""The benchmark harness: what it refuses, what it writes, and its arithmetic."""
+"""Tests the benchmark harness: what it refuses, what it writes, and its arithmetic."""
 
 import ctypes
 import functools
@@ -29,7 +29,7 @@ def broken():
 
 @pytest.fixture
 def case(monkeypatch):
-    """A sum of two vectors, done right twice, wrong in four ways, and not at all."""
+    """Makes a case of a sum of two vectors, which is right twice, wrong in four ways, and once does not run."""
     monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
     x = torch.arange(1.0, 1 + 2**18)
     wrong_place = 2 * x
@@ -129,7 +129,7 @@ def test_peak_memory_counts_temporaries_and_the_result():
 
 
 def test_peak_memory_leaves_out_what_ends_where_an_earlier_call_had_some():
-    """The profiler takes that for the block of the earlier call, which it did not see end."""
+    """The profiler takes such a block for that of the earlier call, whose end it did not see."""
 
     def blocks(size=2**14):
         return [torch.empty(size) for _ in range(64)]
@@ -151,7 +151,7 @@ def test_peak_memory_leaves_out_what_ends_where_an_earlier_call_had_some():
 
 @pytest.fixture
 def called(monkeypatch):
-    """Steps that note their names and take some milliseconds of a clock that only they move."""
+    """Makes steps that note their names and take some milliseconds of a clock that only they move."""
     order, now = [], [0.0]
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -211,7 +211,7 @@ def test_a_warm_provider_is_timed_at_once(called):
 
 
 def test_a_long_call_is_made_no_oftener_than_it_must_be(called, monkeypatch):
-    """Here the oracle's and a peer's: once for what it returns and its memory, and once to be timed."""
+    """The oracle's call and a peer's are long here: once for result and memory, and once to be timed."""
     monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
     monkeypatch.setattr(measure, "PATIENCE_MS", 100)
     order, steps = called

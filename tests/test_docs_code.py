@@ -1,4 +1,4 @@
-"""Every block of Python in README.md and docs/ runs as it is printed, section by section."""
+"""Tests that every block of Python in README.md and docs/ runs as it is printed, section by section."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README.md and docs/measurements.md say what the rows say."""
+"""Tests that README.md and docs/measurements.md say what the rows say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""docs/reference says what the docstrings say, of every public name, and its examples give what they show."""
+"""Tests that docs/reference says what the docstrings say, of every public name, and its examples give what they
+show."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def test_a_name_has_a_heading_of_its_own(page):
 
 
 class AsFarAsShown(doctest.OutputChecker):
-    """An example without its output may give any, and a number counts to the digits that are shown."""
+    """Accepts any output of an example that shows none, and compares numbers to the digits that are shown."""
 
     def check_output(self, want: str, got: str, optionflags: int) -> bool:
         if re.fullmatch(r"\d+\.\d+\n", want):

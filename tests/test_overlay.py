@@ -1,4 +1,4 @@
-"""Label maps as pictures: what colours stand where, and what the legend says."""
+"""Tests label maps as pictures: which colours stand where, and what the legend says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("cat", "dog", "street sign")
 
 @pytest.fixture
 def written(monkeypatch) -> list[str]:
-    """Every text that is drawn."""
+    """Records every text that is drawn."""
     texts, draw = [], ImageDraw.ImageDraw.text
 
     def text(self, xy, text, *rest):
@@ -29,7 +29,7 @@ def written(monkeypatch) -> list[str]:
 
 
 def blocks(height: int, width: int) -> torch.Tensor:
-    """Background above, classes 0 and 2 side by side below."""
+    """Make a map with background above, and classes 0 and 2 side by side below."""
     labels = torch.zeros(height, width, dtype=torch.int64)
     labels[height // 2 :, : width // 2] = 1
     labels[height // 2 :, width // 2 :] = 3
@@ -65,7 +65,7 @@ def test_the_most_alike_are_ten_times_as_far_apart_as_vocs():
 
 
 def test_perceived_colours_are_those_of_oklab():
-    """White, and the blue that its author tabulates; chroma is doubled."""
+    """White and the blue must be as Oklab's author tabulates them; chroma is doubled."""
     white, blue = _overlay._perceived(np.array([[255.0] * 3, [0, 0, 255]]))
     np.testing.assert_allclose(white, [1, 0, 0], atol=1e-3)
     np.testing.assert_allclose(blue, [0.452, 2 * -0.032, 2 * -0.312], atol=2e-3)

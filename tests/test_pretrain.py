@@ -1,4 +1,5 @@
-"""The small models' pre-training: every step learns, what is finished is kept, and a run can begin from the end."""
+"""Tests the small models' pre-training: each step learns, what is finished is kept, and a run can begin from its
+end."""
 
 import pytest
 import torch
@@ -20,19 +21,19 @@ STEPS = {"features": (24, 4), "detector": (12, 4), "points": (24, 2), "generator
 
 @pytest.fixture(scope="module")
 def small():
-    """Few glyphs, scenes and steps."""
+    """Sets few glyphs, scenes and steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_models, "GLYPHS", GLYPHS)
         patch.setattr(pretrain, "GLYPHS", GLYPHS)
         patch.setattr(pretrain, "SCENES", 12)
         patch.setattr(pretrain, "STEPS", STEPS)
-        patch.setattr(pretrain, "RATES", dict.fromkeys(STEPS, 0.02))  # of which so few steps see next to nothing
+        patch.setattr(pretrain, "RATES", dict.fromkeys(STEPS, 0.02))  # the usual rates do next to nothing in few steps
         yield patch
 
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
-    """The work folder and the run after all steps."""
+    """Makes the work folder and the run after all steps."""
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out") / "base"
     pretrain._detector_chain(work, 0)
     pretrain._points_chain(work, 0)

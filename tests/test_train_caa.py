@@ -1,4 +1,4 @@
-"""The training benchmark on a handful of steps: that it runs, and that its arms differ in nothing but the module."""
+"""Tests the training benchmark on a few steps: it must run, and its arms differ in nothing but the module."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The table of the digits: which runs, what their rows say, and when it is good enough."""
+"""Tests the table of the digits: which runs it has, what their rows say, and when it is good enough."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def test_what_is_good_enough(joint, ours, forgotten, good):
 
 
 def test_runs_from_the_kept_models(tmp_path):
-    """Every method, in processes of their own; a second call only reads what is there."""
+    """Every method must run in a process of its own, and a second call only read what is there."""
     command = [sys.executable, "-m", "benchmarks.train_digits", "--runs", tmp_path / "runs", "--out", tmp_path / "rows"]
     command += ["--settings", "5-5", "--seeds", "0", "--epochs", "1", "--train-scenes", "8", "--test-scenes", "2"]
     command += ["--cases", "paper", "decouplecss-5-5-0", "naive", "joint"]

@@ -1,4 +1,4 @@
-"""Calls of the command line, and a run of DecoupleCSS for them."""
+"""Calls the command line, and makes a run of DecoupleCSS for it."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture
 def command(capsys):
-    """``command(*arguments)`` → the exit code, and what was printed."""
+    """``command(*arguments)`` returns the exit code and what was printed."""
     from fastcss.__main__ import main
 
     def call(*arguments) -> Finished:
@@ -38,7 +38,7 @@ def command(capsys):
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """Three tasks of six classes; tests leave it as it is."""
+    """Builds a model of three tasks and six classes; tests must not change it."""
     from decouplecss_models import SIZES, build
 
     return build(SIZES[:3])
@@ -46,7 +46,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_model, tmp_path_factory) -> Path:
-    """Its folder, with a plan of small pictures; tests leave it as it is."""
+    """Saves the model in a folder, with a plan of small pictures; tests must not change it."""
     from saved_runs import PLAN, save_run
 
     return save_run(tiny_model, tmp_path_factory.mktemp("tiny") / "run", PLAN)
@@ -54,7 +54,7 @@ def tiny_run(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digit_models(tmp_path_factory) -> Path:
-    """A run without tasks: frozen models and a tokenizer; tests leave it as it is."""
+    """Makes a run without tasks: frozen models and a tokenizer; tests must not change it."""
     from continual_runs import save_models
 
     return save_models(tmp_path_factory.mktemp("models") / "base")
@@ -69,7 +69,7 @@ def digit_run(digit_models, tmp_path_factory) -> Path:
     from fastcss.__main__ import main
 
     run, threads = tmp_path_factory.mktemp("digits") / "run", torch.get_num_threads()
-    torch.set_num_threads(1)  # as the tests have it: with another number the last bits are others
+    torch.set_num_threads(1)  # the tests have one, too: another number changes the last bits
     main(["train", *SMALL_DIGITS, "--base", str(digit_models), "--out", str(run)])
     torch.set_num_threads(threads)
     return run

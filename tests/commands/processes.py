@@ -8,6 +8,6 @@ import sys
 
 
 def started(*arguments: str, **options) -> subprocess.Popen:
-    """Python with these arguments. It hears Ctrl-C, also where the tests run in a background that is to ignore it."""
+    """Start Python with these arguments. It hears Ctrl-C even if the tests run in a background that ignores it."""
     heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, **heard, **options)

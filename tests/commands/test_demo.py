@@ -1,4 +1,4 @@
-"""``python -m fastcss demo``: its figures are those of evaluation, its picture shows them, and what it refuses."""
+"""Tests ``python -m fastcss demo``: its figures must be evaluation's, its picture show them; and what it refuses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LABELS = CLASS_NAMES["digits"]
 
 @pytest.fixture(scope="module")
 def loaded(digit_run):
-    """The model of two tasks, and its plan."""
+    """Loads the model of two tasks, and its plan."""
     return load_run(digit_run)
 
 

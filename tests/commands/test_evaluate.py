@@ -1,4 +1,4 @@
-"""``evaluate``: the figures of a run, as tables and as JSON, and what has none."""
+"""Tests ``evaluate``: the figures of a run, as tables and as JSON, and runs that have none."""
 
 from __future__ import annotations
 

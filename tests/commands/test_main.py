@@ -1,4 +1,4 @@
-"""The command line's frame: what is listed, and what errors become."""
+"""Tests the command line's frame: what is listed, and what errors become."""
 
 from __future__ import annotations
 

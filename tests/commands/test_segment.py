@@ -1,4 +1,4 @@
-"""``python -m fastcss segment``: what is written is what the model says, and bad pictures spoil nothing."""
+"""Tests ``python -m fastcss segment``: it must write what the model says, and bad pictures must spoil nothing."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_an_out_that_is_a_file_is_refused(command, tiny_run, picture, tmp_path):
 
 @pytest.fixture
 def run(tiny_run, tmp_path) -> Path:
-    """A copy to spoil."""
+    """Copies the run, to spoil it."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
@@ -320,7 +320,7 @@ def test_a_bad_run_is_named(command, run, picture, tmp_path, spoil, message):
 
 @pytest.mark.parametrize("writes", range(4))
 def test_a_full_disk_is_1_and_leaves_whole_files(command, tiny_run, picture, tmp_path, monkeypatch, writes):
-    """Two pictures are four files, and each is made sure of once before it gets its name."""
+    """Two pictures make four files, and each is synced to the disk before it gets its name."""
     shutil.copy(picture, tmp_path / "second.png")
     names = ["noise.png", "noise_overlay.png", "second.png", "second_overlay.png"]
     real, left = os.fsync, 2 * writes  # the file, and its folder

@@ -1,4 +1,4 @@
-"""``train``: what it makes of its options, what it shows, and what it refuses."""
+"""Tests ``train``: what it makes of its options, what it shows, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``train`` in a process of its own: killed and taken up again it comes to the same."""
+"""Tests ``train`` in a process of its own: killed and resumed, it must give the same run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate`` on pictures of PASCAL VOC's layout."""
+"""Tests ``train`` and ``evaluate`` on pictures in PASCAL VOC's layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastcss.models.continual import read_plan
 
 @pytest.fixture
 def voc(tmp_path, monkeypatch) -> Path:
-    """Three pictures to train on, one of them of the Semantic Boundaries Dataset, and two to test on."""
+    """Writes three pictures to train on, one of them from the Semantic Boundaries Dataset, and two to test on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root, random = tmp_path / "VOC2012", np.random.default_rng(0)
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):

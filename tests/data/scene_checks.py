@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def assert_item_form(image: Tensor, labels: Tensor, classes: int) -> None:
-    """A picture and its labels, some of them of a class, all below ``classes``."""
+    """Check a picture and its labels: some are of a class, and all below ``classes``."""
     assert image.shape == (3, 128, 128)
     assert image.dtype == torch.float32
     assert labels.shape == (128, 128)

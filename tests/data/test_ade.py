@@ -1,4 +1,4 @@
-"""ADE20K's reader."""
+"""Tests ADE20K's reader."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""mIoU after every task, and Last-, Avg- and FF-IoU against the equations written out."""
+"""Tests mIoU after every task, and Last-, Avg- and FF-IoU, against the equations written out."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from fastcss.data import ContinualMetrics, class_iou
 
 
 def literal_iou(predicted, labels, count):
-    """One label at a time, by its definition."""
+    """Compute the IoU one label at a time, by its definition."""
     counted = labels != 255
     values = []
     for label in range(count):
@@ -22,7 +22,7 @@ def literal_iou(predicted, labels, count):
 
 
 def literal_equations(iou, images):
-    """Eq. 8 to 12 of a table iou[k][t] of all k and t, with j from the first task on, as printed."""
+    """Compute eq. 8 to 12 from a table iou[k][t] of all k and t, with j from the first task on, as printed."""
     n = len(images)
     average = [sum(images[k] * iou[k][t] for k in range(t + 1)) / sum(images[: t + 1]) for t in range(n)]
     forgotten = [max(iou[k][j] - iou[k][n - 1] for j in range(n - 1)) for k in range(n - 1)]
@@ -73,7 +73,7 @@ def test_any_integers_are_counted_alike():
 )
 def test_what_is_no_label_is_named_and_not_counted(predicted, labels, message):
     metric = class_iou(3)
-    metric.update(torch.tensor([0, 255, 1]), torch.tensor([0, 255, 1]))  # where nothing counts, anything may be
+    metric.update(torch.tensor([0, 255, 1]), torch.tensor([0, 255, 1]))  # an ignored pixel may be predicted as anything
     with pytest.raises(ValueError, match=f"class_iou: {message}"):
         metric.update(torch.tensor(predicted), torch.tensor(labels))
     assert metric.compute()[:2].tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""The digit scenes: what a scene depends on, what is in it, and that one can read it."""
+"""Tests the digit scenes: what a scene depends on, what is in it, and that one can read it."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The glyph scenes: what a scene depends on, what is in it, and that glyphs can be told apart."""
+"""Tests the glyph scenes: what a scene depends on, what is in it, and that glyphs can be told apart."""
 
 import sys
 
@@ -60,7 +60,7 @@ def test_labels_are_where_a_picture_differs_from_its_background(monkeypatch):
         near = torch.nn.functional.max_pool2d(ink.float()[None, None], 9, 1, 4)[0, 0].bool()  # edges are soft
         labelled.append(near[changed > 0].float().mean())
         assert labelled[-1] > 0.9  # where it is faintest, a thin stroke has no label
-        assert (changed[ink] > 0.1).float().mean() > 0.9  # a colour is chosen to stand out in so many pixels
+        assert (changed[ink] > 0.1).float().mean() > 0.9  # a colour is chosen that stands out in so many pixels
         contrasts.append(changed[ink].mean())
         areas += labels.flatten().bincount()[1:].tolist()
     assert torch.stack(labelled).mean() > 0.99

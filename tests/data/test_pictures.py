@@ -1,4 +1,4 @@
-"""Pictures from files: upright, in colours of 0…1, whatever kind of file they are in."""
+"""Tests pictures from files: they must be upright, in colours of 0…1, whatever the kind of file."""
 
 import struct
 import sys
@@ -110,7 +110,7 @@ def test_16_bit_grey_is_turned_too(tmp_path):
 
 
 def png(width: int, bits: int, kind: int, row: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A file of one row, in kinds that Pillow does not write."""
+    """Make a file of one row, in kinds that Pillow does not write."""
     header = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
     parts = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
     packed = (struct.pack(">I", len(x)) + tag + x + struct.pack(">I", zlib.crc32(tag + x)) for tag, x in parts)
@@ -118,7 +118,7 @@ def png(width: int, bits: int, kind: int, row: bytes, *chunks: tuple[bytes, byte
 
 
 def tiff(width: int, bits: int, meaning: int, row: bytes) -> bytes:
-    """A file of one row of grey; ``meaning`` 0 where white is zero, else 1."""
+    """Make a file of one row of grey; ``meaning`` is 0 if white is zero, else 1."""
     fields = {
         256: width,
         257: 1,

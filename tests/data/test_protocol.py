@@ -1,4 +1,4 @@
-"""The overlapped protocol: which classes a task has, what it keeps of a data set, and what it hides."""
+"""Tests the overlapped protocol: which classes a task has, what it keeps of a data set, and what it hides."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ NUMBER_OF_TASKS = {
 
 
 class Maps(Dataset):
-    """Labels made by hand; an image says its number."""
+    """Has labels made by hand; an image is filled with its number."""
 
     def __init__(self, *labels):
         self.labels = [torch.tensor(rows) for rows in labels]
@@ -93,7 +93,7 @@ def test_training_keeps_images_of_the_task_and_hides_older_and_later_classes():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_label_maps_may_be_of_any_integers(dtype):
-    """Torch takes uint8 in an index for a mask."""
+    """Any integer dtype must work, though torch takes uint8 in an index for a mask."""
     given = Maps(*(labels.tolist() for labels in MAPS.labels))
     given.labels = [labels.to(dtype) for labels in given.labels]
     for (_, got), (_, expected) in zip(Overlapped(given, (1, 2)), Overlapped(MAPS, (1, 2)), strict=True):

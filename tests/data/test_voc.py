@@ -1,4 +1,4 @@
-"""PASCAL VOC's reader, what both readers do with label maps, and the kept index of what they show."""
+"""Tests PASCAL VOC's reader, what both readers do with label maps, and the kept index of the classes in them."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def write_labels(path, rows, mode="P"):
 
 @pytest.fixture
 def root(tmp_path):
-    """VOCdevkit/VOC2012 of three images, the last of which shows nothing."""
+    """Writes VOCdevkit/VOC2012 with three images, the last of which shows nothing."""
     folder = tmp_path / "VOCdevkit" / "VOC2012"
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
@@ -264,7 +264,7 @@ def stems(data: VOC) -> list[str]:
 
 @pytest.fixture
 def odd_names(root):
-    """Files of such names, and of what is left of them before a dot or a space."""
+    """Writes files of such names, and of what is left of them before a dot or a space."""
     names = ["frame.1", "frame.2", "frame", "a  photo of mine", "a", "x.jpg y"]
     for name in names:
         shutil.copy(root / "JPEGImages" / "2007_000001.jpg", root / "JPEGImages" / f"{name}.jpg")

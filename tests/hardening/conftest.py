@@ -13,7 +13,8 @@ EXAMPLES = 30
 
 @pytest.fixture(scope="session")
 def fuzz(pytestconfig):
-    """``fuzz(share)``: settings for that share of the examples; the same ones each time unless more are asked for."""
+    """``fuzz(share)`` makes settings for that share of the examples; they are the same ones unless more are asked
+    for."""
     asked = pytestconfig.getoption("--fuzz-examples")
     always = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 

@@ -1,4 +1,4 @@
-"""torch.export of every op with sizes left open: one program for all of them, which learns as the op does."""
+"""Tests torch.export of every op with open sizes: one program must serve all sizes, and learn as the op does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 def numbers(n: int, *shape: int) -> Tensor:
-    """A class of three for each pixel."""
+    """Draw one of three classes for each pixel."""
     return torch.arange(n * torch.Size(shape).numel()).view(n, *shape) % 3
 
 

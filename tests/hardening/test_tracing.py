@@ -1,4 +1,4 @@
-"""Every op where a tracer other than torch.compile and torch.export runs it, which no value can be read from."""
+"""Tests every op under tracers other than torch.compile and torch.export, from which no value can be read."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture(scope="module")
 def saved_model():
-    """Three tasks; tests leave it as it is."""
+    """Builds a model of three tasks; tests must not change it."""
     from decouplecss_models import SIZES, build
 
     return build(SIZES[:3])
@@ -23,7 +23,7 @@ def saved_model():
 
 @pytest.fixture(scope="module")
 def saved(saved_model, tmp_path_factory) -> Path:
-    """The folder of ``saved_model``; tests leave it as it is."""
+    """Saves ``saved_model`` in a folder; tests must not change it."""
     from fastcss.models.decouplecss_folder import save_base, save_task
 
     folder = tmp_path_factory.mktemp("saved") / "run"
@@ -35,13 +35,13 @@ def saved(saved_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(saved, tmp_path) -> Path:
-    """A copy of it to spoil."""
+    """Copies the folder, to spoil it."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")
 def digit_models(tmp_path_factory) -> Path:
-    """A run without tasks: frozen models and a tokenizer; tests leave it as it is."""
+    """Makes a run without tasks: frozen models and a tokenizer; tests must not change it."""
     from continual_runs import save_models
 
     return save_models(tmp_path_factory.mktemp("models") / "base")
@@ -49,7 +49,7 @@ def digit_models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digit_run(digit_models, tmp_path_factory) -> Callable[[str], Path]:
-    """``digit_run(method)``: a finished run of two tasks; tests leave it as it is."""
+    """``digit_run(method)`` returns a finished run of two tasks; tests must not change it."""
     from continual_runs import SETTINGS, plan_of
 
     from fastcss.models.continual import begin, train

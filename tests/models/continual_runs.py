@@ -1,4 +1,4 @@
-"""Small runs on scenes of digits: tiny models with random weights, a vocabulary, a plan of seconds."""
+"""Makes small runs on scenes of digits: tiny models with random weights, a vocabulary, a plan that takes seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMES = ("seconds",)
 
 
 def save_models(folder: Path) -> Path:
-    """A run without tasks: frozen models, and a tokenizer that knows all adjectives and most classes."""
+    """Make a run without tasks: frozen models, and a tokenizer that knows all adjectives and most classes."""
     words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *ADJECTIVES]
     folder.mkdir(parents=True)
     vocabulary = folder / "vocab.txt"
@@ -40,7 +40,7 @@ def save_models(folder: Path) -> Path:
 
 
 def plan_of(**fields) -> Plan:
-    """Two tasks of few scenes."""
+    """Plan two tasks of few scenes."""
     given = {"data": "digits", "setting": "5-5", "train_scenes": 8, "test_scenes": 4, "shortest": 64, "longest": 64}
     return Plan(**given | {"recipe": RECIPE} | fields)
 
@@ -65,5 +65,5 @@ class StopAt(Watch):
 
 
 def learned(run: Path) -> dict[str, bytes]:
-    """Every file of the tasks, byte for byte."""
+    """Read every file of the tasks, byte for byte."""
     return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("task_*/*")}

@@ -1,4 +1,4 @@
-"""Tiny DecoupleCSS models with random weights, and pictures of noise for them."""
+"""Makes tiny DecoupleCSS models with random weights, and pictures of noise for them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastcss.models.class_detector import ClassDetector
 from fastcss.models.decouplecss import DecoupleCSS, Phrases, Segmentation
 from fastcss.models.sam import SamSegmenter
 
-SIZES = (2, 1, 3, 2, 2, 1)  # classes a task
-AGREE = 0.9999  # of the pixels: the specification's
-EXACT = 1e-5  # float32, of the largest value: sums in another order
+SIZES = (2, 1, 3, 2, 2, 1)  # classes of each task
+AGREE = 0.9999  # share of the pixels, from the specification
+EXACT = 1e-5  # float32, relative to the largest value: sums in another order
 
 
 def phrases(classes: int, seed: int = 0, count: int = 5) -> Phrases:
-    """[c, M, 6]: [CLS], one to four words, [SEP], padding."""
+    """Make phrases [c, M, 6]: [CLS], one to four words, [SEP], padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2000, 3000, (classes, count, 6), generator=generator)
     lengths = torch.randint(3, 7, (classes, count, 1), generator=generator)
@@ -29,7 +29,7 @@ def phrases(classes: int, seed: int = 0, count: int = 5) -> Phrases:
 
 
 def convnext_config() -> GroundingDinoConfig:
-    """The tiny detector's, with ConvNeXt in the place of Swin."""
+    """Return the tiny detector's config with ConvNeXt in the place of Swin."""
     config = grounding_dino._config("tiny")
     config.backbone_config = ConvNextConfig(
         hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], patch_size=2, out_features=["stage3", "stage4"]
@@ -39,7 +39,8 @@ def convnext_config() -> GroundingDinoConfig:
 
 
 def convnext_detector() -> ClassDetector:
-    """Whose blocks and fusion layers count: untrained they are next to nothing beside their residuals."""
+    """Build a detector whose blocks and fusion layers matter: untrained ones are next to nothing beside the
+    residuals."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         detector = ClassDetector(GroundingDinoModel(convnext_config())).eval()
@@ -87,7 +88,7 @@ def pictures(batch: int, device: str = "cpu") -> dict:
 
 
 def agreement(first: list[Tensor], second: list[Tensor]) -> float:
-    """The least share of pixels of any picture that have the same label in both."""
+    """Find the picture with the smallest share of pixels that have the same label in both, and return the share."""
     return min((a == b).double().mean().item() for a, b in zip(first, second, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Processes that kill themselves half-way."""
+"""Makes processes that kill themselves half-way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def killing(calls: int) -> Callable[[Callable], Callable]:
-    """A decorator of functions; all of them together may be called so often, and at the next call the process dies."""
+    """Return a decorator: its functions together may be called so often, and the next call kills the process."""
 
     def dying(function: Callable) -> Callable:
         def call(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""ClassDetector: what its masks hide, and what the phrases of a class are made of."""
+"""Tests ClassDetector: what its masks hide, and what the phrases of a class are made of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def image(device):
 
 @pytest.fixture
 def embedded(device):
-    """Phrases [3, 5, D] of three classes, far from each other."""
+    """Makes phrases [3, 5, D] of three classes, far from each other."""
     return torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(device)
 
 
@@ -44,7 +44,7 @@ def test_shapes_and_that_all_of_it_matters(detector, image, embedded):
 
 @pytest.mark.parametrize("places", [[0, 1, 2], [1, 2, 4]])
 def test_masked_rows_are_zeros_and_change_nothing(detector, image, embedded, places):
-    """Whatever stands in them."""
+    """Masked rows must give zeros and change nothing, whatever their values are."""
     junk = 3 * torch.randn(5, 5, 64, device=image.device)
     junk[places] = embedded
     mask = torch.ones(5, dtype=torch.bool, device=image.device)
@@ -64,7 +64,7 @@ def test_a_batch_is_its_images_one_by_one(detector, image, embedded):
 
 
 def test_classes_in_another_order(detector, image, embedded):
-    """Each class is a phrase of its own, at the same position."""
+    """Each class is a separate phrase at the same position, so the order of the classes must not matter."""
     order = [2, 0, 1]
     got, expected = detector(image, phrases=embedded[order]), detector(image, phrases=embedded)
     assert_close(got.classes, expected.classes[:, order])

@@ -1,4 +1,4 @@
-"""Task after task: what is learned, and by every method."""
+"""Tests learning task after task: what is learned, by every method."""
 
 from __future__ import annotations
 

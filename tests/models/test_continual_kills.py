@@ -1,4 +1,4 @@
-"""Runs that are stopped, or killed, anywhere: gone on with, they are the unbroken run."""
+"""Tests runs that are stopped or killed anywhere: resumed, they must equal the unbroken run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train_until_killed(run: Path, calls: int) -> None:
 def test_killed_again_and_again(run, digit_run):
     code, kills = None, 0
     while code != 0:
-        # Saving an epoch takes some seven calls, a task another seven: so many that each start gets a little further.
+        # An epoch takes some seven calls to save, a task another seven: with so many, each start gets a little further.
         target, calls = multiprocessing.get_context("fork"), 11 + kills % 5
         child = target.Process(target=train_until_killed, args=(run, calls))
         child.start()

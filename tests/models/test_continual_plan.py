@@ -1,4 +1,4 @@
-"""Plans of continual runs: what they say, what they refuse, and where the data come from."""
+"""Tests plans of continual runs: what they say, what they refuse, and where the data come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are not begun, not gone on with, or have nothing left to do."""
+"""Tests runs that must not begin, must not go on, or have nothing left to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""segment-anything's checkpoints as transformers' folders: every tensor in its place, and the same architecture."""
+"""Tests segment-anything's checkpoints as transformers' folders: each tensor in its place, the same architecture."""
 
 from __future__ import annotations
 

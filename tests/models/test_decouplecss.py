@@ -1,4 +1,4 @@
-"""DecoupleCSS in one pass against its sequential forms, and these against the models' own parts."""
+"""Tests DecoupleCSS in one pass against its sequential forms, and these against the models' own parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def models():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("sites", LORA_SITES)
-@pytest.mark.filterwarnings("error:one_pass")  # which says so where it runs the tasks in turn
+@pytest.mark.filterwarnings("error:one_pass")  # it warns if it runs the tasks in turn
 def test_all_modes_give_the_same_labels(sites, batch, device):
     model, given = build(sites=sites).to(device), pictures(batch, device)
     found = {mode: model.segment(**given, mode=mode) for mode in MODES}
@@ -46,7 +46,7 @@ def test_all_modes_give_the_same_labels(sites, batch, device):
 @torch.no_grad()
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_literal_is_what_the_parts_make(models, confidence):
-    """PEFT's model of each task, SAM's own decoder, and every mask at full size."""
+    """The labels must be those of PEFT's model of each task, SAM's own decoder, and every mask at full size."""
     model, given = copy.deepcopy(models["swin+fusion"]), pictures(1)
     model.confidence = confidence
     sam = model.segmenter.model

@@ -1,4 +1,4 @@
-"""Thresholds of presence: the best there are, and from the task's own pictures."""
+"""Tests thresholds of presence: they must be the best there are, and come from the task's own pictures."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_calibration_sets_the_thresholds_of_its_task():
 
 @torch.no_grad()
 def presence_of(trainer: TaskTrainer) -> tuple[torch.Tensor, torch.Tensor]:
-    """r in each picture of a single class, [n], as the picture is and without the tokens on the object."""
+    """Compute r in each picture of a single class, [n]: of the whole picture, and without the tokens on the object."""
     task, both = trainer.task, ([], [])
     activate(trainer.model, task)
     phrases = embed_phrases(trainer.model, task)
@@ -104,7 +104,7 @@ def test_a_class_that_all_pictures_show_has_a_threshold_between_its_presence_on_
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_picture_that_the_class_covers_has_nothing_without_it(ignored):
-    """Nor has one whose other half does not count: the threshold is the lowest above nothing."""
+    """The same holds if the other half is ignored: the threshold must be the lowest value above nothing."""
     trainer = single_class_trainer(one_class_token_weight=0.0)
     labels = torch.full((48, 64), LABELS[0])
     labels[:, 32:] = 255 if ignored else LABELS[0]

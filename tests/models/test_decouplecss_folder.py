@@ -1,4 +1,4 @@
-"""Runs of DecoupleCSS in folders: what is loaded is what was saved, and what is not whole is never met."""
+"""Tests runs of DecoupleCSS in folders: what is loaded must be what was saved, and nothing incomplete ever be met."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_run_saved_again_is_the_same(saved, tmp_path):
     for t in range(3):
         save_task(loaded, t, tmp_path / "again")
     first, second = content(saved), content(tmp_path / "again")
-    assert first.keys() == second.keys()  # and in config.json transformers notes what it has learned in loading
+    assert first.keys() == second.keys()  # contents may differ: transformers adds to config.json when it loads
     assert all(second[name] == first[name] for name in first if Path(name).name != "config.json")
 
 
@@ -87,7 +87,7 @@ def test_a_model_of_another_dtype_stays_so(tmp_path):
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, expected)
     got, expected = (m.detector.get_base_model().text_projection.weight for m in (loaded, model))
-    assert got.dtype == torch.bfloat16  # torch.equal takes no notice of it
+    assert got.dtype == torch.bfloat16  # torch.equal ignores dtypes
     assert torch.equal(got, expected)
 
 

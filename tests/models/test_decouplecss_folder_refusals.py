@@ -1,4 +1,4 @@
-"""Folders that are no run of DecoupleCSS, or not a whole one: the message names what is wrong."""
+"""Tests folders that are no run of DecoupleCSS, or an incomplete one: the message must name what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of DecoupleCSS against their equations, written out pixel by pixel."""
+"""Tests the losses of DecoupleCSS against their equations, written out pixel by pixel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def masks(count: int = 3, height: int = 7, width: int = 5) -> tuple[torch.Tensor
 
 
 def by_hand(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
-    """Dice and cross-entropy of one mask, as eq. A.1 writes them."""
+    """Compute Dice and cross-entropy of one mask, as eq. A.1 writes them."""
     pairs = list(zip(logits.double().flatten().tolist(), target.flatten().tolist(), strict=True))
     pairs = [(1 / (1 + math.exp(-x)), g) for x, g in pairs if g != 255]
     dice = 1 - 2 * sum(p * g for p, g in pairs) / sum(p * p + g * g for p, g in pairs)
@@ -144,7 +144,7 @@ def test_certainty_is_finite(certain, gammas):
 
 
 def probability_of(presence: torch.Tensor, largest: torch.Tensor, threshold: float = 0.3):
-    none = torch.zeros_like(presence).long()  # counts: of the tokens whose best class it is there may be none
+    none = torch.zeros_like(presence).long()  # counts: a class may be the best one of no token
     return presence_probability(SelectedTokens(torch.empty(0), none, presence), largest, threshold)
 
 

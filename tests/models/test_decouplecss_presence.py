@@ -22,7 +22,7 @@ KEPT = Path(fastcss.__file__).with_name("assets") / "digits"
 
 
 def with_twins() -> DecoupleCSS:
-    """A task between two others whose classes look alike: all that is near to one is as near to the other."""
+    """Build a task between two others whose classes are twins: a token near to one is as near to the other."""
     model = build((1,))
     add_task(model, 2)
     for buffer in (model.tasks[1].input_ids, model.tasks[1].attention_mask):
@@ -35,7 +35,7 @@ def with_twins() -> DecoupleCSS:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_class_whose_tokens_are_all_nearer_to_another_is_found(mode, monkeypatch):
-    """It is prompted for by its L_k alone."""
+    """A class whose tokens are all nearer to another must still be prompted for, by its L_k alone."""
     model, given, prompts = with_twins(), pictures(1), []
     decode = model.segmenter.decode
     monkeypatch.setattr(
@@ -74,7 +74,7 @@ def test_a_class_that_no_token_reaches_is_not_there_before_calibration():
 
 
 def test_what_another_class_has_won_teaches_all_the_same():
-    """The gradient of eq. A.3 comes to a twin that is best for no token, and is that of the other."""
+    """A twin that is best for no token must get the gradient of eq. A.3, the same as the other twin."""
     model = with_twins()
     task = model.tasks[1]
     activate(model, task)
@@ -108,7 +108,8 @@ def test_a_run_keeps_its_form_and_one_from_before_the_key_has_the_old(tmp_path):
 
 @torch.no_grad()
 def test_the_kept_model_finds_what_it_was_calibrated_to():
-    """Its thresholds are of the form that it was trained with, whichever that is: those of the old one by hand."""
+    """A model's thresholds must belong to the form it was trained with; those of the old form are worked out by
+    hand."""
     model, plan = load_run(KEPT)
     if model.presence != "best":
         pytest.skip("the kept model was trained with eq. A.2")

@@ -73,7 +73,7 @@ def test_nothing_is_packed_again_while_nothing_changes():
 
 
 def test_training_in_between_is_seen():
-    """Even where a change left no trace on the tensor."""
+    """Training must be seen even if a change left no trace on the tensor."""
     model, given = build((2, 1)), pictures(1)
     model.segment(**given)
     model.train()
@@ -157,7 +157,7 @@ def test_copies_are_models_of_their_own():
 
 @pytest.mark.parametrize("half", ["detector", "segmenter", "both"])
 def test_each_frozen_model_may_have_a_dtype_of_its_own(half):
-    """Tasks have SAM's; pictures come in float32, as they are read."""
+    """Each frozen model may have its own dtype: tasks have SAM's, and pictures come in float32, as they are read."""
     model, given = build((2, 1)), pictures(1)
     if half != "segmenter":
         model.detector.bfloat16()

@@ -1,4 +1,4 @@
-"""The loss of tokens against its formula, and what it does to a task that has no other negatives."""
+"""Tests the loss of tokens against its formula, and what it does to a task that has no other negatives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def tokens(count: int = 40, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines, and shares that are 0, below an eighth, an eighth, above it or NaN."""
+    """Draw cosines, and shares that are 0, below an eighth, an eighth, above it or NaN."""
     generator = torch.Generator().manual_seed(0)
     cosine = 2 * torch.rand(count, classes, generator=generator) - 1
     shares = torch.tensor([0, 0, 0.001, 0.1249, 0.125, 0.5, 1, NAN])
@@ -27,7 +27,7 @@ def tokens(count: int = 40, classes: int = 3) -> tuple[torch.Tensor, torch.Tenso
 
 
 def by_hand(cosine: torch.Tensor, share: torch.Tensor, threshold: float, scale: float) -> float:
-    """``-(1 - p)² log p`` of the truth's probability p, pair by pair."""
+    """Compute ``-(1 - p)² log p`` of the truth's probability p, pair by pair."""
     total, there = 0.0, 0
     for c, s in zip(cosine.double().flatten().tolist(), share.flatten().tolist(), strict=True):
         on_it = 1 / (1 + math.exp(-scale * (c - threshold)))
@@ -103,7 +103,7 @@ def test_low_precision_is_computed_in_float32(dtype):
 
 
 def by_share(trainer: TaskTrainer) -> tuple[float, float]:
-    """Mean cosine of the tokens on the object and of those off it."""
+    """Compute the mean cosine of the tokens on the object and of those off it."""
     batch = collate([trainer.pictures[i] for i in range(len(trainer.pictures))])
     with torch.no_grad():
         detected = detect(trainer.model, embed_phrases(trainer.model, trainer.task), batch.pixel_values)[1]
@@ -134,7 +134,7 @@ def test_a_class_that_all_pictures_show_is_learnt_to_be_where_it_is():
     on, off = by_share(trainer)
     assert on > on_before + 0.2
     assert off < off_before - 0.05
-    assert last.tokens < 1  # as it came it was 11, and its weight is 2
+    assert last.tokens < 1  # it was 11 before training, and its weight is 2
     on, off = by_share(without)
     assert off > off_before + 0.2
     assert off > on - 0.05

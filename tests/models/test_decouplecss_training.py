@@ -1,4 +1,4 @@
-"""Learning a task: what learns and what does not, that it learns, and that it can be taken up again."""
+"""Tests learning a task: what learns and what does not, that it learns, and that it can be resumed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gradients_reach_all_of_the_task_and_nothing_else(sites):
 
 
 def test_a_step_is_the_losses_of_the_equations():
-    """Picture by picture, class by class, by the published form of each module."""
+    """The losses are worked out picture by picture, class by class, by the published form of each module."""
     model = build((1, 2))
     task, batch = model.tasks[1], one_batch(model)
     activate(model, task)
@@ -76,7 +76,8 @@ def test_a_step_is_the_losses_of_the_equations():
 
 
 def test_what_the_detector_overlooks_is_learnt_all_the_same():
-    """The adapter from the largest cosine; of the generator, new as it is, the bias that a mask without tokens has."""
+    """The adapter must learn from the largest cosine, and a new generator at least the bias, from a mask without
+    tokens."""
     model = build((2,))
     model.threshold = 1.0
     task, batch = model.tasks[0], one_batch(model)
@@ -106,7 +107,7 @@ def test_an_epoch_changes_the_task_and_leaves_all_else_bit_for_bit():
 
 def test_it_learns_a_batch():
     model = build((2,))
-    with torch.no_grad():  # a random SAM's masks are all but flat, a trained one's are not
+    with torch.no_grad():  # a random SAM's masks are nearly flat, unlike a trained one's
         model.segmenter.model.mask_decoder.output_hypernetworks_mlps[0].proj_out.weight.mul_(30)
     task, batch = model.tasks[0], one_batch(model)
     optimizer = torch.optim.AdamW(activate(model, task).values(), lr=1e-2)
@@ -269,7 +270,7 @@ def test_labels_and_classes_must_be_as_many():
 
 @pytest.mark.parametrize("clip", [0.0, 0.3])
 def test_a_step_has_the_recipe_s_asymmetric_loss(clip):
-    """The cosines of classes that are not there are above some of these."""
+    """The cosines of absent classes are above some of these clips."""
     trainer, again = trainer_for(count=2, asymmetric_clip=clip), trainer_for(count=2, asymmetric_clip=clip)
     phrases, batch = embed_phrases(again.model, again.task), one_batch(again.model, 2)
     found, detected = detect(again.model, phrases, batch.pixel_values)

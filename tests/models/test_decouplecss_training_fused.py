@@ -1,4 +1,4 @@
-"""Learning on fused modules: the losses and gradients of the model as it is, and the same names in its folder."""
+"""Tests learning on fused modules: losses and gradients must be the unfused model's, and names in its folder, too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = (1, 2)
 
 
 def step_of(model: DecoupleCSS) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses and gradients of the last task's step on three pictures of two sizes."""
+    """Compute losses and gradients of the last task's step on three pictures of two sizes."""
     task, examples = model.tasks[-1], pictures_for(model, 3)
     own, phrases, batch = activate(model, task), embed_phrases(model, task), collate([examples[i] for i in range(3)])
     batch = batch._replace(
@@ -35,7 +35,7 @@ def step_of(model: DecoupleCSS) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("sites", LORA_SITES)
 def test_a_step_is_that_of_the_model_as_it_is(sites):
-    """Both are roundings of the step in float64: the fused one is no further from it."""
+    """Both are roundings of the step in float64, and the fused one must be no further from it."""
     model = build(SIZES, sites)
     losses, gradients = step_of(model)
     fusion = fastcss.fuse(model.detector)

@@ -16,7 +16,7 @@ from training_scenes import trainer_for
 from benchmarks import decouplecss_training, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-#: Bytes, of the peak. When Python lets go of a small tensor may differ; a task has over 50 times it.
+#: Peaks may differ by so many bytes, since Python may free a small tensor later; a task takes over 50 times as many.
 SLACK = 2048
 
 

@@ -1,4 +1,4 @@
-"""Folders of frozen models that others made: by transformers 4, in half precision, with pickles, or not whole."""
+"""Tests folders of frozen models that others made: by transformers 4, in half precision, with pickles, incomplete."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def inputs():
 
 @pytest.fixture(params=[GroundingDinoModel, GroundingDinoForObjectDetection])
 def of_transformers_4(request, tmp_path) -> tuple[Path, GroundingDinoModel]:
-    """A folder as transformers 4.46 writes it, and the model: its Swin is no module within the backbone, and has no
-    norm of its own."""
+    """Writes a folder as transformers 4.46 does, and returns the model, too: its Swin is no module within the backbone,
+    and has no norm of its own."""
     torch.manual_seed(0)
     config = grounding_dino._config("tiny")
     config.decoder_layers = 2  # the heads of one layer could not be tied to another's
@@ -74,7 +74,7 @@ def test_any_other_tensor_must_be_there(of_transformers_4):
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "bfloat16")])
 def test_a_run_from_folders_in_half_precision(digit_models, tmp_path, dtypes):
-    """They are read in float32: with adapters and generators of another dtype, nothing would multiply."""
+    """Models in half precision must be read in float32: adapters and generators of another dtype could not multiply."""
     places = checkpoint_folders(digit_models)
     folders = {part: tmp_path / part for part in places}
     tokenizer = load_tokenizer(places["detector"])

@@ -1,4 +1,4 @@
-"""The detector's encoder: the model's own arithmetic, its checkpoints, and where adapters sit."""
+"""Tests the detector's encoder: the model's own arithmetic, its checkpoints, and where adapters sit."""
 
 import dataclasses
 import warnings
@@ -50,7 +50,7 @@ def test_an_encoder_comes_back_from_a_checkpoint_folder(tiny, padded_batch, tmp_
 @pytest.mark.parametrize("length", [250, 256, 257, 282, 600])
 @torch.no_grad()
 def test_a_long_text_is_cut_as_the_model_cuts_it(tiny, length):
-    """A phrase at the cut keeps the places it has in the whole text."""
+    """A phrase at the cut must keep the positions that it has in the whole text."""
     ids = torch.randint(2000, 3000, (2, length), generator=torch.Generator().manual_seed(length))
     ids[:, 0], ids[:, -1], ids[0, 4::4], ids[1, 7::11] = 101, 102, 1012, 1012
     given = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}

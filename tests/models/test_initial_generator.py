@@ -1,4 +1,4 @@
-"""A prompt generator that new classes begin from: copied bit for bit, kept as it is, and kept in the run's folder."""
+"""Tests the prompt generator that new classes begin from: copied bit for bit, unchanged, kept in the run's folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weights(generator: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_copies(generator: PromptGenerator, start: dict[str, Tensor], atol: float = 0) -> None:
-    """Every class of ``generator`` is ``start``."""
+    """Check that every class of ``generator`` is ``start``."""
     assert weights(generator).keys() == start.keys()
     for name, value in weights(generator).items():
         torch.testing.assert_close(value, start[name].expand_as(value), rtol=0, atol=atol)
@@ -115,7 +115,7 @@ def test_a_misfit_is_named(given, settings, message):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory) -> Path:
-    """A run with an initial generator and a task; tests leave it as it is."""
+    """Makes a run with an initial generator and a task; tests must not change it."""
     folder, model = tmp_path_factory.mktemp("kept") / "run", build(initial())
     task = model.add_task(["one", "two"], phrases(2))
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_killed_beginning_is_no_run_or_a_whole_one(kept, tmp_path):
 
 @pytest.fixture(scope="module")
 def base(digit_models, tmp_path_factory) -> Path:
-    """A run without tasks, with an initial generator, which a new run takes over."""
+    """Makes a run without tasks but with an initial generator, which a new run takes over."""
     folder = tmp_path_factory.mktemp("base") / "run"
     save_base(build(initial(), sites="fusion"), folder, tokenizer=load_tokenizer(digit_models / "base/detector"))
     return folder

@@ -1,4 +1,4 @@
-"""Phrases are read by the text encoder once a model, and kept with a run for as long as it is the same encoder."""
+"""Tests that the text encoder reads phrases once per model, and a run keeps them while the encoder is the same."""
 
 from __future__ import annotations
 

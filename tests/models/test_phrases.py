@@ -1,4 +1,4 @@
-"""Phrases of classes: which there are, what users bring instead, and what a real BERT tokenizer makes of them."""
+"""Tests phrases of classes: which there are, what users bring instead, and what a BERT tokenizer makes of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OWN = {"cat": ["sleepy cat", "grey cat"], "dining table": ["set table", "oak tab
 
 
 def write_vocabulary(folder: Path) -> Path:
-    """BERT's special tokens where the detector looks for them, the words after those."""
+    """Write BERT's special tokens where the detector looks for them, and the words after those."""
     words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
@@ -112,7 +112,7 @@ def test_ids_between_their_ends_and_filled_up(tokenizer):
 
 
 def test_the_detector_reads_the_words_alone(tokenizer):
-    """A phrase is the mean of its words, whatever it was filled up with."""
+    """A phrase must be the mean of its words, whatever its padding."""
     detector = ClassDetector.random("tiny")
     alone = encode(tokenizer, [["cat"]])
     beside = encode(tokenizer, [["cat"], ["small dining table"]])
@@ -168,7 +168,7 @@ def test_a_tokenizer_from_its_folder(form, tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("given", "limit"), [(None, 512), (10**9, 512), (32, 32)])
 def test_no_phrase_is_longer_than_the_text_encoder_reads(tokenizer, tmp_path, given, limit):
-    """A tokenizer need not know how many places that has."""
+    """A tokenizer need not know how many positions the text encoder has."""
     folder = tmp_path / "model"
     tokenizer.save_pretrained(folder)
     GroundingDinoConfig().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Pictures for both models against the models' own processors, as transformers has them on Pillow."""
+"""Tests pictures for both models against the models' own processors, which transformers builds on Pillow."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from fastcss.models.preprocessing import STD, preprocess
 
 SIZES = [(375, 500), (500, 333), (120, 120), (40, 300), (37, 53)]
-#: Theirs round the resized picture to 8 bits, and Pillow its weights to 22 and its first pass to 8.
+#: Their processors round the resized picture to 8 bits, and Pillow its weights to 22 and its first pass to 8.
 ROUNDING = 1.5 / 255 / min(STD)
 
 
 def picture(height: int, width: int) -> torch.Tensor:
-    """8 bits, smooth enough that resizing it has something to keep."""
+    """Draw a picture of 8 bits, smooth enough that resizing keeps something of it."""
     generator = torch.Generator().manual_seed(height)
     coarse = torch.rand(1, 3, height // 8 + 1, width // 8 + 1, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]

@@ -1,4 +1,4 @@
-"""PromptGenerator: a perceptron a class, packed, against as many pairs of torch's linear layers."""
+"""Tests PromptGenerator, packed perceptrons of all classes, against as many pairs of torch's linear layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published models by name, and what a continual model of them takes, counted on the meta device."""
+"""Tests the published models by name, and what a continual model of them takes, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_grounding_dino_by_name(size):
 
 
 def test_six_tasks_of_the_paper_take_what_it_says():
-    """15-1 of VOC: 22.18 MB of adapters, 8 MB a class, and 8 MB is 0.225% of the whole."""
+    """15-1 of VOC must take 22.18 MB for adapters and 8 MB per class, and 8 MB be 0.225% of the whole."""
     model = model_of("swin-b", "vit-h", (15, 1, 1, 1, 1, 1))
     adapters = count(model, "lora_")
     assert adapters == 6 * 983_040

@@ -1,4 +1,4 @@
-"""SamSegmenter against transformers' own SamModel, and what it computes once for all prompts."""
+"""Tests SamSegmenter against transformers' own SamModel, and what it computes once for all prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def embedding_and_prompts(segmenter: SamSegmenter, count: int, prompts: int = 6)
 
 
 def theirs(segmenter: SamSegmenter, embedding: Tensor, prompts: Tensor) -> Masks:
-    """SamModel.mask_decoder on sparse prompts that are embeddings already."""
+    """Run SamModel.mask_decoder on sparse prompts that are embeddings already."""
     model = segmenter.model
     dense = model.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(1, -1, *embedding.shape[-2:])
     places = model.get_image_wide_positional_embeddings()
@@ -47,7 +47,7 @@ def test_decode_equals_sam_model(segmenter, count, prompts):
     for decode in (segmenter.decode, lambda *inputs: theirs(segmenter, *inputs)):
         leaves = embedding.clone().requires_grad_(), given.clone().requires_grad_()
         masks, scores = decode(*leaves)
-        # Different weights for all elements: a plain sum hides what cancels.
+        # All elements have different weights, as a plain sum hides errors that cancel.
         loss = (masks * torch.linspace(-1, 1, masks.numel(), device=masks.device).view_as(masks)).sum() + scores.sum()
         found.append([masks.detach(), scores.detach(), *torch.autograd.grad(loss, leaves)])
     for got, expected in zip(*found, strict=True):
@@ -56,7 +56,7 @@ def test_decode_equals_sam_model(segmenter, count, prompts):
 
 
 def test_masks_depend_on_their_prompts(segmenter):
-    """Or nothing above would tell one prompt from another."""
+    """The masks must depend on the prompts; otherwise no test above would tell one prompt from another."""
     masks, scores = segmenter.decode(*embedding_and_prompts(segmenter, 5))
     assert masks.std(0).mean() > 0.1 * masks.std()
     assert len(scores.unique()) == 5

@@ -1,4 +1,4 @@
-"""Labels at the resolution of SAM's masks, and batches of them."""
+"""Tests labels at the resolution of SAM's masks, and batches of them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def batch_of(segmenter: SamSegmenter, *labels: torch.Tensor, classes: tuple[int,
 
 
 def blocks(height: int, width: int, seed: int, ignored: bool = True) -> torch.Tensor:
-    """Labels 0, 1, 2, 4 and, where asked for, 255, in blocks of 16 × 16: no pixel has label 3."""
+    """Draw labels 0, 1, 2, 4 and, if ``ignored``, 255, in blocks of 16 × 16: no pixel has label 3."""
     values = torch.tensor([0, 0, 0, 1, 2, 4, 255 if ignored else 0])
     generator = torch.Generator().manual_seed(seed)
     drawn = values[torch.randint(0, len(values), (-(-height // 16), -(-width // 16)), generator=generator)]
@@ -34,7 +34,7 @@ def blocks(height: int, width: int, seed: int, ignored: bool = True) -> torch.Te
 
 
 def by_hand(classes: torch.Tensor, crop: tuple[int, int], count: int, shape: tuple[int, int]) -> torch.Tensor:
-    """[h·w, count] of one picture and level; ``classes`` as an ``Example`` has them."""
+    """Count shares [h·w, count] of one picture and level; ``classes`` are as an ``Example`` has them."""
     (height, width), rows = crop, []
     for i in range(shape[0]):
         for j in range(shape[1]):
@@ -51,7 +51,7 @@ def by_hand(classes: torch.Tensor, crop: tuple[int, int], count: int, shape: tup
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("ignored", [False, True])
 def test_shares_are_counted_cell_by_cell(segmenter, levels, ignored):
-    """Pictures of several sizes, so that most fill SAM's in part, and the first shows nothing of the task."""
+    """The pictures have several sizes, so that most fill SAM's in part; the first shows nothing of the task."""
     sizes = ((96, 96), (96, 96), (64, 128), (128, 30))
     labels = [blocks(*size, seed, ignored) for seed, size in enumerate(sizes)]
     labels[0] = torch.where(labels[0] == 255, 255, 4)

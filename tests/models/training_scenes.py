@@ -1,4 +1,4 @@
-"""Small scenes with something to learn, and the model and the trainer that learn it."""
+"""Makes small scenes with something to learn, and the model and the trainer that learn it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ SIDES = {"shortest": 48, "longest": 96}
 
 
 class Squares(Dataset):
-    """A red square (label 4), a blue one (label 2) or both on grey noise; and a grey one (label 1), of another task."""
+    """Shows a red square (label 4), a blue one (label 2) or both on grey noise; a grey one (label 1) is another
+    task's."""
 
     def __init__(self, count: int, sizes: tuple[tuple[int, int], ...] = ((48, 64), (64, 48))) -> None:
         self.count, self.sizes = count, sizes

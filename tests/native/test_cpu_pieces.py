@@ -1,4 +1,4 @@
-"""The pieces that the C++ ops stand on, each by itself: micro-kernel, packed lengths, partial select, bilinear taps."""
+"""Tests the pieces of the C++ ops one by one: micro-kernel, packed lengths, partial select, bilinear taps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_level_is_what_the_cpu_has_whole_or_less_if_asked(pieces, has_v3, has_v4
 @X86
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="no qemu-x86_64 here")
 def test_level_on_other_cpus(tmp_path):
-    """A Haswell has x86-64-v3; one without F16C has AVX2 and FMA, and code for v3 ends there by an illegal one."""
+    """A Haswell has x86-64-v3; without F16C it has AVX2 and FMA, and code for v3 dies of an illegal instruction."""
     program = tmp_path / "level"
     source = '#include "pack.h"\nint main() { return fastcss::cpu::kLevel; }'
     command = ["c++", "-std=gnu++20", "-Wno-psabi", f"-I{CSRC}", "-x", "c++", "-", CSRC / "pack.cpp", "-o", program]
@@ -93,7 +93,7 @@ def test_micro_kernel_of_bfloat16_pairs(pieces, terms):
 
 
 def test_micro_kernel_sums_do_not_depend_on_the_tile(pieces):
-    """Bitwise: a row and a column give the same in a tile of their own and in a full one."""
+    """A row and a column must give the same bits in a tile of their own and in a full one."""
     height = pieces.panel_height()
     a, b, start = normal(height, 700), normal(700, 32, seed=1), normal(height, 32, seed=2)
     whole = pieces.micro_kernel(a, b, start, False)
@@ -177,7 +177,7 @@ def test_select_takes_nan_first_and_zeros_as_equal(pieces):
     ],
 )
 def test_taps_are_two_interpolations(pieces, inputs, crop, size):
-    """The weights of every output, against the two resizings of the unit vectors."""
+    """The weights of every output must be those of the two resizings of the unit vectors."""
     unit = torch.eye(inputs, dtype=torch.float64)[:, None]  # [inputs, 1, inputs]
     middle = F.interpolate(unit, 4 * inputs, mode="linear", align_corners=False)[..., :crop]
     want = F.interpolate(middle, size, mode="linear", align_corners=False)[:, 0]  # [inputs, size]

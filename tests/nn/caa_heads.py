@@ -1,4 +1,4 @@
-"""Small CAA heads, pictures for them, and the head's equations written out."""
+"""Makes small CAA heads and pictures for them, and has the head's equations written out."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ def head(channels=12, classes=5, device="cpu", **arguments):
     torch.manual_seed(0)
     arguments = {"key_channels": 6, "attention_channels": 8} | arguments
     module = ClassAwareAffinity(channels, classes, **arguments).to(device)
-    for layer in module.modules():  # no statistic or weight at the value where leaving it out changes nothing
+    for layer in module.modules():  # no statistic or weight stays at a value that would hide its being left out
         if isinstance(layer, nn.BatchNorm2d):
             for tensor in (layer.weight, layer.running_var):
                 nn.init.uniform_(tensor, 0.5, 1.5)
@@ -28,7 +28,7 @@ def picture(device="cpu", batch=2, channels=12, h=5, w=7, classes=5, stride=4):
 
 
 def literal(module, features):
-    """The same network, from the equations, with the N×N map and a layer call wherever the figure shows one."""
+    """Compute the same network from the equations, with the N×N map and a layer call wherever the figure shows one."""
     b, d, h, w = features.shape
     coarse = module.segmentation(features)
     pixels = features.reshape(b, d, h * w)  # [B, D, N]

@@ -1,4 +1,4 @@
-"""A small LSMSegHead, what it takes, and the same network written from the equations."""
+"""Makes a small LSMSegHead and its inputs, and has the same network written from the equations."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ SIZES = {"sam_channels": 5, "guidance_channels": (6, 3), "prompts": 2, "k": 4, "
 def head(device="cpu", **arguments):
     torch.manual_seed(0)
     module = LSMSegHead(12, **SIZES | {"upsample_channels": (8, 4)} | arguments).to(device)
-    for layer in module.modules():  # no weight at the value where leaving it out changes nothing
+    for layer in module.modules():  # no weight stays at a value that would hide its being left out
         if isinstance(layer, nn.LayerNorm | nn.GroupNorm):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.uniform_(layer.bias, -0.5, 0.5)
@@ -22,7 +22,7 @@ def head(device="cpu", **arguments):
 
 
 def inputs(device="cpu", batch=2, classes=7, prompts=2, h=6, w=9):
-    """Image, text, sam and guidance."""
+    """Draw image, text, sam and guidance."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(batch, 12, h, w), (classes, prompts, 12), (batch, 5, 11, 7), (batch, 6, h, w), (batch, 3, 21, 40)]
     image, text, sam, *guidance = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
@@ -30,13 +30,13 @@ def inputs(device="cpu", batch=2, classes=7, prompts=2, h=6, w=9):
 
 
 def plain(device="cpu", **arguments):
-    """A head without SAM and guidance, and what it takes."""
+    """Make a head without SAM and guidance, and its inputs."""
     module = head(device, **{"sam_channels": None, "guidance_channels": ()} | arguments)
     return module, inputs(device)[:2]
 
 
 def literal(head, image, text, sam=None, guidance=()):
-    """The same network, from the equations, a class at a time: logits [B, T, H′, W′]."""
+    """Compute the same network from the equations, a class at a time: logits [B, T, H′, W′]."""
     if sam is not None:  # (5.1)
         sam = F.interpolate(head.sam_projection(sam), image.shape[2:], mode="bilinear")
         image = head.fusion_weight * image + (1 - head.fusion_weight) * sam
@@ -65,7 +65,7 @@ def literal(head, image, text, sam=None, guidance=()):
 
 
 def literal_window(block, shifted, maps, guide):
-    """(5.7) on ``maps`` [k, C, h, w]: attention of every pixel to every pixel of the window that it is in."""
+    """Compute (5.7) on ``maps`` [k, C, h, w]: every pixel attends to every pixel of its window."""
     k, c, h, w = maps.shape
     window = [torch.zeros(h, w, dtype=torch.long, device=maps.device) for _ in range(2)]
     for axis, size in enumerate((h, w)):
@@ -87,7 +87,7 @@ def literal_window(block, shifted, maps, guide):
 
 
 def literal_classes(block, maps, words):
-    """(5.8) on ``maps`` [k, C, h, w]: linear attention as a weighted mean over the classes of a pixel."""
+    """Compute (5.8) on ``maps`` [k, C, h, w]: linear attention as a weighted mean over the classes of a pixel."""
     k, _, h, w = maps.shape
     x = maps.permute(2, 3, 0, 1)  # [h, w, k, C]
     normed = block.norm(x)

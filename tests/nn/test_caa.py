@@ -1,4 +1,4 @@
-"""ClassAwareAffinity: how it trains, where it must run, and what it refuses."""
+"""Tests ClassAwareAffinity: how it trains, where it must run, and what it refuses."""
 
 import copy
 

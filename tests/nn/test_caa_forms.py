@@ -1,4 +1,4 @@
-"""The forms of the CAA head: the published one, OCRNet's bottleneck, the ablations. What each computes and costs."""
+"""Tests what each form of the CAA head computes and costs: the published one, OCRNet's bottleneck, the ablations."""
 
 import copy
 
@@ -15,7 +15,7 @@ FORMS = [*({"context": name} for name in CONTEXTS), {"ocr_bottleneck": True}]
 
 
 def added_parameters(module):
-    """Those that the bare model does not have."""
+    """Count the parameters that the bare model does not have."""
     return sum(p.numel() for name, p in module.named_parameters() if not name.startswith("segmentation."))
 
 
@@ -29,7 +29,7 @@ def convolution_macs(module, size, forward=ClassAwareAffinity.__call__):
 
 @pytest.mark.parametrize(("bottleneck", "parameters", "gmac"), [(False, 3_089_024, 13.03), (True, 3_614_336, 17.33)])
 def test_the_size_and_the_cost_come_out(bottleneck, parameters, gmac):
-    """The published 3.61 M count a layer that the published 13.05 GMAC do not run."""
+    """The published 3.61 M parameters count a layer that the published 13.05 GMAC do not run."""
     with torch.device("meta"):
         module = ClassAwareAffinity(512, 150, ocr_bottleneck=bottleneck)
     assert added_parameters(module) == parameters
@@ -43,13 +43,13 @@ def test_the_size_and_the_cost_come_out(bottleneck, parameters, gmac):
     published = convolution_macs(module, size, literal) - first_use
     biases = (64 + 64 + 150) * 64 * 64  # one operation each, as the tools of the field count them
     assert round((published + biases) / 1e9, 2) == gmac
-    # The author's code makes the centres' keys and values for each of the two maps, this once.
+    # The author's code makes the centres' keys and values for each of the two maps, this code only once.
     assert convolution_macs(module, size) - first_use == published - 150 * (2 * 512 * 256 + 256 * 256)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_an_ablation_has_only_what_it_runs(context):
-    """No layer whose parameters or products would count without being used."""
+    """An ablation must have no layer whose parameters or products would count without being used."""
     width = {"full": 3, "affinity": 3}.get(context, 2) * 12 * 12 + 2 * 12
     pair, side = 2 * (12 * 6 + 6), 12 * 12 + 2 * 12 + 2 * 12 * 12 + 2 * 12  # query and key; a conv and its reduction
     attention = 2 * (12 * 8 + 16 + 8 * 8 + 16) + 12 * 8 + 16 + 8 * 12 + 24

@@ -1,4 +1,4 @@
-"""CategoryFilter: which classes it keeps, in what order, and that both sides learn through it."""
+"""Tests CategoryFilter: which classes it keeps, in what order, and that both sides learn through it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def inputs(device, batch=2, classes=9, prompts=3, channels=8, h=4, w=5):
 
 
 def cost_map(image, text):
-    """(5.2), [B, T, P, H, W]."""
+    """Compute (5.2), [B, T, P, H, W]."""
     return torch.einsum("bdhw,tpd->btphw", F.normalize(image, dim=1), F.normalize(text, dim=2))
 
 

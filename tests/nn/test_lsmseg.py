@@ -1,4 +1,4 @@
-"""LSMSegHead: what it computes, that the classes are alike to it, how it trains, and where it must run."""
+"""Tests LSMSegHead: what it computes, that classes are interchangeable, how it trains, and where it must run."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_kept_classes(device):
 
 
 def test_it_has_the_gradient_of_all_classes(device):
-    """Those that were not kept are −100 whatever the weights: their pixels' large loss has no gradient."""
+    """Classes that were not kept are −100 whatever the weights: their pixels' large loss must have no gradient."""
     module, arguments = head(device), inputs(device)
     labels = torch.randint(7, (2, 24, 36), generator=torch.Generator().manual_seed(2)).to(device)
     everything = F.binary_cross_entropy_with_logits(module(*arguments), F.one_hot(labels, 7).movedim(3, 1).float())
@@ -232,7 +232,7 @@ def test_a_prediction_makes_no_logits_of_all_classes():
 
 
 def test_it_learns_digit_scenes(device):
-    """Features and class vectors are random and stay so: all that is learnt is learnt in the head.
+    """Features and class vectors are random and stay so: only the head learns.
 
     The yardstick is the loss of an answer that knows how frequent each kept class is in these scenes, and no more.
     """

@@ -11,24 +11,25 @@ from torch import Tensor
 
 
 def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, *, flat: bool = False, **options) -> None:
-    """``calls.assert_as_good_as_eager``.
+    """Call ``calls.assert_as_good_as_eager``.
 
-    ``flat``: the sigmoid is, nearly everywhere. Then errors of dq and dk count at the size these have where it
-    is steep, at logits of 0: an error of the sigmoid itself is one at its full range, and so is one of its slope.
+    ``flat`` means that the sigmoid is flat nearly everywhere. Errors of dq and dk then count relative to the size that
+    these have where it is steep, at logits of 0: an error of the sigmoid is relative to its full range, and so is one
+    of its slope.
     """
     calls.assert_as_good_as_eager(call, impl, tolerance, peers=functools.partial(_peers, call, flat), **options)
 
 
 def _peers(call: Call, flat: bool, name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
     if name in ("intra", "inter") and call.op.__name__ == "affinity_attention":
-        # Complementary shares of one sum: where M is 1 − 1e-13, inter is 1e-13 of it, and what rounding the sum costs
-        # it cannot lose again. The docstring promises exactness at the size of the sum.
+        # Both are complementary shares of one sum: if M is 1 − 1e-13, inter is 1e-13 of it, and the sum's rounding
+        # stays in it. The docstring promises exactness at the size of the sum.
         return [exact["intra"], exact["inter"]]
     if flat and name in ("dq", "dk"):
         steep = call.having(**{name[1:]: torch.zeros_like(call.tensors[name[1:]])})
         return [exact[name], steep.leaves(torch.float64).results("reference", dys)[name]]
     if name == "dlogits":
-        # w (f · dc − c · dc), c the centre that w gives: nothing is left where the pixels are all alike, or one.
+        # w (f · dc − c · dc), c the centre that w gives: nothing is left if the pixels are all alike, or only one.
         logits, feats = (tensor.double() for tensor in call.tensors.values())
         weights = (logits.log_softmax(1) if call.options["over"] == "classes" else logits).softmax(2)
         return [exact[name], weights * (dys[0].double() @ feats.mT)]

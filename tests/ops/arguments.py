@@ -1,4 +1,4 @@
-"""Arguments that every op takes, and what is said when one of them is changed."""
+"""Has arguments that every op takes, and checks what is said when one of them is changed."""
 
 from __future__ import annotations
 

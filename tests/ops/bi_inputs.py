@@ -1,4 +1,4 @@
-"""Inputs of bi-directional attention: of any shape, and with logits as far apart as the model's clamp counts."""
+"""Makes inputs of bi-directional attention: of any shape, and with logits so far apart that the model's clamp acts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(batch, pixels, length, heads, width, *, masks=MASKS, dtype=torch.float3
 
 
 def some(batch: int, tokens: int, seed: int = 0) -> Tensor:
-    """bool [batch, tokens]: a third are not read, never all."""
+    """Draw bool [batch, tokens]: a third of the tokens are not read, never all."""
     mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) < 1 / 3
     return mask & (torch.arange(tokens) != seed % max(1, tokens))
 
@@ -66,9 +66,10 @@ FAR = {
 
 
 def make_far(case: str, *, masks=MASKS, dtype=torch.float32, device="cpu", pixels=11) -> Call:
-    """Every number and every product of two is exact in 16 bits, every sum in 32: no rounding decides what is floored.
+    """Make a call in which rounding does not decide what is floored: numbers and products are exact in 16 bits, sums
+    in 32.
 
-    Of a head's 16 channels two for each of the 6 text tokens make its distance, and 4 logits of less than 1.
+    A head has 16 channels: two for each of the 6 text tokens make its distance, and 4 make logits of less than 1.
     """
     batch, length, heads, width = 2, 6, 2, 16
     call = make(batch, pixels, length, heads, width, masks=masks)

@@ -1,4 +1,4 @@
-"""Inputs of deformable attention whose points keep away from where their gradient jumps."""
+"""Makes inputs of deformable attention whose points keep away from where their gradient jumps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ LARGE = {
 def make(
     batch, shapes, queries, heads, width, points, *, box=False, xy=None, dtype=torch.float32, device="cpu", seed=0
 ) -> Call:
-    """Offsets of some two cells, or of so many halves of a ``box`` ÷ points; ``xy`` is the reference points' dtype."""
+    """Make a call whose offsets are some two cells, or so many halves of a ``box`` ÷ points; ``xy`` is the dtype of the
+    reference points."""
     value = normal(batch, sum(h * w for h, w in shapes), heads, width, seed=seed, dtype=dtype)
     logits = normal(batch, queries, heads, len(shapes), points, seed=seed + 1, dtype=dtype)
     reference_points = _references(shapes, batch, queries, box, seed).to(xy or dtype)
@@ -65,7 +66,7 @@ def _references(shapes: Shapes, batch: int, queries: int, box: bool, seed: int) 
 
 
 def clear(shapes: Shapes, reference_points: Tensor, offsets: Tensor, margin: float) -> Tensor:
-    """[B, Q, heads, levels, points]"""
+    """Tell which points [B, Q, heads, levels, points] keep the margin."""
     size = torch.tensor([(w, h) for h, w in shapes])[:, None]
     cells = locations(shapes, reference_points.double(), offsets.double()) * size - 0.5
     return ((cells - cells.round()).abs() >= margin).all(dim=5)

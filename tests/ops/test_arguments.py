@@ -1,4 +1,4 @@
-"""Bad input of the ops: an error before anything is computed, with the argument's name and what it got."""
+"""Tests bad input of the ops: the error must come before anything is computed, and name the argument and its value."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_unknown_implementation(op):
 @pytest.mark.parametrize("impl", ["cpu", "triton", "cuda"])
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_an_explicit_implementation_never_falls_back(op, impl):
-    """There is no kernel for float64: an error that says so, where "auto" takes the composed form."""
+    """No kernel takes float64: an error must say so, though "auto" takes the composed form."""
     arguments, call = doubled(op), getattr(ops, op)
     with pytest.raises(RuntimeError, match=f"^{op}: impl='{impl}' cannot run: .+"):
         call(**arguments, impl=impl)

@@ -1,4 +1,4 @@
-"""The CPU kernels for lesser instruction sets, which ATEN_CPU_CAPABILITY asks for as it asks torch's."""
+"""Tests the CPU kernels for smaller instruction sets, which ATEN_CPU_CAPABILITY chooses for torch's kernels, too."""
 
 import os
 import subprocess
@@ -47,5 +47,5 @@ def test_every_op_is_right(capability):
 
 @pytest.mark.parametrize(("capability", "at_most"), [("default", 12.0), ("avx2", 4.0)])
 def test_sums_are_kept_in_registers(capability, at_most):
-    """Against torch's GEMM with AVX2; kept in memory they take 20 times as long."""
+    """The kernel is timed against torch's GEMM with AVX2; with sums in memory it takes 20 times as long."""
     assert float(run(capability, "-c", TIME)) < at_most

@@ -1,4 +1,4 @@
-"""Ops of the incremental methods in float64 against the equations as their texts print them, class by class."""
+"""Tests ops of the incremental methods in float64 against the equations as their texts print them, class by class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXACT = {"rtol": 1e-14, "atol": 1e-14}
 
 
 def pixels() -> tuple[Tensor, Tensor]:
-    """80 pixels' logits of 21 classes, and their labels."""
+    """Draw 80 pixels' logits of 21 classes, and their labels."""
     labels = torch.randint(21, (80,), generator=torch.Generator().manual_seed(1))
     return 3 * normal(80, 21).double(), labels
 
@@ -38,7 +38,7 @@ def test_the_curvature_is_the_second_derivative_of_the_loss_along_the_margin(imp
     _, rival, p_true, p_rival, curvature = (x[0] for x in top_margin(logits.T[None], labels[None], impl=impl))
 
     def loss(t: Tensor, s: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        """Along the margin: s_y + t, s_c − t."""
+        """Compute the loss along the margin: s_y + t, s_c − t."""
         along = F.one_hot(y, 21) - F.one_hot(c, 21)
         return F.cross_entropy(s + t * along, y)
 
@@ -54,7 +54,7 @@ def test_the_curvature_is_the_second_derivative_of_the_loss_along_the_margin(imp
 
 @FLOAT64
 def test_the_queries_are_those_of_query_pre_alignment(impl):
-    """The N features most similar to any prototype, of the old stages' and the new one's, cut off from the graph."""
+    """The queries must be the N features most similar to any prototype, of the old stages or the new one, detached."""
     features, old, new = normal(2, 50, 16).double(), normal(5, 16, seed=1).double(), normal(3, 16, seed=2).double()
     features.requires_grad_()
     found = topk_queries(features, torch.cat([old, new]), 12, impl=impl)

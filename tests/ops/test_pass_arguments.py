@@ -1,4 +1,4 @@
-"""Bad input that only the ops of the model's own pass know."""
+"""Tests bad input that only the ops of the model's own pass know."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastcss import ops
 
 @pytest.mark.parametrize("name", ["logits", "reference_points", "offsets"])
 def test_sizes_of_queries(name):
-    """Each of its dimensions is that of the others, and none is broadcast."""
+    """Each dimension must be that of the other arguments, and none may be broadcast."""
     right = ARGUMENTS["deformable_attention"][name]
     for dim in range(right.dim() - (name != "logits")):
         for wrong in (right.narrow(dim, 0, 1), torch.cat([right, right], dim)):
@@ -87,7 +87,7 @@ MASKS = pytest.mark.parametrize(
 
 @MASKS
 def test_masks_are_bool(name, letters, shape):
-    """An additive or an integer mask would mean something else."""
+    """Masks must be bool: an additive or an integer mask would mean something else."""
     for dtype in (torch.float32, torch.int64, torch.uint8):
         message = f"{name} must be bool, True where a token is not read, got {dtype}"
         refused("bi_attention", TypeError, message, **{name: torch.zeros(shape, dtype=dtype)})
@@ -137,7 +137,7 @@ def test_bias_of_another_window(shape):
 
 
 def test_bias_as_the_models_table():
-    """[(2w - 1)², heads], or with a dimension for the batch."""
+    """A bias as the model's table, [(2w - 1)², heads], or with a batch dimension, must be refused."""
     for shape in ((9, 3), (1, 3, 4, 4)):
         message = f"bias must be [heads, window², window²] with heads = 3, got {[*shape]}"
         refused("window_attention", ValueError, message, bias=torch.ones(shape))
@@ -152,7 +152,7 @@ def test_pads_are_not_of_the_batch():
 
 @pytest.mark.parametrize("op", ["bi_attention", "window_attention"])
 def test_no_channels(op):
-    """Nothing to compare, and nothing to read."""
+    """Tensors without channels have nothing to compare and nothing to read."""
     empty = {n: v[..., :0] if n != "bias" and torch.is_tensor(v) else v for n, v in ARGUMENTS[op].items()}
     for impl in ("auto", "reference", "composed"):
         out = getattr(ops, op)(**empty, impl=impl)

@@ -1,4 +1,4 @@
-"""Bad input that only the cost filter and the selection ops know."""
+"""Tests bad input that only the cost filter and the selection ops know."""
 
 from __future__ import annotations
 

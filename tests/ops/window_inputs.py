@@ -1,4 +1,4 @@
-"""Inputs of window attention, of any map and window."""
+"""Makes inputs of window attention, of any map and window."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def make(
 
 
 def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) -> None:
-    """``calls.assert_as_good_as_eager``, where a gradient by way of tokens that are no neighbours alone is nothing:
-    e^-100 of others, less than a float32 of full precision."""
+    """Call ``calls.assert_as_good_as_eager``. A gradient that comes only through tokens that are no neighbours counts
+    as nothing: it is e^-100 of the others, less than a float32 of full precision."""
 
     def counted(name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
         return [exact[name] if exact[name].abs().amax() > 1e-35 else torch.ones(())]
