@@ -1,5 +1,5 @@
-// fastcss::affinity_attention.cpu and its backward: with T = tanh(s/2), M V = ½ (Σ V + T V) and (1 − M) V = ½ (Σ V − T
-// V).
+// fastcss::affinity_attention.cpu and its backward. They use T = tanh(s/2), for which M V = ½ (Σ V + T V) and
+// (1 − M) V = ½ (Σ V − T V).
 
 #include <tuple>
 

@@ -5,7 +5,7 @@
 namespace fastcss::cpu {
 namespace {
 
-// sum[i] += Σ_j rows[j][i] for rows of `width` ≤ kLanes, of which the last may be read beyond its end.
+// sum[i] += Σ_j rows[j][i] for rows of `width` ≤ kLanes floats. The last row may be read beyond its end.
 void add_rows(double* sum, const float* rows, int width, int count, int64_t n) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     for (int first = 0; first < count; first += kLanesIn<V>) {
@@ -53,7 +53,7 @@ void AffinityGather::put_values(float* packed, int64_t panel, int64_t key, int c
   std::memcpy(to, block, words(count) * height * sizeof(float));
 }
 
-// So many that their sums take half of a second-level cache, fewer where threads would have nothing to do.
+// Returns so many queries that their sums take half of an L2 cache, or fewer if threads would have nothing to do.
 int64_t AffinityGather::queries_at_once() const {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t fit = std::max<int64_t>(1, (96 << 10) / (sum_size() + q_size));
@@ -75,7 +75,7 @@ void AffinityGather::sum_block(const float* packed, Matrix q, int64_t first, int
       for (int64_t j = 0; j * height < keys; ++j)
         tanh(words(K), packed + (first_panel + j) * key_size, q_packed + p * q_size, factor,
              map + j * panel_words * kCols, kCols);
-      if (pairs && keys % 2)  // the other half of the last word is no key, and tanh of 0 · ∞ is NaN
+      if (pairs && keys % 2)  // the second half of the last word is no key: its tanh of 0 · ∞ would be NaN
         for (int64_t i = 0; i < kCols; ++i) reinterpret_cast<uint16_t*>(map + keys / 2 * kCols + i)[1] = 0;
       for (int64_t c = 0; c < value_panels; ++c) {
         const int values = static_cast<int>(std::min<int64_t>(height, C - c * height));

@@ -11,14 +11,14 @@ constexpr int64_t kMapKeys = 192;  // a multiple of every kernel's panel height
 
 class AffinityGather {
  public:
-  // N pixels, K terms of a product, C values a pixel; `scale` of the products; in pairs of bfloat16 where the CPU
-  // multiplies them.
+  // N pixels, K terms of a product, C values per pixel; `scale` multiplies the products. Operands are pairs of bfloat16
+  // if the CPU multiplies those.
   AffinityGather(int64_t N, int64_t K, int64_t C, float scale, DType dtype);
 
   // Floats of the packed operands of one image, which pack_* fill and gather reads.
   int64_t size() const { return key_panels * key_size + value_panels * value_size; }
   void pack_keys(float* packed, Matrix k) const;  // lanes: keys
-  // Also Σ_keys values [C].
+  // Fills `total` [C], too, with Σ_keys values.
   void pack_values(float* packed, Matrix v, float* total) const;  // lanes: values
   // The values of `count` ≤ kCols keys from `key` on, as a tile [values of the panel][kCols].
   void put_values(float* packed, int64_t panel, int64_t key, int count, const float* tile) const;

@@ -8,7 +8,8 @@ namespace fastcss::cpu {
 void AffinityGradient::plan() {
   query_panels = ceil_div(N, kCols), key_panels = ceil_div(N, height);
   rows = key_panels * height;
-  // An even number, so that two threads share them, of N alone, on which the order of the sums depends.
+  // The number of blocks is even, so that two threads share them. It depends on N alone, as the order of sums does on
+  // it.
   blocks = N < 2 * kQueries ? 1 : 2 * ceil_div(N, 4 * kQueries);
   // pack() writes up to kLanes floats past the end.
   q_size = K * kCols + kLanes, e_size = C * kCols + kLanes;
@@ -36,7 +37,7 @@ void AffinityGradient::plan() {
   for (const auto& part : parts) *part.start = next, next += part.floats;
 }
 
-// e of kCols queries, in both orders, and their Σ half · (dintra + dinter).
+// Packs e of kCols queries, in both orders, and sums their Σ half · (dintra + dinter).
 void AffinityGradient::pack_e(int64_t panel) {
   const int64_t query = panel * kCols;
   const int queries = static_cast<int>(std::min<int64_t>(kCols, N - query));
@@ -91,7 +92,7 @@ void AffinityGradient::pack_all() {
   });
 }
 
-// The tiles of one block of queries by one block of keys.
+// Computes the tiles of one block of queries by one block of keys.
 void AffinityGradient::block(int64_t queries, int64_t keys) const {
   const int64_t query_end = (queries + 1) * query_panels / blocks, key_end = (keys + 1) * key_panels / blocks;
   const int64_t query_step = kQueries / kCols, key_step = kKeys / height;
@@ -160,7 +161,7 @@ void AffinityGradient::write_all(Products products, Values values) {
 void AffinityGradient::run(Products products, Values values) {
   plan();
   pack_all();
-  // In each step every block of queries meets another block of keys: no two threads add to the same sums, and each
+  // Every block of queries meets another block of keys in each step. So no two threads add to the same sums, and each
   // sum is made in the same order on any number of threads.
   for (int64_t step = 0; step < blocks; ++step) parallel(blocks, [&](int64_t i) { block(i, (i + step) % blocks); });
   write_all(products, values);

@@ -1,5 +1,5 @@
-// The gradients through an affinity map: ds of a tile of the map, and at once dq += ds · k and dk += dsᵀ · q, and for
-// affinity_attention dv += T · e. A tile of the map exists once, and every product is taken of it while it is in cache.
+// Computes the gradients through an affinity map: ds of a tile of the map, and at once dq += ds · k and dk += dsᵀ · q,
+// and dv += T · e for affinity_attention. A tile is made once, and every product is taken of it while it is in cache.
 #pragma once
 
 #include "affinity_tiles.h"

@@ -1,5 +1,5 @@
-// fastcss::affinity_loss.cpu and its backward, on the pixels that count: a pair of one class costs softplus(−s), any
-// other softplus(s).
+// fastcss::affinity_loss.cpu and its backward. Only pixels that are not ignored count: a pair of the same class costs
+// softplus(−s), any other pair softplus(s).
 
 #include <tuple>
 #include <vector>
@@ -31,7 +31,7 @@ struct Counted {
     labels.resize(N + kCols, -1);
   }
 
-  // Their rows of t, lanes by terms: where they are, or where some are left out, gathered in `rows` as float32.
+  // Returns their rows of t, lanes by terms: in place, or gathered in `rows` as float32 if some are left out.
   Matrix rows_of(const Tensor& t, int64_t b, std::vector<float>& rows) const {
     const Matrix from = matrix(t, 1, 2, kOp).offset(b * t.stride(0));
     if (N == t.size(1)) return from;
@@ -47,7 +47,7 @@ struct Counted {
     return {rows.data(), DType::f32, K, 1};
   }
 
-  // Rows of the pixels that count into those of all pixels, [·, K] of zeros.
+  // Puts the rows of these pixels into those of all pixels, [·, K], which are zeros.
   void scatter(const float* rows, void* to, DType dtype) const {
     parallel(ceil_div(N, kCols), [&](int64_t item) {
       for (int64_t i = item * kCols; i < std::min(N, (item + 1) * kCols); ++i)

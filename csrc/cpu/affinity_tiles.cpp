@@ -6,7 +6,7 @@ namespace fastcss::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// For results that are rounded to bfloat16 at once, by up to 2⁻⁹: errors 1e-4 of e^x and 2⁻¹⁴ of 1/x.
+// Serves results that are rounded to bfloat16 at once, by up to 2⁻⁹: e^x has errors of 1e-4, and 1/x of 2⁻¹⁴.
 struct Avx512Rough : Avx512 {
   static FASTCSS_V4 inline Vec exp2(Vec t) {
     const Vec r = from_nearest(t);
@@ -28,7 +28,7 @@ FASTCSS_INLINE V tanh_half(V t) {
 
 constexpr uint32_t kSign = 0x80000000;
 
-// −t where both pixels have one label, else t.
+// Returns −t if both pixels have the same label, else t.
 template <class V>
 FASTCSS_INLINE V signed_by(V t, BitsOf<V> row_labels, int32_t key_label) {
   const BitsOf<V> same = reinterpret_cast<BitsOf<V>>(row_labels == static_cast<uint32_t>(key_label));
@@ -130,7 +130,7 @@ FASTCSS_TILES(v4, FASTCSS_TARGET("arch=x86-64-v4"), Avx512, Vec, 12, 2)
 FASTCSS_TILES(v3, FASTCSS_TARGET("arch=x86-64-v3"), Portable, Vec8, 6, 2)
 
 #define FASTCSS_BF16 FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
-// Lane by lane the pair (first, second), rounded to bfloat16.
+// Rounds to bfloat16 and makes a pair (first, second) in each lane.
 FASTCSS_BF16 inline Vec round_pairs(Vec first, Vec second) {
   const Half16Bits low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
   const Half16Bits high = low + 8;

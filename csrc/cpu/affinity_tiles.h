@@ -1,5 +1,5 @@
-// Tiles of the affinity map, made and used in registers: S = K Qᵀ for a panel of keys by kCols queries, and what each
-// op makes of S before it is stored. Queries are on the SIMD lanes, so that neither keys nor values need padding.
+// Makes tiles of the affinity map and uses them in registers: S = K Qᵀ for a panel of keys by kCols queries, and what
+// each op makes of S before it is stored. Queries are on the SIMD lanes, so that neither keys nor values need padding.
 #pragma once
 
 #include "gemm.h"
@@ -28,7 +28,7 @@ struct AffinityTiles {
                          int64_t ld);
 };
 
-// Those of this CPU. Panels of keys are as high as kernel()'s; tanh_pairs is there where pair_kernel() is.
+// Returns those of this CPU. Panels of keys are as high as kernel()'s; tanh_pairs exists if pair_kernel() does.
 const AffinityTiles& affinity_tiles();
 
 }  // namespace fastcss::cpu

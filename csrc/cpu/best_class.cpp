@@ -10,7 +10,7 @@ struct Best {
   int32_t index[kCols];
 };
 
-// Of equal values the first stays; comparisons with NaN are false.
+// Keeps the first of equal values; comparisons with NaN are false.
 FASTCSS_CLONES void keep_best(const float* tile, int rows, const float* factors, const float* offsets, int32_t first,
                               bool nan_wins, Best& best) {
   for (int i = 0; i < rows; ++i)
@@ -22,7 +22,7 @@ FASTCSS_CLONES void keep_best(const float* tile, int rows, const float* factors,
     }
 }
 
-// The sums of the lanes of two vectors, by halves: always in the same order.
+// Sums the lanes of two vectors by halves, always in the same order.
 template <class V>
 FASTCSS_INLINE Vec4 across(V x, V y) {
   if constexpr (kLanesIn<V> == 16) {
@@ -42,13 +42,13 @@ FASTCSS_INLINE Vec4 across(V x, V y) {
   }
 }
 
-// What `rows` classes from `first` on reach in a panel of tokens: bits [words][kCols], a sum and a count for each.
-// Lanes of no token have a NaN for their length, and NaN reaches nothing.
+// Notes which of `rows` classes from `first` on reach the threshold in a panel of tokens: bits [words][kCols], and for
+// each class a sum and a count. Lanes without a token have NaN for their length, and NaN reaches nothing.
 void keep_reached(const float* tile, int rows, const float* factors, const float* offsets, const float* inverse,
                   float threshold, int64_t first, uint32_t* bits, float* sums, float* counts) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     constexpr int kWide = kLanesIn<V>, kVectors = kCols / kWide;
-    BitsOf<V> kept[kVectors];  // of one word, as long as its classes last
+    BitsOf<V> kept[kVectors];  // the bits of one word, until its 32 classes are done
     uint32_t* word = bits + first / 32 * kCols;
     std::memcpy(kept, word, sizeof(kept));
     for (int i = 0; i < rows; ++i) {

@@ -1,5 +1,5 @@
-// The best class of every token: the largest of (class · token) · factor + offset over the classes, without the
-// products.
+// Finds the best class of every token, the largest of (class · token) · factor + offset over the classes, without
+// storing the products.
 #pragma once
 
 #include "gemm.h"
@@ -22,15 +22,15 @@ class BestClass {
 
   // Floats of the packed classes with a factor and an offset for each.
   int64_t size() const { return panels_ * (panel_size() + 2 * kernel_.rows); }
-  // With factor 1 and offset 0; lanes are classes.
+  // Packs the classes with factor 1 and offset 0; lanes are classes.
   void pack_classes(float* packed, Matrix classes) const;
   float* factors(float* packed) const { return packed + panels_ * panel_size(); }
   float* offsets(float* packed) const { return factors(packed) + panels_ * kernel_.rows; }
-  // Factors 1 / the lengths of the classes.
+  // Sets the factors to 1 / the lengths of the classes.
   void normalise(float* packed) const;
 
-  // Of every class whose value reaches a threshold, whether it is the best or not: bit c % 32 of word c / 32 of a
-  // token's row in `bits` [N][words], and for each panel of kCols tokens the sum of such values and how many there are.
+  // Records every class whose value reaches a threshold, be it the best or not. Bit c % 32 of word c / 32 in a token's
+  // row of `bits` [N][words] tells; each panel of kCols tokens has the sum of such values and how many there are.
   struct Reached {
     int64_t words() const { return ceil_div(classes, 32); }
     int64_t classes;
@@ -39,8 +39,8 @@ class BestClass {
     float *sums, *counts;  // [panels of tokens][classes]
   };
 
-  // value [N] and, where it is not null, index [N]; lanes are tokens. With `normalised` value is divided by the length
-  // of the token, and so are those of `reached`, where it is not null.
+  // Writes value [N] and, if it is not null, index [N]; lanes are tokens. `normalised` divides value by the length of
+  // the token, and so the values of `reached`, if that is not null.
   void run(float* packed, Matrix tokens, int64_t N, bool normalised, float* value, int32_t* index,
            const Reached* reached = nullptr) const;
 

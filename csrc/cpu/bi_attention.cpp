@@ -1,6 +1,6 @@
 // fastcss::bi_attention.cpu: one sweep over the image makes each logit once, and takes both softmaxes of it while it is
-// in cache. Whether the published model's floor bites anywhere is known after the sweep: it does where logits are
-// further apart than it is deep, and those samples are swept again with it.
+// in cache. The published model raises logits to a floor below the largest one. Only after the sweep is it known
+// whether any logit is that low, and the samples where one is are swept again with the floor.
 
 #include <cmath>
 #include <tuple>
@@ -47,14 +47,14 @@ class Sweeps {
   float* keys(int64_t pair) const { return memory_ + pair * text_size_; }                // [panel][D][kCols]
   float* values(int64_t pair) const { return keys(pair) + in_.panels * in_.D * kCols; }  // [L][width]
 
-  // What one chunk of the image adds to the text: Σ weight · value [L][width], and of each lane the largest logit and
-  // the sum of the weights.
+  // Each chunk of the image has its share of the text's results: Σ weight · value [L][width], and for each lane the
+  // largest logit and the sum of the weights.
   int64_t partial_size() const { return in_.lanes() * (in_.width + 2); }
   float* partial(int64_t item) const { return memory_ + in_.B * in_.heads * text_size_ + item * partial_size(); }
   float* most(int64_t item) const { return partial(item) + in_.lanes() * in_.width; }
   float* sum(int64_t item) const { return most(item) + in_.lanes(); }
 
-  // The group's largest logit, and whether the floor bites.
+  // Finds the group's largest logit, and tells whether some logit is below the floor.
   bool settle(int64_t first, int64_t samples) {
     const int64_t each = in_.heads * in_.chunks;
     Extent all;
@@ -125,7 +125,7 @@ void Sweeps::sweep(int64_t item) {
   if (!LOWER) extents_[item] = extent;
 }
 
-// The chunks' sums as one, in their order.
+// Adds up the chunks' sums, in their order.
 void Sweeps::finish(int64_t pair) {
   const int64_t b = pair / in_.heads, h = pair % in_.heads, width = in_.width, first = pair * in_.chunks;
   std::vector<float> row(width);

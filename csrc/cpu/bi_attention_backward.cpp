@@ -36,12 +36,12 @@ class Backward {
   }
 
  private:
-  // Of one sample and head: packed k · scale, v_text and dtext; rows of k · scale and of dtext; of each lane
-  // Σ dtext · text and its stats.
+  // Each sample and head (a pair) has its text packed: k · scale, v_text and dtext; then rows of k · scale and of
+  // dtext; then for each lane Σ dtext · text and its stats.
   float* text(int64_t pair) const { return memory_ + pair * text_size_; }
   float* rows(int64_t pair) const { return text(pair) + 3 * packed_; }
   float* delta(int64_t pair) const { return rows(pair) + 2 * rows_; }
-  // Of one chunk: what it adds to dk / scale and to dv_text, each [L][width].
+  // Each chunk has its share of dk / scale and of dv_text, [L][width] each.
   float* partial(int64_t item) const { return memory_ + in_.B * in_.heads * text_size_ + item * 2 * rows_; }
 
   void prepare(int64_t pair);
@@ -66,7 +66,8 @@ void Backward::prepare(int64_t pair) {
   in_.copy_rows(dtext, saved_.dtext, b, h);
   std::fill_n(delta(pair), 3 * lanes, 0.f);
   for (int64_t l = 0; l < in_.L; ++l) {
-    // Summed as the gradients of the weights are: where a text token reads one image token only, the two are equal.
+    // This is summed in the same way as the gradients of the weights: both are equal if a text token reads only one
+    // image token.
     alignas(64) float products[kCols];
     const float* lanes_of_dtext = text(pair) + 2 * packed_ + l / kCols * in_.D * kCols;
     left_product(1, in_.D, {k + l * in_.width, in_.width, 1}, lanes_of_dtext, kCols, products, kCols, false);

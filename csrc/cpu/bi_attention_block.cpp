@@ -10,7 +10,7 @@ namespace {
 constexpr float kInf = __builtin_inff();
 constexpr int64_t kPanel = kTokens * kCols;
 
-// Where in a token's row, or in a panel's first row, a lane lies.
+// Returns where a lane lies in a token's row, or in a panel's first row.
 FASTCSS_INLINE int64_t at(int64_t lane) { return lane / kCols * kPanel + lane % kCols; }
 
 template <class V>
@@ -34,7 +34,7 @@ void extend(Extent* extent, const float* logits, int tokens, int64_t text) {
     V most = extent->most - V{}, least = extent->least - V{}, nan = {};
     for (int64_t first = 0; first < text; first += kLanesIn<V>)
       for (int i = 0; i < tokens; ++i) {
-        // A lane beyond the text counts as what has been seen.
+        // A lane beyond the text takes a value that was seen before, and so changes nothing.
         const V read = load<V>(logits + at(first) + i * kCols);
         const V s = lane < static_cast<uint32_t>(text - first) ? read : most;
         const V low = lane < static_cast<uint32_t>(text - first) ? read : least;

@@ -1,4 +1,4 @@
-// The two softmaxes of one block of logits: kTokens image tokens by the text in panels of kCols lanes,
+// Computes the two softmaxes of one block of logits: kTokens image tokens by the text in panels of kCols lanes,
 // [panel][kTokens][kCols]. The image side's is within a row; the text side's goes on from block to block in each lane.
 #pragma once
 
@@ -7,23 +7,23 @@
 namespace fastcss::cpu {
 
 constexpr int64_t kTokens = 48;     // image tokens of a block
-constexpr float kLeast = -50000.f;  // of a logit less the largest one
+constexpr float kLeast = -50000.f;  // the least that logit − largest logit may be
 
 // The largest and the least logit, and whether one was not a number.
 struct Extent {
   float most = -__builtin_inff(), least = __builtin_inff();
   bool nan = false;
 };
-// Of the first `text` lanes.
+// Extends it by the logits in the first `text` lanes.
 void extend(Extent* extent, const float* logits, int tokens, int64_t text);
 
-// What a logit counts as: max(logit − peak, least); NaN stays NaN.
+// A logit becomes max(logit − peak, least); NaN stays NaN.
 struct Floor {
   float peak, least;
 };
 void lower(float* logits, int tokens, int64_t panels, Floor floor);
 
-// Of a softmax: the largest logit that it reads, and the logarithm of Σ e^(logit − largest).
+// Keeps of a softmax the largest logit that it reads, and the logarithm of Σ e^(logit − largest).
 struct Stats {
   float largest, log_sum;
 };
@@ -32,21 +32,21 @@ struct Stats {
 // `stats` [tokens].
 void image_softmax(const float* logits, float* weights, int tokens, int64_t panels, const float* hidden, Stats* stats);
 
-// weights = e^(logits − most), 0 for the tokens that are hidden (nullptr: none) and up to kTokens, with `most` and
-// `sum` of each lane brought up to date; what was added up before is to be multiplied by `factor`.
+// weights = e^(logits − most), 0 for hidden tokens (nullptr: none is) and for those past `tokens`. `most` and `sum` of
+// each lane are brought up to date; what was added up before must be multiplied by `factor`.
 void text_weights(const float* logits, float* weights, int tokens, int64_t panels, const bool* hidden, float* most,
                   float* sum, float* factor);
 
-// What the gradient of a block takes: the tokens' stats, and the lanes', which are those of `text_largest` and
-// `text_log_sum`; of each lane also Σ gradient · result.
+// The gradient of a block takes the tokens' stats (`image`); the lanes' stats (`text_largest`, `text_log_sum`); and for
+// each lane Σ gradient · result (`text_delta`).
 struct BlockGradient {
   Floor floor;
   const Stats* image;
   const float *text_largest, *text_log_sum, *text_delta, *hidden_text;
   const bool* hidden_image;
 };
-// From the logits and the gradients of both weights: logits → their gradient, dimage → the image side's weights,
-// dtext → the text side's.
+// Takes the logits and the gradients of both weights, and overwrites all three: logits by their gradient, dimage by the
+// image side's weights, dtext by the text side's.
 void softmax_gradients(float* logits, float* dimage, float* dtext, int tokens, int64_t panels, const BlockGradient& g);
 
 }  // namespace fastcss::cpu

@@ -57,7 +57,7 @@ void BiOperands::copy_rows(float* dst, const Tensor& x, int64_t b, int64_t h) co
 
 Rows BiOperands::read_rows(float* buffer, const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows) const {
   const Matrix all = head(x, b, h);
-  // A row a page: too far apart for the hardware to fetch those of the next block ahead.
+  // Each row lies on another page: too far apart for the hardware to fetch the next block's rows ahead.
   for (int64_t i = 0; i < std::min(rows, x.size(1) - first - rows); ++i) {
     const char* ahead = static_cast<const char*>(all.at(first + rows + i, 0).data);
     for (int64_t byte = 0; byte < D * size_of(dtype); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);

@@ -1,4 +1,4 @@
-// What bi_attention and its backward pass read, by samples and heads, and how they share out the image.
+// Reads the operands of bi_attention and its backward pass by samples and heads, and cuts the image into chunks.
 #pragma once
 
 #include <optional>
@@ -37,20 +37,20 @@ struct BiOperands {
   bool whole() const { return dtype == DType::f32 && D == width; }
   int64_t block() const { return panels * kTokens * kCols; }  // elements of a block of logits
 
-  // The text of one head as [panel][D][kCols], times `factor`, with zeros beyond it.
+  // Packs the text of one head as [panel][D][kCols], times `factor`, with zeros beyond it.
   void pack_text(float* dst, const Tensor& x, int64_t b, int64_t h, float factor) const;
-  // The text of one head [L][width], with zeros beyond the D of each.
+  // Copies the text of one head as [L][width], with zeros beyond the D of each row.
   void copy_rows(float* dst, const Tensor& x, int64_t b, int64_t h) const;
-  // Rows of one head where they lie or, where that is not as float32 in whole tiles, in `buffer` [rows][width] with
-  // zeros beyond the D of each.
+  // Returns rows of one head in place, if they are float32 and D fills whole tiles; else copies them to `buffer`
+  // [rows][width], with zeros beyond the D of each row.
   Rows read_rows(float* buffer, const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows) const;
-  // Where the rows of a contiguous result [B, ·, heads, D] are made: in their place, or in `buffer`, for write_rows.
+  // Returns where to make the rows of a contiguous result [B, ·, heads, D]: in place, or in `buffer` for write_rows.
   RowsOut result_rows(float* buffer, const Tensor& x, int64_t b, int64_t h, int64_t first) const {
     return whole() ? RowsOut{reinterpret_cast<float*>(row(x, b, h, first)), heads * D} : RowsOut{buffer, width};
   }
   void write_rows(const Tensor& x, int64_t b, int64_t h, int64_t first, int64_t rows, const float* src) const;
 
-  void hidden_text(int64_t b, float* hidden) const;  // [lanes], 1 for what is not read, 0 for the rest
+  void hidden_text(int64_t b, float* hidden) const;  // hidden [lanes]: 1 for a lane that is not read, else 0
   const bool* hidden_image(int64_t b) const { return image_mask_ ? flags(*image_mask_) + b * N : nullptr; }
 
  private:

@@ -1,5 +1,5 @@
-// fastcss::class_affinity.cpu: affinity attention whose values are the pixels' scores for each class, P = F Cᵀ, and at
-// once, while a block of queries is in cache, the softmax over the classes and the product with the centres.
+// fastcss::class_affinity.cpu: affinity attention whose values are the pixels' scores for each class, P = F Cᵀ. The
+// softmax over the classes and the product with the centres follow while a block of queries is in cache.
 
 #include <tuple>
 #include <utility>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "class_affinity";
 
-// P = F Cᵀ of every pixel, put among the values of `gather`, and Σ P [C].
+// Puts P = F Cᵀ of every pixel among the values of `gather`, and sums Σ P [C].
 void score_all(const ClassCenters& centers, const float* packed, Matrix feats, const AffinityGather& gather,
                float* values, float* total, float* partial) {
   const int64_t panels = ceil_div(gather.N, kCols);

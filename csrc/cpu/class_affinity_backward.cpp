@@ -1,5 +1,5 @@
-// fastcss::class_affinity_backward.cpu: through the mean of the centres and its softmax to the scores T P, through the
-// affinity map to q, k and P, and through P = F Cᵀ to the features and the centres.
+// fastcss::class_affinity_backward.cpu goes through the mean of the centres and its softmax to the scores T P, through
+// the affinity map to q, k and P, and through P = F Cᵀ to the features and the centres.
 
 #include <tuple>
 #include <utility>
@@ -42,7 +42,7 @@ class Backward : Problem {
     packed = start, scores = packed + classes.size();
     dlogits[0] = scores + C * ld, dlogits[1] = dlogits[0] + C * ld;
     total = dlogits[1] + C * ld, parts = total + (panels + 1) * C;
-    dscores = scores;  // written when the scores have been read for the last time
+    dscores = scores;  // the scores were read for the last time before these are written
     classes.pack_all(packed, centers);
     parallel(panels, [&](int64_t p) { score(p); });
     sum_panels(total + C, panels, C, total);
@@ -85,7 +85,7 @@ class Backward : Problem {
     }
   }
 
-  // dlogits of a chunk of pixels, and its part of dcenters: Σ_n weights dout.
+  // Computes dlogits of a chunk of pixels, and its part of dcenters: Σ_n weights dout.
   void through_softmax(int64_t chunk, float* part) const {
     const int64_t first = chunk * size, pixels = std::min(size, N - first);
     float* sums =
@@ -111,7 +111,7 @@ class Backward : Problem {
     }
   }
 
-  // dfeats of a chunk of pixels, and its part of dcenters: Σ_n dscores f.
+  // Computes dfeats of a chunk of pixels, and its part of dcenters: Σ_n dscores f.
   void through_scores(int64_t chunk, float* part) const {
     const int64_t first = chunk * size, pixels = std::min(size, N - first);
     float* weights = local_workspace.get(C * kCols + classes.output_size() + product_scratch(C, pixels));
@@ -129,7 +129,7 @@ class Backward : Problem {
 
   const ClassCenters classes{C, D, false};
   const int64_t panels = ceil_div(N, kCols), ld = panels * kCols, columns = ceil_div(D, kCols) * kCols;
-  // Pixels are summed in chunks, as many as the shape says, on any number of threads.
+  // Pixels are summed in chunks; how many there are depends on the shape, not on the number of threads.
   const int64_t size = kCols * std::max<int64_t>(16, ceil_div(N, 32 * kCols)), chunks = ceil_div(N, size);
   float *packed, *scores, *dlogits[2], *dscores, *total, *parts;
 };

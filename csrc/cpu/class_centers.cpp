@@ -1,7 +1,7 @@
-// fastcss::class_centers.cpu and its backward. Dividing a softmax over the classes by its mass is a softmax over the
-// pixels too, of logits − pixel_lse: both forms are Σ_n w_cn f_n with w = exp(logits − pixel_lse − class_lse). Every
-// lse is two numbers, the largest logit and the logarithm of the mass: as one, a logit of 10⁴ would leave three digits
-// of it.
+// fastcss::class_centers.cpu and its backward. A softmax over the classes divided by its mass is a softmax over the
+// pixels, too, of logits − pixel_lse: both forms are Σ_n w_cn f_n with w = exp(logits − pixel_lse − class_lse). Every
+// lse is kept as two numbers, the largest logit and the logarithm of the mass: in one number, a logit of 10⁴ would
+// leave only three digits of the logarithm.
 
 #include <tuple>
 #include <vector>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr const char* kOp = "class_centers";
 
-// The largest of `terms` rows [terms][kCols], and ln Σ exp of what they are above it, lane by lane.
+// Finds the largest of `terms` rows [terms][kCols], and ln Σ exp(row − largest), lane by lane.
 void log_sum_exp(const float* rows, int64_t terms, float* largest, float* log_mass) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     float most[kCols], sum[kCols] = {};
@@ -32,8 +32,8 @@ void log_sum_exp(const float* rows, int64_t terms, float* largest, float* log_ma
   });
 }
 
-// row = exp(row − most) with most the largest of row − lse [2][n, in steps of `ld`], where that is given: the softmax
-// before it is divided by `sum`.
+// row = exp(row − most), the softmax before it is divided by `sum`. If lse [2][n, in steps of `ld`] is given, it is
+// subtracted from row first; `most` is the largest of the row.
 void exponentials(float* row, const float* lse, int64_t ld, int64_t n, float* most, float* sum) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     float largest = -__builtin_inff(), total = 0;
@@ -77,13 +77,13 @@ FASTCSS_CLONES void slopes(float* products, const float* weights, const float* m
     for (int i = 0; i < kCols; ++i) products[c * kCols + i] -= probabilities[c * kCols + i] * sum[i];
 }
 
-// Pixels are summed in chunks, each with a maximum of its own; as many as the shape says, on any number of threads.
+// Sums pixels in chunks, each with its own maximum; how many there are depends on the shape, not on the threads.
 struct Chunks {
   int64_t N, C, D;
   int64_t size = kLanes * std::max<int64_t>(16, ceil_div(N, 32 * kLanes)), count = ceil_div(N, size);
   int64_t columns = ceil_div(D, kCols) * kCols;
 
-  // One chunk's largest logits and sums of exponentials [C], and centres [C][columns] before the division.
+  // Computes one chunk's largest logits and sums of exponentials [C], and centres [C][columns] before the division.
   void run(int64_t chunk, Matrix logits, Matrix feats, const float* lse, float* most, float* sums,
            float* centers) const {
     const int64_t first = chunk * size, pixels = std::min(size, N - first);
@@ -96,7 +96,7 @@ struct Chunks {
   }
 };
 
-// The chunks' results as one: centres [C, D] and class_lse [2, C].
+// Combines the chunks' results into centres [C, D] and class_lse [2, C].
 FASTCSS_CLONES void combine(const Chunks& s, int64_t c, const float* most, const float* sums, const float* centers,
                             float* out, float* class_lse) {
   float largest = -__builtin_inff(), total = 0;
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor> class_centers_backward(const Tensor& dcenters, const 
   const int64_t class_size = D * height + kLanes, channel_size = C * height + kLanes;
   Tensor dlogits = torch::stable::new_empty(logits, logits.sizes()),
          dfeats = torch::stable::new_empty(feats, feats.sizes());
-  if (D == 0) torch::stable::zero_(dlogits);  // by nothing, whatever the logits are
+  if (D == 0) torch::stable::zero_(dlogits);  // no output depends on the logits
   const auto lanes = [&](int64_t panel, int64_t of) { return static_cast<int>(std::min(height, of - panel * height)); };
   for_images(D == 0 ? 0 : B, N, [&](int64_t b) {
     float* by_class = shared_workspace.get(class_panels * class_size + channel_panels * channel_size + C);

@@ -1,5 +1,5 @@
-// Pixels and class centres: scores F Cᵀ, the softmax over the classes, and the mean centre that it gives. What the
-// forward and the backward pass of class_affinity share.
+// Has what the forward and the backward pass of class_affinity share: the scores F Cᵀ of pixels and class centres, the
+// softmax over the classes, and the mean centre that it gives.
 #pragma once
 
 #include "gemm.h"

@@ -1,5 +1,6 @@
-// fastcss::cost_filter.cpu and pack_text.cpu. The largest cost of each class rides on the product of text and pixels,
-// whose tiles are never stored; the kept classes' products are made again, with the same sums in the same order.
+// fastcss::cost_filter.cpu and pack_text.cpu. The largest cost of each class is taken during the product of text and
+// pixels, whose tiles are never stored; the kept classes' products are made again, with the same sums in the same
+// order.
 
 #include <tuple>
 #include <vector>
@@ -12,7 +13,7 @@
 namespace fastcss::cpu {
 namespace {
 
-// The larger of two, NaN if either is.
+// Keeps the larger of two values, or NaN if either is.
 FASTCSS_CLONES void keep_largest(const float* tile, int rows, int valid, float* most) {
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < valid; ++j) {
@@ -34,7 +35,7 @@ FASTCSS_CLONES void scale_rows(float* tile, int rows, const float* factors) {
     for (int j = 0; j < kCols; ++j) tile[i * kCols + j] *= factors[i];
 }
 
-// The text of some images, T · P rows of each or shared by all, perhaps packed already, and 1 / their lengths.
+// Holds the text of some images (T · P rows for each, or one set for all; perhaps packed already), and 1 / its lengths.
 struct Text {
   Matrix rows;
   int64_t image_stride;  // of the rows; 0 where the images share them
@@ -61,7 +62,7 @@ struct Text {
   }
 };
 
-// best [T]: the largest cost of each class, from the largest of each row and share in `most`.
+// Finds best [T], the largest cost of each class, from the largest of each row and share in `most`.
 void best_costs(const CostMap& map, const float* scale, int64_t T, const float* most, float* best) {
   const int64_t P = map.rows / T;
   for (int64_t t = 0; t < T; ++t) {
@@ -75,7 +76,7 @@ void best_costs(const CostMap& map, const float* scale, int64_t T, const float* 
   }
 }
 
-// cost [images, k, P, N] of the classes in index [images, k], each P rows of the text.
+// Computes cost [images, k, P, N] of the classes in index [images, k]; a class has P rows of the text.
 void kept_costs(const float* pixels, const CostMap& map, const Text& text, int64_t P, const int64_t* index, DType dtype,
                 char* cost) {
   const PixelColumns& columns = map.columns;
@@ -102,8 +103,8 @@ void kept_costs(const float* pixels, const CostMap& map, const Text& text, int64
       });
 }
 
-// How many images are worked on at a time: more give every thread its share, but each takes a packed copy of its
-// pixels.
+// Returns how many images to work on at a time: more of them give every thread its share, but each needs a packed copy
+// of its pixels.
 int64_t images_at_a_time(int64_t images, int64_t floats_each) {
   constexpr int64_t kFloats = int64_t{3} << 18;  // 3 MiB
   return std::clamp<int64_t>(kFloats / std::max<int64_t>(floats_each, 1), 1, std::max<int64_t>(images, 1));

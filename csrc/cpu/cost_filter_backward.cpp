@@ -1,5 +1,5 @@
-// The backward pass of fastcss::cost_filter.cpu, through the kept costs. With ê and t̂ the rows of length one, G = dcost
-// and M = cost: de_n = (Σ_r G_rn t̂_r − ê_n Σ_r G_rn M_rn) / ‖e_n‖, and dt_r in the same way: two products an image.
+// The backward pass of fastcss::cost_filter.cpu, through the kept costs. Let ê and t̂ be the normalised rows, G = dcost
+// and M = cost. Then de_n = (Σ_r G_rn t̂_r − ê_n Σ_r G_rn M_rn) / ‖e_n‖, and dt_r likewise: two products per image.
 
 #include <tuple>
 #include <vector>
@@ -12,7 +12,7 @@
 namespace fastcss::cpu {
 namespace {
 
-// Rows of length one [count][width], and 1 / the lengths they had.
+// Holds normalised rows [count][width], and 1 / the lengths they had.
 struct UnitRows {
   float *rows, *inverse;
   int64_t width;
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> cost_filter_backward(const Tensor& dcost_in, const Te
   Tensor dtext = torch::stable::new_zeros(text, text.sizes());
   const bool shared = text.size(0) == 1;
   std::vector<float> wide(shared && dtype != DType::f32 ? T * P * D : 0, 0.f);
-  float* total = wide.empty() ? reinterpret_cast<float*>(cpu::image(dtext, 0, dtype)) : wide.data();  // over all images
+  float* total = wide.empty() ? reinterpret_cast<float*>(cpu::image(dtext, 0, dtype)) : wide.data();  // Σ over images
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* kept = static_cast<const int64_t*>(index.const_data_ptr()) + b * index.size(1);
     float* memory = shared_workspace.get(UnitRows::size(N, D) + UnitRows::size(R, D));

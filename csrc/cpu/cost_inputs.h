@@ -1,4 +1,4 @@
-// The tensors of cost_filter as matrices whose lanes are pixels, or rows of text.
+// Shows the tensors of cost_filter as matrices whose lanes are pixels, or rows of text.
 #pragma once
 
 #include "tensors.h"
@@ -7,7 +7,7 @@ namespace fastcss::cpu {
 
 inline constexpr const char* kCostFilter = "cost_filter";
 
-// [B, R, S, D] with R and S joined to one dimension at one stride; what has two strides is copied.
+// Joins R and S of [B, R, S, D] to one dimension with one stride, and copies if they have two strides.
 inline Tensor joined(const Tensor& t) {
   const bool regular = t.size(1) == 1 || t.size(2) == 1 || t.stride(1) == t.size(2) * t.stride(2);
   return regular ? t : torch::stable::contiguous(t);

@@ -10,7 +10,7 @@ FASTCSS_CLONES void scale_columns(float* tile, int rows, const float* factors) {
     for (int j = 0; j < kCols; ++j) tile[i * kCols + j] *= factors[j];
 }
 
-// Four items of work a thread, where the panels of the images give them.
+// Cuts blocks so that every thread gets four items of work, if the images have enough panels.
 int64_t block_of(int64_t panels, int64_t images, int64_t most) {
   return std::clamp<int64_t>(panels * images / (4 * torch::stable::get_num_threads()), 1, most);
 }
@@ -40,7 +40,7 @@ CostMap::CostMap(int64_t images, int64_t rows, const PixelColumns& columns)
 
 void CostMap::multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
                        float (*tiles)[kMaxRows * kCols]) const {
-  // So many words at a time that those of the pixels, 32 KiB, stay in the first cache while all the text passes by.
+  // This many words of the pixels, 32 KiB, stay in the L1 cache while all the text passes by.
   constexpr int64_t kWords = 256;
   alignas(64) static const float zeros[kCols] = {};
   const Kernel& run = columns.pairs ? *pair_kernel() : kernel();

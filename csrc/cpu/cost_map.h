@@ -1,5 +1,5 @@
-// Products of text and pixels, a tile at a time: what both passes of cost_filter run, over all classes and over the
-// kept ones.
+// Multiplies text and pixels, a tile at a time; both passes of cost_filter run it, over all classes and over the kept
+// ones.
 #pragma once
 
 #include "gemm.h"
@@ -7,7 +7,7 @@
 
 namespace fastcss::cpu {
 
-// The pixels of an image, packed as columns, and 1 / their lengths.
+// Holds the pixels of an image, packed as columns, and 1 / their lengths.
 class PixelColumns {
  public:
   PixelColumns(int64_t pixels, int64_t width, bool pairs)
@@ -30,8 +30,8 @@ class PixelColumns {
   int64_t panel_size() const { return words * kCols + kLanes; }
 };
 
-// rows · columns of some images, `rows` packed panel by panel of text, in blocks that stay in cache. Items of work are
-// images times blocks of panels times shares of the columns, so many that every thread gets some.
+// Computes rows · columns of some images in blocks that stay in cache; `rows` are packed panel by panel of text. Items
+// of work are images times blocks of panels times shares of the columns, so many that every thread gets some.
 class CostMap {
  public:
   CostMap(int64_t images, int64_t rows, const PixelColumns& columns);
@@ -39,9 +39,9 @@ class CostMap {
   int rows_of(int64_t panel) const { return static_cast<int>(std::min(height, rows - panel * height)); }
   int64_t panel_size() const { return columns.words * height + kLanes; }
 
-  // read(image, panel, share, memory) returns a packed panel of text, made in `memory` if need be; once for each share
-  // of the columns. use(image, panel, column panel, share, tile) takes what they make, [rows_of(panel)][kCols] times 1
-  // / the lengths of the pixels.
+  // read(image, panel, share, memory) returns a packed panel of text, which it may make in `memory`; it is called once
+  // for each share of the columns. use(image, panel, column panel, share, tile) takes their product,
+  // [rows_of(panel)][kCols], times 1 / the lengths of the pixels.
   template <class Read, class Use>
   void run(const float* packed, const Read& read, const Use& use) const {
     parallel(images * blocks * shares, [&](int64_t item) {
@@ -64,8 +64,8 @@ class CostMap {
   const PixelColumns& columns;
 
  private:
-  static constexpr int64_t kBlock = 8;  // panels of 24 KiB at a width of 512: with a column panel in the second cache
-  // The tiles of panels first … last of text and one of pixels.
+  static constexpr int64_t kBlock = 8;  // panels of 24 KiB at a width of 512; L2 holds them and a column panel
+  // Computes the tiles of the text's panels first … last and one panel of pixels.
   void multiply(const float* const* text, int64_t first, int64_t last, const float* pixels, const float* inverse,
                 float (*tiles)[kMaxRows * kCols]) const;
 };

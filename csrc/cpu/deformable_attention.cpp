@@ -12,10 +12,10 @@ namespace fastcss::cpu {
 namespace {
 
 constexpr const char* kOp = "deformable_attention";
-constexpr int64_t kQueries = 64;  // of one item of work
+constexpr int64_t kQueries = 64;  // in one item of work
 
-// out [D] = Σ weight · value at the corners, VECS vectors wide; two sums or four, so that none has to wait for the one
-// before.
+// out [D] = Σ weight · value at the corners, VECS vectors wide. It keeps two sums or four, so that no addition waits
+// for the one before.
 template <class V, int VECS, class T>
 FASTCSS_INLINE void gather(const Points& points, const T* value, int64_t stride, float* out) {
   constexpr int kSums = VECS <= 2 ? 4 : 2;
@@ -40,7 +40,7 @@ FASTCSS_INLINE void gather(const Points& points, const T* value, int64_t stride,
   }
 }
 
-// Of any width.
+// Does the same for any width D.
 template <class V, class T>
 FASTCSS_INLINE void gather_any(const Points& points, const T* value, int64_t stride, int64_t D, float* out) {
   std::fill_n(out, D, 0.f);

@@ -1,7 +1,7 @@
 // The backward pass of fastcss::deformable_attention.cpu. An item of work is a head of an image, whose values no other
-// item writes to: gradients are added in the order of the queries, on any number of threads. With s the products of
-// dout and the values at a cell's corners, dattention = Σ share · s and dx = attention · the slope of Σ share · s along
-// x.
+// item writes to: gradients are added in the order of the queries, on any number of threads. Let s be the products of
+// dout and the values at a cell's corners; then dattention = Σ share · s, and dx = attention · the slope of Σ share · s
+// along x.
 
 #include <tuple>
 #include <vector>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kOp = "deformable_attention";
 
-// One corner at a time: dvalue += weight · dout, and dout · value, still a vector of sums.
+// Visits one corner at a time: dvalue += weight · dout, and dout · value, which stays a vector of partial sums.
 template <class V, class T>
 FASTCSS_INLINE void visit(const Points& points, const T* value, int64_t stride, const float* dout, int64_t D,
                           float* dvalue, float* partial) {
@@ -40,7 +40,7 @@ FASTCSS_INLINE void visit(const Points& points, const T* value, int64_t stride, 
   }
 }
 
-// product [slot] = the sum of each corner's partial sums, as many corners at a time; 0 where there is no corner.
+// product [slot] = the sum of each corner's partial sums, kLanesIn<V> corners at a time; 0 in slots without a corner.
 template <class V>
 FASTCSS_INLINE void add_up(const Points& points, const float* partial, float* product) {
   constexpr int kWide = kLanesIn<V>;
@@ -69,7 +69,7 @@ void visit_corners(const Points& points, const Matrix& values, const float* dout
 constexpr decltype(&visit_corners<float>) kVisits[] = {visit_corners<float>, visit_corners<BFloat16>,
                                                        visit_corners<Float16>};
 
-// Of one query and head: dlogits [count], and the gradients of the locations in cells, dat [count, 2].
+// Computes for one query and head dlogits [count], and the gradients of the locations in cells, dat [count, 2].
 void point_gradients(const Points& points, const float* product, float* dlogits, float* dat) {
   const int64_t padded = points.padded();
   float mean = 0;

@@ -6,7 +6,8 @@
 namespace fastcss::cpu {
 namespace {
 
-// Per axis: at = base + step · offset, its cell and the share of the next one. Returns whether all are finite.
+// Locates points along one axis: at = base + step · offset, its cell and the share of the next cell. Returns whether
+// all are finite.
 FASTCSS_CLONES bool locate(const float* base, const float* step, const float* size, const float* offsets, int axis,
                            int64_t n, float* cell, float* share, float* inside) {
   uint32_t finite = ~0u;
@@ -75,7 +76,7 @@ void Points::set_head(const float* offsets, const float* logits) {
                         top_.data(), bottom_.data(), inside_.data());
   bilinear(right_.data(), bottom_.data(), padded_, share_.data());
   softmax(logits, count_, padded_, attention_.data());
-  lost_ = !x || !y || (count_ > 0 && attention_[0] != attention_[0]);  // a logit that is NaN makes all of them so
+  lost_ = !x || !y || (count_ > 0 && attention_[0] != attention_[0]);  // one NaN among the logits makes all weights NaN
   list_corners();
 }
 

@@ -1,5 +1,5 @@
-// Where the points of a query read: the corners of their cells with their bilinear weights, and the attention on each.
-// What the forward and the backward pass of deformable_attention share.
+// Says where the points of a query read: the corners of their cells with their bilinear weights, and the attention on
+// each. The forward and the backward pass of deformable_attention share it.
 #pragma once
 
 #include <vector>
@@ -13,7 +13,7 @@ struct Level {
   int64_t height, width, start;  // start: the level's first token
 };
 
-// h and w of each level in turn.
+// Takes h and w of each level in turn.
 inline std::vector<Level> levels_of(const std::vector<int64_t>& shapes) {
   std::vector<Level> levels;
   int64_t start = 0;
@@ -24,14 +24,14 @@ inline std::vector<Level> levels_of(const std::vector<int64_t>& shapes) {
   return levels;
 }
 
-// value [B, S, heads, D] with its channels next to each other; copied where they are not.
+// Returns value [B, S, heads, D] with its channels next to each other; copies it if they are not.
 inline Tensor with_channels(const Tensor& value) {
   return value.size(3) <= 1 || value.stride(3) == 1 ? value : torch::stable::contiguous(value);
 }
 
 constexpr int kCorners = 4;  // of a cell: (x, y), (x + 1, y), (x, y + 1), (x + 1, y + 1)
 
-// The points of all levels for one query and head, kLanes of them at a time; all arrays are padded to whole vectors.
+// Holds the points of all levels for one query and head, kLanes at a time; all arrays are padded to whole vectors.
 class Points {
  public:
   // xy: coordinates of a reference point, 2 or 4.
@@ -40,13 +40,13 @@ class Points {
   int64_t count() const { return count_; }
   int64_t padded() const { return padded_; }
 
-  // The reference points [levels, xy] of a query, once for all of its heads.
+  // Sets the reference points [levels, xy] of a query, once for all of its heads.
   void set_reference(const float* reference);
-  // One head's offsets [count, 2] and logits [count].
+  // Sets one head's offsets [count, 2] and logits [count].
   void set_head(const float* offsets, const float* logits);
 
-  // The corners that lie in their level, point by point: their tokens, attention · share of each, and which they are,
-  // corner · padded() + point.
+  // Lists the corners that lie in their level, point by point: each has its token, attention · share, and its number,
+  // which is corner · padded() + point.
   int64_t corners() const { return corners_; }
   const int64_t* token() const { return token_.data(); }
   const float* weight() const { return weight_.data(); }
@@ -56,10 +56,10 @@ class Points {
   float share(int64_t slot) const { return share_[slot]; }  // bilinear weight
   float right_share(int64_t p) const { return right_[p]; }
   float bottom_share(int64_t p) const { return bottom_[p]; }
-  // Some location is NaN or infinite, or some logit NaN: then the result is NaN, also where nothing is read.
+  // Tells whether some location is NaN or infinite, or some logit NaN: the result is NaN then, even if nothing is read.
   bool lost() const { return lost_; }
 
-  // Cells by which a location moves with its offset, and with its reference point's coordinate i.
+  // Returns by how many cells a location moves with its offset, and with its reference point's coordinate i.
   float offset_slope(int64_t p, int axis) const { return step_[axis * padded_ + p]; }
   float reference_slope(int64_t p, int64_t i, const float* offsets) const;
 

@@ -1,8 +1,8 @@
 // fastcss::fingerprint.cpu: a hash of each tensor's bytes, at the speed of the memory.
 //
-// A tensor is cut into chunks of a fixed size, so that its hash does not depend on the number of threads. Within one,
-// kStreams sums take a word each in turn: state ← rotate(state ⊕ word) · odd, which is a bijection of the word and of
-// the state, so that a change of a single word always changes its sum.
+// A tensor is cut into chunks of a fixed size, so that its hash does not depend on the number of threads. Within a
+// chunk, kStreams sums take one word each in turn: state ← rotate(state ⊕ word) · odd. That is a bijection of the word
+// and of the state, so that a change of a single word always changes its sum.
 
 #include <array>
 
@@ -68,7 +68,7 @@ Tensor fingerprint(const std::vector<Tensor>& tensors) {
   }
   first_chunk.push_back(static_cast<int64_t>(chunks.size()));
   std::vector<uint64_t> parts(chunks.size());
-  // Small ones together: a thread is not worth its start for less than a chunk.
+  // Small tensors go together: to start a thread for less than a chunk does not pay.
   const int64_t count = static_cast<int64_t>(chunks.size());
   constexpr int64_t kTogether = 16;
   parallel(ceil_div(count, kTogether), [&](int64_t item) {

@@ -56,7 +56,7 @@ const Kernel* pair_kernel() {
 
 namespace {
 
-constexpr int64_t kAhead = 64;  // terms of each lane to fetch ahead: too many streams for the hardware to follow
+constexpr int64_t kAhead = 64;  // terms of each lane to prefetch: there are too many streams for the hardware to follow
 
 template <class V, int ROWS>
 FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, const float* src, int64_t lane_stride,

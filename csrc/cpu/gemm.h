@@ -2,9 +2,9 @@
 //
 // A GEMM here is out = in + rows · cols. Both operands are packed so that the micro-kernel reads them in order:
 //   rows: panels of `Kernel::rows` rows, [word][rows]      cols: panels of kCols columns, [word][kCols]
-// A word is one term of the sum as float32 (what float16 and bfloat16 are packed to), or a pair of bfloat16 terms where
-// the CPU multiplies those itself. Sums are float32. Each element of a result is summed in the same order whatever tile
-// it falls in: results do not depend on what else is in the batch.
+// A word is one term of the sum as float32 (to which float16 and bfloat16 are converted), or a pair of bfloat16 terms
+// if the CPU multiplies those itself. Sums are float32. Each element of a result is summed in the same order whatever
+// tile it falls in: results do not depend on what else is in the batch.
 #pragma once
 
 #include "pack.h"
@@ -87,12 +87,12 @@ FASTCSS_TARGET("arch=x86-64-v4,avx512bf16") inline Vec multiply_add_pairs(Vec su
 // The best kernel of this CPU for float32 words.
 const Kernel& kernel();
 
-// The kernel for pairs of bfloat16, or nullptr where this CPU has none. Its panels are as high as kernel()'s.
+// The kernel for pairs of bfloat16, or nullptr if this CPU has none. Its panels are as high as kernel()'s.
 const Kernel* pair_kernel();
 
-// Few rows: c_out = c_in + Σ_k a[k][rows] m[lane][k] straight from memory, transposed in registers. The sums are made
-// in the order of Kernel::operator(), so that a row's result is the same alone and in a batch. The row count is rounded
-// up to 1, 2, 4, 6 or 12; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
+// c_out = c_in + Σ_k a[k][rows] m[lane][k] for few rows: m is read straight from memory and transposed in registers.
+// The sums are made in the order of Kernel::operator(), so that a row's result is the same alone and in a batch. The
+// row count is rounded up to 1, 2, 4, 6 or 12; `a` holds zeros there, and `c_out` has kMaxRows rows of kCols.
 void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
               float* c_out, int64_t ld_out);
 

@@ -9,7 +9,7 @@ namespace {
 using LeftTile = void (*)(FASTCSS_LEFT_ARGS);
 constexpr int kVecs = kCols / kLanes;
 
-// BY_WORD: the rows lie side by side and the words `stride` apart; else the other way round.
+// BY_WORD means that the rows lie side by side and the words `stride` apart; without it, the other way round.
 template <class V, int ROWS, int VECS, bool BY_WORD>
 FASTCSS_INLINE void left_tile(FASTCSS_LEFT_ARGS) {
   V sum[ROWS][VECS] = {};
@@ -82,7 +82,7 @@ void left_product(int64_t M, int64_t k, Left a, const float* b, int64_t ldb, flo
   const LeftTiles& tiles = left_tiles();
   const bool by_word = a.row == 1 && a.step != 1;
   const int64_t stride = by_word ? a.step : a.row;
-  // Panels of about the same height: one of a single row would wait for each of its sums.
+  // All panels have about the same height: a panel of a single row would wait for each of its sums.
   const int64_t panels = (M + tiles.rows - 1) / tiles.rows;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t first = M * p / panels, rows = M * (p + 1) / panels - first;

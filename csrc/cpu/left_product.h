@@ -1,4 +1,4 @@
-// Products whose left operand is read where it lies, for what was made a moment ago: staged rows, a block of scores.
+// Multiplies by a left operand that is read in place, because it was made a moment ago: staged rows, a block of scores.
 #pragma once
 
 #include "gemm.h"

@@ -63,7 +63,7 @@ void LoraGemm::shrink(int64_t first, int64_t rank, const Segment& s, Panel panel
   }
 }
 
-// The hidden activations as pairs of bfloat16, each slot's from a word of its own on.
+// Rounds the hidden activations to pairs of bfloat16; each slot's begin at a new word.
 void LoraGemm::round_hidden(const Segments& parts, Panel panel) const {
   if (!pairs) return;
   const auto pack_columns = [&](int64_t word, int64_t column, int64_t count) {
@@ -156,7 +156,7 @@ void LoraGemm::pack_b(int64_t c, float* b_panel) const {
     pack(b_panel + b_first[t.first] * kCols, kCols, cols, t.rank, b.at(c * kCols, t.first), pairs);
 }
 
-// So few rows that reading W, A and B is the work: they are used from memory as they are, and not packed.
+// Serves so few rows that reading W, A and B is most of the work: they are read from memory as they are, not packed.
 void LoraGemm::run_few() {
   alignas(64) const float zeros[kCols] = {};
   float* packed = shared_workspace.get(rows_size + hidden_size);
@@ -213,7 +213,8 @@ void LoraGemm::run() {
 
   const int64_t column_panels = out ? ceil_div(N, kCols) : 0;
   const int64_t threads = torch::stable::get_num_threads();
-  // Panels that share the L2 cache and meet a packed column panel together; more of them where there are many.
+  // The panels of a block share the L2 cache and meet a packed column panel together; a block has more of them if there
+  // are many panels.
   const int64_t block =
       std::clamp<int64_t>((512 << 10) / (rows_size * 4), 1, std::clamp<int64_t>(panels / (8 * threads), 8, 32));
   const int64_t blocks = ceil_div(panels, block);

@@ -11,11 +11,11 @@
 
 namespace fastcss::cpu {
 
-// How the slots' rows meet the result.
+// Says how the slots' rows and results correspond.
 enum class Fan {
-  kOut,   // one input, a result a slot: the base tile is computed once
-  kEach,  // an input and a result a slot
-  kIn,    // an input a slot, one summed result: the inputs are summed before their base tile is computed
+  kOut,   // one input, a result per slot: the base tile is computed once
+  kEach,  // an input and a result per slot
+  kIn,    // an input per slot, one summed result: the inputs are summed before their base tile is computed
 };
 
 struct Adapter {

@@ -1,7 +1,7 @@
 // fastcss::merge_masks.cpu. A tile of the label map takes the masks in the order of their scores until each of its
-// pixels has one. An interpolated logit lies between those it is made of: a mask none of whose logits under the tile is
-// above the threshold is passed over, and one all of whose are takes the whole rest of the tile. Only where the edge of
-// a mask crosses the tile are pixels interpolated.
+// pixels has one. An interpolated logit lies between those it is made of. So a mask is passed over if none of its
+// logits under the tile is above the threshold, and takes the whole rest of the tile if all are. Pixels are
+// interpolated only where the edge of a mask crosses the tile.
 
 #include <tuple>
 #include <vector>
@@ -44,7 +44,7 @@ std::vector<Columns> column_taps(int64_t in, int64_t crop, int64_t size) {
   return columns;
 }
 
-// What is above the threshold in each block of a mask: nothing, something, everything. NaN is not.
+// Notes for each block of a mask whether nothing, something or everything is above the threshold. NaN is not above it.
 class Blocks {
  public:
   Blocks(int64_t masks, int64_t h, int64_t w)
@@ -96,11 +96,11 @@ struct Tile {
   int64_t end_row() const { return taps[rows - 1].first + kTaps; }
   int64_t first_column() const { return columns[0].first; }
   int64_t end_column() const { return columns[vectors - 1].end(); }
-  // Of the logits in memory: with room to load two vectors anywhere.
+  // The stride of the logits in memory leaves room to load two vectors from anywhere.
   int64_t stride() const { return ceil_div(end_column() - first_column(), kLanes) * kLanes + 2 * kLanes; }
 };
 
-// The sum over the taps of some of the 16 columns of one row, from lane `first` on.
+// Sums over the taps for some of the 16 columns of one row, from lane `first` on.
 template <class V>
 FASTCSS_INLINE V interpolate(const Columns& c, int first, const float* row) {
   constexpr int kWide = kLanesIn<V>;
@@ -158,7 +158,7 @@ struct Masks {
   Matrix data;
   int64_t h, w, mask_stride, row_stride;
 
-  // The logits under a tile, zeros outside of the mask.
+  // Reads the logits under a tile, zeros outside of the mask.
   void read(int64_t k, const Tile& tile, float* logits) const {
     const int64_t stride = tile.stride(), columns = std::min(tile.end_column(), w) - tile.first_column();
     for (int64_t y = tile.first_row(); y < tile.end_row(); ++y, logits += stride) {

@@ -83,7 +83,8 @@ LoraProblem problem(Fan fan, const Route& r, const Tensor& rows, Matrix weight, 
           .hidden_ld = r.hidden_ld};
 }
 
-// Slots shorter than a panel share panels, which are packed in one go: their rows must follow each other evenly.
+// Slots that are shorter than a panel share panels, which are packed in one go. So their rows must all be one stride
+// apart; this copies them if they are not.
 Tensor even_rows(const Tensor& t) {
   const bool even = t.dim() == 2 || t.size(1) == 1 || t.size(1) >= kMaxRows || t.stride(0) == t.size(1) * t.stride(1);
   return even ? t : torch::stable::contiguous(t);
@@ -200,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
   if (!need_dlora) return {dx, torch::stable::new_empty(a, none), torch::stable::new_empty(b, none)};
 
   Tensor h = h_saved;
-  if (h.numel() == 0) {  // not kept by the forward pass: only the hidden activations are computed again
+  if (h.numel() == 0) {  // the forward pass did not keep them: the hidden activations alone are computed again
     const Tensor rows = even_rows(x);
     h = hidden_like(x, r, indexed, M, max_rank);
     LoraProblem again = problem(shared ? Fan::kOut : Fan::kEach, r, rows, matrix(weight, 0, 1, kOp), N,

@@ -11,7 +11,8 @@ int level_of(bool has_v3, bool has_v4, const char* asked) {
   return has_v4 && !asks_for("avx2") ? 4 : 3;
 }
 
-// A CPU, or a virtual one, may have AVX2 and lack some other part of the level: F16C, BMI2, … are used, too.
+// A CPU, or a virtual one, may have AVX2 and lack another part of the level. F16C, BMI2, … are used too, so the whole
+// level is asked for.
 int find_level() {
   return level_of(__builtin_cpu_supports("x86-64-v3"), __builtin_cpu_supports("x86-64-v4"),
                   std::getenv("ATEN_CPU_CAPABILITY"));
@@ -20,7 +21,7 @@ int find_level() {
 
 namespace {
 
-// Every store is a whole vector: what runs over `lanes` is overwritten by the next word, or by the next lanes, and the
+// Every store is a whole vector. What it writes past `lanes` is overwritten by the next word, or by the next lanes; the
 // buffer has room for the last one.
 template <class Word, class V>
 FASTCSS_INLINE void pack_lanes(float* dst, int width, int lanes, int64_t k, Matrix m) {
@@ -84,7 +85,7 @@ void write_rows(void* to, int64_t ld, int rows, int cols, const float* tile) {
   });
 }
 
-// A tile [cols][kCols], whose rows are on the lanes, as `rows` ≤ kCols rows of `cols` elements.
+// Writes a tile [cols][kCols], whose rows are on the lanes, as `rows` ≤ kCols rows of `cols` elements.
 template <class T>
 void write_lanes(void* dst, int64_t ld, int rows, int64_t cols, const float* tile) {
   on_widest([=]<class V>() FASTCSS_LOOP {

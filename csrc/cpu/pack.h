@@ -31,7 +31,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
-// In C++ GCC 12 has no _Float16 for ARM. __fp16 is the same 16 bits there, and vectors of it are converted alike.
+// GCC 12 has no _Float16 for ARM in C++. __fp16 is the same 16 bits there, and vectors of it are converted alike.
 #if defined(__aarch64__)
 typedef __fp16 Float16;
 #else
@@ -41,7 +41,7 @@ typedef _Float16 Float16;
 template <class V>
 constexpr int kLanesIn = sizeof(V) / sizeof(float);
 
-// As many lanes of other types.
+// Vectors of other types with as many lanes.
 template <class V>
 struct Lanes {
   typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
@@ -145,7 +145,7 @@ FASTCSS_INLINE void store(Float16* p, V v) {
   std::memcpy(p, &half, sizeof(half));
 }
 
-// The first `n` lanes only; the others of a loaded vector are zero.
+// Loads the first `n` lanes only; the others are zero.
 template <class V = Vec, class T>
 FASTCSS_INLINE V load(const T* p, int64_t n) {
   T whole[kLanesIn<V>] = {};
@@ -172,7 +172,7 @@ struct Matrix {
   Matrix at(int64_t lane, int64_t k) const { return offset(lane * lane_stride + k * k_stride); }
 };
 
-// How words are read: one float32 term each …
+// Reads words of one float32 term each …
 template <class T>
 struct Single {
   using Element = T;
@@ -186,7 +186,7 @@ struct Single {
     return lanes == kLanesIn<V> ? load<V>(p) : load<V>(p, lanes);
   }
 };
-// … or two bfloat16 terms each, where the CPU multiplies those: of a Vec only.
+// … or of two bfloat16 terms each, if the CPU multiplies those: as a Vec only.
 template <class T>
 struct Pair {
   using Element = T;
@@ -232,14 +232,14 @@ FASTCSS_INLINE void transpose(V (&rows)[N]) {
   exchange<2>(rows), exchange<1>(rows);
 }
 
-// A block that ends early, copied to where it can be read whole. Out of line: it is rare, and long when inlined.
+// Copies a block that ends early to where it can be read whole. It is not inlined because it is rare and long.
 template <class T>
 __attribute__((noinline)) void stage(T* block, int width, const T* src, int64_t lane_stride, int lanes, int64_t terms) {
   for (int i = 0; i < lanes; ++i)
     for (int64_t j = 0; j < width; ++j) block[i * width + j] = j < terms ? src[i * lane_stride + j] : T{};
 }
 
-// N words of up to N lanes, contiguous in k, as one vector a word.
+// Reads N words of up to N lanes, contiguous in k, as one vector per word.
 template <class Word, class V, int N>
 FASTCSS_INLINE void read_transposed(V (&words)[N], const typename Word::Element* src, int64_t lane_stride, int lanes,
                                     int64_t terms) {
@@ -254,7 +254,7 @@ FASTCSS_INLINE void read_transposed(V (&words)[N], const typename Word::Element*
   transpose(words);
 }
 
-// A panel of `lanes` ≤ width lanes and k terms. The buffer needs room for kLanes floats past its end.
+// Packs a panel of `lanes` ≤ width lanes and k terms. The buffer needs room for kLanes floats past its end.
 void pack(float* dst, int width, int lanes, int64_t k, Matrix m, bool pairs = false);
 
 // sum += term

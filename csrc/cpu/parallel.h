@@ -1,4 +1,4 @@
-// Work sharing on torch's threads, and memory that is kept from call to call.
+// Shares work among torch's threads, and keeps memory from call to call.
 #pragma once
 
 #include <pthread.h>
@@ -16,17 +16,17 @@
 
 namespace fastcss::cpu {
 
-// A fork leaves behind the threads that OpenMP keeps for this one: the child would wait for them for ever, and does
-// without.
+// A fork does not copy the threads that OpenMP keeps for this one: the child would wait for them for ever, so it works
+// without threads.
 inline thread_local bool has_threads = false, lost_threads = false;
 inline const int at_fork = pthread_atfork(nullptr, nullptr, [] { lost_threads = has_threads; });
 
-// A buffer that a thread keeps from call to call: no page faults after the first. Under AddressSanitizer each use gets
-// one of its own size, or no step beyond it would show.
+// A thread keeps this buffer from call to call, so that there are no page faults after the first. AddressSanitizer gets
+// a new buffer of the exact size for each use; it would not see a step beyond the end otherwise.
 class Workspace {
  public:
   ~Workspace() { std::free(data_); }
-  // Only inside of a Call, whose end gives large ones back.
+  // May be called only inside of a Call, whose end frees large buffers.
   float* get(int64_t floats);
   void trim() {
     if (size_ * sizeof(float) > kKept) release();
@@ -48,11 +48,12 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// What one call's threads share, owned by the calling thread; a second one of those, for the maps of an op that is made
-// of others; and what each thread has for itself.
+// The calling thread owns the first, which all threads of a call share, and the second, another of that kind for the
+// maps of an op that is made of other ops. The third is each thread's own.
 inline thread_local Workspace shared_workspace, map_workspace, local_workspace;
 
-// A thread's part in an op. When the outermost one ends, by an error too, the thread gives its large workspaces back.
+// Marks a thread's part in an op. When the outermost Call ends, also by an error, the thread frees its large
+// workspaces.
 class Call {
  public:
   Call() { ++depth_; }
@@ -76,12 +77,12 @@ inline float* Workspace::get(int64_t floats) {
     const int64_t size = (floats + kStep - 1) / kStep * kStep;
     data_ = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
     if (data_ == nullptr) throw std::bad_alloc();
-    size_ = size;  // not before the memory is there: the next call goes by it
+    size_ = size;  // set only once the memory is there, as the next call relies on it
   }
   return data_;
 }
 
-// An op, as a Call on the thread that calls it.
+// Runs an op inside a Call on the thread that calls it.
 template <auto OP>
 struct Op;
 template <class R, class... Args, R (*OP)(Args...)>
@@ -93,8 +94,8 @@ struct Op<OP> {
 };
 #define FASTCSS_BOX(op) TORCH_BOX(&fastcss::cpu::Op<(op)>::run)
 
-// f(i) for every i < items, on torch's threads. Which thread takes which item is left open; no result depends on it.
-// Memory that any of them lacks is an error of the calling one, as it would be without threads.
+// Calls f(i) for every i < items, on torch's threads. Which thread takes which item is left open; no result depends on
+// it. If any thread lacks memory, the calling thread throws, as it would without threads.
 template <class F>
 void parallel(int64_t items, const F& f) {
   const int64_t workers = lost_threads ? 1 : std::min<int64_t>(items, torch::stable::get_num_threads());
@@ -118,8 +119,8 @@ void parallel(int64_t items, const F& f) {
   if (no_memory) throw std::bad_alloc();
 }
 
-// f(b) for every image of a batch of images of N pixels. Large images follow each other, and `parallel` inside f shares
-// out each of them; small ones are shared out themselves, and then `parallel` inside f is a loop.
+// Calls f(b) for every image of a batch of images of N pixels. Large images follow each other, and `parallel` inside f
+// shares out each of them. Small images are shared out themselves, and `parallel` inside f is a plain loop then.
 template <class F>
 void for_images(int64_t B, int64_t N, const F& f) {
   if (N <= 1024) return parallel(B, f);

@@ -8,7 +8,7 @@
 namespace fastcss::cpu {
 namespace {
 
-// Whole numbers that are ordered as the floats are: −0 like 0, every NaN above all.
+// Maps floats to whole numbers of the same order: −0 like 0, every NaN above all.
 FASTCSS_INLINE uint32_t sortable(float x) {
   if (x != x) return 0xffffffff;
   uint32_t bits;
@@ -22,8 +22,8 @@ struct Candidate {
   uint32_t index;
 };
 
-// By rank; candidates of one rank stay in order. A radix sort: comparisons of random values are guessed wrong half the
-// time, which costs more than four passes.
+// Sorts by rank; candidates of the same rank stay in order. It is a radix sort, since the CPU mispredicts half of the
+// comparisons of random values, which costs more than four passes.
 void sort(std::vector<Candidate>& candidates, std::vector<Candidate>& other) {
   constexpr int kDigits = 4, kValues = 256;
   int32_t place[kDigits][kValues] = {};
@@ -37,8 +37,8 @@ void sort(std::vector<Candidate>& candidates, std::vector<Candidate>& other) {
   }
 }
 
-// The k best so far, and their worst value: the bar. Of each row only what is above it is looked at once more: of
-// random values about k ln(n / k).
+// Holds the k best so far, and their worst value: the bar. Only values above the bar are looked at once more, which are
+// about k ln(n / k) in a row of n random values.
 class Best {
  public:
   Best(const float* values, int64_t k) : values_(values), k_(k) {}
@@ -64,7 +64,7 @@ class Best {
   std::vector<Candidate> best_, other_;
 };
 
-// The indices from `first` on of values that are not at or below the bar, until n or until the list is full.
+// Lists the indices, from `first` on, of values that are not at or below the bar, until n or until the list is full.
 using Scan = int64_t (*)(const float* values, int64_t first, int64_t n, float bar, bool open, uint32_t* list,
                          int64_t room, int64_t* count);
 

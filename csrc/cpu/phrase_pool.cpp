@@ -1,5 +1,5 @@
-// fastcss::phrase_pool.cpu and its backward. Reading the phrases is the work: each class's are read once, for all
-// images.
+// fastcss::phrase_pool.cpu and its backward. Most of the work is to read the phrases: each class's are read once for
+// all images.
 
 #include <cmath>
 #include <tuple>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "phrase_pool";
 
-// Rows [count][width], and 1 / their lengths.
+// Reads rows [count][width], and computes 1 / their lengths.
 void read_rows(Matrix m, int64_t count, int64_t width, float* rows, float* inverse) {
   for (int64_t i = 0; i < count; ++i) {
     read_row(rows + i * width, m.at(i, 0), width);
@@ -70,8 +70,8 @@ Tensor phrase_pool(const Tensor& cls, const Tensor& phrases) {
   return pooled;
 }
 
-// With g the phrases, α the weights, s the cosines and p = Σ α g: dα_m = dp · g_m, ds = α (dα − Σ α dα), and of a
-// cosine ds (ĉ − s ĝ) / ‖g‖ to the phrase and ds (ĝ − s ĉ) / ‖c‖ to the image.
+// Let g be the phrases, α the weights, s the cosines and p = Σ α g. Then dα_m = dp · g_m and ds = α (dα − Σ α dα); a
+// cosine gives ds (ĉ − s ĝ) / ‖g‖ to the phrase and ds (ĝ − s ĉ) / ‖c‖ to the image.
 std::tuple<Tensor, Tensor> phrase_pool_backward(const Tensor& dpooled, const Tensor& cls, const Tensor& phrases) {
   const int64_t B = cls.size(0), D = cls.size(1), C = phrases.size(0), M = phrases.size(1);
   const DType dtype = dtype_of(cls, kOp);

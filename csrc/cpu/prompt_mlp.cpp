@@ -1,5 +1,5 @@
-// fastcss::prompt_mlp.cpu and its backward. One row a class is the common case: every weight is read once for two
-// FLOPs, and memory is the limit. Rows of one class share the read; each row is summed in the same order alone and with
+// fastcss::prompt_mlp.cpu and its backward. Commonly each class has one row: every weight is read once for two FLOPs,
+// and memory is the limit. Rows of the same class share the read; each row is summed in the same order alone and with
 // others.
 
 #include <tuple>
@@ -14,9 +14,9 @@ namespace fastcss::cpu {
 namespace {
 
 constexpr const char* kOp = "prompt_mlp";
-constexpr int64_t kAtOnce = 4;  // rows of weights: as many reads of memory in flight, one store of the sums for them
+constexpr int64_t kAtOnce = 4;  // rows of weights: four reads of memory are in flight, and the sums are stored once
 
-// The rows that ask for one class.
+// Holds the rows that ask for the same class.
 struct Group {
   int64_t index;
   std::vector<int64_t> rows;
@@ -79,10 +79,10 @@ FASTCSS_CLONES void relu(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < 0 ? 0.f : x[i];  // NaN stays
 }
 
-// A weight matrix whose rows are contiguous; the last two dimensions copied where they are not.
+// Returns weights whose rows are contiguous; copies them if they are not.
 Tensor with_rows(const Tensor& w) { return w.size(2) <= 1 || w.stride(2) == 1 ? w : torch::stable::contiguous(w); }
 
-// out [R][N] of every group's rows = x [R][L] · w [L][N] + b, a share of the columns at a time.
+// out [R][N] = x [R][L] · w [L][N] + b for every group's rows, a share of the columns at a time.
 void layer(const std::vector<Group>& groups, const float* x, const Tensor& w, const Tensor& b, float* out) {
   const int64_t L = w.size(1), N = w.size(2), count = groups.size();
   const int64_t wanted = ceil_div(2 * torch::stable::get_num_threads(), std::max<int64_t>(count, 1));
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> prompt_mlp(const Tensor& z, const Tensor& w1_in, cons
   return {y, hidden};
 }
 
-// Through one layer: dx = dout wᵀ and, where asked for, dw = xᵀ dout, a block of the rows of w at a time.
+// Goes back through one layer: dx = dout wᵀ and, if `dw` is given, dw = xᵀ dout, a block of the rows of w at a time.
 void layer_backward(const std::vector<Group>& groups, const float* dout, const float* x, const Tensor& w, float* dx,
                     const Tensor* dw) {
   constexpr int64_t kRows = 64;

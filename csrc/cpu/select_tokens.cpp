@@ -1,5 +1,5 @@
-// fastcss::select_tokens.cpu. The best class of each token and what its other classes reach come out of one read of the
-// tokens; what follows looks at a few numbers a token, and copies the few that are kept.
+// fastcss::select_tokens.cpu. One read of the tokens gives the best class of each and which other classes reach the
+// threshold; what follows looks at a few numbers per token, and copies the few tokens that are kept.
 
 #include <tuple>
 #include <vector>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "select_tokens";
 
-// The tokens of each class in token order, as many as fit, how many there are, and the sum of their cosines if given.
+// Lists the tokens of each class in token order, as many as fit; how many there are; and, if given, their cosines' sum.
 struct Lists {
   Lists(int64_t classes, int64_t places)
       : places(places), tokens(classes * places, -1), counts(classes, 0), sums(classes, 0) {}

@@ -1,8 +1,8 @@
-// fastcss::select_tokens_backward.cpu. The presence of a class is the mean of t̂ · ĉ over its n tokens; with
-// g = dpresence / n, u = Σ g ĉ over the classes that average a token and v = Σ t̂ over the tokens of a class
+// fastcss::select_tokens_backward.cpu. The presence of a class is the mean of t̂ · ĉ over its n tokens. Let
+// g = dpresence / n, u = Σ g ĉ over the classes that average a token, and v = Σ t̂ over the tokens of a class. Then
 //   dt = (u − (u · t̂) t̂) / ‖t‖,   dc = g (v − (v · ĉ) ĉ) / ‖c‖
-// and a token that is among the selected ones has their gradient, too. Which class averages which token the forward
-// pass has left as bits, or, where only the best class does, as the best class.
+// and a selected token gets the gradient of its copy, too. The forward pass tells which class averages which token: by
+// bits, or, if only the best class does, by the best class.
 
 #include <tuple>
 #include <vector>
@@ -18,7 +18,7 @@ constexpr const char* kOp = "select_tokens";
 
 // The pairs of one image.
 struct Pairs {
-  const int32_t* best;   // [N], -1 where a token has no class
+  const int32_t* best;   // [N], -1 for a token without a class
   const uint32_t* bits;  // [N][words]
   int64_t words;         // 0: a token is averaged by its best class alone
 
@@ -31,8 +31,8 @@ struct Pairs {
   }
 };
 
-// Runs of tokens whose Σ t̂ are added up by themselves; so many that threads can share them, and that their sums take
-// 16 MiB at most. They depend on sizes only, so that no result depends on the number of threads.
+// Returns the number of slices of tokens, each with a Σ t̂ of its own: so many that threads can share them and that
+// their sums take 16 MiB at most. It depends on sizes only, so that no result depends on the number of threads.
 int64_t slices_of(int64_t N, int64_t C, int64_t D) {
   return std::max<int64_t>(1, std::min({ceil_div(N, 256), int64_t{32}, (int64_t{4} << 20) / (C * D)}));
 }
@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor> select_tokens_backward(const Tensor& dselected, const
       const float* unit = units + c * D;
       std::fill_n(sum, D, 0.f);
       for (int64_t slice = 0; slice < slices; ++slice) add_scaled(sum, 1.f, partial + (slice * C + c) * D, D);
-      // Their tokens lie along a class, so little is left of the sum; the second time takes what rounding left of it.
+      // The tokens of a class lie along it, so little is left of the sum; a second time removes what rounding left
+      // there.
       for (int times = 0; times < 2 && inverse[c] < kLargestInverse; ++times)
         add_scaled(sum, -dot(sum, unit, D), unit, D);
       for (int64_t i = 0; i < D; ++i) sum[i] *= slope[c] * inverse[c];

@@ -1,4 +1,4 @@
-// Torch's tensors as the kernels take them.
+// Shows torch's tensors as the kernels take them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ inline Matrix matrix(const Tensor& t, int64_t lane_dim, int64_t k_dim, const cha
   return {t.const_data_ptr(), dtype_of(t, op), t.stride(lane_dim), t.stride(k_dim)};
 }
 
-// Element 0 of image b of a contiguous result [B, …].
+// Returns the address of element 0 of image b of a contiguous result [B, …].
 inline char* image(const Tensor& t, int64_t b, DType dtype) {
   return static_cast<char*>(t.mutable_data_ptr()) + b * t.stride(0) * size_of(dtype);
 }

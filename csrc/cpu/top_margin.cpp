@@ -1,5 +1,5 @@
-// fastcss::top_margin.cpu. The two largest logits of each pixel and Σ exp come out of one read of the
-// logits: a few hundred pixels at a time, whose running values stay in the first cache while the classes go by.
+// fastcss::top_margin.cpu. One read of the logits gives the two largest of each pixel and Σ exp: it takes a few hundred
+// pixels at a time, whose running values stay in the L1 cache while the classes go by.
 
 #include <cmath>
 #include <limits>
@@ -26,7 +26,7 @@ FASTCSS_INLINE void store_ints(int32_t* p, Ints v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Of each pixel so far: the largest logit and the next, their classes, and Σ exp(z − largest).
+// Holds for each pixel so far the largest logit and the next, their classes, and Σ exp(z − largest).
 struct Running {
   float first[kPixels], second[kPixels], sum[kPixels];
   int32_t first_class[kPixels], second_class[kPixels];
@@ -44,7 +44,7 @@ FASTCSS_INLINE void join(Running& r, int64_t i, int32_t c, const T* logits, int6
     const T* at = logits + c * class_stride + i;
     __builtin_prefetch(at + CLASSES * class_stride);
     const V x = lanes == kLanesIn<V> ? load<V>(at) : load<V>(at, lanes);
-    // A comparison stands where it is used: gcc has no masks of its own for a variable of comparisons.
+    // Comparisons are written out where they are used: GCC does not keep a variable of comparisons in a mask register.
     const V lower = x > first ? first : x, upper = x > first ? x : first;
     const V e = Math::exp2((lower - upper) * kLog2e);
     const V rest = x > second ? x : second;
@@ -81,14 +81,14 @@ void run(Running& r, Matrix logits, int64_t C, int64_t pixels) {
 }
 constexpr decltype(&run<float>) kRuns[] = {run<float>, run<BFloat16>, run<Float16>};
 
-// What the results of each pixel are made of.
+// Holds what the results of each pixel are made of.
 struct Found {
   float true_logit[kPixels], rival_logit[kPixels];
   int64_t true_class[kPixels], rival_class[kPixels];
 };
 
-// One pixel whose two largest logits are not both finite: NaN above all, then by size, then by class. Where the largest
-// is not finite the softmax is NaN.
+// Orders the logits of one pixel whose two largest are not both finite: NaN above all, then by size, then by class. The
+// softmax is NaN if the largest is not finite.
 void careful(Matrix logits, int64_t pixel, int64_t C, Running& r) {
   const auto above = [](float x, float y) { return x > y || (std::isnan(x) && !std::isnan(y)); };
   int32_t first = 0, second = -1;
@@ -150,7 +150,7 @@ Results top_margin(const Tensor& logits, const Tensor& labels_in, int64_t ignore
   Tensor floats[4] = {made(logits.scalar_type()), made(logits.scalar_type()), made(logits.scalar_type()),
                       made(logits.scalar_type())};
   Tensor rival = made(ScalarType::Long), own = made(ScalarType::Long), p_first = made(ScalarType::Float);
-  const bool planes = logits.stride(2) == 1 || N == 1;  // else pixels are brought next to each other, kCols at a time
+  const bool planes = logits.stride(2) == 1 || N == 1;  // if not, kCols pixels at a time are brought next to each other
   const int64_t size = planes ? kPixels : kCols, tiles = ceil_div(N, size);
   parallel(B * tiles, [&](int64_t item) {
     const int64_t b = item / tiles, first = item % tiles * size, pixels = std::min(size, N - first), at = b * N + first;

@@ -1,6 +1,6 @@
-// The backward pass of fastcss::top_margin.cpu. With p the softmax, t the true class and r its rival, every result is a
-// function of z_t − z_r, p_t and p_r: dz_j = a (δ_jt − p_j) + b (δ_jr − p_j) + dmargin (δ_jt − δ_jr). The larger of z_t
-// and z_r is the largest of all, and p_j = exp(z_j − it) p_first.
+// The backward pass of fastcss::top_margin.cpu. Let p be the softmax, t the true class and r its rival. Every result is
+// a function of z_t − z_r, p_t and p_r, so dz_j = a (δ_jt − p_j) + b (δ_jr − p_j) + dmargin (δ_jt − δ_jr). The larger
+// of z_t and z_r is the largest logit of all, and p_j = exp(z_j − largest) p_first.
 
 #include "parallel.h"
 #include "rows.h"
@@ -13,15 +13,16 @@ namespace {
 constexpr const char* kOp = "top_margin";
 constexpr int64_t kPixels = 512;
 
-// What the gradients of some pixels' logits are made of.
+// Holds what the gradients of some pixels' logits are made of.
 struct Slopes {
   float first[kPixels];                              // the largest logit
   float own[kPixels], rival[kPixels];                // the coefficients of δ_jt and δ_jr
   float spread[kPixels];                             // and of −exp(z_j − first): (a + b) p_first
-  int32_t own_class[kPixels], rival_class[kPixels];  // −1 for a pixel without
+  int32_t own_class[kPixels], rival_class[kPixels];  // −1 if the pixel has none
 };
 
-// The logits of the true class and of its rival → p_t, p_r and the larger logit.
+// Turns the logits of the true class (p) and of its rival (q) into p_t and p_r, and returns the larger logit in
+// `first`.
 void softmax(float* p, float* q, const float* p_first, float* first) {
   on_widest([=]<class V>() FASTCSS_LOOP {
     for (int64_t i = 0; i < kPixels; i += kLanesIn<V>) {
@@ -33,7 +34,7 @@ void softmax(float* p, float* q, const float* p_first, float* first) {
   });
 }
 
-// From p_t and p_r, and the gradients of margin, p_true, p_rival and curvature.
+// Sets the slopes from p_t and p_r, and the gradients of margin, p_true, p_rival and curvature in `given`.
 FASTCSS_CLONES void set_slopes(const float* p, const float* q, const float* p_first, const float (&given)[4][kPixels],
                                Slopes& s) {
   for (int64_t i = 0; i < kPixels; ++i) {
@@ -89,7 +90,7 @@ Tensor top_margin_backward(const Tensor& dmargin, const Tensor& dp_true, const T
     std::copy_n(static_cast<const float*>(p_first_in.const_data_ptr()) + at, pixels, p_first);
     std::copy_n(own_class, pixels, slopes.own_class);
     std::copy_n(rival_class, pixels, slopes.rival_class);
-    for (int64_t i = 0; i < pixels; ++i) {  // all at once: each is a line of its own, far from the others
+    for (int64_t i = 0; i < pixels; ++i) {  // prefetched together: each is in a cache line far from the others
       if (own_class[i] < 0) continue;
       __builtin_prefetch(z.at(own_class[i], i).data), __builtin_prefetch(z.at(rival_class[i], i).data);
     }

@@ -1,4 +1,5 @@
-// fastcss::topk_queries.cpu: the largest logit of each token, without the logits, and the tokens where it is largest.
+// fastcss::topk_queries.cpu finds the largest logit of each token, without storing the logits, and the tokens with the
+// largest of those.
 
 #include <optional>
 #include <tuple>

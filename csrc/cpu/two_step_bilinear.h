@@ -1,5 +1,5 @@
-// SAM's two bilinear resizings of a mask as one: from h to 4h, and from the first `crop` of those to `size`, along one
-// axis. Neighbours of the second step are neighbours of the first, so a result is a sum over three consecutive inputs.
+// Joins SAM's two bilinear resizings of a mask along one axis: from h to 4h, and from the first `crop` of those to
+// `size`. Neighbours in the second are neighbours in the first, so a result is a sum over three consecutive inputs.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace fastcss::cpu {
 
-// Where output i of a bilinear resizing is read: input `low` and the next one, whose share is `fraction`.
+// Output i of a bilinear resizing reads input `low` and the next one, whose share is `fraction`.
 struct Linear {
   int64_t low;
   float fraction;
@@ -22,7 +22,7 @@ inline Linear linear(int64_t i, int64_t in, int64_t out) {  // torch's, with ali
 constexpr int64_t kUpscale = 4;
 constexpr int kTaps = 3;
 
-// Inputs first … first + 2, the last ones beyond the end with weight 0.
+// An output reads inputs first … first + 2; those beyond the end have weight 0.
 struct Taps {
   int64_t first;
   float weight[kTaps];

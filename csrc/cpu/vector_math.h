@@ -1,4 +1,4 @@
-// Functions of a vector V, for any CPU; where an instruction set has better ones, they are beside their use.
+// Has functions of a vector V, for any CPU; an instruction set's better ones stand beside their use.
 #pragma once
 
 #include "pack.h"
@@ -18,7 +18,7 @@ FASTCSS_INLINE V exp2_fraction(V r) {
 }
 
 struct Portable {
-  // t ≤ 126, or NaN; 2⁻¹²⁶ below it.
+  // Takes t ≤ 126, or NaN; below −126 the result is 2⁻¹²⁶.
   template <class V>
   static FASTCSS_INLINE V exp2(V t) {
     t = t < -126.f ? -126.f - V{} : t;
@@ -58,7 +58,7 @@ FASTCSS_INLINE V log1p(V x) {
   const V m = reinterpret_cast<V>((shifted & 0x7fffff) + 0x3f3504f3);
   const V z = (m - 1.f) / (m + 1.f), zz = z * z;
   const V series = 2.f + zz * (0.66666667f + zz * (0.4f + zz * (0.28571429f + zz * 0.22222222f)));
-  const V rounded = (x - (u - 1.f)) / u;  // what u lost of x
+  const V rounded = (x - (u - 1.f)) / u;  // the part of x that rounding took from u
   const V result = z * series + n * kLn2 + rounded;
   return x < 3e38f ? result : x;  // ∞ and NaN as they are
 }

@@ -1,4 +1,4 @@
-// Portable of vector_math.h with AVX-512. For functions of that target only.
+// Has what Portable in vector_math.h has, with AVX-512. Only functions of that target may use it.
 #pragma once
 
 #include <type_traits>
@@ -34,7 +34,7 @@ struct Avx512 {
     const Vec y = reciprocal14(x);
     return y + y * (1.f - x * y);
   }
-  // The second operand is the result where one is NaN.
+  // The instruction returns its second operand if one is NaN.
   static FASTCSS_V4 inline Vec at_most(Vec x, float high) {
     return reinterpret_cast<Vec>(_mm512_maskz_min_ps(kAll, _mm512_set1_ps(high), reinterpret_cast<__m512>(x)));
   }

@@ -1,4 +1,4 @@
-// fastcss::window_attention_backward.cpu: each window's weights are made again. A token is in one window only, so that
+// fastcss::window_attention_backward.cpu: each window's weights are computed again. A token is in one window only, so
 // its gradients are written once; those of the bias and of the padding are summed over the windows, in their order.
 
 #include <tuple>
@@ -10,7 +10,7 @@
 namespace fastcss::cpu {
 namespace {
 
-constexpr int64_t kGroup = 8;  // windows whose sums are one, whatever the number of threads
+constexpr int64_t kGroup = 8;  // windows that share one sum, whatever the number of threads
 
 struct Inputs {
   Tensor dout, q, k, v, pad_key, pad_value;  // dout [B, H, W, heads, D]
@@ -33,7 +33,7 @@ class Backward {
   void finish(const Tensor& dbias, const Tensor& dpad_key, const Tensor& dpad_value) const;
 
  private:
-  // Of one sample, group and head: dpad_key, dpad_value [width], dbias [panel][n][kCols].
+  // Each sample, group and head has dpad_key and dpad_value [width], and dbias [panel][n][kCols].
   float* sums(int64_t b, int64_t group, int64_t head) const {
     return sums_ + ((b * groups_ + group) * w_.heads + head) * size_;
   }

@@ -1,4 +1,4 @@
-// What the launchers share: torch's tensors and stream, through its stable ABI.
+// Gives the launchers torch's tensors and stream, through its stable ABI.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,7 +46,7 @@ Kernel by_dtype(const Tensor& t, const char* op, Kernel f32, Kernel bf16, Kernel
 
 inline unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
-// On the current stream of the tensors' device, which it makes current.
+// Launches kernels on the current stream of the tensors' device, and makes that device current.
 class Launcher {
  public:
   Launcher(const char* op, const Tensor& on) : op_(op), guard_(on.get_device_index()) {

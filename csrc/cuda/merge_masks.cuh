@@ -1,9 +1,9 @@
-// merge_masks: a block decides kTile × kTile pixels, trying the masks from the best score down until every pixel of its
-// own has one. No resized mask leaves the chip.
+// merge_masks: a block decides kTile × kTile pixels. It tries the masks from the best score down until every one of its
+// pixels has a mask. No resized mask leaves the chip.
 //
-// An interpolated value lies between the elements it is made of, so a mask that has none above the threshold under the
-// tile is passed over: each warp looks at a mask of its own for that. One that is not passed over is resized along its
-// rows into shared memory first, then from there along the columns.
+// An interpolated value lies between the elements it is made of, so a mask is passed over if none of its elements under
+// the tile is above the threshold; each warp checks another mask for that. Any other mask is resized along its rows
+// into shared memory first, then from there along the columns.
 #pragma once
 
 #include "numeric.cuh"
@@ -16,7 +16,7 @@ constexpr int kTile = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowsEach = kTile / kWarps;  // pixels of a thread, in one column
 constexpr int kRows = 40;                  // rows of a mask under a tile that fit in shared memory
-// What rounding can add to an interpolated value, relative to the largest magnitude in it: a dozen half units of 2⁻²⁴.
+// Rounding can add this much to an interpolated value, relative to its largest element: a dozen half units of 2⁻²⁴.
 constexpr float kSlack = 2e-6f;
 
 struct Params {
@@ -34,10 +34,10 @@ struct Params {
 struct Shared {
   TwoTaps down[kTile];        // of each row of the tile
   float lines[kRows][kTile];  // rows of the mask, resized along themselves
-  bool may[kWarps];           // be above the threshold here: the masks in turn
+  bool may[kWarps];           // whether each warp's mask may be above the threshold here
 };
 
-// The elements that some pixels of a tile are made of, along one dimension.
+// Names the elements that some pixels of a tile are made of, along one dimension.
 struct Span {
   int first, last;
 };
@@ -47,7 +47,7 @@ __device__ inline Span span(int first, int64 outputs, int64 crop, int64 inputs) 
   return {two_taps(first, outputs, crop, inputs).first.near, two_taps(last, outputs, crop, inputs).second.far};
 }
 
-// Whether the mask may be above the threshold somewhere in the tile; asked by a whole warp.
+// Tells whether the mask may be above the threshold somewhere in the tile; a whole warp must call it.
 template <class T>
 __device__ bool reaches(const Params& p, const T* mask, Span rows, Span columns, float threshold) {
   float most = -__int_as_float(0x7f800000), size = 0.f;  // −∞; NaN is no mask, and enters neither

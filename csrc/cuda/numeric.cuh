@@ -1,6 +1,6 @@
-// The tensors' element types and the few warp sums that every kernel takes, in nothing but the language: NVRTC, which
-// has no header to give, compiles the same text as nvcc. A kernel's parameters are one struct of 8-byte members
-// (pointers, int64, double), so that a caller without this header can lay them out, too.
+// Has the tensors' element types and the few warp sums that every kernel takes. It includes no header, since NVRTC,
+// which has none, compiles the same text as nvcc. A kernel's parameters are one struct of 8-byte members (pointers,
+// int64, double), so that a caller without this header can lay them out, too.
 #pragma once
 
 namespace fastcss::cuda {
@@ -43,7 +43,7 @@ __device__ inline void store(f16* to, float x) { *to = to_half(x); }
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The same order of additions whatever the lane: every lane has the same sum.
+// Adds in the same order in every lane, so that every lane has the same sum.
 __device__ inline float warp_sum(float x) {
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
@@ -56,7 +56,7 @@ struct alignas(16) Pack {
   T at[size];
 };
 
-// The elements of a row […, size] lie one after the other and every row begins at 16 bytes.
+// Tells whether the elements of a row […, size] lie one after the other and every row begins at a multiple of 16 bytes.
 template <class T>
 __device__ inline bool packed_rows(const void* data, int64 outer_stride, int64 row_stride, int64 stride) {
   return stride == 1 && (reinterpret_cast<uint64>(data) | outer_stride * sizeof(T) | row_stride * sizeof(T)) % 16 == 0;

@@ -1,6 +1,6 @@
-// prompt_mlp and the half of its backward that reads weights. Each row has its own class's matrices and one vector to
-// multiply with them, so all that counts is bytes: loads of 16 bytes, as many in flight as there are blocks to have
-// them. What a row gives depends on its class and the sizes only, not on the other rows.
+// prompt_mlp and the half of its backward that reads weights. Each row multiplies one vector with the matrices of its
+// class, so only the bytes count: loads have 16 bytes, and there are enough blocks to keep many in flight. A row's
+// result depends on its class and the sizes only, not on the other rows.
 #pragma once
 
 #include "numeric.cuh"
@@ -9,7 +9,7 @@ namespace fastcss::cuda::prompt_mlp {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kColumnBytes = 128;  // of each weight row, that a block reads in `layer`
+constexpr int kColumnBytes = 128;  // bytes of each weight row that a block reads in `layer`
 constexpr int kLanes = kColumnBytes / 16;
 constexpr int kSlices = kThreads / kLanes;
 
@@ -26,8 +26,8 @@ struct LayerParams {
   void* out;
 };
 
-// weight [K, outputs, inputs], out [R, outputs]; positive [R, outputs]: where it is not above 0 the result is 0; or
-// null
+// weight [K, outputs, inputs], out [R, outputs]; positive [R, outputs], or null: the result is 0 where it is not above
+// 0
 struct TransposedParams {
   const void* x;  // [R, inputs]
   int64 x_row_stride, x_stride;
@@ -46,7 +46,7 @@ struct Shared {
   float sums[kSlices][kColumnBytes / sizeof(T)];
 };
 
-// out = x · weight + bias, or its positive part. A thread has the columns of 16 bytes and every kSlices-th row of the
+// out = x · weight + bias, or its positive part. A thread takes columns of 16 bytes and every kSlices-th row of the
 // matrix; the slices are added in order. Grid (R, blocks of columns).
 template <class X, class T, class Y, bool kRelu>
 __device__ void layer(const LayerParams& p, Shared<T>& s) {

@@ -1,5 +1,5 @@
-// The half of prompt_mlp's backward that writes the gradients of the weights: whole tensors, zeros for the classes of
-// no row. dweight[k] = Σ x[r] ⊗ dy[r] and dbias[k] = Σ dy[r] over the rows r of class k, in their order.
+// The half of prompt_mlp's backward that writes the gradients of the weights: whole tensors, with zeros for the classes
+// without a row. dweight[k] = Σ x[r] ⊗ dy[r] and dbias[k] = Σ dy[r] over the rows r of class k, in their order.
 #pragma once
 
 #include "numeric.cuh"
@@ -9,7 +9,7 @@ namespace fastcss::cuda::prompt_mlp_backward {
 constexpr int kThreads = 256;
 constexpr int kColumns = 128;  // of dweight, in a block
 constexpr int kRows = 32;
-constexpr int kColumnsEach = kColumns / kWarp;  // of a thread, kWarp apart so that a warp's lie side by side
+constexpr int kColumnsEach = kColumns / kWarp;  // of a thread, kWarp apart, so that those of a warp lie side by side
 constexpr int kRowsEach = kRows / (kThreads / kWarp);
 
 struct Params {
@@ -25,13 +25,13 @@ struct Params {
 
 __device__ inline int64 clamped(int64 at, int64 size) { return at < size ? at : size - 1; }
 
-// Grid (blocks of columns, blocks of rows, K); the first block of rows has the bias, too.
+// Grid (blocks of columns, blocks of rows, K); the first block of rows computes the bias, too.
 template <class X, class Y, class T>
 __device__ void run(const Params& p) {
   const int lane = threadIdx.x % kWarp;
   const int64 c = blockIdx.z, first_column = static_cast<int64>(blockIdx.x) * kColumns + lane;
   const int64 first_row = static_cast<int64>(blockIdx.y) * kRows + threadIdx.x / kWarp * kRowsEach;
-  // What lies past the end is read as the last one, and not written.
+  // Rows and columns past the end read the last one, and are not written.
   int64 x_at[kRowsEach], dy_at[kColumnsEach];
 #pragma unroll
   for (int i = 0; i < kRowsEach; ++i) x_at[i] = clamped(first_row + i, p.inputs) * p.x_stride;

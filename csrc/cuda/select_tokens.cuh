@@ -1,8 +1,8 @@
 // select_tokens: the class of each token, then the tokens of each class.
 //
-// The cosines of N tokens with C classes are 2·N·C·D operations for N·D elements read: with 20 classes 40 operations an
-// element, or 10 a byte of float32, where a GPU of 67 TFLOP/s and 4.8 TB/s has 14. So the products run on the ordinary
-// units, exact in float32, and are no slower than the reading for up to some 28 classes.
+// The cosines of N tokens with C classes take 2·N·C·D operations for N·D elements read. 20 classes make 40 operations
+// per element, or 10 per byte of float32; a GPU of 67 TFLOP/s and 4.8 TB/s does 14 per byte. So the products run on the
+// ordinary units, exact in float32, and are no slower than the reading for up to some 28 classes.
 #pragma once
 
 #include "numeric.cuh"
@@ -30,7 +30,7 @@ struct AssignParams {
   double threshold;
   int* best;          // [B, N]
   float* cosine;      // [B, N], with the best
-  int64 words;        // ⌈C / 32⌉, or 0 where presence is of the best alone, and then the rest is not written
+  int64 words;        // ⌈C / 32⌉; or 0 if presence is of the best class alone, and the rest is not written
   unsigned* above;    // [B, N, words], a bit for each class that the token reaches the threshold with
   float* tile_sums;   // [B, C, tiles], of these cosines
   float* tile_reach;  // [B, C, tiles], how many
@@ -46,8 +46,8 @@ struct alignas(16) AssignShared {
 };
 static_assert(kClasses == 32, "the classes of a turn have one word of bits");
 
-// Channels [first, first + kDepth) of `rows` rows as float32, zeros past the ends; kThreads / rows threads have a row,
-// and each returns the squares of its own elements.
+// Loads channels [first, first + kDepth) of `rows` rows as float32, with zeros past the ends. kThreads / rows threads
+// share a row, and each returns the sum of squares of its own elements.
 template <class T>
 __device__ float load_rows(const T* from, int64 row_stride, int64 stride, int64 rows, int64 channels, int64 first,
                            bool packed, int tile, float (*to)[kStride]) {
@@ -76,15 +76,15 @@ __device__ float load_rows(const T* from, int64 row_stride, int64 stride, int64 
   return squares;
 }
 
-// max(√ Σ squares, 1e-12) of the row that `threads` neighbouring threads have.
+// Returns max(√ Σ squares, 1e-12) of the row that `threads` neighbouring threads share.
 __device__ inline float length_of(float squares, int threads) {
   for (int step = threads / 2; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
   const float length = sqrtf(squares);
   return length < kSmallest ? kSmallest : length;
 }
 
-// What a turn's classes reach: the bits of a thread's tokens, and the tile's sums. Neighbouring threads have the same
-// tokens and different classes; the threads of a warp with the same classes are kGroup apart.
+// Notes which of a turn's classes reach the threshold: the bits of a thread's tokens, and the tile's sums. Neighbouring
+// threads have the same tokens and different classes; the threads of a warp with the same classes are kGroup apart.
 __device__ inline void keep_reached(const AssignParams& p, AssignShared& s,
                                     const float (&cosine)[kTokensEach][kClassesEach], int64 b, int64 first,
                                     int64 first_class) {

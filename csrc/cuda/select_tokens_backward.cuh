@@ -1,7 +1,7 @@
-// select_tokens' backward. With t̂ = t / |t|, û = c / |c|, g = dpresence / n where class c averages n tokens,
-//   w = Σ g û over the classes that average a token,   v = Σ t̂ over the tokens of a class:
-//   dt = (w − (w · t̂) t̂) / |t|,   dc = g (v − (v · û) û) / |c|;
-// a length below 1e-12 was taken for that, and has no slope of its own: then the second term is not there.
+// select_tokens' backward. Let t̂ = t / |t|, û = c / |c|, and g = dpresence / n for a class c that averages n tokens:
+//   w = Σ g û over the classes that average a token,   v = Σ t̂ over the tokens of a class,
+//   dt = (w − (w · t̂) t̂) / |t|,   dc = g (v − (v · û) û) / |c|.
+// A length below 1e-12 was replaced by 1e-12, which has no slope: the second term is missing then.
 #pragma once
 
 #include "numeric.cuh"
@@ -28,7 +28,7 @@ struct Params {
   const int64* support;   // [B, C], n
   const int* best;        // [B, N]
   const unsigned* above;  // [B, N, words], bits of the classes that average a token
-  int64 words;            // 0 where that is its best class alone
+  int64 words;            // 0 if only its best class averages a token
   int64 batch, count, class_count, channels, length, slices;
   int* rank;       // [B, N], of a token among those of its best class
   float* slope;    // [B, C], g / |c|
@@ -67,13 +67,13 @@ __device__ void rank(const Params& p, select_tokens::scan::Shared& s) {
     p.slope[blockIdx.x] = n ? to_float(*dpresence) / n / (length < kSmallest ? kSmallest : length) : 0.f;
 }
 
-// The classes of word w that average a token whose best class is `best`.
+// Returns the classes of word w that average a token whose best class is `best`.
 __device__ inline unsigned classes_of(const Params& p, int64 token, int best, int64 w) {
   if (p.words) return p.above[token * p.words + w];
   return best >= 0 && best / 32 == w ? 1u << best % 32 : 0u;
 }
 
-// Channel d of w for a token of image b.
+// Computes channel d of w for a token of image b.
 template <class T>
 __device__ float pull(const Params& p, int64 b, int64 token, int best, int64 d) {
   const T* classes = static_cast<const T*>(p.classes) + b * p.class_image_stride + d * p.class_channel_stride;
@@ -87,7 +87,7 @@ __device__ float pull(const Params& p, int64 b, int64 token, int best, int64 d) 
   return sum;
 }
 
-// A warp has a token. Grid (blocks of kWarps of the B · N tokens).
+// Each warp has one token. Grid (blocks of kWarps of the B · N tokens).
 template <class T>
 __device__ void dtokens(const Params& p) {
   const int lane = threadIdx.x % kWarp;
@@ -122,7 +122,7 @@ struct Shared {
   float units[kWarps][kChannels];
 };
 
-// Σ t̂ of a class's tokens in a slice: a warp has a run of them. Grid (B · C, slices, blocks of channels).
+// Sums t̂ of a class's tokens in a slice; each warp has a run of them. Grid (B · C, slices, blocks of channels).
 template <class T>
 __device__ void add_units(const Params& p, Shared& s) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -155,7 +155,7 @@ __device__ void add_units(const Params& p, Shared& s) {
   if (own < p.channels) p.units[part * p.channels + own] = total;
 }
 
-// Channel d of v: the class's slices in their order.
+// Computes channel d of v: adds up the class's slices in their order.
 __device__ inline float sum_slices(const Params& p, int64 d) {
   float sum = 0.f;
   for (int64 part = blockIdx.x * p.slices; part < (blockIdx.x + 1) * p.slices; ++part)
@@ -169,7 +169,7 @@ __device__ void dclasses(const Params& p, Shared& s) {
   const int64 b = blockIdx.x / p.class_count, c = blockIdx.x % p.class_count;
   const T* text = static_cast<const T*>(p.classes) + b * p.class_image_stride + c * p.class_stride;
   T* out = static_cast<T*>(p.dclasses) + blockIdx.x * p.channels;
-  const float length = sqrtf(squares(text, p.class_channel_stride, p.channels));  // by every warp, for itself
+  const float length = sqrtf(squares(text, p.class_channel_stride, p.channels));  // every warp computes its own copy
   float along = 0.f;
   for (int64 d = threadIdx.x; d < p.channels; d += kThreads)
     along += to_float(text[d * p.class_channel_stride]) * sum_slices(p, d);

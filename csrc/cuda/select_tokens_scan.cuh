@@ -1,4 +1,4 @@
-// Where the tokens of one class are: a block has one class of one image, and each of its warps a run of the tokens.
+// Finds the tokens of one class: a block has one class of one image, and each of its warps a run of the tokens.
 #pragma once
 
 #include "numeric.cuh"
@@ -19,10 +19,10 @@ struct Found {
   float cosines;  // their sum, always in the same order
 };
 
-// Tokens of a warp's run; whole words of a ballot.
+// Returns how many tokens a warp's run has: a multiple of a ballot's lanes.
 __device__ inline int64 run_length(int64 tokens) { return (tokens + kThreads - 1) / kThreads * kWarp; }
 
-// Without `cosine` there is no sum.
+// Counts the tokens of class c, and sums their cosines unless `cosine` is null.
 __device__ inline Found count(const int* best, const float* cosine, int64 tokens, int c, Shared& s) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64 run = run_length(tokens), begin = warp * run, end = begin + run < tokens ? begin + run : tokens;
@@ -52,10 +52,10 @@ struct Total {
   float sum;
 };
 
-// What the whole block adds up of two lists, in the same order always. Every thread has the result.
+// Adds up two lists by the whole block, always in the same order. Every thread has the result.
 __device__ inline Total total(const float* counts, const float* sums, int64 size, Shared& s) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  float count = 0.f, sum = 0.f;  // a tile has few tokens, and a thread few tiles: a whole number
+  float count = 0.f, sum = 0.f;  // a tile has few tokens and a thread few tiles, so count is a whole number
   for (int64 i = threadIdx.x; i < size; i += kThreads) count += counts[i], sum += sums[i];
   count = warp_sum(count), sum = warp_sum(sum);
   __syncthreads();
@@ -66,7 +66,7 @@ __device__ inline Total total(const float* counts, const float* sums, int64 size
   return result;
 }
 
-// visit(token, rank) by the whole warp for every token of class c in its run, up to the rank `limit`.
+// Calls visit(token, rank) by the whole warp for every token of class c in its run, up to the rank `limit`.
 template <class Visit>
 __device__ void for_ranks(const int* best, int64 tokens, int c, int64 rank, int64 limit, Visit visit) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

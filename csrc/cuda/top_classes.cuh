@@ -28,14 +28,14 @@ struct Shared {
   int above, inside, count;
 };
 
-// NaN above all numbers, and −0 the same as 0, as sorting has it.
+// Orders NaN above all numbers, and −0 like 0, as torch's sort does.
 __device__ inline uint64 key_of(float score, int64 index) {
   const unsigned bits = __float_as_uint(score + 0.f);
   const unsigned ordered = score != score ? ~0u : bits >> 31 ? ~bits : bits | 1u << 31;
   return static_cast<uint64>(ordered) << 32 | static_cast<unsigned>(~index);
 }
 
-// f(key) of every element of the row, some elements' loads in flight at once.
+// Calls f(key) for every element of the row, with several loads in flight at once.
 template <class T, class F>
 __device__ void for_keys(const Params& p, const T* row, F f) {
   constexpr int kUnroll = 8;
@@ -52,8 +52,8 @@ __device__ void for_keys(const Params& p, const T* row, F f) {
   }
 }
 
-// The bin, from the highest down, that holds the element of this rank (1 is the first): s.above elements lie above it
-// and s.inside in it. Returns it to every thread.
+// Finds the bin, from the highest down, that holds the element of this rank (1 is the first): s.above elements lie
+// above it and s.inside in it. Every thread gets it.
 __device__ inline int find_bin(Shared& s, int rank) {
   constexpr int kEach = kBins / kThreads;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -84,7 +84,7 @@ __device__ inline int find_bin(Shared& s, int rank) {
   return s.count;
 }
 
-// A bound that exactly `rank` keys of the row reach; 0 < rank ≤ classes.
+// Returns a bound that exactly `rank` keys of the row reach; 0 < rank ≤ classes.
 template <class T>
 __device__ uint64 bound_of(const Params& p, const T* row, int64 rank, Shared& s) {
   uint64 prefix = 0;
@@ -108,8 +108,8 @@ __device__ uint64 bound_of(const Params& p, const T* row, int64 rank, Shared& s)
   return prefix << shift;
 }
 
-// s.kept[0, size) from largest to smallest; size is a power of two. A warp's threads exchange among their own 64 keys
-// where the distance is at most 32, and need wait for no other warp there.
+// Sorts s.kept[0, size) from largest to smallest; size is a power of two. If the distance is at most 32, a warp's
+// threads exchange among their own 64 keys and need not wait for other warps.
 __device__ inline void sort_kept(Shared& s, int size) {
   int last = kWarp + 1;
   for (int run = 2; run <= size; run *= 2)

@@ -1,5 +1,5 @@
-// Two bilinear resizings, one after the other, as one weighted sum of four elements along each dimension: what torch's
-// upsample_bilinear2d (align_corners=False) computes for one output element, both times.
+// Joins two bilinear resizings, one after the other, to one weighted sum of four elements along each dimension. Each is
+// what torch's upsample_bilinear2d (align_corners=False) computes for one output element.
 #pragma once
 
 #ifdef __CUDACC__
@@ -10,7 +10,7 @@
 
 namespace fastcss::cuda {
 
-constexpr int kUpscale = 4;  // the first resizing's
+constexpr int kUpscale = 4;  // factor of the first resizing
 
 // line → (1 − weight) line[near] + weight line[far]
 struct Tap {
@@ -41,7 +41,7 @@ struct alignas(16) TwoTaps {
 };
 
 FASTCSS_BOTH TwoTaps two_taps(int output, int outputs, int crop, int inputs) {
-  // A resizing that keeps the size is a copy, whatever lies beside an element.
+  // A resizing that keeps the size is a copy, even if the element beside it is infinite or NaN.
   const Tap outer = outputs == crop ? Tap{output, output, 0.f}
                                     : tap(output, static_cast<float>(crop) / static_cast<float>(outputs), crop);
   return {tap(outer.near, 1.f / kUpscale, inputs), tap(outer.far, 1.f / kUpscale, inputs), outer.weight};
