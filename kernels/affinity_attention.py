@@ -1,17 +1,17 @@
 """Triton implementation of fastcss::affinity_attention: intra = M V and inter = (1 − M) V, M = sigmoid(scale · Q Kᵀ).
 
-With T = tanh(½ scale · Q Kᵀ), intra = ½ (ΣV + T V) and inter = ½ (ΣV − T V): one special-function op an element, one
-accumulator for both outputs, nothing to rescale. Where the time is, an element of T, in clocks of one Hopper SM (4096
-FLOP and 16 special-function ops a clock): 2 (K + D)/4096 on tensor cores and 1/16 on the special-function unit. At
-K = 64 that is 0.05 and 0.06 for 21 classes, 0.11 and 0.06 for 150, 0.28 and 0.06 for D = 512, so
+Let T = tanh(½ scale · Q Kᵀ). Then intra = ½ (ΣV + T V) and inter = ½ (ΣV − T V): one special-function op per element,
+one accumulator for both outputs, nothing to rescale. One Hopper SM does 4096 FLOP and 16 special-function ops per
+clock, so an element of T takes 2 (K + D)/4096 clocks on tensor cores and 1/16 on the special-function unit. At K = 64
+that is 0.05 and 0.06 for 21 classes, 0.11 and 0.06 for 150, 0.28 and 0.06 for D = 512. Therefore
 
-- 128 query rows a program: an operand byte from L2 then serves 128 FLOP, 19 bytes a clock at 60% of the peak, which
-  64 rows would double, beyond what L2 gives;
-- up to 160 columns, tiles that leave room for two programs on an SM: one's tanh runs beside the other's products;
-- D = 512 is two column blocks of 256. Each computes S again, 2 (2·64 + 512) FLOP an element against 2 (64 + 512): 11%
-  more. One block of 512 would take 64 rows, the accumulator being half the register file, and be bound by L2; four of
-  128 would compute 33% more;
-- 150 columns are tiles of 128 and 32: 224 against 320 products an element with one of 256;
+- a program takes 128 query rows: a byte of an operand from L2 then serves 128 FLOP, which asks for 19 bytes per clock
+  at 60% of the peak; 64 rows would ask for twice as much, beyond what L2 gives;
+- tiles of up to 160 columns leave room for two programs on an SM: one's tanh runs beside the other's products;
+- D = 512 is two column blocks of 256. Each computes S again, 2 (2·64 + 512) FLOP per element against 2 (64 + 512): 11%
+  more. One block of 512 would have only 64 rows, as the accumulator is half the register file, and be bound by L2; four
+  of 128 would compute 33% more;
+- 150 columns are tiles of 128 and 32: 224 products per element, against 320 with one tile of 256;
 - one image of 4096 pixels has 32 row blocks for 132 SMs, so programs split the keys too, and leave float32 sums that a
   second kernel adds in a fixed order. The split depends on the sizes of one image, never on the batch.
 """
@@ -56,7 +56,7 @@ def _add_keys(
     k_tile = load_tile(k, 0, 0, K, left, stride_kk, stride_kn, BLOCK_K, BLOCK_N)
     s = dot(q_tile, k_tile, tl.zeros([q_tile.shape[0], BLOCK_N], tl.float32), PRECISION)
     t, _ = tanh(s * half_scale, dtype != tl.float32)
-    if MASKED:  # keys that are not there are 0, and still NaN times an infinite query
+    if MASKED:  # missing keys are 0, and 0 times an infinite query is NaN
         t = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], t, 0.0)
     t = t.to(dtype)
     acc = dot(t, load_tile(v, 0, column, left, D, stride_vn, stride_vd, BLOCK_N, BLOCK_D), acc, PRECISION)
@@ -100,8 +100,8 @@ def affinity_kernel(
     v += batch64 * stride_vb
     first = split * split_blocks * BLOCK_N
     last = min(first + split_blocks * BLOCK_N, N)
-    # The last keys on their own leave the loop without masks. Where operands go through registers, the tile of q stays
-    # in them for both, so it has to be small.
+    # The last keys are taken after the loop (PEELED), which then needs no masks. If operands go through registers, the
+    # tile of q stays in them for both, so it has to be small.
     whole = first + (last - first) // BLOCK_N * BLOCK_N if PEELED else last
 
     q_tile = load_tile(q, row, 0, N, K, stride_qn, stride_qk, BLOCK_M, BLOCK_K)
@@ -146,7 +146,7 @@ def affinity_tile(key_width: int, columns: Columns, dtype: torch.dtype) -> dict[
         m, n, warps, stages = 128, 64, 8, 2
     elif columns.width <= 128:
         m, n, warps, stages = 128, 64 if columns.width <= 64 and block_k <= 128 else 32, 8, 3 if block_k <= 128 else 2
-    else:  # two programs of 4 warps, not 8: 255 registers a thread, and no barrier between one's tanh and the other's
+    else:  # two programs of 4 warps instead of one of 8: 255 registers per thread, and no barrier between their tanhs
         m, n, warps, stages = 128, 32, 4, 3
     return {
         "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": block_k, "BLOCK_D": columns.main, "BLOCK_TAIL": columns.tail,
@@ -155,12 +155,12 @@ def affinity_tile(key_width: int, columns: Columns, dtype: torch.dtype) -> dict[
 
 
 def two_on_a_multiprocessor(block_k: int, columns: Columns) -> bool:
-    """Whether registers and shared memory of a Hopper SM hold two programs, or could."""
+    """Tell whether registers and shared memory of a Hopper SM can hold two programs."""
     return columns.width <= (160 if block_k <= 64 else 128 if block_k <= 128 else 64)
 
 
 def value_columns(width: int, key_width: int, dtype: torch.dtype) -> Columns:
-    """Narrower blocks where operands go through registers: those of float32 products, and before Hopper."""
+    """Choose column blocks; they are narrower if operands go through registers, as in float32 and before Hopper."""
     if dtype != torch.float32 and _operands_stay_in_shared_memory():
         return Columns.of(width, 256)
     return Columns.of(width, 64 if dtype == torch.float32 or key_width > 128 else 128)
@@ -170,7 +170,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None, columns: Columns, scale: float, factor: float,
     outputs: tuple[Tensor, Tensor] | None,
 ) -> Tensor | None:  # fmt: skip
-    """T V as float32 parts [splits, B, N, D], or None where it took one split, and ``outputs`` are written."""
+    """Compute T V as float32 parts [splits, B, N, D]; or write ``outputs`` and return None if one split is enough."""
     (batches, pixels, key_width), width = q.shape, columns.total
     tile = affinity_tile(key_width, columns, q.dtype)
     row_blocks, key_blocks = triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(pixels, tile["BLOCK_N"])

@@ -1,17 +1,17 @@
 """Triton implementation of fastcss::affinity_attention_backward.
 
-With T = tanh(½ s), s = scale · q_i · k_j, E = ½ (dintra − dinter) and f = 1, or 1/N where the mean was taken:
+Let T = tanh(½ s), s = scale · q_i · k_j, E = ½ (dintra − dinter), and f = 1, or 1/N if the mean was taken:
 
     dT_ij = E_i · v_j,   ds_ij = ½ f scale (1 − T_ij²) dT_ij,   dq_i = Σ_j ds_ij k_j,   dk_j = Σ_i ds_ij q_i
     dv_j = f (Σ_i T_ij E_i + Σ_i ½ (dintra + dinter)_i)
 
-The two passes are one kernel, since swapping q with k and E with v turns dq into dk: over query blocks for dq, over key
-blocks for dk and dv. Nothing is atomic; each pass computes T and dT, so together they take 2 (4 K + 3 D) FLOP an
-element of T instead of the 2 (3 K + 2 D) of one pass that would add dq atomically, in another order every time.
+Two passes use one kernel, over query blocks for dq and over key blocks for dk and dv: swapping q with k and E with v
+turns dq into dk. Nothing is atomic. Each pass computes T and dT, so together they take 2 (4 K + 3 D) FLOP per element
+of T, instead of the 2 (3 K + 2 D) of one pass that would add dq atomically, in another order every time.
 
-ds is linear in dT, and dT a sum over value columns: more than 256 of them go in column blocks whose dq and dk are added
-like those of the splits. For D = 512 and K = 64 that computes S twice more, 13% of all. f stays out of E and of ds: in
-float16 1/N would leave little of them.
+ds is linear in dT, and dT is a sum over value columns: more than 256 of them are cut into column blocks, whose dq and
+dk are added like those of the splits. For D = 512 and K = 64 that computes S twice more, 13% of all. f stays out of E
+and of ds because 1/N would leave little of them in float16.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _add_columns(
     if BLOCK_TAIL:
         b_tail = load_tile(b, 0, column + BLOCK_D, left, D, stride_bn, stride_bd, BLOCK_N, BLOCK_TAIL)
         dt = dot(a_tail, tl.trans(b_tail), dt, PRECISION)
-    if MASKED:  # what is not there is 0, and still NaN times an infinite x
+    if MASKED:  # missing elements are 0, and 0 times an infinite x is NaN
         there = (tl.arange(0, BLOCK_N) < left)[None, :]
         t, slope = tl.where(there, t, 0.0), tl.where(there, slope, 0.0)
     dx = dot((slope * dt).to(dtype), y_tile, dx, PRECISION)
@@ -139,7 +139,7 @@ def gradient_tile(key_width: int, columns: Columns, dtype: torch.dtype, with_dv:
 def gradients(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, columns: Columns, scale: float, with_dv: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The float32 parts of dx, and of dv where it is wanted: see affinity_gradient_kernel."""
+    """Compute the float32 parts of dx, and of dv if it is wanted: see affinity_gradient_kernel."""
     (batches, pixels, key_width), width = x.shape, columns.total
     tile = gradient_tile(key_width, columns, x.dtype, with_dv)
     row_blocks, key_blocks = triton.cdiv(pixels, tile["BLOCK_M"]), triton.cdiv(pixels, tile["BLOCK_N"])

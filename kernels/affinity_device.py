@@ -1,4 +1,4 @@
-"""Device code that the affinity ops share: tanh, the sums over pixels, and the sum of what split programs left."""
+"""Device code that the affinity ops share: tanh, the sums over pixels, and the sum of the splits' results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def tanh(x, FAST: tl.constexpr):
     """(tanh x, its derivative 1 − tanh² x).
 
     FAST is one special-function op with a relative error of 2⁻¹¹: an eighth of a rounding of bfloat16, half a rounding
-    of float16. It is never more than what eager code loses by rounding the affinity M: near M = 1 that is 2⁻⁹ or 2⁻¹²
-    of 1 − M, which the derivative 4 M (1 − M) takes on.
+    of float16. That is never more than what eager code loses by rounding the affinity M: near M = 1 it loses 2⁻⁹ or
+    2⁻¹² of 1 − M, and so does the derivative 4 M (1 − M).
     """
     if FAST and not INTERPRETING:
         t = tl.inline_asm_elementwise(
@@ -29,7 +29,7 @@ def tanh(x, FAST: tl.constexpr):
 
 @triton.jit
 def exp2(x):
-    """One special-function op. Results below 2⁻¹²⁶ are 0."""
+    """Compute 2^x by one special-function op. Results below 2⁻¹²⁶ are 0."""
     if INTERPRETING:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -37,7 +37,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    """One special-function op, exact to a unit in the last place."""
+    """Compute 1/x by one special-function op, exact to a unit in the last place."""
     if INTERPRETING:
         return 1.0 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -45,7 +45,7 @@ def reciprocal(x):
 
 @triton.jit
 def column_total(sums, batch, column, batches, chunks, D, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[COLUMNS]: the sum over all pixels, from those over chunks of them, [chunks, B, D]."""
+    """Add up the sums over chunks of pixels, [chunks, B, D], to sums over all pixels, [COLUMNS]."""
     tile = load_tile(
         sums + tl.cast(batch, tl.int64) * D, 0, column, chunks, D, tl.cast(batches, tl.int64) * D, 1, CHUNKS, COLUMNS
     )
@@ -59,9 +59,9 @@ def column_sums_kernel(
     stride_xb, stride_xn, stride_xd, stride_yb, stride_yn, stride_yd,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a chunk of pixels, [chunks, B, D], of x, or of ½ (x + y) where y is given.
+    """Sum x, or ½ (x + y) if y is given, over chunks of pixels: [chunks, B, D].
 
-    ``difference`` [B, N, D] is x, or ½ (x − y), in rows padded with zeros to D columns; not written where it is None.
+    ``difference`` [B, N, D] gets x, or ½ (x − y), in rows padded with zeros to D columns, unless it is None.
     """
     blocks = tl.cdiv(D, BLOCK_D)
     column = tl.program_id(0) % blocks * BLOCK_D
@@ -99,8 +99,8 @@ def combine_kernel(
 ):  # fmt: skip
     """plus = factor · (total + Σ partial) and minus = factor · (total − Σ partial), for partial [PARTS, B, N, D].
 
-    The total of a column comes from ``sums``, or is 0 where that is None; ``minus`` may be None; ``device_factor``, one
-    float32, multiplies the factor where it is given.
+    The total of a column comes from ``sums``, or is 0 if that is None; ``minus`` may be None; ``device_factor``, one
+    float32 or None, multiplies the factor.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) % blocks * BLOCK_N

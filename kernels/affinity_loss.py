@@ -1,17 +1,18 @@
 """Triton implementation of fastcss::affinity_loss and its backward: the mean of softplus(±s) over all pairs of pixels.
 
-A pair of one label costs softplus(−s), any other softplus(s), s = scale · q_i · k_j. In base 2, with t = ±s log2 e:
+A pair of the same label costs softplus(−s), any other pair softplus(s), s = scale · q_i · k_j. In base 2, t = ±s log2
+e:
 
     softplus(±s) = ln 2 · (max(t, 0) + log2(1 + 2^−|t|)),   Σ log2(1 + 2^−|t|) = log2 Π (1 + 2^−|t|)
 
-A factor is at most 2, so a thread multiplies up to 64 of them, one of each key block, before one logarithm: one
-special-function op a pair in place of two, and that unit is the limit (1/16 of an SM's clock a pair, against 1/32 for
-the products at K = 64). It keeps the product less 1, which is Σ 2^−|t| where all pairs are told apart well and 1 would
-swallow it. Ignored pairs have t = −∞ and cost exactly 0.
+A factor is at most 2, so a thread multiplies up to 64 of them, one from each key block, before one logarithm. That is
+one special-function op per pair instead of two, and that unit is the limit (1/16 of an SM's clock per pair, against
+1/32 for the products at K = 64). The product less 1 is kept: it is Σ 2^−|t| if all pairs are told apart well, and would
+be lost beside 1. Ignored pairs have t = −∞ and cost exactly 0.
 
-Backward, ds = ±sigmoid(±s), of which one kernel makes dq over query blocks and, with q and k swapped, dk over key
-blocks, without atomics. Its sigmoid is 1/(1 + 2^−t), two special-function ops: tanh has one, but an absolute error of
-2⁻¹², which is all there is of the gradient of a pair that is already told apart, and most pairs are.
+Backward, ds = ±sigmoid(±s). One kernel makes dq from it over query blocks and, with q and k swapped, dk over key
+blocks, without atomics. Its sigmoid is 1/(1 + 2^−t), two special-function ops. tanh would be one, but with an absolute
+error of 2⁻¹², which is as large as the gradient of a pair that is already told apart, and most pairs are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .tuned import tuned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_FACTORS = 64  # of at most 2 in one float32 product, with room to 2¹²⁷
+MAX_FACTORS = 64  # factors of at most 2 in one float32 product, which could hold 2¹²⁷
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _signed_scores(
     x_tile, x_labels, y, labels, n, last, K, stride_yn, stride_yk, scale, ignore_index,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(t = −s where the labels agree, else s, and −∞ where the column is ignored or not there; agreement; y)."""
+    """(t, agreement, y): t = −s if the labels agree, else s; −∞ if the column is ignored or not there."""
     columns = n + tl.arange(0, BLOCK_N)
     y_labels = tl.load(labels + columns, mask=columns < last, other=ignore_index)
     y_tile = load_tile(y + tl.cast(n, tl.int64) * stride_yn, 0, 0, last - n, K, stride_yn, stride_yk, BLOCK_N, BLOCK_K)
@@ -50,7 +51,7 @@ def _signed_scores(
 
 @triton.jit
 def log2_1p(x):
-    """log2(1 + x), x ≥ 0: the rounding of u = 1 + x is in u − 1 too, and cancels."""
+    """Compute log2(1 + x), x ≥ 0: the rounding of u = 1 + x is in u − 1 too, and cancels."""
     u = 1.0 + x
     return tl.where(u == 1.0, x * LOG2_E, tl.log2(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -61,7 +62,7 @@ def affinity_loss_kernel(
     N, K, splits, split_blocks, stride_qb, stride_qn, stride_qk, stride_kb, stride_kn, stride_kk, scale, ignore_index,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One sum a program: its rows against its split of the keys."""
+    """Write one sum per program: its rows against its split of the keys."""
     blocks = tl.cdiv(N, BLOCK_M)
     row = tl.program_id(0) % blocks * BLOCK_M
     split = tl.program_id(0) // blocks % splits
@@ -93,7 +94,7 @@ def affinity_loss_kernel(
 def mean_over_pairs_kernel(values, labels, out, count, B, N, ignore_index, ONE: tl.constexpr, BLOCK: tl.constexpr):
     """out = Σ values / Σ_b n_b², n_b the pixels of image b that are not ignored; 0 without any. One program.
 
-    For values [B, count] or, if ``ONE``, one. Each image is summed by itself: the same bits in whatever batch.
+    ``values`` are [B, count], or one number if ``ONE``. Each image is summed by itself: the same bits in any batch.
     """
     offsets = tl.arange(0, BLOCK)
     pairs = 0.0
@@ -159,7 +160,7 @@ def loss_tile(key_width: int, dtype: torch.dtype, accumulates_keys: bool) -> dic
 
 
 def mean_over_pairs(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Scalar: Σ values / pairs, for values [B, any] or one."""
+    """Compute the scalar Σ values / pairs, for values [B, any] or one."""
     out = values.new_empty((), dtype=torch.float32)
     mean_over_pairs_kernel[(1,)](
         values, labels, out, values.numel() // labels.shape[0], *labels.shape, ignore_index,

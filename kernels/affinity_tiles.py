@@ -1,4 +1,4 @@
-"""What the affinity kernels' launchers share: operands in a layout the kernels read fast, splits, and their sums."""
+"""Gives the affinity kernels' launchers what they share: operands in a layout that is read fast, splits and sums."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from .affinity_device import column_sums_kernel, combine_kernel
 
 MAX_KEY_WIDTH = 256  # a row of q is one operand tile
-MAX_CHUNKS = 32  # of pixels in a sum over them; the reader adds them up in one tile
-# Multiprocessors that a launch tries to fill. A constant: where it came from the device, or counted the batch, the
-# number of splits, and with it the order of the sums, would not depend on the sizes of one image alone.
+MAX_CHUNKS = 32  # chunks of pixels in a sum over them; the reader adds them up in one tile
+# A launch tries to fill this many multiprocessors. It is a constant because the number of splits, and with it the order
+# of the sums, must depend on the sizes of one image alone, not on the device or the batch.
 MULTIPROCESSORS = 132
 
 
@@ -22,7 +22,7 @@ def round_up(size: int, multiple: int) -> int:
 
 
 class Columns(NamedTuple):
-    """Blocks of value columns. A block is two tiles, each a power of two wide: 150 columns are 128 and 32, not 256."""
+    """Cuts value columns into blocks of two tiles, each a power of two wide: 150 columns are 128 and 32, not 256."""
 
     total: int  # a multiple of 16; the last block may reach beyond
     count: int
@@ -44,7 +44,8 @@ class Columns(NamedTuple):
 
 
 def is_aligned(x: Tensor, columns: int) -> bool:
-    """Rows or columns of x [B, N, D] can be read 16 bytes at a time, and D is ``columns``: nothing is to be padded."""
+    """Tell whether rows or columns of x [B, N, D] can be read 16 bytes at a time and D is ``columns``, without
+    padding."""
     batch, row, column = x.stride()
     pitch, extent = (row, columns) if column == 1 else (column, x.shape[1])
     return (
@@ -56,10 +57,10 @@ def is_aligned(x: Tensor, columns: int) -> bool:
 
 
 def aligned(x: Tensor, columns: int) -> Tensor:
-    """x [B, N, D] with zeros up to ``columns``; x itself where the kernels read it as fast as it is.
+    """Pad x [B, N, D] with zeros up to ``columns``; return x itself if the kernels read it fast as it is.
 
-    Either of the last two axes may be the contiguous one, so the NCHW view of an even picture is not copied. What is
-    not aligned would be read 2 bytes at a time in an N² loop; one copy of N·D costs less.
+    Either of the last two axes may be the contiguous one, so the NCHW view of an even picture is not copied. An operand
+    that is not aligned would be read 2 bytes at a time in an N² loop; one copy of N·D costs less.
     """
     return x if is_aligned(x, columns) else torch.nn.functional.pad(x, (0, columns - x.shape[2])).contiguous()
 
@@ -71,10 +72,10 @@ def key_columns(op: str, q: Tensor) -> int:
 
 
 def key_blocks_of_split(row_programs: int, key_blocks: int, cost: float, per_multiprocessor: int = 1) -> int:
-    """Key blocks that one program takes, for the splits with the shortest time of one image.
+    """Return how many key blocks one program takes, for the split with the shortest time of one image.
 
-    That is the number of waves of programs, in units of all the work spread evenly, and ``cost`` a split for writing
-    and reading its float32 sums.
+    The time is the number of waves of programs, in units of all the work spread evenly, plus ``cost`` per split to
+    write and read its float32 sums.
     """
     slots = MULTIPROCESSORS * per_multiprocessor
 
@@ -86,12 +87,13 @@ def key_blocks_of_split(row_programs: int, key_blocks: int, cost: float, per_mul
 
 
 def split_cost(pixels: int, key_width: int, value_width: int) -> float:
-    """Time of a split's sums, 8 bytes each at 8 TB/s of mostly L2, over that of the products at 600 TFLOP/s."""
+    """Compute the time of a split's sums (8 bytes each at 8 TB/s, mostly L2) ÷ that of the products at 600 TFLOP/s."""
     return 300 * value_width / (pixels * (key_width + value_width))
 
 
 def column_sums(x: Tensor, y: Tensor | None, columns: int, copy: bool) -> tuple[Tensor, Tensor | None]:
-    """(float32 sums over chunks of pixels [chunks, B, columns] of x or of ½ (x + y), x or ½ (x − y) where ``copy``)."""
+    """Sum x or ½ (x + y) over chunks of pixels, float32 [chunks, B, columns]; with ``copy`` return x or ½ (x − y),
+    too."""
     batches, pixels, width = x.shape
     per_chunk = round_up(max(triton.cdiv(pixels, MAX_CHUNKS), 64), 32)
     sums = x.new_empty(triton.cdiv(pixels, per_chunk), batches, columns, dtype=torch.float32)

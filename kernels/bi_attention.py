@@ -1,14 +1,15 @@
 """Triton implementation of fastcss::bi_attention.
 
-Both sides are one kernel, rows that read keys: image tokens the text, and text tokens the image, whose many keys are
-split among programs. q is read twice, v_image, k and v_text once, or from L2; logits never leave the registers. Where
-the time is, for N image tokens of D = 256 in bf16 on a GPU of 4.3 TB/s and 600 TFLOP/s: a head's row of the image side
+Both sides use one kernel, in which rows read keys: image tokens read the text, and text tokens read the image, whose
+many keys are split among programs. q is read twice, and v_image, k and v_text once, or from L2; logits never leave the
+registers. Take N image tokens of D = 256 in bf16 on a GPU of 4.3 TB/s and 600 TFLOP/s: a head's row of the image side
 moves 1 KiB of q and of the output and takes 1024 L FLOP, so memory is the limit up to L ≈ 140.
 
-A softmax does not depend on the peak that the logits are less by, unless one is more than −LEAST below. Whether any is
-only the end of the sweep knows; so the first launches keep no bound and write each program's largest and smallest
-logit, and the second ones, whose programs find in those the peak of their samples, do all of it again with the bound
-where it bites, and else return: nothing waits for the host.
+The model subtracts the peak from the logits, and bounds the difference from below by LEAST. A softmax does not depend
+on that peak, unless a logit is below the bound, and only the end of the sweep tells whether one is. So the first
+launches apply no bound and write each program's largest and smallest logit. The programs of the second launches find
+the peak of their samples in those, do all of it again with the bound if some logit is below it, and return otherwise:
+nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .multi_lora_device import dot, store_tile
 from .tuned import tuned
 
 MAX_WIDTH = 256  # a head's row is one operand tile
-MAX_STRIDE = 2**24  # times a tile's rows it has 32 bits
+MAX_STRIDE = 2**24  # times a tile's rows this still fits in 32 bits
 
 
 @triton.jit
@@ -41,8 +42,8 @@ def _attend(
 ):  # fmt: skip
     """softmax(scale · x yᵀ) v of a row block over the keys first..last.
 
-    Its stats are the largest logit and the sum of exponentials less by it; of the sum, where these are all keys
-    (WHOLE), the logarithm.
+    Its stats are the largest logit and Σ exp(logit − largest), or the logarithm of that sum if these are all keys
+    (WHOLE).
     """
     rows = row + tl.arange(0, BLOCK_R)
     x_tile = load_rows(x, row, R, stride_xr, D, BLOCK_R, BLOCK_D)
@@ -50,7 +51,7 @@ def _attend(
     highest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     most = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    least = tl.full([BLOCK_R], float("-inf"), tl.float32)  # of the logits with the other sign
+    least = tl.full([BLOCK_R], float("-inf"), tl.float32)  # the smallest logit with its sign changed
     for key in range(first, last, BLOCK_K):
         y_tile = load_rows(y, key, K, stride_yk, D, BLOCK_K, BLOCK_D)
         s = products(x, y, x_tile, y_tile, row, key, R, K, stride_xr, stride_yk, D, CHUNK, PRECISION) * scale
@@ -88,8 +89,8 @@ def attend_kernel(
 ):  # fmt: skip
     """out [splits, B, R, heads, D] and stats [splits, B, heads, R, 2] of rows x that read the values v of keys y.
 
-    First, extremes [2, B, counts] are written where they are given. With CLAMP they are read: where a logit of the
-    group is more than −LEAST below its peak, all is done again; floor [B, 2] says which.
+    The first launch writes extremes [2, B, counts], if they are given. With CLAMP they are read: if a logit of the
+    group is more than −LEAST below its peak, all is done again; floor [B, 2] says for which samples.
     """
     batch, head, split, block = place_of(R, heads, splits, BLOCK_R)
     head64 = tl.cast(head, tl.int64)
@@ -129,14 +130,14 @@ def attend_kernel(
 
 @tuned("BLOCK_R", "BLOCK_K")
 def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """``rows`` and ``keys`` are how many there are."""
+    """Choose the tile for this many rows and keys."""
     block_d = max(triton.next_power_of_2(width), 16)
     few = max(triton.next_power_of_2(min(rows, keys)), 16)
     if dtype == torch.float32:
         r, k, warps, stages, chunk = 16, 16, 8, 1, min(block_d, 32)
     elif not _operands_stay_in_shared_memory():
         r, k, warps, stages, chunk = 64, 32, 8, 2, 0
-    elif few <= 64:  # two programs a multiprocessor
+    elif few <= 64:  # two programs on a multiprocessor
         r, k, warps, stages, chunk = 32, 32, 4, 3, 0
     elif gpu_architecture() < 100:
         r, k, warps, stages, chunk = 128, 64, 8, 2, 0
@@ -150,14 +151,14 @@ def forward_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[s
 
 
 def keys_of_split(rows: int, keys: int, heads: int, tile: dict[str, int]) -> int:
-    """Keys that one program takes, for a launch of one sample that fills the multiprocessors, and no second wave."""
+    """Return how many keys one program takes, so that one sample fills the multiprocessors without a second wave."""
     slots = MULTIPROCESSORS * (2 if tile["num_warps"] == 4 else 1)
     splits = max(slots // (heads * triton.cdiv(rows, tile["BLOCK_R"])), 1)
     return triton.cdiv(triton.cdiv(keys, tile["BLOCK_K"]), splits) * tile["BLOCK_K"]
 
 
 def readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors [B, tokens, heads, D] as they are, or copies where load_rows could not read them."""
+    """Return tensors [B, tokens, heads, D] as they are, or copies of those that load_rows cannot read."""
     return tuple(x if x.stride(3) == 1 and x.stride(1) < MAX_STRIDE else x.contiguous() for x in tensors)
 
 
@@ -167,7 +168,7 @@ def check_width(q: Tensor) -> None:
 
 
 class Side:
-    """Rows that read keys: their launches, which differ in CLAMP alone."""
+    """Launches one side, rows that read keys; its two launches differ in CLAMP alone."""
 
     def __init__(self, x: Tensor, y: Tensor, v: Tensor, mask: Tensor | None, split: bool):
         (batch, rows, heads, width), keys = x.shape, y.shape[1]
@@ -192,7 +193,7 @@ class Side:
         )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """out [B, R, heads · D] and stats [B, heads, R, 2]."""
+        """Return out [B, R, heads · D] and stats [B, heads, R, 2]."""
         if self.splits == 1:
             return self.out[0], self.stats[0]
         x = self.operands[0]

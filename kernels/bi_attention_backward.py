@@ -1,15 +1,15 @@
 """Triton implementation of fastcss::bi_attention_backward.
 
-With t the logits as they count, P = exp(t − largest − log Σ) of a side, 0 where its mask says so, and dP of the image
-side dimage · v_text, of the text side v_image · dtext:
+Let t be the bounded logits and P = exp(t − largest − log Σ) the weights of a side, 0 where its mask hides a token. dP
+is dimage · v_text on the image side and v_image · dtext on the text side. Then
 
-    dS = P_image (dP_image − δ_image) + P_text (dP_text − δ_text), 0 where the bound bites
+    dS = P_image (dP_image − δ_image) + P_text (dP_text − δ_text), 0 for a logit below the bound
     dq = scale · dS k,   dk = scale · dSᵀ q,   dv_text = P_imageᵀ dimage,   dv_image = P_text dtext
 
-where δ_text = dtext · text, and δ_image = Σ P_image dP_image since the output is not kept. All of it stays the same
-when the two sides change places, so both are one kernel, rows against keys, that computes the gradients of its rows:
-first for the image, whose programs find δ_image in a loop before, then for the text, whose keys are split among
-programs that leave float32 parts, added up in a fixed order.
+where δ_text = dtext · text, and δ_image = Σ P_image dP_image since the image side's output is not kept. All of it stays
+the same when the two sides change places. So both use one kernel, rows against keys, that computes the gradients of its
+rows: first for the image, whose programs find δ_image in a loop before, then for the text, whose keys are split among
+programs that leave float32 parts, which are added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def delta_kernel(
     out, dout, delta, R, heads,
     D: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, heads, R] = out · dout for rows [B, R, heads, D], summed as the gradients of the weights are: a row
-    that reads one key only is that key's value, and the two are equal."""
+    """delta [B, heads, R] = out · dout for rows [B, R, heads, D]. It is summed in the same way as the gradients of the
+    weights: the output of a row that reads only one key is that key's value, and then the two must be equal."""
     batch, head, _, block = place_of(R, heads, 1, BLOCK_R)
     width = heads * D
     row = block * BLOCK_R
@@ -57,7 +57,7 @@ def _add_deltas(
     stride_xr, stride_yk, stride_wk, scale,
     D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Σ P dP of a row block over all keys."""
+    """Sum P dP of a row block over all keys."""
     delta = tl.zeros([x_tile.shape[0]], tl.float32)
     for key in range(0, K, BLOCK_K):
         y_tile = load_rows(y, key, K, stride_yk, D, BLOCK_K, BLOCK_D)
@@ -150,7 +150,7 @@ def gradient_kernel(
             ds = tl.where(there & (s - peak >= bound), ds, 0.0)
             x_sum = dot(ds.to(dtype), y_tile, x_sum, PRECISION)
         if DV:
-            # Where all is masked the logarithm is −∞, and 0 times it is the NaN that the softmax then has.
+            # If all keys are masked the logarithm is −∞, and 0 times it is NaN, as the softmax is then.
             p = tl.where(there, tl.where(is_read, p, 0.0 * log), 0.0)
             v_sum = dot(p.to(dtype), dout_y_tile, v_sum, PRECISION)
     place = (tl.cast(split, tl.int64) * batches + batch) * R * width + head64 * D
@@ -171,7 +171,7 @@ def _add_parts(parts, out, size, splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_parts_kernel(dx_parts, dv_parts, dx, dv, size, splits, BLOCK: tl.constexpr):
-    """dx and dv [size] from their parts [splits, size], in their order."""
+    """Add up dx and dv [size] from their parts [splits, size], in their order."""
     if tl.program_id(1) == 0:
         _add_parts(dx_parts, dx, size, splits, BLOCK)
     else:
@@ -179,14 +179,14 @@ def add_parts_kernel(dx_parts, dv_parts, dx, dv, size, splits, BLOCK: tl.constex
 
 
 def at_once(rows: int, keys: int, dtype: torch.dtype) -> bool:
-    """Whether one launch computes all. With few rows or keys memory is the limit; with many, one accumulator leaves
-    registers for tiles that keep tensor cores busy."""
+    """Tell whether one launch computes all. Memory is the limit for few rows or keys. With many, several
+    launches of one accumulator each leave registers for tiles that keep the tensor cores busy."""
     return min(rows, keys) <= 32 or dtype == torch.float32
 
 
 @tuned("BLOCK_R", "BLOCK_K")
 def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """``rows`` and ``keys`` are how many there are."""
+    """Choose the tile for this many rows and keys."""
     block_d = max(triton.next_power_of_2(width), 16)
     if dtype == torch.float32:
         r, k, warps, stages, chunk = 16, 16, 8, 1, min(block_d, 32)
@@ -200,7 +200,7 @@ def gradient_tile(rows: int, keys: int, width: int, dtype: torch.dtype) -> dict[
 
 
 class Side(NamedTuple):
-    """One side's tokens and what goes with them."""
+    """Holds one side's tokens and what goes with them."""
 
     x: Tensor  # [B, R, heads, D]
     v: Tensor  # [B, R, heads, D], what the other side reads
@@ -214,7 +214,7 @@ class Side(NamedTuple):
 
 
 def side_gradients(own: Side, other: Side, floor: Tensor, scale: float, find_delta: bool) -> tuple[Tensor, Tensor]:
-    """dx and dv [B, R, heads, D] of the side ``own``."""
+    """Compute dx and dv [B, R, heads, D] of the side ``own``."""
     (batch, rows, heads, width), keys = own.x.shape, other.x.shape[1]
     tile = gradient_tile(rows, keys, width, own.x.dtype)
     split_keys = keys if find_delta else keys_of_split(rows, keys, heads, tile)
@@ -248,7 +248,7 @@ def bi_attention_backward(
     (batch, length, heads, width), pixels = k.shape, q.shape[1]
     q, k, v_image, v_text = readable(q, k, v_image, v_text)
     dimage, dtext, text, floor = (x.contiguous() for x in (dimage, dtext, text, floor))
-    # As wide as the other numbers of a token, they come by asynchronous copies too, which takes fewer registers.
+    # float32 masks are as wide as a token's other numbers, so they are copied asynchronously too: fewer registers.
     text_mask, image_mask = (None if m is None else m.float().contiguous() for m in (text_mask, image_mask))
     image_delta, text_delta = (floor.new_empty(batch, heads, tokens) for tokens in (pixels, length))
     image_side = Side(q, v_image, dimage, image_stats.contiguous(), image_delta, image_mask)

@@ -11,13 +11,13 @@ from .cost_filter import largest, nan_or_larger
 from .multi_lora_device import dot, load_tile
 
 BOUND = tl.constexpr(LEAST)
-EXTREMES = tl.constexpr(1024)  # that peak_of reads at a time
+EXTREMES = tl.constexpr(1024)  # peak_of reads this many at a time
 
 
 @triton.jit
 def place_of(R, heads, splits, BLOCK_R: tl.constexpr):
-    """(sample, head, split, row block) of this program; the row blocks of a split, which read the same, follow each
-    other."""
+    """Return (sample, head, split, row block) of this program. The row blocks of a split follow each other, since they
+    read the same keys."""
     blocks = tl.cdiv(R, BLOCK_R)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks % splits
@@ -27,8 +27,8 @@ def place_of(R, heads, splits, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def load_rows(base, first, last, stride, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from ``first`` on with dense channels, 0 from ``last`` on. A tile spans less than 2³¹ elements: its offsets
-    take half the registers, and no loop changes them."""
+    """Load rows from ``first`` on with dense channels; they are 0 from ``last`` on. A tile spans less than 2³¹
+    elements, so its offsets take half the registers, and no loop changes them."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     mask = (rows < last - first)[:, None]
     if D != BLOCK_D:
@@ -53,7 +53,7 @@ def products(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x yᵀ in float32: of the tiles, or where CHUNK is not 0 of so many columns of x and y at a time from memory."""
+    """Compute x yᵀ in float32 from the tiles or, unless CHUNK is 0, from memory, CHUNK columns of x and y at a time."""
     acc = tl.zeros([x_tile.shape[0], y_tile.shape[0]], tl.float32)
     if CHUNK:
         for d in range(0, D, CHUNK):
@@ -67,13 +67,13 @@ def products(
 
 @triton.jit
 def bounded(s, peak, bound):
-    """max(s − peak, bound); NaN stays."""
+    """Compute max(s − peak, bound); NaN stays."""
     return nan_or_larger(s - peak, tl.zeros(s.shape, tl.float32) + bound)
 
 
 @triton.jit
 def load_read(mask, token, last, BLOCK: tl.constexpr):
-    """Which of the tokens from ``token`` on are before ``last`` and not masked."""
+    """Tell which tokens from ``token`` on are before ``last`` and not masked."""
     tokens = token + tl.arange(0, BLOCK)
     there = tokens < last
     if mask is not None:
@@ -83,8 +83,8 @@ def load_read(mask, token, last, BLOCK: tl.constexpr):
 
 @triton.jit
 def peak_of(extremes, first, count, low):
-    """(the largest logit, the smallest with the other sign) of the ``count`` programs from ``first`` on; the smallest
-    are ``low`` places after the largest. NaN is above all."""
+    """Return (the largest logit, the smallest with its sign changed) of the ``count`` programs from ``first`` on; the
+    smallest are ``low`` places after the largest. NaN is above all."""
     most = tl.full([EXTREMES], float("-inf"), tl.float32)
     least = tl.full([EXTREMES], float("-inf"), tl.float32)
     extremes += first
@@ -100,7 +100,7 @@ def peak_of(extremes, first, count, low):
 def combine_kernel(
     parts, parts_stats, out, stats, R, D, batches, heads, splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """One row of out [B, R, heads, D], and its stats [B, heads, R, 2], from those of the splits, in their order."""
+    """Make one row of out [B, R, heads, D] and its stats [B, heads, R, 2] from those of the splits, in their order."""
     row = tl.cast(tl.program_id(0), tl.int64)
     at = (row // (R * heads) * heads + row % heads) * R + row // heads % R
     rows = tl.cast(batches, tl.int64) * heads * R
@@ -120,7 +120,7 @@ def combine_kernel(
         there = split < splits
         weight = exp(tl.load(parts_stats + (split * rows + at) * 2, mask=there, other=float("-inf")) - shift)
         weight *= tl.load(parts_stats + (split * rows + at) * 2 + 1, mask=there, other=0.0)
-        # A split with nothing to read has NaN in place of a mean, and no say.
+        # A split with nothing to read has NaN in place of a mean, and must not count.
         mask = (weight != 0)[:, None] & (columns < D)[None, :]
         part = tl.load(parts + ((split * rows + row) * D)[:, None] + columns[None, :], mask=mask, other=0.0)
         acc += weight[:, None] * part

@@ -1,11 +1,11 @@
 """Triton implementation of fastcss::class_affinity: softmax(M P) centers and softmax((1 − M) P) centers, P = feats Cᵀ.
 
-intra Cᵀ = (M F) Cᵀ = M (F Cᵀ), so the N² work has C columns and not D, and intra and inter [B, N, D] before the classes
-never exist. Three steps: P by the GEMM library, into rows of a multiple of 16 columns; T P by the kernel of
-affinity_attention; and one kernel that adds its parts, forms both logits ½ (ΣP ± T P), and attends to the centres.
+intra Cᵀ = (M F) Cᵀ = M (F Cᵀ), so the N² work has C columns instead of D, and intra and inter [B, N, D] before the
+classes never exist. There are three steps: the GEMM library makes P, in rows of a multiple of 16 columns; the kernel of
+affinity_attention makes T P; and one kernel adds its parts, forms both logits ½ (ΣP ± T P), and attends to the centres.
 
 That last kernel takes 32 pixels, whose two results are the 64 rows of one tensor-core tile, with all of D ≤ 512 in one
-accumulator: the parts, 4·splits·N·C bytes, are read once, with a softmax that is rescaled as classes go by; 4096 pixels
+accumulator. The parts, 4·splits·N·C bytes, are read once, with a softmax that is rescaled as classes go by; 4096 pixels
 are 128 programs.
 """
 
@@ -41,7 +41,7 @@ def attend_classes_kernel(
     column = tl.program_id(1) * BLOCK_D
     batch64 = tl.cast(batch, tl.int64)
     centers += batch64 * stride_cb
-    # Every pixel is there twice: ½ (ΣP + T P) in the first half of the rows, ½ (ΣP − T P) in the second.
+    # Every pixel has two rows: ½ (ΣP + T P) in the first half of the rows, ½ (ΣP − T P) in the second.
     rows = tl.arange(0, 2 * PIXELS)
     pixels = row + rows % PIXELS
     sign = tl.where(rows < PIXELS, 1.0, -1.0)
@@ -97,7 +97,7 @@ def class_affinity(
     columns = value_columns(classes, key_width, feats.dtype)
     factor = 0.5 / pixels if mean else 0.5
     with torch.cuda.device_of(q):
-        scores = feats.new_empty(batches, pixels, columns.total)  # what is right of the classes is never looked at
+        scores = feats.new_empty(batches, pixels, columns.total)  # columns past the classes are never read
         torch.bmm(feats, centers.transpose(1, 2), out=scores[:, :, :classes])
         sums, _ = column_sums(scores, None, columns.total, copy=False)
         q, k = aligned(q, key_width), aligned(k, key_width)

@@ -1,5 +1,5 @@
-"""Triton implementation of fastcss::class_affinity_backward: the affinity map's part is the fused kernel of
-affinity_attention, the products with the class centres, 12·N·D·C of the FLOPs, are left to cuBLAS."""
+"""Triton implementation of fastcss::class_affinity_backward: the fused kernel of affinity_attention does the affinity
+map's part, cuBLAS the products with the class centres, which are 12·N·D·C of the FLOPs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def class_affinity_backward(
     scale: float,
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Through the mean of the centres and its softmax, the affinity map, and the scores P = feats centersᵀ."""
+    """Go back through the mean of the centres and its softmax, the affinity map, and the scores P = feats centersᵀ."""
     with torch.cuda.device_of(q):
         scores = torch.bmm(feats, centers.transpose(1, 2))  # [B, N, C]
         half = 0.5 / max(feats.shape[1], 1) if mean else 0.5

@@ -1,11 +1,11 @@
 """Triton implementation of fastcss::class_centers: softmax over the pixels of the logits, times the features.
 
-2 C N D FLOP against the 2 N D bytes of feats: at C = 150 one byte for every 150 FLOP, so reading feats is the limit and
-they are read as they lie, by strides: a copy of an NCHW view would cost twice the op. Every program takes some classes,
-some columns and a share of the pixels with a softmax of its own, rescaled as it goes; a second kernel brings the shares
-to one scale and adds them in a fixed order. Over classes, the softmax over pixels is of logits − pixel_lse, which takes
-a pass over the logits before. Every lse is two numbers, the largest logit and the logarithm of the mass: as one, a
-logit of 10⁴ would leave three digits of it.
+There are 2 C N D FLOP for the 2 N D bytes of feats, 150 FLOP per byte at C = 150. So reading feats is the limit, and
+they are read in place, by strides: a copy of an NCHW view would cost twice the op. Every program takes some classes,
+some columns and a share of the pixels, with a softmax of its own that is rescaled as it goes; a second kernel brings
+the shares to one scale and adds them in a fixed order. With over="classes" the softmax over pixels is of logits −
+pixel_lse, which takes a pass over the logits before. Every lse is kept as two numbers, the largest logit and the
+logarithm of the mass: in one number, a logit of 10⁴ would leave only three digits of the logarithm.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def exp(x):
 
 @triton.jit
 def finite_or_zero(largest):
-    """What a softmax subtracts: where nothing but −∞ has come by, 0 in place of −∞ − (−∞)."""
+    """Return what a softmax subtracts: 0 if there was nothing but −∞ so far, since −∞ − (−∞) is NaN."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
@@ -40,7 +40,7 @@ def finite_or_zero(largest):
 def class_logits(
     logits, pixel_lse, c, n, C, N, last, stride_lc, stride_ln, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """float32 [BLOCK_C, BLOCK_N]: logits, less pixel_lse where that is given; −∞ outside of C and last."""
+    """Load logits as float32 [BLOCK_C, BLOCK_N], less pixel_lse if that is given; −∞ outside of C and last."""
     classes, pixels = c + tl.arange(0, BLOCK_C), n + tl.arange(0, BLOCK_N)
     z = load_tile(logits, c, n, C, last, stride_lc, stride_ln, BLOCK_C, BLOCK_N).to(tl.float32)
     if pixel_lse is not None:
@@ -78,7 +78,7 @@ def class_centers_kernel(
     stride_lb, stride_lc, stride_ln, stride_fb, stride_fn, stride_fd,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of one split of the pixels: Σ_n e_cn f_n [splits, B, C, D], e_cn = exp(z_cn − largest_c), and largest and Σ e."""
+    """Sum over one split of the pixels: Σ_n e_cn f_n [splits, B, C, D], e_cn = exp(z_cn − largest_c); largest; Σ e."""
     blocks_c, blocks_d = tl.cdiv(C, BLOCK_C), max(tl.cdiv(D, BLOCK_D), 1)  # D = 0 still has a class_lse
     c = tl.program_id(0) % blocks_c * BLOCK_C
     column = tl.program_id(0) // blocks_c % blocks_d * BLOCK_D
@@ -117,7 +117,7 @@ def combine_centers_kernel(
     partial, partial_largest, partial_mass, centers, class_lse, C, D, batches,
     SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """centers [B, C, D] and class_lse [B, 2, C] from the splits."""
+    """Combine the splits to centers [B, C, D] and class_lse [B, 2, C]."""
     blocks = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks * BLOCK_C
     batch = tl.program_id(0) // blocks
@@ -147,7 +147,7 @@ def combine_centers_kernel(
 def centers_tile(classes: int, rows_are_aligned: bool, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         c, n, d, stages = 32, 32, 128, 2
-    elif not rows_are_aligned:  # rows of pixels begin anywhere: an address for every element is held in registers
+    elif not rows_are_aligned:  # rows of pixels begin anywhere: registers hold an address for every element
         c, n, d, stages = 64, 32, 64, 2
     else:
         c, n, (d, stages) = 64, 64, (64, 3) if classes <= 64 else (128, 2)
@@ -155,7 +155,7 @@ def centers_tile(classes: int, rows_are_aligned: bool, dtype: torch.dtype) -> di
 
 
 def pixel_log_mass(logits: Tensor) -> Tensor:
-    """[B, 2, N]"""
+    """Compute pixel_lse [B, 2, N]: the largest logit and the logarithm of the mass."""
     batches, classes, pixels = logits.shape
     pixel_lse = logits.new_empty(batches, 2, pixels, dtype=torch.float32)
     if pixel_lse.numel():

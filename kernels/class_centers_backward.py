@@ -1,13 +1,13 @@
 """Triton implementation of fastcss::class_centers_backward.
 
-With w_cn = exp(logits_cn − pixel_lse_n − class_lse_c), dC the gradient of the centres and G_cn = dC_c · f_n:
+Let w_cn = exp(logits_cn − pixel_lse_n − class_lse_c), dC be the gradient of the centres, and G_cn = dC_c · f_n:
 
     df_n = Σ_c w_cn dC_c,   dz_cn = w_cn (G_cn − δ_c),   δ_c = Σ_n w_cn G_cn
     dlogits_cn = dz_cn over pixels, dz_cn − p_cn Σ_c' dz_c'n over classes, p_cn = exp(logits_cn − pixel_lse_n)
 
-δ_c is also dC_c · C_c, but the centre C_c is there only as it was rounded, and where one pixel makes up a class, G − δ
-is nearly 0: the error would be that of the rounding. So G is written to where dlogits goes, δ is the sum of what was
-written, and a third kernel turns one into the other in place. Nothing but sums [blocks of pixels, B, C] is allocated.
+δ_c is also dC_c · C_c, but the centre C_c is known only as it was rounded. If one pixel makes up a class, G − δ is
+nearly 0, and that rounding would be the error. So G is written to where dlogits goes, δ is the sum of what was written,
+and a third kernel turns G into dlogits in place. Nothing but sums [blocks of pixels, B, C] is allocated.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Triton implementation of fastcss::cost_filter and pack_text.
 
-2·B·T·P·HW·D FLOP, and T·P·D + B·HW·D elements to read: with 80 prompts a class the products are the limit, with one it
-is the launches. Five of them, six where the text is not packed:
+There are 2·B·T·P·HW·D FLOP for T·P·D + B·HW·D elements to read: the products are the limit with 80 prompts per class,
+the launches with one prompt. There are five launches, or six if the text is not packed:
 
-1. 1 / ‖row‖ of the pixels (and of the text), so that no normalised copy is made; an NCHW view is read as it lies, and
-   only what cannot be read 16 bytes at a time is copied;
+1. 1 / ‖row‖ of the pixels (and of the text), so that no normalised copy is made; an NCHW view is read in place, and a
+   tensor is copied only if it cannot be read 16 bytes at a time;
 2. text · pixels in tiles of float32 accumulators, of which only the largest of each text row over CHUNK pixels leaves
    the registers: 1/64 of the map, in float32. All images are one row of columns, each rounded up to whole chunks, so
    that a tile may end one image and begin the next: 5 images of 576 pixels fill 23 tiles, not 25;
@@ -12,8 +12,8 @@ is the launches. Five of them, six where the text is not packed:
 4. the k best, as in top_classes;
 5. the same products for the kept rows, gathered by index, written as the maps.
 
-A scale is positive, so max(a · scale) = max(a) · scale even as rounded, and an element's sum over D has the same order
-in a tile of any size: the score is the largest of what 5 writes.
+A scale is positive, so max(a · scale) = max(a) · scale even with rounding, and an element's sum over D has the same
+order in a tile of any size: the score is exactly the largest value that launch 5 writes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def nan_or_larger(a, b):
 
 @triton.jit
 def largest(x, AXIS: tl.constexpr):
-    """The maximum along an axis; NaN above all, which tl.max leaves out."""
+    """Return the maximum along an axis, with NaN above all; tl.max ignores NaN."""
     if INTERPRETING:  # it would call nan_or_larger once an element
         is_nan = tl.max((x != x).to(tl.int32), AXIS)
         return tl.where(is_nan != 0, float("nan"), tl.max(tl.where(x != x, float("-inf"), x), AXIS))
@@ -50,7 +50,7 @@ def largest(x, AXIS: tl.constexpr):
 
 @triton.jit
 def inverse_length(squares):
-    """1 / max(√squares, 1e-12); NaN stays."""
+    """Compute 1 / max(√squares, 1e-12); NaN stays."""
     length = tl.sqrt_rn(squares)
     return 1.0 / tl.where(length < SMALLEST, SMALLEST, length)
 
@@ -178,13 +178,13 @@ def cost_tile(rows: int, dtype: torch.dtype) -> dict[str, int]:
         m, n, k, warps, stages = 64, 64, 32, 8, 3
     elif rows <= 64:
         m, n, k, warps, stages = 64, 64, 64, 4, 4
-    else:  # two programs a multiprocessor: one multiplies while the other looks for its maxima
+    else:  # two programs on a multiprocessor: one multiplies while the other looks for its maxima
         m, n, k, warps, stages = 128, 128, 64, 8, 3
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
 def row_scale(x: Tensor) -> Tensor:
-    """x [B, N, D] → float32 [B, N]."""
+    """Compute 1 / the lengths of the rows of x [B, N, D], float32 [B, N]."""
     batch, rows, width = x.shape
     scale = x.new_empty(batch, rows, dtype=torch.float32)
     if scale.numel():

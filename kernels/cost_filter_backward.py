@@ -1,13 +1,13 @@
 """Triton implementation of fastcss::cost_filter_backward.
 
-With ê and t̂ the rows of length one, G the gradient of an image's kept maps, [k·P, HW], and M the maps themselves:
+Let ê and t̂ be the normalised rows, G the gradient of an image's kept maps, [k·P, HW], and M the maps themselves:
 
     de_n = (Σ_r G_rn t̂_r − ê_n Σ_r G_rn M_rn) / ‖e_n‖,   dt_r = (Σ_n G_rn ê_n − t̂_r Σ_n G_rn M_rn) / ‖t_r‖
 
-4·B·k·P·HW·D FLOP. Both are one kernel with G the one way or the other, whose projection rides on the product, so G and
-M are read once for every column block. ê and t̂ are written before, rounded as eager code rounds them: the products then
-read operands that are ready. dt_r of each image, in float32, is added up by class over the images in their order; a
-class that no image kept is 0.
+That is 4·B·k·P·HW·D FLOP. One kernel computes both, with G as it is or transposed. It finds the projection during the
+product, so G and M are read once for every column block. ê and t̂ are written before, rounded as eager code rounds
+them, so that the products read operands that are ready. dt_r of each image, in float32, is added up by class over the
+images in their order; it is 0 for a class that no image kept.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def unit_rows_kernel(
     N, T, P, k, D, width, stride_b, stride_n, stride_d,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """unit [B, N, width], rows of x over their lengths and zeros beyond D, and scale [B, N], one over the lengths.
+    """Write unit [B, N, width], rows of x ÷ their lengths with zeros beyond D, and scale [B, N], 1 ÷ the lengths.
 
-    The rows are those of x [B, N, D], or with an index [B, k] the N = k · P of the classes it names of x [B, T · P, D].
+    The rows are those of x [B, N, D]; or, with an index [B, k], the N = k · P rows of the named classes in
+    x [B, T · P, D].
     """
     blocks = tl.cdiv(N, BLOCK_N)
     row = tl.program_id(0) % blocks * BLOCK_N
@@ -83,7 +84,7 @@ def cosine_gradient_kernel(
         acc = dot(g, load_tile(other, n, column, N, width, width, 1, BLOCK_N, BLOCK_D), acc, PRECISION)
     rows = row + tl.arange(0, BLOCK_M)
     inverse = tl.load(scale + batch64 * M + rows, mask=rows < M, other=0.0)
-    # A row whose length was taken for 1e-12 is divided by a constant.
+    # A row whose length was replaced by 1e-12 is divided by a constant: it has no projection.
     projection = tl.where(inverse < 1.0 / SMALLEST, tl.sum(along, 1), 0.0)
     acc -= load_tile(own, row, column, M, width, width, 1, BLOCK_M, BLOCK_D).to(tl.float32) * projection[:, None]
     store_tile(gradient + batch64 * M * D, acc * inverse[:, None], row, column, M, D, D)

@@ -1,10 +1,10 @@
 """Triton implementation of fastcss::deformable_attention: softmax, locations, bilinear reads and weighted sum at once.
 
-The bytes that must move (value, offsets, logits, output) are few. But 16 points have 64 corners: where each token is a
+The bytes that must move (value, offsets, logits, output) are few. But 16 points have 64 corners: if each token is a
 query, the value is read 64 times, 64 bytes (32 channels of bfloat16) at a time, from L1 and L2. So a program takes
 consecutive queries of one head, whose corners are close to each other, level by level in a tile [queries, points,
-channels]: the channels of a corner are the 16-byte reads of a few neighbouring threads, the points are summed within a
-thread, and what depends on the point alone is computed once a point.
+channels]. A few neighbouring threads read the channels of a corner, 16 bytes each; the points are summed within a
+thread; and what depends on the point alone is computed once per point.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .._schema import LIBRARY
 from .class_centers import exp
 from .tuned import tuned
 
-TILE = 1024  # elements, 32 of each thread of one warp, which waits for no other when its threads exchange
+TILE = 1024  # elements, 32 for each thread of a single warp: its threads exchange values without waiting for others
 
 
 @triton.jit
 def load_softmax(logits, there, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """(maximum, sum of exponentials) [queries] of the rows ``logits``, COUNT long, in float32."""
+    """Return (maximum, sum of exponentials) [queries] of the rows ``logits``, COUNT long, in float32."""
     columns = tl.arange(0, BLOCK)
     mask = there[:, None] & (columns < COUNT)[None, :]
     row = tl.load(logits[:, None] + columns[None, :], mask=mask, other=float("-inf")).to(tl.float32)
@@ -36,7 +36,7 @@ def load_softmax(logits, there, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_weights(logits, level, highest, total, there, POINTS: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Attention [queries, BLOCK_P] of the level's points, 0 where there are none."""
+    """Load the attention [queries, BLOCK_P] of the level's points, 0 past the last point."""
     points = tl.arange(0, BLOCK_P)
     mask = there[:, None] & (points < POINTS)[None, :]
     row = tl.load(logits[:, None] + (level * POINTS + points)[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -48,8 +48,8 @@ def load_axis(
     reference, offsets, level, size, there, stride_rx, AXIS: tl.constexpr, POINTS: tl.constexpr, BLOCK_P: tl.constexpr,
     BOX: tl.constexpr,
 ):  # fmt: skip
-    """(coordinate in pixels, offset) [queries, BLOCK_P] along x (0) or y (1), and the pixels per unit of offset
-    [queries]; ``size`` is the level's in that direction. Points that are padding are outside of it."""
+    """Return (coordinate in pixels, offset) [queries, BLOCK_P] along x (0) or y (1), and the pixels per unit of offset
+    [queries]; ``size`` is the level's in that direction. Padding points lie outside of the level."""
     points = tl.arange(0, BLOCK_P)
     mask = there[:, None] & (points < POINTS)[None, :]
     column = (level * POINTS + points) * 2 + AXIS
@@ -73,8 +73,8 @@ def size_of(sizes, level, LEVELS: tl.constexpr):
 
 @triton.jit
 def cell_of(coordinate, size):
-    """(lower corner, the coordinate's distance from it). The corner is −2, and so is neither it nor the next in the
-    level, where the coordinate is NaN or no corner of its cell is: what is converted to an integer is small."""
+    """Return (lower corner, the coordinate's distance from it). If the coordinate is NaN or its cell has no corner in
+    the level, the corner is −2, so that neither it nor the next is in the level: only small numbers become integers."""
     lower = tl.floor(coordinate)
     near = (coordinate > -1.0) & (coordinate < size)
     return tl.where(near, lower, -2.0).to(tl.int32), coordinate - lower
@@ -82,7 +82,7 @@ def cell_of(coordinate, size):
 
 @triton.jit
 def corner_of(column, row, height, width):
-    """Its token in the level, −1 outside of it: one number to be exchanged between threads."""
+    """Return a corner's token in the level, −1 outside of it: threads exchange only this one number."""
     height, width = tl.cast(height, tl.int32), tl.cast(width, tl.int32)
     there = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return tl.where(there, row * width + column, -1)
@@ -90,7 +90,7 @@ def corner_of(column, row, height, width):
 
 @triton.jit
 def load_corner(value, column, row, height, width, stride_vs, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """value [queries, points, BLOCK_D] of a corner in float32, 0 outside of the level."""
+    """Load value [queries, points, BLOCK_D] of a corner in float32, 0 outside of the level."""
     token, channels = corner_of(column, row, height, width)[:, :, None], tl.arange(0, BLOCK_D)
     mask = token >= 0
     if WIDTH != BLOCK_D:
@@ -101,7 +101,7 @@ def load_corner(value, column, row, height, width, stride_vs, WIDTH: tl.constexp
 
 @triton.jit
 def place_of(heads, Q, BLOCK_Q: tl.constexpr):
-    """(image, head, queries, which of them are there) of this program; a head's queries follow each other."""
+    """Return (image, head, queries, which of them exist) of this program; a head's queries follow each other."""
     blocks = tl.cdiv(Q, BLOCK_Q)
     per_head = tl.program_id(0) // blocks
     queries = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -147,14 +147,14 @@ def deformable_attention_kernel(
 
 @tuned("BLOCK_Q")
 def query_tile(points: int, width: int, elements: int) -> dict[str, int]:
-    """``elements`` of a tile, or one query where its points are more."""
+    """Choose how many queries make a tile of ``elements``; at least one, even if its points are more."""
     of_query = triton.next_power_of_2(points) * triton.next_power_of_2(width)
     queries = max(1, min(elements // of_query, 128))
     return {"BLOCK_Q": queries, "num_warps": max(1, min(queries * of_query // 1024, 16))}
 
 
 class Operands(NamedTuple):
-    """What the kernels read, in layouts they read: whatever is not dense where it must be is copied."""
+    """Holds the operands in layouts that the kernels read; a tensor that is not dense where it must be is copied."""
 
     value: Tensor  # [B, S, heads, D], channels next to each other
     reference: Tensor  # [B, Q, levels, 2 or 4], any strides
@@ -182,7 +182,7 @@ class Operands(NamedTuple):
 
 
 def _dense(x: Tensor, dims: int) -> Tensor:
-    """x, or a copy of it where the dimensions from ``dims`` on are not dense."""
+    """Return x, or a copy if its dimensions from ``dims`` on are not dense."""
     expected = 1
     for size, stride in zip(reversed(x.shape[dims:]), reversed(x.stride()[dims:]), strict=True):
         if size != 1 and stride != expected:
@@ -208,8 +208,8 @@ def deformable_attention(
 
 
 def level_sizes(shapes: list[int]) -> tuple[float, ...]:
-    """As floats, exact below 2²⁴: whole numbers in a tuple make Triton compile anew for those that are 1 or divisible
-    by 16."""
+    """Return the sizes as floats, which are exact below 2²⁴: for whole numbers in a tuple Triton compiles anew if they
+    are 1 or divisible by 16."""
     return tuple(float(size) for size in shapes)
 
 

@@ -1,15 +1,15 @@
 """Triton implementation of fastcss::deformable_attention_backward.
 
-With w the attention, v the corners' values, b their bilinear weights and s = Σ b v a point's sample:
+Let w be the attention, v the corners' values, b their bilinear weights, and s = Σ b v a point's sample:
 
     dw = dout · s,   dlogits = w (dw − Σ w dw),   dlocation = w dout · ∂s/∂location,   dvalue = Σ w b dout
 
-The first three are the forward's sweep again, with products along the channels. dvalue is a sum over whatever queries
-read a token, in no order that a GPU keeps, so it is added up in whole numbers, whose sum does not depend on the order:
-int64 atomics. Attention and bilinear weights are at most 1 together, so with m the largest finite |dout| of a head no
-sum exceeds Q m, and the unit is the power of two that puts Q m below 2⁶⁰. Each contribution is cut off to that unit,
-less than 2⁻⁵⁸ Q m: 2⁻⁴⁴ m at 17,821 queries, where float32 sums round by 2⁻²⁴ of themselves.
-The two lowest bits, which sums of multiples of four never touch, say that inf (1), −inf (2) or NaN (3) was added.
+The first three are the forward's sweep again, with products along the channels. dvalue is a sum over all queries that
+read a token, and a GPU keeps no order of these. So it is added up by int64 atomics: a sum of whole numbers does not
+depend on the order. Attention and bilinear weights are at most 1 together, so no sum exceeds Q m, with m the largest
+finite |dout| of a head; the unit is the power of two that puts Q m below 2⁶⁰. Each contribution is cut off to that
+unit, less than 2⁻⁵⁸ Q m: 2⁻⁴⁴ m at 17,821 queries, while float32 sums round by 2⁻²⁴ of themselves. The two lowest bits,
+which sums of multiples of four never touch, say that inf (1), −inf (2) or NaN (3) was added.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def load_gradient(dout, there, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dout [queries, BLOCK_D] in float32; the pointers are the queries'."""
+    """Load dout [queries, BLOCK_D] in float32; the pointers are the queries'."""
     channels = tl.arange(0, BLOCK_D)
     mask = there[:, None] & (channels < WIDTH)[None, :]
     return tl.load(dout[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -50,7 +50,7 @@ def load_gradient(dout, there, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 def store_reference(
     dreference, dx, dy, x_offset, y_offset, width, height, there, POINTS: tl.constexpr, BOX: tl.constexpr
 ):
-    """Sums over the points, for one level of one head."""
+    """Store the sums over the points, for one level of one head."""
     dx, dy = dx * width, dy * height
     tl.store(dreference, tl.sum(dx, 1), mask=there)
     tl.store(dreference + 1, tl.sum(dy, 1), mask=there)
@@ -68,8 +68,8 @@ def points_gradient_kernel(
     LEVELS: tl.constexpr, POINTS: tl.constexpr, WIDTH: tl.constexpr, BOX: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """doffsets, dlogits; dreference [B, heads, Q, levels, xy]; largest [B, heads, 2]: of the finite |dout|, as its
-    bits, and whether anything is not finite."""
+    """Write doffsets, dlogits and dreference [B, heads, Q, levels, xy]; and largest [B, heads, 2]: the largest finite
+    |dout|, as its bits, and whether anything is not finite."""
     batch, head, queries, there = place_of(heads, Q, BLOCK_Q)
     value += batch * stride_vb + tl.cast(head, tl.int64) * stride_vh
     logits += batch * stride_lb + queries.to(tl.int64) * stride_lq + head * (LEVELS * POINTS)
@@ -133,22 +133,22 @@ def points_gradient_kernel(
 
 @triton.jit
 def unit_shift(largest, QUERY_BITS: tl.constexpr):
-    """The unit of a head's sums is 2^−shift: shift is the most with which Q < 2^QUERY_BITS times ``largest`` stays
-    below 2⁶⁰."""
+    """Return shift; the unit of a head's sums is 2^−shift. It is the largest shift for which Q < 2^QUERY_BITS times
+    ``largest`` stays below 2⁶⁰."""
     exponent = (tl.load(largest) >> 23) - 126  # largest < 2^exponent
     return 60 - QUERY_BITS - exponent
 
 
 @triton.jit
 def times_power_of_two(x, exponent):
-    """In two steps: 2^186, for the smallest gradients, is no float32."""
+    """Multiply in two steps: 2^186, for the smallest gradients, is no float32."""
     half = exponent // 2
     x *= ((half + 127) << 23).to(tl.float32, bitcast=True)
     return x * ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
 
 
-# Knowing of 16-byte alignment, Triton would give a thread two neighbouring channels, and a warp's atomics would reach
-# every other one.
+# If Triton knew of the 16-byte alignment, it would give each thread two neighbouring channels, and one atomic of a warp
+# would reach only every second channel.
 @triton.jit(do_not_specialize=["S", "Q"], do_not_specialize_on_alignment=["sums"])
 def value_sums_kernel(
     reference, offsets, logits, dout, largest, sums, sizes, heads, S, Q,
@@ -157,7 +157,7 @@ def value_sums_kernel(
     LEVELS: tl.constexpr, POINTS: tl.constexpr, WIDTH: tl.constexpr, BOX: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """sums [B, S, heads, D] int64, zeros before: four times dvalue in units, and the two bits."""
+    """Add to sums [B, S, heads, D] int64, which are zeros before: four times dvalue in units, and the two bits."""
     batch, head, queries, there = place_of(heads, Q, BLOCK_Q)
     logits += batch * stride_lb + queries.to(tl.int64) * stride_lq + head * (LEVELS * POINTS)
     offsets += batch * stride_ob + queries.to(tl.int64) * stride_oq + head * (LEVELS * POINTS * 2)

@@ -1,11 +1,11 @@
 """Triton implementation of fastcss::merge_masks: each pixel asks the masks, the best first, until one says yes.
 
 K·h·w logits are read, mostly from the caches, and H·W labels written; a mask of full size never exists. What is left is
-arithmetic: a pixel of a mask is the bilinear mean of four pixels of the 4h × 4w picture, each of them of four logits.
-Both steps and their roundings are torch's; the taps of a row and a column are found once for a block of pixels, before
-the loop over the masks, which ends where all of the block is decided. Masks of which no logit near the block is above
-the threshold are left out: one tile of the logits there tells it of eight masks or more. And where the picture has its
-size already the second step is a copy: four taps a pixel in place of sixteen.
+arithmetic: a pixel of a mask is the bilinear mean of four pixels of the 4h × 4w picture, each of which is the mean of
+four logits. Both steps and their roundings are torch's. The taps of a row and a column are found once for a block of
+pixels, before the loop over the masks, which ends when all of the block is decided. A mask is left out if no logit near
+the block is above the threshold; one tile of the logits there decides that for eight masks or more. If the picture has
+the size 4h × 4w already, the second step is a copy: four taps per pixel instead of sixteen.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .._schema import LIBRARY
 
 UPSCALE = 4
 BLOCK_H, BLOCK_W = 16, 32
-MAX_LOGITS = 1024  # near a block, of several masks, looked at in one tile
+MAX_LOGITS = 1024  # logits near a block, of several masks, that one tile looks at
 
 
 @triton.jit
 def _taps(i, scale, size):
-    """(first tap, second tap, weight of the second) of output ``i`` in torch's bilinear resizing."""
+    """Return (first tap, second tap, weight of the second) of output ``i`` in torch's bilinear resizing."""
     source = tl.maximum(scale * (i.to(tl.float32) + 0.5) - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int32), size - 1)
     return first, tl.minimum(first + 1, size - 1), source - first.to(tl.float32)
@@ -37,7 +37,7 @@ def _mean(a, b, weight):
 
 @triton.jit
 def _upscaled(mask, rows, columns, stride_h, stride_w, there):
-    """Pixels of the 4h × 4w picture from the taps of their rows and columns."""
+    """Compute pixels of the 4h × 4w picture from the taps of their rows and columns."""
     top, bottom, down = rows
     left, right, across = columns
     top, bottom = top.to(tl.int64)[:, None] * stride_h, bottom.to(tl.int64)[:, None] * stride_h
@@ -64,7 +64,8 @@ def merge_masks_kernel(
     SAME_SIZE: tl.constexpr, LOOK: tl.constexpr, GROUP: tl.constexpr, REGION_H: tl.constexpr, REGION_W: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """labels and score [height, width] of one block. Logits up to ``never_above`` mean no pixel above the threshold."""
+    """Write labels and score [height, width] of one block. No pixel is above the threshold if no logit is above
+    ``never_above``."""
     blocks = tl.cdiv(width, BLOCK_W)
     rows = tl.program_id(0) // blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     columns = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -118,7 +119,7 @@ def merge_masks_kernel(
 
 
 def _region(block: int, scale: float) -> int:
-    """Logits, as a power of two, among which all taps of ``block`` outputs are."""
+    """Return how many logits, as a power of two, contain all taps of ``block`` outputs."""
     return triton.next_power_of_2(int(block * scale / UPSCALE) + 4)
 
 
@@ -145,7 +146,7 @@ def merge_masks(
             merge_masks_kernel[(triton.cdiv(height, BLOCK_H) * triton.cdiv(width, BLOCK_W),)](
                 masks, scores, order.contiguous(), labels, score if want_score else None,
                 count, h, w, height, width, crop_height, crop_width, scale_h, scale_w, 1 / UPSCALE,
-                # A mean of equal signs is off by some roundings of 2⁻²⁴.
+                # The mean of logits of the same sign is off by a few roundings of 2⁻²⁴.
                 threshold, threshold - 2e-6 * abs(threshold), *masks.stride(), *scores.stride(),
                 SAME_SIZE=(height, width) == (crop_height, crop_width), LOOK=look,
                 GROUP=min(MAX_LOGITS // (region_h * region_w), 32), REGION_H=region_h, REGION_W=region_w,

@@ -1,16 +1,18 @@
 """Triton implementation of fastcss::multi_lora: y_s = x_s Wᵀ + bias + scale_t (x_s A_tᵀ) B_tᵀ for every slot s.
 
-Where the time is, for S slots of M rows in bf16 on a GPU of 4.3 TB/s and 700 TFLOP/s (a byte is worth 163 FLOP):
+The limits are these, for S slots of M rows in bf16 on a GPU of 4.3 TB/s and 700 TFLOP/s (a byte is worth 163 FLOP):
 
-- Shared x, large M: 2·M·N·K FLOP of base GEMM against 2·S·M·N bytes of y, so writing y is the limit up to K ≈ 163·S.
-  The base tile is computed once, stays in registers for all slots and never goes to memory.
-- x of each slot, large M: the base GEMM is the limit and the rank loop adds r/K to it. The shrink is either a launch of
-  its own, which reads x once more, or goes into the K loop of the base GEMM, which then has r more columns in every
-  column block; an element of x (2 bytes, or 2 FLOP a column) costs as much to read again as 163 such columns.
-- M ≤ 64: latency, and W from L2, where all slots share it. One launch, parallel over slots and narrow column blocks.
+- Shared x, large M: the base GEMM has 2·M·N·K FLOP, and y has 2·S·M·N bytes, so writing y is the limit up to
+  K ≈ 163·S. The base tile is computed once, stays in registers for all slots and never goes to memory.
+- An x for each slot, large M: the base GEMM is the limit and the rank loop adds r/K to it. The shrink is either a
+  launch of its own, which reads x once more, or goes into the K loop of the base GEMM, which then has r more columns in
+  every column block. Reading an element of x again (2 bytes; a column takes 2 FLOP of it) costs as much as 163 such
+  columns.
+- M ≤ 64: the limits are latency, and W from L2, where all slots share it. One launch is parallel over slots and narrow
+  column blocks.
 
 Tiles depend on the rows of one slot and on the layer, never on the number of slots or on what is in them, so a slot's
-result is the same in any company.
+result is the same whatever the other slots are.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from .multi_lora_device import expand_kernel, fused_kernel, shrink_kernel
 from .tuned import tuned
 
 SMALL_M = 64
-# Up to so many columns, over all column blocks, the shrink is cheaper inside the base GEMM than reading x again.
+# The shrink is cheaper inside the base GEMM than reading x again, up to so many columns over all column blocks.
 FUSED_COLUMNS = 128
 
 
 class Adapters(NamedTuple):
-    """The adapters as the kernels see them. The gradient of x swaps the two sides."""
+    """Holds the adapters as the kernels see them. The gradient of x swaps the two sides."""
 
     down: Tensor  # [Σr, K]
     up: Tensor  # [Σr, N]
@@ -50,7 +52,7 @@ class Adapters(NamedTuple):
         return self.count if self.index is None else self.index.shape[0]
 
     def new_hidden(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """Room for h: [M, Σr] in the packed order, or with an index [S, M, max_rank]."""
+        """Allocate h: [M, Σr] in the packed order, or [S, M, max_rank] with an index."""
         shape = (rows, self.down.shape[0]) if self.index is None else (self.slots, rows, self.max_rank)
         return self.down.new_empty(shape, dtype=dtype)
 
@@ -60,12 +62,13 @@ class Adapters(NamedTuple):
         return cls(*tensors, max_rank)
 
     def hidden_strides(self, rows: int) -> tuple[int, int]:
-        """Strides of slots and rows of h. Packed, the slots are told apart by their first column instead."""
+        """Return the strides of slots and rows of h. In the packed order, slots differ in their first column
+        instead."""
         return (0, self.down.shape[0]) if self.index is None else (rows * self.max_rank, self.max_rank)
 
 
 def slot_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of slots, rows and columns; a shared x is the same in every slot."""
+    """Return the strides of slots, rows and columns; a shared x is the same in every slot."""
     return (0, *x.stride()) if x.dim() == 2 else x.stride()
 
 
@@ -82,7 +85,8 @@ def _tile(m: int, n: int, k: int, r: int, warps: int, stages: int) -> dict[str, 
 
 
 def _operands_stay_in_shared_memory() -> bool:
-    """Hopper and data-centre Blackwell read operands from shared memory, which leaves registers for 256 columns."""
+    """Tell whether tensor cores read operands from shared memory, as those of Hopper and data-centre Blackwell: that
+    leaves registers for 256 columns."""
     return not triton.knobs.runtime.interpret and 90 <= gpu_architecture() < 120
 
 
@@ -153,7 +157,7 @@ def expand(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, adapters: 
 
 
 def fused(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, h: Tensor | None) -> Tensor:
-    """The whole layer in one launch; h is written where it is given."""
+    """Compute the whole layer in one launch; h is written if it is given."""
     (rows, depth), width = x.shape[-2:], weight.shape[0]
     y = x.new_empty(adapters.slots, rows, width)
     tile = fused_tile(rows, adapters.max_rank, x.dtype)
@@ -168,7 +172,7 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, h:
 
 
 def use_fused(x: Tensor, width: int, adapters: Adapters) -> bool:
-    """Whether the one-launch kernel is the better one."""
+    """Tell whether the one-launch kernel is the better one."""
     rows = x.shape[-2]
     tile = fused_tile(rows, adapters.max_rank, x.dtype)
     if width == 0 or not 0 < adapters.max_rank <= tile["BLOCK_R"]:
@@ -180,7 +184,7 @@ def use_fused(x: Tensor, width: int, adapters: Adapters) -> bool:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, hidden_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(y [S, M, N], h in ``hidden_dtype``, or None where that is None)."""
+    """Return (y [S, M, N], h in ``hidden_dtype``, or None if that is None)."""
     if use_fused(x, weight.shape[0], adapters):
         h = None if hidden_dtype is None else adapters.new_hidden(x.shape[-2], hidden_dtype)
         return fused(x, weight, bias, adapters, h), h

@@ -1,12 +1,12 @@
 """Triton implementation of fastcss::multi_lora_backward.
 
-With g_s = scale_t · dy_s B_t, the shrink of dy by the other side of the adapters:
+Let g_s = scale_t · dy_s B_t, the shrink of dy by the other side of the adapters:
 
-    dx_s = dy_s W + g_s A_t, or for a shared x: dx = (Σ_s dy_s) W + Σ_s g_s A_t
+    dx_s = dy_s W + g_s A_t, or dx = (Σ_s dy_s) W + Σ_s g_s A_t for a shared x
     dA_t = Σ_s g_sᵀ x_s, dB_t = Σ_s h_sᵀ dy_s over the slots s of adapter t
 
-dx is the forward kernel with Wᵀ and the sides swapped. dA and dB read x and dy once and are bound by that; they are
-split over chunks of rows to fill the GPU, and the chunks are added in a fixed order, so nothing is atomic.
+The forward kernel computes dx, with Wᵀ and the sides swapped. dA and dB read x and dy once and are bound by that; they
+are split over chunks of rows to fill the GPU, and the chunks are added in a fixed order, so nothing is atomic.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .multi_lora import Adapters, expand, linear, precision, rank_block, shrink,
 from .multi_lora_device import dot, load_tile, store_tile
 from .tuned import tuned
 
-# Rows of one slot that one program reduces. Fixed, so that a gradient does not depend on the number of adapters.
+# One program reduces this many rows of one slot. It is fixed, so that a gradient does not depend on how many adapters
+# there are.
 CHUNK = 512
 
 
@@ -30,7 +31,7 @@ def _add_outer(
     acc, h, v, first, last, first_rank, column, rank, C, stride_hm, stride_vm, stride_vc,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """acc + vᵀ h over the rows first..last."""
+    """Compute acc + vᵀ h over the rows first..last."""
     for m in range(first, last, BLOCK_M):
         v_tile = load_tile(v, column, m, C, last, stride_vc, stride_vm, BLOCK_C, BLOCK_M)
         h_tile = load_tile(h, m, first_rank, last, rank, stride_hm, 1, BLOCK_M, BLOCK_R).to(v_tile.dtype)

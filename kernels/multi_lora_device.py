@@ -10,7 +10,7 @@ INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(slot, row block, column block). Eight row blocks in turn use a weight tile while it is in L2."""
+    """Return (slot, row block, column block). Eight row blocks in turn use a weight tile while it is in L2."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     slot = pid // (blocks_m * blocks_n)
@@ -23,7 +23,8 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def adapter_of(slot, offsets, index, num_adapters):
-    """(adapter, first row, rank, valid) of a slot. Index -1 has rank 0; so has a wrong one, which is not valid."""
+    """Return (adapter, first row, rank, valid) of a slot. Index -1 has rank 0; so has a wrong one, which is not
+    valid."""
     adapter = slot if index is None else tl.load(index + slot)
     known = (adapter >= 0) & (adapter < num_adapters)
     start = tl.load(offsets + adapter, mask=known, other=0)
@@ -35,7 +36,8 @@ def adapter_of(slot, offsets, index, num_adapters):
 def load_tile(
     base, row, column, num_rows, num_columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The tile of a strided matrix that begins at (row, column), 0 outside of it. 64-bit offsets: strides are any."""
+    """Load the tile of a strided matrix that begins at (row, column), 0 outside of it. Offsets have 64 bits, as strides
+    may be any."""
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     offset = rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
@@ -99,7 +101,7 @@ def shrink_kernel(
         x_tile = load_tile(x, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
         down_tile = load_tile(down, k, column, K, rank, 1, K, BLOCK_K, BLOCK_R).to(x_tile.dtype)
         acc = dot(x_tile, down_tile, acc, PRECISION)
-    # Beyond the rank h is 0 even where x is not finite.
+    # h is 0 beyond the rank even if x is not finite.
     acc = tl.where((columns < rank)[None, :], acc * scale[None, :], 0.0)
     store_tile(h, acc, row, column, M, rank if index is None else width, stride_hm)
 
@@ -110,8 +112,8 @@ def _add_delta(
     ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + h up, over the true rank."""
-    if ONE_BLOCK:  # no inner loop, so that the loop over slots around this one can be pipelined
+    """Compute acc + h up, over the true rank."""
+    if ONE_BLOCK:  # without an inner loop the loop over slots can be pipelined
         h_tile = load_tile(h, row, 0, M, rank, stride_hm, 1, BLOCK_M, BLOCK_R).to(dtype)
         up_tile = load_tile(up, 0, column, rank, N, N, 1, BLOCK_R, BLOCK_N).to(dtype)
         acc = dot(h_tile, up_tile, acc, PRECISION)
@@ -145,7 +147,7 @@ def expand_kernel(
     OVER_SLOTS: tl.constexpr, ONE_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The base tile x Wᵀ + bias, and on top of it h_s up_t.
+    """Compute the base tile x Wᵀ + bias, and add h_s up_t to it.
 
     OVER_SLOTS: "none", the tile belongs to one slot; "write", every slot adds to the same base and writes its own y;
     "sum", all slots add to the base and y is written once (the gradient of a shared x).
@@ -188,7 +190,8 @@ def fused_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One launch for one layer: every tile of x feeds the base and the shrink, whose whole rank is in registers."""
+    """Compute one layer in one launch: every tile of x feeds the base and the shrink, whose whole rank is in
+    registers."""
     slot, block_m, block_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     row, column = block_m * BLOCK_M, block_n * BLOCK_N
     ranks = tl.arange(0, BLOCK_R)
@@ -204,7 +207,7 @@ def fused_kernel(
         down_tile = load_tile(down, k, 0, K, rank, 1, K, BLOCK_K, BLOCK_R).to(x_tile.dtype)
         acc = dot(x_tile, w_tile, acc, PRECISION)
         hidden = dot(x_tile, down_tile, hidden, PRECISION)
-    # Beyond the rank h is 0 even where x is not finite.
+    # h is 0 beyond the rank even if x is not finite.
     scale = tl.load(scales + adapter, mask=rank > 0, other=0.0)
     hidden = tl.where((ranks < rank)[None, :], hidden * scale, 0.0)
     if h is not None and block_n == 0:

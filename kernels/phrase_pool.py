@@ -1,9 +1,9 @@
 """Triton implementation of fastcss::phrase_pool.
 
-4·B·C·M·D FLOP against C·M·D elements of phrases: a few images a batch are no work for a GPU, so reading the phrases,
-1 µs for 150 classes of 31 × 512 in 16 bits, and the launches are the limit. Two of them: the cosines of a class with
-16 images in one program, as products, and the weighted sums of a block of columns. No [B, C, M, D] is made; [B, C, M]
-is. |cos| ≤ 1, so the softmax needs no maximum.
+There are 4·B·C·M·D FLOP for C·M·D elements of phrases. A batch of a few images is no work for a GPU, so the limit is to
+read the phrases (1 µs for 150 classes of 31 × 512 in 16 bits) and to launch. There are two launches: a program of the
+first computes the cosines of a class with 16 images, as products; one of the second the weighted sums of a block of
+columns. No [B, C, M, D] is made; [B, C, M] is. |cos| ≤ 1, so the softmax needs no maximum.
 
 Operands are float32, which tensor cores read as tf32: 16-bit inputs are exact in that, and weights lose 2⁻¹¹.
 """
@@ -27,7 +27,7 @@ IMAGES = tl.constexpr(16)
 
 
 class Cosines(NamedTuple):
-    """What the weights are made of, float32."""
+    """Holds what the weights are made of, float32."""
 
     cosine: Tensor  # [B, C, M]
     mass: Tensor  # [B, C] = Σ_m exp cosine
@@ -39,7 +39,7 @@ class Cosines(NamedTuple):
 
 @triton.jit
 def load_wide(base, row, column, rows, columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """load_tile in float32."""
+    """Call load_tile and convert to float32."""
     return load_tile(base, row, column, rows, columns, stride_row, stride_column, ROWS, COLUMNS).to(tl.float32)
 
 
@@ -48,7 +48,7 @@ def phrase_cosine_kernel(
     cls, phrases, dpooled, cosine, mass, cls_scale, phrase_scale, dweight, dmean, B, C, M, D,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """See Cosines; the gradients only where ``dpooled`` [B, C, D] is given."""
+    """Write the fields of Cosines; the gradients only if ``dpooled`` [B, C, D] is given."""
     which, image = tl.program_id(0) % C, tl.program_id(0) // C * IMAGES
     which64 = tl.cast(which, tl.int64)
     phrases += which64 * M * D
@@ -88,7 +88,7 @@ def phrase_cosine_kernel(
 
 @triton.jit
 def load_weights(cosine, mass, image, which, m, B, C, M, BLOCK_M: tl.constexpr):
-    """(weights, cosines) [IMAGES, BLOCK_M], 0 outside."""
+    """Load (weights, cosines) [IMAGES, BLOCK_M], 0 outside."""
     images = image + tl.arange(0, IMAGES)
     prompts = m + tl.arange(0, BLOCK_M)
     cosines = load_tile(cosine + tl.cast(which, tl.int64) * M, image, m, B, M, C * M, 1, IMAGES, BLOCK_M)

@@ -1,6 +1,6 @@
 """Triton implementation of fastcss::phrase_pool_backward.
 
-With w the weights, c the cosines, dw_bcm = dpooled_bc · x_cm and dc = w (dw − Σ_m w dw), and unit rows ê and x̂:
+Let w be the weights, c the cosines, dw_bcm = dpooled_bc · x_cm, dc = w (dw − Σ_m w dw), and ê and x̂ the unit rows:
 
     dx_cm = Σ_b w dpooled_bc + (Σ_b dc ê_b − x̂_cm Σ_b dc c) / ‖x_cm‖,   de_b = (Σ_cm dc x̂_cm − ê_b Σ_cm dc c) / ‖e_b‖
 
@@ -21,13 +21,13 @@ from .cost_filter import SMALLEST
 from .multi_lora_device import dot, load_tile, store_tile
 from .phrase_pool import IMAGES, cosines_of, exp, load_weights, load_wide, phrase_block, product_precision
 
-ROWS = 32  # phrases that a program takes at a time for the gradient of cls
+ROWS = 32  # a program takes this many phrases at a time for the gradient of cls
 MAX_SPLITS = 16
 
 
 @triton.jit
 def projected(products, unit, along, scale):
-    """(products − unit · along) · scale; a row whose length was taken for 1e-12 is divided by a constant."""
+    """Compute (products − unit · along) · scale. A row whose length was replaced by 1e-12 is divided by a constant."""
     along = tl.where(scale < 1.0 / SMALLEST, along, 0.0)
     return (products - unit * along[:, None]) * scale[:, None]
 

@@ -1,11 +1,11 @@
 """Triton implementation of fastcss::prompt_mlp: two layers, each row of z with the weights of its own class.
 
-A row reads L H + H O weights for 2 FLOP each, so the weights' bytes are the limit (5 MB a class in bfloat16) and there
-is nothing to share but by rows of one class. One launch a layer; a program is one row and 32 columns, so that 20 rows
-are 640 programs and more, each with four loads of 16 bytes a thread on their way. A thread keeps the sums of the
-weights that it reads, which meet once at the end: the order of a sum depends on the layer alone, and a row is the same
-in any company. Programs of all rows for one block of columns are neighbours, so rows of one class find their weights in
-the cache. The rows in between, after the relu, stay in float32.
+A row reads L H + H O weights for 2 FLOP each, so the weights' bytes are the limit (5 MB per class in bfloat16), and
+only rows of the same class can share them. Each layer is one launch. A program takes one row and 32 columns, so that 20
+rows are 640 programs and more, each with four loads of 16 bytes per thread in flight. A thread keeps the sums of the
+weights that it reads, which are added once at the end: the order of a sum depends on the layer alone, so a row's result
+is the same whatever the other rows are. Programs of all rows for one block of columns are neighbours, so rows of the
+same class find their weights in the cache. The rows in between, after the relu, stay in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def layer_kernel(
 ):  # fmt: skip
     """y [R, width] = x_r W_i + bias_i for i = index[r], 0 for index -1 and NaN for one outside of the classes.
 
-    The result is 0, too, where ``gate`` [R, width] is given and not above 0: the relu's gradient.
+    If ``gate`` [R, width] is given, the result is also 0 where the gate is not above 0: the relu's gradient.
     """
     r = tl.cast(tl.program_id(0) % R, tl.int64)
     column = tl.program_id(0) // R * BLOCK_WIDTH

@@ -1,9 +1,9 @@
 """Triton implementation of fastcss::prompt_mlp_backward.
 
-dh = dy w2ᵀ where h > 0 and dz = dh w1ᵀ are the forward's layers with the weights turned round, by strides. The weights'
-gradients are whole tensors, some 5 MB for each of all classes, so writing them is the limit: a program is one tile of
-one class, looks through the index for its rows, and adds them up in their order, in registers; most find none, and
-write zeros.
+dh = dy w2ᵀ (0 unless h > 0) and dz = dh w1ᵀ are the forward's layers with the weights transposed, by strides. The
+weights' gradients are whole tensors, some 5 MB for each of all classes, so writing them is the limit. A program has one
+tile of one class: it looks through the index for its rows, and adds them up in their order, in registers. Most find
+none and write zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .._schema import LIBRARY
 from .multi_lora_device import store_tile
 from .prompt_mlp import layer
 
-ROWS = tl.constexpr(128)  # of the index, looked through at a time
+ROWS = tl.constexpr(128)  # entries of the index that are looked through at a time
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -51,7 +51,7 @@ def weights_gradient_kernel(
 
 
 def weights_gradient(x: Tensor, dy: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(dweights, dbias) of a layer with these ``weights`` [K, depth, width]; dy contiguous."""
+    """Return (dweights, dbias) of a layer with these ``weights`` [K, depth, width]; dy must be contiguous."""
     classes, depth, width = weights.shape
     dweights, dbias = weights.new_empty(weights.shape), weights.new_empty(classes, width)
     blocks = max(triton.cdiv(depth, 32), 1) * triton.cdiv(width, 128)

@@ -1,12 +1,12 @@
 """Triton implementation of fastcss::select_tokens: cosines, their best class, and the tokens of each class in order.
 
-2 N D bytes of tokens and 2 N C D FLOP: at C = 20 reading the tokens is the limit, some microseconds, so what counts is
-the number of launches. Two: the first multiplies a block of tokens with all classes, the squares of the same tiles
-giving the lengths, and leaves the best class of each token, a bit for each class with which it reaches the threshold,
-and, for each class, how many tokens of the block it has, how many reach it and the sum of their cosines. A program of
-the second owns one place of one class: from the running count over blocks it finds the block, in it the token, and
-copies its row, or zeros where the class has no such token. No token is ever sent anywhere, so there is nothing to be
-ordered by atomics, and nothing is read on the host.
+There are 2 N D bytes of tokens and 2 N C D FLOP. At C = 20 reading the tokens is the limit, some microseconds, so the
+number of launches counts. There are two. The first multiplies a block of tokens with all classes; the squares of the
+same tiles give the lengths. It leaves the best class of each token, a bit for each class with which the token reaches
+the threshold, and for each class how many tokens of the block it has, how many reach it, and the sum of their cosines.
+A program of the second owns one place of one class: from the running count over blocks it finds the block, in it the
+token, and copies its row, or zeros if the class has no such token. Each place fetches its token, so there is nothing to
+order by atomics, and nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .multi_lora_device import dot, load_tile
 from .tuned import tuned
 
 SMALLEST = tl.constexpr(1e-12)  # shorter rows count as this long
-BLOCK_N = 64  # tokens of one count
-BLOCKS = tl.constexpr(512)  # of tokens, whose counts are summed at a time
+BLOCK_N = 64  # tokens that are counted together
+BLOCKS = tl.constexpr(512)  # counts of so many blocks of tokens are summed at a time
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def clamped_root(squares):
 
 @triton.jit
 def _store_bits(above, reaches, left, c, C):
-    """The words of a block of tokens, of which ``left`` are there, a bit for each of the classes c …."""
+    """Store the words of a block of tokens, of which ``left`` exist, with a bit for each of the classes c …."""
     WORDS: tl.constexpr = (reaches.shape[1] + 31) // 32
     classes = tl.arange(0, reaches.shape[1])
     bits = reaches.to(tl.int32) << (classes % 32)[None, :]
@@ -51,8 +51,9 @@ def best_class_kernel(
     BEST_ONLY: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """best [B, N], above [B, N, words]; of each block of tokens [B, C, blocks] how many survive for a class, how many
-    it averages and the sum of their cosines. BLOCK_C is a multiple of 32 or at least C: no two blocks share a word."""
+    """Write best [B, N] and above [B, N, words]; and for each block of tokens, [B, C, blocks], how many survive for a
+    class, how many it averages, and the sum of their cosines. BLOCK_C is a multiple of 32 or at least C, so that no two
+    blocks share a word."""
     blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) % blocks
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -100,7 +101,8 @@ def best_class_kernel(
 
 @triton.jit
 def find_token(best, block_counts, c, place, N, blocks, BLOCK_N: tl.constexpr):
-    """The token at ``place`` of those that survive for class c, N where there is none; all pointers are the image's."""
+    """Find the token at ``place`` of those that survive for class c, or N if there is none; pointers are the
+    image's."""
     offsets = tl.arange(0, BLOCKS)
     before = 0  # tokens in blocks that were looked at
     found = -1
@@ -124,7 +126,7 @@ def copy_selected_kernel(
     tokens, best, block_counts, block_support, block_sums, selected, counts, presence, support,
     N, C, D, length, blocks, places, stride_tb, stride_tn, stride_td, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One place of one class in ``selected`` [B, C, length]; the first also writes the class's counts and presence."""
+    """Write one place of one class in ``selected`` [B, C, length]; the first also writes its counts and presence."""
     place = tl.program_id(0) % places
     per_class = tl.cast(tl.program_id(0) // places, tl.int64)
     batch, c = per_class // C, per_class % C

@@ -1,14 +1,14 @@
 """Triton implementation of fastcss::select_tokens_backward.
 
-With t̂ and ĉ of length one and g = dpresence / n, where class c averages n tokens,
+Let t̂ and ĉ be the unit rows, and g = dpresence / n for a class c that averages n tokens:
 
     u = Σ g ĉ over the classes that average a token,    v = Σ t̂ over the tokens of a class
-    dt = dselected where the token was copied to + (u − (u · t̂) t̂) / ‖t‖,    dc = g (v − (v · ĉ) ĉ) / ‖c‖
+    dt = dselected of the token's copy + (u − (u · t̂) t̂) / ‖t‖,    dc = g (v − (v · ĉ) ĉ) / ‖c‖
 
-and 0 for tokens of no class. Four launches: the place of each token among those of its best class, which is a running
-count, and g / ‖c‖; the tokens' gradients; v over splits of the tokens; and the sum of the splits in their order. Sums
-over pairs are products with a matrix of zeros and ones. A row shorter than 1e-12 is divided by that constant, so its
-own direction is not taken out.
+and 0 for tokens without a class. Four launches find the place of each token among those of its best class, which is a
+running count, and g / ‖c‖; the tokens' gradients; v over splits of the tokens; and the sum of the splits in their
+order. Sums over pairs are products with a matrix of zeros and ones. A row shorter than 1e-12 is divided by that
+constant, so its own direction is not taken out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def token_places_kernel(
     dpresence, classes, support, best, places, slopes,
     C, N, D, stride_cb, stride_cc, stride_cd, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """places [B, N] of one class: how many of its tokens are before each of them; slopes [B, C]: g / ‖c‖."""
+    """Write places [B, N] of one class, how many of its tokens are before each of them; and slopes [B, C], g / ‖c‖."""
     batch, c = tl.cast(tl.program_id(0) // C, tl.int64), tl.program_id(0) % C
     offsets = tl.arange(0, BLOCK_N)
     before = 0
@@ -57,7 +57,8 @@ def token_places_kernel(
 
 @triton.jit
 def _pairs(chosen, above, rows, columns, there, C, BEST_ONLY: tl.constexpr):
-    """Whether each of the classes ``columns`` averages each of the tokens ``rows``, whose best class is ``chosen``."""
+    """Tell whether each of the classes ``columns`` averages each of the tokens ``rows``, whose best class is
+    ``chosen``."""
     if BEST_ONLY:
         return chosen[:, None] == columns[None, :]
     place = rows.to(tl.int64)[:, None] * tl.cdiv(C, 32) + (columns // 32)[None, :]
@@ -67,8 +68,8 @@ def _pairs(chosen, above, rows, columns, there, C, BEST_ONLY: tl.constexpr):
 
 @triton.jit
 def _add_masked(mask, rows, acc, EXACT: tl.constexpr):
-    """acc + mask · rows as products of bfloat16, which has the range of float32: of what the first leaves a second, and
-    where it is to be as exact as float32 a third."""
+    """Compute acc + mask · rows by products in bfloat16, which has the range of float32. A second product takes what
+    the first leaves of the rows, and a third what the second leaves if it must be as EXACT as float32."""
     ones = tl.where(mask, 1.0, 0.0).to(tl.bfloat16)
     first = rows.to(tl.bfloat16)
     rest = rows - first.to(tl.float32)
@@ -82,7 +83,7 @@ def _add_masked(mask, rows, acc, EXACT: tl.constexpr):
 
 @triton.jit
 def _load_rows(base, rows, d, there, D, stride_row, stride_d, BLOCK_D: tl.constexpr):
-    """float32 [rows, BLOCK_D] of the rows listed, 0 where they are not there."""
+    """Load the listed rows as float32 [rows, BLOCK_D], 0 for those that do not exist."""
     columns = d + tl.arange(0, BLOCK_D)
     offset = rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_d
     return tl.load(base + offset, mask=there[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
@@ -93,7 +94,7 @@ def _pull(
     classes, slopes, above, chosen, rows, there, d, C, D, stride_cc, stride_cd,
     BEST_ONLY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Channels d … of u for the tokens ``rows``."""
+    """Compute channels d … of u for the tokens ``rows``."""
     acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
     for c in range(0, C, BLOCK_C):
         columns = c + tl.arange(0, BLOCK_C)
@@ -112,7 +113,7 @@ def tokens_gradient_kernel(
     N, C, D, length, stride_tb, stride_tn, stride_td, stride_cb, stride_cc, stride_cd,
     BEST_ONLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dtokens [B, N, D], and the lengths ‖t‖ [B, N] of the tokens that survive."""
+    """Write dtokens [B, N, D], and the lengths ‖t‖ [B, N] of the tokens that survive."""
     blocks = tl.cdiv(N, BLOCK_N)
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
     n = tl.program_id(0) % blocks * BLOCK_N
@@ -155,7 +156,7 @@ def class_sums_kernel(
     N, C, D, batches, splits, per_split, stride_tb, stride_tn, stride_td,
     BEST_ONLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """v over a split of the tokens, [splits, B, C, D]."""
+    """Sum v over a split of the tokens, [splits, B, C, D]."""
     blocks_c, blocks_d = tl.cdiv(C, BLOCK_C), tl.cdiv(D, BLOCK_D)
     c = tl.program_id(0) % blocks_c * BLOCK_C
     d = tl.program_id(0) // blocks_c % blocks_d * BLOCK_D
@@ -193,7 +194,7 @@ def classes_gradient_kernel(
     classes, slopes, partial, dclasses,
     C, D, batches, splits, stride_cb, stride_cc, stride_cd, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dclasses [B, C, D] from the splits."""
+    """Compute dclasses [B, C, D] from the splits."""
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C
     batch = tl.program_id(0) // blocks_c
@@ -208,7 +209,7 @@ def classes_gradient_kernel(
         along += tl.sum(c_rows * _sum_splits(partial, batch, batches, splits, c, d, C, D, BLOCK_C, BLOCK_D), 1)
     class_length = clamped_root(squares)
     along = tl.where(class_length > SMALLEST, along / class_length / class_length, 0.0)
-    slope = tl.load(slopes + batch64 * C + rows, mask=rows < C, other=0.0)  # 0 where no token is averaged
+    slope = tl.load(slopes + batch64 * C + rows, mask=rows < C, other=0.0)  # 0 if the class averages no token
     for d in range(0, D, BLOCK_D):
         c_rows = load_tile(classes, c, d, C, D, stride_cc, stride_cd, BLOCK_C, BLOCK_D).to(tl.float32)
         total = _sum_splits(partial, batch, batches, splits, c, d, C, D, BLOCK_C, BLOCK_D)

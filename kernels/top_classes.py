@@ -1,9 +1,9 @@
 """Triton implementation of fastcss::top_classes: the k best of each row, in order.
 
-A score and its place become one int64 that sorts as they do, so that ties settle themselves and every key is unlike any
-other. A row of up to ROW keys is one program's bitonic top-k in registers; of a longer one every block gives its k best
-keys, and those are gone through again. 4 bytes a score are read once; it is latency that counts: one launch for the
-class counts of a data set, two for 20,000 and k ≤ 128, three at k = 512. For more than MAX_K the library sorts the row.
+A score and its place become one int64 that sorts as they do, so that all keys differ and there are no ties. One program
+does a bitonic top-k of a row of up to ROW keys in registers; every block of a longer row gives its k best keys, and
+those are gone through again. 4 bytes per score are read once, so latency is what counts: one launch for the class
+counts of a data set, two for 20,000 and k ≤ 128, three at k = 512. The library sorts the row for more than MAX_K.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .._schema import LIBRARY
 
 ROW = 4096  # keys that one program holds in registers
-BLOCK = 1024  # of a longer row
+BLOCK = 1024  # keys in each block of a longer row
 MAX_K = 1024
 LAST = tl.constexpr(0x7FFFFFFF)
 LOWEST = tl.constexpr(-(2**63))
@@ -24,7 +24,7 @@ LOWEST = tl.constexpr(-(2**63))
 
 @triton.jit
 def sortable(x):
-    """int32 in the order of the float32 numbers, both zeros alike and NaN above all."""
+    """Map float32 to int32 of the same order, both zeros alike and NaN above all."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x != x, LAST, bits ^ ((bits >> 31) & LAST))
 
@@ -42,16 +42,17 @@ def _exchange(x, STRIDE: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def _larger_of_runs(x, RUN: tl.constexpr):
-    """Of a falling run and a rising one, the larger of each two keys: the RUN largest, in an order that is bitonic."""
+    """Take the larger of each two keys of a falling run and a rising one: the RUN largest, in a bitonic order."""
     half: tl.constexpr = x.shape[0] // 2
     return tl.reshape(tl.max(tl.reshape(x, [half // RUN, 2, RUN]), 1), [half])
 
 
 @triton.jit
 def top_keys(x, LOG_K: tl.constexpr, LOG_HALVINGS: tl.constexpr):
-    """The K largest of x, the largest first, by a bitonic sort of runs of K and of the larger halves of two runs.
+    """Return the K largest of x, the largest first, by a bitonic sort of runs of K and of the larger halves of two
+    runs.
 
-    As tl.topk, which the interpreter runs element by element.
+    tl.topk does the same, but the interpreter runs it element by element.
     """
     for i in tl.static_range(1, LOG_K + 1):
         for j in tl.static_range(i):
@@ -69,9 +70,9 @@ def top_classes_kernel(
     width, blocks, k, stride_b, stride_t,
     LOG_K: tl.constexpr, LOG_HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """The K best of each block of K · 2^LOG_HALVINGS in a row: of its scores, or of keys ``candidates`` [B, width].
+    """Find the K best of each block of K · 2^LOG_HALVINGS in a row: of scores, or of keys ``candidates`` [B, width].
 
-    They go to ``keys`` [B, blocks, K], or where that is None, and the row is one block, to best and index [B, k].
+    They go to ``keys`` [B, blocks, K]; or to best and index [B, k] if that is None, and then the row is one block.
     """
     K: tl.constexpr = 1 << LOG_K
     BLOCK: tl.constexpr = K << LOG_HALVINGS
@@ -98,7 +99,7 @@ def top_classes_kernel(
 
 
 def best_of_rows(score: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """score [B, T] → the k best in ``dtype`` and their places, by the scores before they are rounded to that."""
+    """Find the k best of score [B, T] and their places. Scores are compared before they are rounded to ``dtype``."""
     rows, width = score.shape
     if k > MAX_K:
         best, index = score.sort(dim=1, descending=True, stable=True)

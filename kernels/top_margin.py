@@ -1,14 +1,15 @@
 """Triton implementation of fastcss::top_margin and its backward: two logits and the softmax in one read.
 
-2 or 4 bytes a logit and some ten instructions, of which one is special: on a GPU of 4.3 TB/s reading bfloat16 takes
-no longer than the instructions, so both have to overlap. A thread holds the pixels of one 16-byte load and the state of
-their softmax for all classes; a block of classes is on its way while the block before is looked at, and the running
-maximum, which is the larger of the two logits kept, moves once a block: one exponential a logit. A label's own logit is
-fetched beforehand: one load a pixel, mostly of a line that is read anyway, in place of two instructions a logit.
+A logit has 2 or 4 bytes and takes some ten instructions, one of them special. On a GPU of 4.3 TB/s reading bfloat16
+takes no longer than the instructions, so both have to overlap. A thread holds the pixels of one 16-byte load and the
+state of their softmax for all classes. A block of classes is loaded while the block before is looked at. The running
+maximum, which is the larger of the two logits kept, changes once per block: that makes one exponential per logit. A
+label's own logit is fetched beforehand: one load per pixel, mostly from a line that is read anyway, instead of two
+instructions per logit.
 
-Comparisons in that loop pass NaN by. It shows in the sum, and only pixels that have one are gone through again, with
-NaN above all. Backward, p_j = exp(z_j − z_first) p_first from the saved p_first, one more read and one write: no sum of
-logit and logarithm is rounded on the way, so the softmax is as exact for logits of 10⁴ as for logits of 1.
+Comparisons in that loop ignore NaN. It shows in the sum, and only pixels that have one are gone through again, with NaN
+above all. Backward, p_j = exp(z_j − z_first) p_first from the saved p_first, one more read and one write: no sum of a
+logit and a logarithm is rounded on the way, so the softmax is as exact for logits of 10⁴ as for logits of 1.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from .._schema import LIBRARY
 from .class_centers import exp, finite_or_zero
 from .tuned import tuned
 
-CLASSES = tl.constexpr(8)  # loads on their way
+CLASSES = tl.constexpr(8)  # loads in flight
 
 
 @triton.jit
 def _of_class(c, C, there):
-    """``there``, nowhere for c ≥ C. Compared as blocks: in Triton's interpreter a block & a scalar is no mask."""
+    """Return ``there``, or False everywhere for c ≥ C. Blocks are compared, as a block & a scalar is no mask in
+    Triton's interpreter."""
     return there & (tl.full(there.shape, c, tl.int32) < C)
 
 
 @triton.jit
 def _load_classes(logits, c, C, stride_lc, there):
-    """The pixels' logits of the classes from c, −∞ beyond C."""
+    """Load the pixels' logits of the classes from c on, −∞ beyond C."""
     block = ()
     for i in tl.static_range(CLASSES):
         offset = tl.cast(c + i, tl.int64) * stride_lc
@@ -53,7 +55,7 @@ def _larger(best, z, NAN: tl.constexpr):
 
 @triton.jit
 def _meet(z, c, true_logit, true, rival_logit, rival, LABELS: tl.constexpr, NAN: tl.constexpr):
-    """The two logits and their classes after class c. Of equal logits the one before stays."""
+    """Update the two logits and their classes by class c. If logits are equal, the one before stays."""
     if LABELS:
         other = tl.where(true == c, float("-inf"), z)
         rival = tl.where(_above(other, rival_logit, NAN), c, rival)
@@ -76,7 +78,7 @@ def top_margin_kernel(
     C, N, stride_lb, stride_lc, stride_ln, stride_yb, stride_yn, ignore_index,
     LABELS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All outputs [B, N], for a block of pixels."""
+    """Write all outputs [B, N] for a block of pixels."""
     blocks = tl.cdiv(N, BLOCK_N)
     batch = tl.cast(tl.program_id(0) // blocks, tl.int64)
     pixels = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -87,14 +89,14 @@ def top_margin_kernel(
         ignored, known = given == ignore_index, (given >= 0) & (given < C)
         label = tl.where(known, given, -1).to(tl.int32)
     logits += batch * stride_lb + pixels.to(tl.int64) * stride_ln
-    # Where all logits are −∞, these classes are the result.
+    # These classes are the result if all logits are −∞.
     true, rival = label, tl.where(label == 0, 1, 0)
     true_logit = tl.full([BLOCK_N], float("-inf"), tl.float32)
     rival_logit = true_logit
     if LABELS:
         own = logits + label.to(tl.int64) * stride_lc
         true_logit = tl.load(own, mask=there & known, other=float("-inf")).to(tl.float32)
-    base = tl.zeros([BLOCK_N], tl.float32)  # what the softmax subtracts
+    base = tl.zeros([BLOCK_N], tl.float32)  # the softmax subtracts this
     mass = tl.zeros([BLOCK_N], tl.float32)
     block = _load_classes(logits, 0, C, stride_lc, there)
     for c in range(0, C, CLASSES):
@@ -181,7 +183,8 @@ def top_margin_gradient_kernel(
 
 @tuned("BLOCK_N")
 def pixel_block(dtype: torch.dtype) -> dict[str, int]:
-    """16 bytes of pixels a thread, and registers for 512² pixels on 132 multiprocessors at once."""
+    """Choose a block with 16 bytes of pixels per thread, and registers for 512² pixels on 132 multiprocessors at
+    once."""
     return {"BLOCK_N": 64 * (16 // dtype.itemsize), "num_warps": 2, "maxnreg": 255 if dtype.itemsize == 2 else 128}
 
 

@@ -1,9 +1,9 @@
 """Triton implementation of fastcss::topk_queries: the tokens of the largest logit, whose logits are never written.
 
-2·B·N·C·D FLOP against B·N·D elements: at C = 150 in 16 bits 150 FLOP a byte, about where products and memory take the
-same time, 3 µs for 22,223 tokens of 256 columns, so launches count as much. The classes are gone through inside a
-program, whose tokens stay in the cache, and 4 bytes a token leave it. Then the k best as in top_classes, by the float32
-scores, and their rows.
+There are 2·B·N·C·D FLOP for B·N·D elements: 150 FLOP per byte at C = 150 in 16 bits, where products and memory take
+about the same time, 3 µs for 22,223 tokens of 256 columns, so launches count as much. A program goes through the
+classes while its tokens stay in the cache, and writes 4 bytes per token. Then the k best are found as in top_classes,
+by the float32 scores, and their rows are gathered.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def gather_rows_kernel(features, index, queries, k, D, stride_b, stride_n, strid
 @tuned("BLOCK_N", "BLOCK_C", "BLOCK_D")
 def score_tile(classes: int, dtype: torch.dtype) -> dict[str, int]:
     depth, stages = (32, 3) if dtype == torch.float32 else (64, 4)
-    block_c = min(max(triton.next_power_of_2(classes), 16), 64)  # 150 classes are 192 columns
+    block_c = min(max(triton.next_power_of_2(classes), 16), 64)  # 150 classes make 192 columns
     return {"BLOCK_N": 64, "BLOCK_C": block_c, "BLOCK_D": depth, "num_warps": 4, "num_stages": stages}
 
 

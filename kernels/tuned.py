@@ -1,4 +1,4 @@
-"""Tiles that were measured to be the fastest on a GPU, in place of those that the kernels' host code would choose."""
+"""Takes tiles that were measured to be the fastest on a GPU, in place of those that the host code would choose."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import triton
 from .._dispatch.private_apis import gpu_architecture
 from .tuned_tiles import TILES
 
-#: "<file>.<function>" of a choice of tiles → the sizes that may be others, for the same results but for rounding.
+#: Maps the "<file>.<function>" that chooses a tile to the sizes of it that may change; results differ by rounding only.
 FREE: dict[str, tuple[str, ...]] = {}
 
 
 def tuned(*free: str) -> Callable:
-    """For a function from sizes to a tile: the table's tile where it has one for such sizes, else the function's.
+    """Decorate a function from sizes to a tile: the table's tile is used if it has one for these sizes.
 
-    Only the ``free`` sizes of a tile, its warps and its stages may differ. The function's arguments may not be of the
-    batch, so that neither is the tile.
+    Only the ``free`` sizes of a tile, its warps and its stages may differ. The function's arguments must not depend on
+    the batch, so that the tile does not either.
     """
 
     def decorate(choose: Callable[..., dict]) -> Callable[..., dict]:
@@ -42,7 +42,7 @@ def _table() -> dict[str, dict] | None:
 
 
 def size_class(name: str, sizes: tuple) -> str:
-    """Such as "multi_lora.expand_tile 32768 256 32 bfloat16 write": whole numbers up to the next power of two."""
+    """Name the sizes, as "multi_lora.expand_tile 32768 256 32 bfloat16 write"; numbers go up to a power of two."""
     return " ".join((name, *(_class_of(size) for size in sizes)))
 
 

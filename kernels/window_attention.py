@@ -1,8 +1,8 @@
-"""Triton implementation of fastcss::window_attention: each token is read where it lies in the map.
+"""Triton implementation of fastcss::window_attention: each token is read from its place in the map.
 
-A token's channel is 8 bytes of q, k, v and output in bfloat16, for 4 window² FLOP: 41 MB against 1 GFLOP for the first
-stage of Swin-T at 800 × 1066, so memory is the limit, and after it the instructions of the softmax. A program takes a
-head of some windows that follow each other, one tile [window², window²] of scores each:
+A token's channel has 8 bytes of q, k, v and output in bfloat16 for 4 window² FLOP. That makes 41 MB and 1 GFLOP for the
+first stage of Swin-T at 800 × 1066, so memory is the limit, and after it the instructions of the softmax. A program
+takes one head of some consecutive windows; each has one tile [window², window²] of scores:
 
 - the 4 warps of one program are the warpgroup that multiplies 64 rows, enough for 7² tokens, and several programs on a
   multiprocessor wait for memory at the same time;
@@ -42,9 +42,9 @@ from .window_attention_device import (
     window_at,
 )
 
-PER_MULTIPROCESSOR = 4  # programs, which their registers allow
+PER_MULTIPROCESSOR = 4  # programs: their registers allow this many
 REGISTERS = 65536 // (PER_MULTIPROCESSOR * 128)
-# Which of them are multiples of 16 makes no kernel better.
+# Kernels do not get better if Triton knows which of these are multiples of 16.
 SIZES = ["H", "W", "rows", "columns", "heads", "shift", "windows", "per_program"]
 
 
@@ -63,7 +63,7 @@ def window_attention_kernel(
     first = tl.program_id(0) // (heads * BLOCKS) * per_program
     queries = tl.program_id(0) // heads % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     bias_tile = load_bias(bias, head, queries, tl.arange(0, BLOCK), COUNT)
-    # What can be computed again does not stay in registers from window to window.
+    # Values that can be computed again must not stay in registers from window to window.
     for number in tl.range(first, min(first + per_program, windows), disable_licm=True):
         sample, window = window_at(number, sizes, shift, WINDOW)
         place, in_map, there = tokens_at(queries, sample, head, window, sizes, WINDOW)
@@ -91,7 +91,7 @@ def window_attention_kernel(
 
 
 class Operands(NamedTuple):
-    """What the kernels read: only channels have to be next to each other."""
+    """Holds what the kernels read: only channels have to be next to each other."""
 
     q: Tensor  # [B, H, W, heads, D]
     k: Tensor
@@ -110,12 +110,12 @@ class Operands(NamedTuple):
         return *(x.stride()[:4] for x in (q, k, v)), *(x.stride()[:2] for x in pads)
 
     def sizes(self, window: int) -> tuple[int, ...]:
-        """(H, W, rows of windows, columns of windows, heads)."""
+        """Return (H, W, rows of windows, columns of windows, heads)."""
         _, height, width, heads, _ = self.q.shape
         return height, width, triton.cdiv(height, window), triton.cdiv(width, window), heads
 
     def wide(self, *more: Tensor) -> bool:
-        """Whether a sample of one of them, or of a dense result, is too large for offsets of 32 bits."""
+        """Tell whether a sample of any of them, or of a dense result, is too large for offsets of 32 bits."""
         maps = self.q, self.k, self.v, *more
         extents = (sum((size - 1) * step for size, step in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in maps)
         return max(self.q[0].numel(), *extents) >= 2**31
@@ -130,7 +130,7 @@ def adjacent(x: Tensor) -> Tensor:
 
 
 def block_sizes(window: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """One tile for all tokens of a window where 64 rows are enough; fewer where channels fill registers."""
+    """Choose one tile for all tokens of a window if 64 rows are enough; fewer rows if channels fill the registers."""
     block_d = max(triton.next_power_of_2(width), 16)
     largest = min(max((4096 if dtype == torch.float32 else 8192) // block_d, 16), 64)
     return {"BLOCK": min(max(triton.next_power_of_2(window**2), 16), largest), "BLOCK_D": block_d}
@@ -138,18 +138,19 @@ def block_sizes(window: int, width: int, dtype: torch.dtype) -> dict[str, int]:
 
 @tuned()
 def warps_and_stages(window: int, width: int, dtype: torch.dtype) -> dict[str, int | None]:
-    """And registers of a thread, where a limit lets more programs run on a multiprocessor."""
+    """Choose warps and stages; and a limit on registers per thread, if that lets more programs run on a
+    multiprocessor."""
     tile = block_sizes(window, width, dtype)
     if dtype == torch.float32 or tile["BLOCK_D"] > 128:
         return {"num_warps": 8, "num_stages": 1, "maxnreg": None}
-    # With three stages the next window is on its way while this one is computed.
+    # Three stages load the next window while this one is computed.
     stages = 3 if _operands_stay_in_shared_memory() else 2
     whole = window**2 <= tile["BLOCK"] and tile["BLOCK_D"] <= 32
     return {"num_warps": 4, "num_stages": stages, "maxnreg": REGISTERS if whole else None}
 
 
 def windows_of_program(windows: int, heads: int, per_multiprocessor: int) -> int:
-    """Windows that one program takes for all programs to run at once."""
+    """Return how many windows one program takes, so that all programs run at once."""
     return triton.cdiv(windows * heads, MULTIPROCESSORS * per_multiprocessor)
 
 

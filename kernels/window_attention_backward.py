@@ -1,13 +1,13 @@
 """Triton implementation of fastcss::window_attention_backward.
 
-With P the attention, dP = dout vᵀ and dS = P (dP − rows of Σ P dP):
+Let P be the attention, dP = dout vᵀ, and dS = P (dP − Σ P dP of the row):
 
     dv = Pᵀ dout,   dq = scale dS k,   dk = scale dSᵀ q,   dbias = Σ dS over samples and windows
 
-A token is in one window, so what it gets is stored, and a window of up to 64 tokens is one tile: P and dP stay in
-registers, and each program adds up the dS of its windows there. Programs leave these sums, as windows at the edges
-leave those of their padding tokens' dk and dv, in float32, and another kernel adds them in a fixed order. For larger
-windows see window_attention_blocks.
+A token is in one window only, so its gradients are stored, not added. A window of up to 64 tokens is one tile: P and dP
+stay in registers, and each program adds up the dS of its windows there. Programs leave these sums in float32, and so do
+windows at the edges those of their padding tokens' dk and dv; another kernel adds them in a fixed order. See
+window_attention_blocks for larger windows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .window_attention_device import (
     window_at,
 )
 
-# Programs: what a sum of dS takes of the registers is a third.
+# Programs on a multiprocessor: a sum of dS takes a third of the registers.
 WITH_BIAS, WITHOUT_BIAS = 2, 3
 REGISTERS = 65536 // (WITHOUT_BIAS * 128) // 8 * 8
 

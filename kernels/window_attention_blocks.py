@@ -1,7 +1,8 @@
-"""Gradients of windows that are larger than a tile: over blocks of queries, blocks of keys, and of both for the bias.
+"""Computes gradients of windows larger than a tile, by blocks of queries, of keys, and of both for the bias.
 
-The first kernel leaves of each query what gives its attention again: the maximum of its scores, 1 / Σ exp above that,
-and Σ P dP. Each kernel computes the scores and dP anew; nothing of size [windows, window², window²] is written.
+The first kernel keeps for each query what restores its attention: the maximum of its scores, 1 / Σ exp(score −
+maximum), and Σ P dP. Each kernel computes the scores and dP again; nothing of size [windows, window², window²] is
+written.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from .window_attention_device import (
 
 @triton.jit
 def load_statistics(statistics, queries, number, head, windows, heads, COUNT: tl.constexpr):
-    """(maximum, 1 / Σ exp, Σ P dP) of queries, from [3, windows, heads, window²] float32."""
+    """Load (maximum, 1 / Σ exp, Σ P dP) of queries from [3, windows, heads, window²] float32."""
     step = tl.cast(windows, tl.int64) * heads * COUNT
     statistics += (tl.cast(number, tl.int64) * heads + head) * COUNT + tl.minimum(queries, COUNT - 1)
-    total = tl.load(statistics + 2 * step, mask=queries < COUNT, other=0.0)  # as dout, so that their dS is 0
+    total = tl.load(statistics + 2 * step, mask=queries < COUNT, other=0.0)  # dout is 0 there too, so their dS is 0
     return tl.load(statistics), tl.load(statistics + step), total
 
 
@@ -46,7 +47,7 @@ def query_gradients_kernel(
     WINDOW: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries, and their ``statistics``."""
+    """Write dq of a block of queries, and their ``statistics``."""
     COUNT: tl.constexpr = WINDOW * WINDOW
     BLOCKS: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
     sizes = (H, W, rows, columns)
@@ -102,7 +103,7 @@ def key_gradients_kernel(
     WINDOW: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys."""
+    """Write dk and dv of a block of keys."""
     COUNT: tl.constexpr = WINDOW * WINDOW
     BLOCKS: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
     sizes = (H, W, rows, columns)
@@ -147,7 +148,7 @@ def bias_gradients_kernel(
     WINDOW: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dS of a block of queries and keys, summed over ``per_program`` windows: [parts, heads, window², window²]."""
+    """Sum dS of a block of queries and keys over ``per_program`` windows: [parts, heads, window², window²]."""
     COUNT: tl.constexpr = WINDOW * WINDOW
     BLOCKS: tl.constexpr = (COUNT + BLOCK - 1) // BLOCK
     sizes = (H, W, rows, columns)
@@ -178,7 +179,7 @@ def bias_gradients_kernel(
 def block_gradients(
     pointers: tuple[Tensor | None, ...], strides: tuple, scalars: tuple, constants: dict, blocks: int, parts: int
 ) -> None:
-    """The arguments of window_gradients_kernel, sorted."""
+    """Compute the gradients; the arguments are those of window_gradients_kernel, sorted."""
     *inputs, dq, dk, dv, bias_parts, key_parts, value_parts = pointers
     *sizes, heads, shift, windows, per_program, batches, scale = scalars
     common = *sizes, heads, shift, windows

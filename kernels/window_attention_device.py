@@ -1,4 +1,4 @@
-"""Device code of fastcss::window_attention: where a window's tokens lie in the map, and what they are read as.
+"""Device code of fastcss::window_attention: where a window's tokens lie in the map, and how they are read.
 
 ``sizes`` are (H, W, rows of windows, columns of windows), ``window`` is (number, first row, first column) of one, and
 ``place`` is (sample, head, rows, columns) of tokens.
@@ -16,7 +16,7 @@ from .multi_lora_device import dot
 
 @triton.jit
 def window_at(number, sizes, shift, WINDOW: tl.constexpr):
-    """(sample, window); windows are counted row by row and sample by sample."""
+    """Return (sample, window); windows are counted row by row and sample by sample."""
     _, _, rows, columns = sizes
     top, left = number // columns % rows * WINDOW + shift, number % columns * WINDOW + shift
     return tl.cast(number // (columns * rows), tl.int64), (number, top, left)
@@ -24,8 +24,10 @@ def window_at(number, sizes, shift, WINDOW: tl.constexpr):
 
 @triton.jit
 def tokens_at(index, sample, head, window, sizes, WINDOW: tl.constexpr):
-    """(place of a window's tokens, whether they are in the map, else padding, whether the window has so many). Those
-    it does not have repeat its last: what a tile holds more than a window is finite where the window is."""
+    """Return (place of a window's tokens, whether they are in the map or padding, whether the window has so many).
+
+    Tokens past the window's last repeat that one, so that the rest of a tile is finite if the window is.
+    """
     H, W, rows, columns = sizes
     _, top, left = window
     there = index < WINDOW * WINDOW
@@ -38,7 +40,7 @@ def tokens_at(index, sample, head, window, sizes, WINDOW: tl.constexpr):
 
 @triton.jit
 def regions_of(index, window, sizes, WINDOW: tl.constexpr):
-    """Tokens of a window that came around an edge of the map are no neighbours of those that did not: another region.
+    """Return the region of each token: those that came around an edge of the map are no neighbours of the others.
 
     The parity of the window's number changes nothing, but without it the compiler would keep the columns of all tokens
     in registers from window to window.
@@ -52,8 +54,8 @@ def regions_of(index, window, sizes, WINDOW: tl.constexpr):
 
 @triton.jit
 def offsets_of(strides, place, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets [tokens, BLOCK_D] in a sample's head; the strides are those of (sample, row, column, head). In 32 bits
-    where that is enough: in 64, the addresses of a window's tensors take twice the registers."""
+    """Return offsets [tokens, BLOCK_D] in a sample's head; the strides are those of (sample, row, column, head). They
+    have 32 bits unless WIDE: with 64, the addresses of a window's tensors take twice the registers."""
     _, _, row, column = place
     if WIDE:
         row, column = row.to(tl.int64), column.to(tl.int64)
@@ -75,7 +77,7 @@ def load_tokens(x, strides, place, mask, D: tl.constexpr, BLOCK_D: tl.constexpr,
 def load_filled(
     x, strides, pad, pad_strides, place, in_map, there, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
 ):
-    """The tokens ``in_map``, the padding [B, heads, D] in place of others; 0 for those not ``there``."""
+    """Load the tokens ``in_map``, the padding [B, heads, D] in place of others, and 0 for those not ``there``."""
     channels = tl.arange(0, BLOCK_D)[None, :]
     pad += place[0] * pad_strides[0] + tl.cast(place[1], tl.int64) * pad_strides[1]
     tokens = head_of(x, strides, place) + offsets_of(strides, place, BLOCK_D, WIDE)
@@ -84,7 +86,7 @@ def load_filled(
 
 @triton.jit
 def store_tokens(x, tile, place, mask, sizes, heads, D: tl.constexpr, WIDE: tl.constexpr):
-    """Into a dense [B, H, W, heads, D]."""
+    """Store tokens into a dense [B, H, W, heads, D]."""
     H, W, _, _ = sizes
     sample, head, row, column = place
     x += (sample * H * W * heads + head) * D
@@ -96,7 +98,8 @@ def store_tokens(x, tile, place, mask, sizes, heads, D: tl.constexpr, WIDE: tl.c
 
 @triton.jit
 def load_bias(bias, head, queries, keys, COUNT: tl.constexpr):
-    """Bias [queries, keys] of a head; −∞ for keys that are none, so that nothing else has to mask them."""
+    """Load the bias [queries, keys] of a head; it is −∞ for keys past the last, so that nothing else has to mask
+    them."""
     bias += tl.cast(head, tl.int64) * (COUNT * COUNT)
     offset = tl.minimum(queries, COUNT - 1)[:, None] * COUNT + keys[None, :]
     return tl.load(bias + offset, mask=(keys < COUNT)[None, :], other=float("-inf"))
@@ -106,7 +109,7 @@ def load_bias(bias, head, queries, keys, COUNT: tl.constexpr):
 def scores_of(
     q_tile, k_tile, bias_tile, queries, keys, window, sizes, scale, WINDOW: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """scale · q kᵀ + bias, less 100 between tokens that are no neighbours."""
+    """Compute scale · q kᵀ + bias, less 100 between tokens that are no neighbours."""
     products = dot(q_tile, tl.trans(k_tile), tl.zeros([q_tile.shape[0], k_tile.shape[0]], tl.float32), PRECISION)
     scores = products * scale + bias_tile.to(tl.float32)
     if (window[1] + WINDOW > sizes[2] * WINDOW) | (window[2] + WINDOW > sizes[3] * WINDOW):
@@ -117,13 +120,13 @@ def scores_of(
 
 @triton.jit
 def exp_above(scores, base):
-    """exp(score − maximum) of rows; ``base`` is the maximum in units of log 2."""
+    """Compute exp(score − maximum) of rows; ``base`` is the maximum in units of log 2."""
     return exp2(scores * LOG2_E - base[:, None])
 
 
 @triton.jit
 def padding_slot(window, sizes, WINDOW: tl.constexpr):
-    """Padding is in the last two rows and columns of windows; each of these windows has a slot for its sums."""
+    """Return a window's slot: padding is in the last two rows and columns of windows, and each of those has one."""
     H, _, rows, columns = sizes
     number, top, _ = window
     column, row = number % columns, number // columns % rows
@@ -133,7 +136,7 @@ def padding_slot(window, sizes, WINDOW: tl.constexpr):
 
 @triton.jit
 def store_padding_sum(parts, tile, padding, slot, place, batches, heads, D: tl.constexpr):
-    """Sum of the ``tile`` over ``padding`` tokens to a slot of ``parts`` [slots, B, heads, D]."""
+    """Store the sum of the ``tile`` over ``padding`` tokens to a slot of ``parts`` [slots, B, heads, D]."""
     channels = tl.arange(0, tile.shape[1])
     parts += ((tl.cast(slot, tl.int64) * batches + place[0]) * heads + place[1]) * D
     tl.store(parts + channels, tl.sum(tl.where(padding[:, None], tile, 0.0), 0), mask=channels < D)
@@ -141,7 +144,7 @@ def store_padding_sum(parts, tile, padding, slot, place, batches, heads, D: tl.c
 
 @triton.jit(do_not_specialize=["PARTS"])
 def sum_parts_kernel(parts, total, PARTS, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """total [N] of ``parts`` [PARTS, N]."""
+    """Sum ``parts`` [PARTS, N] to total [N]."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for p in range(0, PARTS, BLOCK_P):
