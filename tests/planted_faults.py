@@ -37,7 +37,7 @@ SECONDS = 600  # after which a test counts as caught by hanging
 
 
 class Found(NamedTuple):
-    """What came of a planted fault: the test that failed by it, and whether one did."""
+    """Records what came of a planted fault: the test that failed by it, and whether one did."""
 
     by: str
     caught: bool
@@ -160,7 +160,7 @@ def preload() -> None:
 
 
 def run_tests(tree: Path, tests: str, output: int) -> int:
-    """In a child: pytest in the copy of the tree, whose exit code this is."""
+    """Run pytest in the copy of the tree, in a child, and return its exit code."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(tree)

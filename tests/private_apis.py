@@ -1,6 +1,6 @@
-"""What tests reach into of torch and Triton that is private there, and for which of their versions.
+"""Has all that tests use of torch and Triton though it is private there, and says for which versions.
 
-Another version may have it elsewhere or not at all: whoever takes one looks here first.
+Another version may have it elsewhere or not at all: look here first when you change versions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CUDA, META = 1, 14
 
 
 def device_guards() -> ctypes.Array:
-    """What torch does around a call to switch to its device, by type of device; for meta tensors that is nothing."""
+    """Return how torch switches devices around a call, by type of device; for meta tensors it does nothing."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     return (ctypes.c_void_p * 16).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
 

@@ -1,4 +1,4 @@
-"""Which implementation runs, and what is said where one cannot."""
+"""Tests which implementation runs, and what is said if one cannot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_an_implementation_without_a_kernel_for_the_op_is_refused(monkeypatch):
 
 
 def test_kernels_that_had_to_be_compiled_are_tested(device):
-    """Where they are not, no test has a case of them: ``make test`` says that they have to be there."""
+    """If the kernels are missing, no test has a case of them: ``make test`` says that they have to be there."""
     if os.environ.get("FASTCSS_REQUIRE_COMPILED") == "1":
         assert backends.UNAVAILABLE[device] is None
 
@@ -89,7 +89,7 @@ def interpreter(device):
 
 
 def test_an_interpreter_that_runs_no_kernel_is_refused(interpreter, monkeypatch):
-    """As that of Triton 3.6 with NumPy 2.4."""
+    """Triton 3.6's interpreter is like that with NumPy 2.4."""
     assert interpreter.why_not(torch.float32) is None
 
     def fails(*arguments):
@@ -102,7 +102,7 @@ def test_an_interpreter_that_runs_no_kernel_is_refused(interpreter, monkeypatch)
 
 
 def test_an_interpreter_that_cuts_off_is_refused_for_that_dtype(interpreter, monkeypatch):
-    """As those of Triton 3.6 to 3.9."""
+    """The interpreters of Triton 3.6 to 3.9 are like that."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     assert interpreter.why_not(torch.bfloat16) is None
@@ -125,7 +125,7 @@ def test_an_interpreter_that_cuts_off_is_refused_for_that_dtype(interpreter, mon
 
 
 def test_every_raw_op_of_the_cuda_sources_has_both_launchers(monkeypatch):
-    """What csrc/cuda/*.cu registers and what is compiled at first use are the same ops."""
+    """csrc/cuda/*.cu must register the same ops as are compiled at first use."""
     sources = "".join(path.read_text() for path in nvrtc.folder().glob("*.cu"))
     if not sources:
         pytest.skip("installed without csrc/cuda/*.cu")

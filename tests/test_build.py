@@ -1,4 +1,4 @@
-"""What is built: without a compiler that will do, with the project's address, by the tools of one release each."""
+"""Tests what is built: without a usable compiler, with the project's address, by the tools of one release each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's counter says of the raw ops: by hand, with the products that a backward pass computes again."""
+"""Tests torch's count of the raw ops' FLOPs against figures by hand, with the products that a backward recomputes."""
 
 from __future__ import annotations
 

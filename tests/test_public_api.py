@@ -1,4 +1,4 @@
-"""What docs/stability.md promises of the public names: options go by name, types are whole, the import is light."""
+"""Tests what docs/stability.md promises of public names: options go by name, types are whole, the import is light."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from docs.make_reference import BESIDES
 from fastcss import data, models
 
 BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-#: What only commands and extras want; a user of the ops does not wait for it.
+#: Only commands and extras need these; a user of the ops must not wait for them.
 HEAVY = ("pytest", "peft", "transformers", "sklearn", "PIL", "matplotlib", "rich", "torchmetrics", "torch._dynamo")
 COST = """
 import json, sys, time
@@ -64,7 +64,7 @@ def test_these_are_the_public_functions():
 
 
 def test_options_go_by_name():
-    """By position go the first argument, what has no default, and tensors, as in torch's own functions."""
+    """Only the first argument, those without a default, and tensors may go by position, as in torch's own functions."""
     wrong = []
     for name, function in FUNCTIONS.items():
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
@@ -74,7 +74,7 @@ def test_options_go_by_name():
 
 
 def test_annotations_are_whole():
-    """What has none is Any to a user's type checker, which then finds nothing wrong with it."""
+    """A parameter without an annotation is Any to a user's type checker, which then finds nothing wrong with it."""
     bare = []
     for name, function in FUNCTIONS.items():
         signature = inspect.signature(function)
@@ -91,7 +91,7 @@ def test_the_package_says_that_it_is_typed():
 
 
 def test_importing_it_costs_little_beside_torch():
-    """At most 0.3 s of a CPU on which torch takes 0.8; the least of three, as whatever else runs only adds to it."""
+    """The import may cost 0.3 s on a CPU on which torch's takes 0.8; the least of three counts, as other load adds."""
     runs = []
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", COST], cwd=ROOT, check=True, capture_output=True, text=True)

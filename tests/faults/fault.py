@@ -1,4 +1,4 @@
-"""What a planted fault is."""
+"""Defines a planted fault."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """A small wrong change of one file, and the tests that have to fail by it.
+    """Holds a small wrong change of one file, and the tests that have to fail by it.
 
     Attributes:
         name: what is wrong, in a few words with dashes between them.

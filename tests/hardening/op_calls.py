@@ -40,7 +40,7 @@ def lora(x, weight, a, b, bias=None, *, packed, impl, **options) -> Tensor:
 
 
 def make_lora(mode, rows, inputs, outputs, ranks, *, seed=0, **options) -> Call:
-    """In mode "routed" a slot for each adapter and one for the bare layer, in any order."""
+    """Make a call of multi_lora; mode "routed" has a slot for each adapter and one for the bare layer, in any order."""
     slots = torch.randperm(len(ranks) + 1, generator=torch.Generator().manual_seed(seed)) - 1
     index = slots.tolist() if mode == "routed" else None
     made = lora_inputs.make(mode, rows, inputs, outputs, ranks, index=index, seed=seed, **options)
@@ -98,11 +98,11 @@ Sizes = Callable[[int, int], SearchStrategy[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """How a call of an op is made, of which shapes, with which options, and how it is compared with the reference.
+    """Says how to make a call of an op, with which shapes and options, and how to compare it with the reference.
 
     Attributes:
-        example: a shape that is shared out among threads, and does not take long.
-        small: a few elements a side.
+        example: a shape whose call is shared out among threads, and does not take long.
+        small: a shape with a few elements in each dimension.
     """
 
     make: Callable[..., Call]
@@ -278,5 +278,5 @@ OPS = {
 
 
 def example(op: str, dtype: torch.dtype = torch.float32) -> Call:
-    """One that is shared out among threads, and does not take long."""
+    """Make a call that is shared out among threads, and does not take long."""
     return OPS[op].make(*OPS[op].example, dtype=dtype)

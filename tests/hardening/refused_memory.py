@@ -48,7 +48,7 @@ def by_a_limit() -> None:
 
 
 def by_turns(refuse: Callable[[int, int], None]) -> None:
-    """As often as allocations of the op fail. Each time in a thread of its own, which has no workspaces yet."""
+    """Refuse each allocation of an op in turn, each time in a new thread, which has no workspaces yet."""
     warm = example("top_margin")
     warm_gradients = warm.output_gradients()
     for op in OPS:

@@ -18,7 +18,7 @@ from fastcss._dispatch import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Of the examples that are asked for: torch's own code is not what is tested, and the interpreter is slow.
+#: The share of the examples that each gets: torch's own code is not what is tested, and the interpreter is slow.
 SHARES = {"cpu": 1, "cuda": 1 / 2, "composed": 1 / 4, "triton": 1 / 12}
 
 
@@ -34,7 +34,7 @@ def with_any_stride_where_it_means_nothing(tensor: Tensor) -> Tensor:
     return tensor.as_strided(tensor.shape, strides)
 
 
-#: With the same values.
+#: These layouts keep the values.
 SAME = [
     lambda tensor: tensor,
     in_another_order,
@@ -54,7 +54,7 @@ def draw_call(data: st.DataObject, op: str, impl: str, dtype: torch.dtype, devic
 
 
 def draw_layouts(data: st.DataObject, layouts: list[Callable]) -> Callable[[Tensor], Tensor]:
-    """For each tensor another one."""
+    """Draw another layout for each tensor."""
     return lambda tensor: laid_out(tensor, data.draw(st.sampled_from(layouts), "layout")) if tensor.dim() else tensor
 
 
@@ -71,7 +71,7 @@ def test_values_and_gradients(impl, op, device, tolerances, fuzz):
     @fuzz(SHARES[impl])
     @given(st.data())
     def check(data):
-        # Of a result of one element in 16 bits torch's own products may leave nothing.
+        # torch's own products in 16 bits may be all wrong if the result is a single element.
         dtype = data.draw(st.sampled_from(DTYPES[:1] if impl == "composed" else DTYPES), "dtype")
         call = draw_call(data, op, impl, dtype, device).map(draw_layouts(data, SAME))
         gradients = tuple(map(draw_layouts(data, [*SAME, *LAYOUTS.values()]), call.output_gradients()))

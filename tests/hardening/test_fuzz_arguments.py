@@ -25,7 +25,7 @@ OTHERS = {
 
 
 def defaults(op: str) -> dict:
-    """What ``ARGUMENTS`` leaves as it is."""
+    """Return the defaults of the options that ``ARGUMENTS`` leaves out."""
     parameters = inspect.signature(getattr(ops, op)).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "impl"}
 
@@ -36,7 +36,7 @@ ANYTHING += [object(), torch.ones(()), torch.ones(0), torch.ones(1, 1, 1, 1, 1, 
 
 
 def others(value: object) -> list:
-    """What may stand in the place of ``value``."""
+    """List what may stand in the place of ``value``."""
     if isinstance(value, PackedLora | ops.FilteredCost):
         fields = vars(value) if isinstance(value, PackedLora) else value._asdict()
         return ANYTHING + [type(value)(**fields | {name: wrong}) for name in fields for wrong in others(fields[name])]

@@ -16,7 +16,7 @@ from test_fuzz import draw_call
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = {"nan": [math.nan], "infinite": [math.inf, -math.inf], "extreme": [1e15, -1e15, 1e-42, -1e-42, -0.0]}
-#: What the op's own tests know to differ from the literal code, and say why.
+#: The ops' own tests know that these differ from the literal code, and say why.
 KNOWN = {
     ("nan", "merge_masks"): "a tap of weight 0 may count",
     ("infinite", "merge_masks"): "a tap of weight 0 may count",

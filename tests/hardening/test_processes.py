@@ -14,8 +14,8 @@ from calls import runs
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("kind", ["os.fork", "fork", "spawn"])
 def test_children(kind):
-    """By hand, and as workers of a DataLoader."""
+    """Ops must work in children that are forked by hand, and in workers of a DataLoader."""
     runs("cpu", "cpu")
     program = [sys.executable, Path(__file__).with_name("children.py"), kind]
-    # Or threads that wait take the processors that other tests are at.
+    # Waiting threads would take the processors from other tests by default.
     subprocess.run(program, check=True, timeout=300, env=os.environ | {"OMP_WAIT_POLICY": "passive"})

@@ -38,7 +38,7 @@ def resident() -> int:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("op", ["top_classes", "phrase_pool"])
 def test_large_workspaces_are_given_back(op, threads, one_thread, device):
-    """Of every thread: each packs a row of 96 MiB, by itself over the 64 MiB that are kept."""
+    """Every thread must give its workspace back: each packs a row of 96 MiB, more than the 64 MiB that are kept."""
     runs("cpu", device)
     torch.set_num_threads(threads)
     zero = torch.zeros((), dtype=torch.bfloat16)

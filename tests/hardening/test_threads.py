@@ -73,7 +73,7 @@ def floats(output: object) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["one_pass", "fuse"])
 def test_one_model(kind, one_thread):
-    """Of several tasks, or on fused ops; its outputs, and the gradient of its image."""
+    """A model of several tasks, or on fused ops, must give the same outputs and image gradient in any thread."""
     if kind == "one_pass":
         model, given = fastcss.one_pass(build_adapted(vit)), inputs(vit, 2)
     else:

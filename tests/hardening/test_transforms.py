@@ -28,7 +28,7 @@ Direction = Callable[[Function, Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 class Transform(NamedTuple):
-    """What torch does, and what that means in calls and in first derivatives of torch.autograd."""
+    """Pairs what torch does with what that means in plain calls and first derivatives of torch.autograd."""
 
     by_torch: Callable[[Function, Sequence[Tensor]], Function]
     by_hand: Callable[[Function, Sequence[Tensor]], Function]
@@ -216,7 +216,7 @@ def _values(y: Tensor) -> Tensor:
 
 
 def outcome(op: str, names: tuple[str, ...], direction: Direction, impl: str = "auto") -> str:
-    """What comes of a transform of ``op``, in a word:
+    """Say in a word what comes of a transform of ``op``:
 
     - "exact";
     - "refused", by an error that names the op;
@@ -324,7 +324,7 @@ def test_exact_or_an_error_that_names_the_op(op, pytestconfig, record_table):
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("op", [op for op in SHAPES if op not in ("merge_masks", "topk_queries", "top_classes")])
 def test_tangents_of_a_kernel_are_refused(op, compile):
-    """By name, where the kernel itself is asked for; torch would give zeros."""
+    """A kernel that is asked for must refuse tangents by name; torch would give zeros."""
     f, tensors = function(op, "cpu")
     run = tangent(f, tensors)
     with (
@@ -336,7 +336,7 @@ def test_tangents_of_a_kernel_are_refused(op, compile):
 
 @pytest.mark.parametrize("op", [op for op in SHAPES if op not in ("merge_masks", "topk_queries", "top_classes")])
 def test_dual_numbers_of_a_kernel_are_refused(op):
-    """Which torch.func, whose levels the test above has, is not needed for."""
+    """Dual numbers must be refused without torch.func, too, whose levels the test above has."""
     f, tensors = function(op, "cpu")
     name = ERRORS.get(op, op.split()[0])
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=rf"{name}: .*no forward-mode"):

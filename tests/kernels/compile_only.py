@@ -30,7 +30,7 @@ TENSOR_CORE = {
 
 
 class CompileOnly:
-    """What Triton asks of a driver before it launches."""
+    """Answers what Triton asks of a driver before it launches."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture

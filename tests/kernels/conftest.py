@@ -1,4 +1,4 @@
-"""Where the tests read what the compilers made of the kernels."""
+"""Tells the tests where to read what the compilers made of the kernels."""
 
 import os
 

@@ -1,8 +1,8 @@
-"""What the compilers made of the kernels, kept in ``reports/``: to compile them all takes two cores six minutes, and
-the result is the same for as long as the sources and the compiler are.
+"""Keeps in ``reports/`` what the compilers made of the kernels: to compile them all takes two cores six minutes, and
+the result stays the same while the sources and the compiler do.
 
-Where a report no longer belongs to them, the tests read one that is made anew, and write nothing into the tree;
-``pytest tests/kernels --keep-reports`` replaces those kept. Commit them with the kernel.
+If a report no longer belongs to them, the tests read one that is made anew, and write nothing into the tree;
+``pytest tests/kernels --keep-reports`` replaces the kept ones. Commit them with the kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Reports:
         self.folders = (made, kept)
 
     def rows(self, name: str, sources: Iterable[Path], compiler: str, compile: Callable[[], list[dict]]) -> list[dict]:
-        """What ``compile`` returns for these sources and this compiler: as it is kept, if both are as they were."""
+        """Return what ``compile`` gives for these sources and this compiler: the kept rows, if both are as they
+        were."""
         made_from = {"compiler": compiler, "sources": digest(sources)}
         made = self.folders[0] / f"{name}.json"
         with open(self.folders[0] / f".{name}.lock", "w") as lock:
@@ -49,7 +50,7 @@ def _read(path: Path) -> dict:
 
 
 def digest(sources: Iterable[Path]) -> str:
-    """Of names and contents; comments, docstrings and the layout of Python's are nothing that a compiler reads."""
+    """Hash names and contents; Python's comments, docstrings and layout do not count, as no compiler reads them."""
     found = hashlib.sha256()
     for path in sorted(sources):
         text = "".join(_code(path)).encode() if path.suffix == ".py" else path.read_bytes()

@@ -12,7 +12,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 def kernels() -> list[tuple[str, list[str], str]]:
-    """Of each kernel, as the source has it: its name, its parameters and what it is decorated with."""
+    """List each kernel as the source has it: its name, its parameters and its decorator."""
     found = []
     for path in sorted(KERNELS.glob("*.py")):
         for node in ast.parse(path.read_text()).body:

@@ -1,4 +1,4 @@
-"""What the Triton ops launch compiles for three GPU generations, with the tiles the host code picks, without spilling.
+"""Tests that what the Triton ops launch compiles for three GPU generations, with the host's tiles, and does not spill.
 
 ``launches/`` has the calls of each family of ops, at the sizes that they are for.
 """
@@ -38,7 +38,7 @@ def test_kernels_compile_without_spills(family, architecture, compiled, record_t
 
 
 def test_the_compiler_says_the_same_again(compiled):
-    """Of the first calls; the rest is known from the sources, see ``reports``."""
+    """The first calls are compiled again; the rest is known from the sources, see ``reports``."""
     kept, again = compiled("multi_lora"), run("multi_lora", "1")
     assert {row["sm"] for row in again} == {80, 90, 100}
     for row in again:
@@ -59,8 +59,8 @@ def test_hopper_holds_two_programs_where_the_splits_count_on_it(compiled):
 
 
 def test_two_programs_of_a_short_text_share_a_hopper_multiprocessor(compiled):
-    """Where memory is the limit, one loads while the other multiplies: 65,536 registers and 227 KiB for both, of which
-    the system takes 1 KiB each."""
+    """If memory is the limit, one must load while the other multiplies: both have 65,536 registers and 227 KiB, of
+    which the system takes 1 KiB each."""
     rows = [row for row in compiled("bi_attention") if row["sm"] == 90 and row["kernel"] == "attend_kernel"]
     rows = [row for row in rows if row["dtype"] == "bfloat16" and row["length"] == 20]
     assert rows

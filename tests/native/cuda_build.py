@@ -63,7 +63,7 @@ class CudaOnCpu:
         self.library.set_order(order)
 
     def launch(self, file: str, name: str, grid: tuple[int, int, int], threads: int, params: bytes) -> None:
-        """In place of fastcss._dispatch.nvrtc.launch_packed."""
+        """Stand for fastcss._dispatch.nvrtc.launch_packed."""
         failure = self.library.launch(
             name.encode(), (ctypes.c_uint * 3)(*grid), threads, params, ctypes.c_size_t(len(params))
         )

@@ -267,7 +267,7 @@ def test_prompt_mlp_reads_no_class_that_is_not_there(run):
 
 
 def test_launch_by_cupy(on_cpu, monkeypatch):
-    """What CuPy is handed: one text for NVRTC, torch's device and stream, and the parameters as one value."""
+    """CuPy must get one text for NVRTC, torch's device and stream, and the parameters as one value."""
 
     class Entered:
         def __init__(self, what):

@@ -211,7 +211,7 @@ def disable(model):
 
 
 def half_made(model):
-    """What PEFT leaves where add_adapter meets a layer that it has no LoRA for."""
+    """Leave what PEFT leaves when add_adapter meets a layer that it has no LoRA for."""
     model.get_base_model().pooler.register_module("odd", nn.LayerNorm(3))
     with pytest.raises(ValueError, match="not supported"):
         model.add_adapter("new", peft.LoraConfig(r=2, target_modules=["q_proj", "odd"]))
@@ -296,7 +296,7 @@ def test_what_changes_the_tasks_is_refused_with_the_remedy(what):
 
 @torch.no_grad()
 def test_set_adapter_changes_nothing():
-    """What PEFT's loop does between calls costs no new copy."""
+    """PEFT's loop sets adapters between calls: that must not cost a new copy."""
     model, given = build_adapted(vit), inputs(vit)
     runner = fastcss.one_pass(model)
     model_copy = runner._model_copy

@@ -1,4 +1,4 @@
-"""How the runner runs: what it computes once, how many tasks side by side, and what it does where vmap cannot."""
+"""Tests how the runner runs: what it computes once, how many tasks side by side, and what it does if vmap cannot."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_writes_in_place(how, engine):
         warnings.simplefilter("ignore")
         assert_equal(runner(x, ours), loop(other, {"x": x, "given": theirs}))
     assert runner.engine == engine
-    # What the model writes into what outlives the call is there as the loop leaves it, a refused attempt undone.
+    # State that outlives the call is as the loop leaves it: a refused attempt was undone.
     torch.testing.assert_close(model.get_base_model().kept, other.get_base_model().kept)
     torch.testing.assert_close(ours, theirs)
 

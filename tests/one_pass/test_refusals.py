@@ -1,4 +1,4 @@
-"""What the runner refuses, and that it says why and leaves the model alone."""
+"""Tests what the runner refuses, and that it says why and leaves the model alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What adapters that run in turn share, and what each of them computes for itself."""
+"""Tests what adapters that run in turn share, and what each of them computes for itself."""
 
 from __future__ import annotations
 

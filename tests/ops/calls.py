@@ -1,4 +1,4 @@
-"""Which implementations an op's tests run on, and its calls in any shape and layout."""
+"""Says which implementations an op's tests run on, and makes its calls in any shape and layout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastcss._dispatch import backends
 from fastcss.selftest.comparison import Call, assert_as_good_as_eager, normal  # noqa: F401  of every op's tests
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: What is tested here of the implementations with kernels, and of all.
+#: The implementations that are tested here: those with kernels, and all.
 COMPILED = runnable("cpu", "triton")
 IMPLEMENTATIONS = ("composed", *COMPILED)
-#: Of the ops that have a kernel in CUDA C++, too.
+#: The same for ops that have a kernel in CUDA C++, too.
 COMPILED_CUDA = (*COMPILED, *runnable("cuda"))
 IMPLEMENTATIONS_CUDA = ("composed", *COMPILED_CUDA)
 NOT_OF_64_BITS = points(

@@ -1,4 +1,4 @@
-"""What holds for each op, whatever it computes: where it runs, how often, and under which transform."""
+"""Checks what holds for every op, wherever it runs, however often, and under whichever transform."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def assert_bitwise(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """In all that is wanted."""
+    """Compare everything that is wanted, bit by bit."""
     for name in want:
         assert torch.equal(got[name], want[name]), name
 
@@ -62,7 +62,7 @@ def assert_gradients_as_reference(call: Call, impl: str) -> None:
 
 
 def assert_not_finite_as_reference(call: Call, impl: str, nan_stays: bool = True) -> None:
-    """What is not finite in the literal code of this dtype is not here, and nothing else; NaN there is NaN here."""
+    """Check that exactly those values are not finite which are not in the literal code; NaN there must be NaN here."""
     dys = call.output_gradients()
     want, got = (call.leaves().results(name, dys) for name in ("reference", impl))
     for name in want:
@@ -92,7 +92,7 @@ def assert_compiles(call: Call, impl: str) -> None:
 
 
 def _gradients(outputs: Sequence[Tensor], dys: Sequence[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of the outputs that have any; nothing where none has."""
+    """Compute the gradients of the outputs that have any; nothing if none has."""
     pairs = [(y, dy.to(y.dtype)) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
     if not pairs:
         return ()
@@ -169,7 +169,7 @@ def gradcheck(call: Call, impl: str) -> None:
 
 
 def assert_once_differentiable(call: Call, impl: str) -> None:
-    """Where there is a kernel; the composed form has second derivatives, those of the reference."""
+    """Check that a kernel refuses second derivatives; the composed form must have those of the reference."""
 
     def second(impl: str) -> list[Tensor]:
         leaves = call.leaves()

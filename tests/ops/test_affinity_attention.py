@@ -85,7 +85,7 @@ def test_the_ends_of_the_sigmoid(impl, logit, dtype, device, tolerances):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_bfloat16_does_not_lose_a_small_inter(impl, device):
-    """At s = 6.25 the nearest bfloat16 of M is 1, and Σ V − M V would be 0; that of tanh(s/2) costs inter 1.4%."""
+    """M rounds to 1 in bfloat16 at s = 6.25, and Σ V − M V would be 0; rounding tanh(s/2) costs inter only 1.4%."""
     q = torch.full((1, 64, 1), 6.25, device=device, dtype=torch.bfloat16)
     call = Call(affinity_attention, {"q": q, "k": torch.ones_like(q), "v": torch.ones_like(q)})
     for sign, small in ((1, 1), (-1, 0)):

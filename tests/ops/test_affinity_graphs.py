@@ -14,7 +14,7 @@ BATCH, PIXELS, KEYS, WIDTH, CLASSES = 2, 300, 32, 80, 21
 
 
 def call_of(op: str, device: str) -> Call:
-    """In bfloat16, of sizes that leave every kernel a partial tile."""
+    """Make a call in bfloat16 whose sizes leave every kernel a partial tile."""
     tensors = {
         "q": (BATCH, PIXELS, KEYS),
         "k": (BATCH, PIXELS, KEYS),

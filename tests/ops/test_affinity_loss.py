@@ -78,7 +78,7 @@ def test_is_cross_entropy_of_the_full_map(impl, device):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_ignored_pixels_take_no_part(impl, device):
-    """As if they were not there: cut out, or of other values."""
+    """Ignored pixels must count as if they were not there: cut out, or with other values."""
     call = make(1, 70, 5, 4, device=device)
     kept = call.options["labels"][0] != IGNORED
     assert 0 < kept.sum() < 70
@@ -130,7 +130,7 @@ def test_label_maps_of_any_integers(impl, dtype, device):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_labels_may_be_any_numbers(impl, device):
-    """Without num_classes a label is a name, not a place in a table."""
+    """A label is a name without num_classes, not a place in a table."""
     call = make(2, 60, 5, 4, device=device)
     labels = call.options["labels"]
     names = torch.tensor([2**31 - 1, 0, 254, 1_000_000], device=device)

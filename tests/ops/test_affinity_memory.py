@@ -1,4 +1,4 @@
-"""What the affinity ops promise never to have in memory: an N×N map, a softmaxed map, intra and inter."""
+"""Tests what the affinity ops promise never to have in memory: an N×N map, a softmaxed map, intra and inter."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_affinity_loss():
 
 
 def test_composed_affinity_loss():
-    """What it holds at a time: no map of N×N, here 36 MiB (what the C library keeps of it is not counted)."""
+    """It must never hold a map of N×N, here 36 MiB (memory that the C library keeps is not counted)."""
     q, k = (normal(1, 3072, 16, seed=i) for i in (0, 1))
     labels = torch.zeros(1, 3072, dtype=torch.int64)
     call = Call(ops.affinity_loss, {"q": q, "k": k}, {"labels": labels}).leaves()

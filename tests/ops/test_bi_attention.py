@@ -33,7 +33,7 @@ def test_masks(impl, masks, device, tolerances):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_is_the_equation(impl, device):
-    """By hand: logits that are logarithms, of which each side's share is a fraction."""
+    """The results are worked out by hand: the logits are logarithms, so each side's weights are fractions."""
     weights = torch.tensor([[1.0, 2.0, 5.0], [3.0, 4.0, 1.0]], device=device)  # [N, L]
     q, k = weights.log().view(1, 2, 1, 3), torch.eye(3, device=device).view(1, 3, 1, 3)
     v_text, v_image = (

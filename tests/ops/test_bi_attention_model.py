@@ -46,7 +46,7 @@ def in_its_module(features: dict[str, Tensor], masks: dict[str, Tensor], heads: 
 @light(lambda masks: masks == MASKS)
 @NOT_OF_64_BITS
 def test_in_place_of_transformers_own(impl, dtype, masks, device):
-    """In its module, between its linear layers: both outputs and the gradients of all that goes in."""
+    """Both outputs and all inputs' gradients must be those of transformers' module, between its linear layers."""
     features = {n: 3 * normal(2, t, 24, seed=t, dtype=dtype, device=device) for n, t in (("image", 19), ("text", 9))}
     features = {name: tensor.requires_grad_() for name, tensor in features.items()}
     unread = {n: some(2, 9 if n == "text_mask" else 19).to(device) for n in masks}
@@ -84,7 +84,7 @@ def test_its_clamps_are_transformers_own(impl, case, masks, dtype, device):
 
 @pytest.mark.parametrize("impl", ["reference", "composed"])
 def test_its_clamps_at_random_weights(impl, device):
-    """In float64, whose rounding decides nothing: weights 1,000 times their usual size."""
+    """Weights are 1,000 times their usual size; float64's rounding decides nothing."""
     features = {
         n: normal(2, t, 24, seed=t, dtype=torch.float64, device=device) for n, t in (("image", 37), ("text", 9))
     }
@@ -147,7 +147,7 @@ def test_further_apart_than_the_model_counts(impl, case, masks, dtype, device, t
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_masked_logits_are_a_peak_too(impl, device, tolerances):
-    """As in the model, whose masks come after its floor."""
+    """The peak must include masked logits, as in the model, whose masks come after its floor."""
     for name, token in (("text_mask", 1), ("image_mask", 4)):
         call = make_far("all but one", masks=(name,), device=device)
         call.options[name][:] = False

@@ -64,7 +64,7 @@ def test_finite_differences(impl, masks, device):
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_finite_differences_at_the_floor(impl, device):
-    """Where the peak is another sample's, which the differences leave where it is."""
+    """The peak belongs to another sample, so that the differences do not move it."""
     call = make_far("some of another sample", device=device)
     dys = call.output_gradients()
     got = call.leaves().results(impl, dys)

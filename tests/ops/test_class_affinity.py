@@ -132,7 +132,7 @@ def test_nan_and_inf_propagate(impl, name, value, device):
 @light(lambda layout: layout in ("NCHW", "a slice", "expanded batch"))
 def test_any_strides(impl, layout, device, tolerances):
     call = make(2, 66, 21, 18, 13, device=device)
-    # Of classes that are all equal dq is zero, and of equal features one error of tanh counts 66 times.
+    # dq is zero if all classes are equal, and one error of tanh counts 66 times if all features are.
     kept = {n: call.tensors[n] for n in ("feats", "centers") if layout == "expanded rows"}
     call = call.map(LAYOUTS[layout]).having(**kept)
     dys = tuple(LAYOUTS[layout](dy) for dy in call.output_gradients())

@@ -90,7 +90,7 @@ def test_a_class_that_hardly_is_there(impl, dtype, over, device, tolerances):
 @OVER
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_logits_far_from_0(impl, over, device, tolerances):
-    """What they are above the smallest is exact here, and the softmax of nothing else."""
+    """Differences between these logits are exact, and the softmax must depend on nothing else."""
     call = make(2, 5, 70, 9, device=device, over=over)
     call = call.having(logits=2**14 + (call.tensors["logits"] * 64).round() / 64)
     affinity.assert_as_good_as_eager(call, impl, tolerances[torch.float32])
@@ -114,7 +114,8 @@ def test_minus_infinity_takes_a_pixel_out(impl, over, device):
 @pytest.mark.parametrize("what", ["a class", "a pixel"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_minus_infinity_everywhere_is_nan(impl, what, over, device):
-    """As in torch.softmax: a class without pixels; a pixel without classes, which only the classes' softmax minds."""
+    """A class without pixels must be NaN, as in torch.softmax; so must a pixel without classes, but only if the softmax
+    is over classes."""
     call = make(2, 4, 70, 9, device=device, over=over)
     call.tensors["logits"][(1, 2) if what == "a class" else (1, slice(None), 5)] = -math.inf
     want, got = call("reference")[0], call(impl)[0]

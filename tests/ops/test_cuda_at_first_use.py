@@ -13,7 +13,7 @@ from fastcss._launchers import LAUNCHERS
 
 
 def both(op: str, *arguments) -> tuple[Tensor, ...]:
-    """What both give."""
+    """Check that both launchers give the same, and return it."""
     compiled, at_first_use = getattr(torch.ops.fastcss, op).cuda(*arguments), LAUNCHERS[op](*arguments)
     assert len(compiled) == len(at_first_use)
     for one, other in zip(compiled, at_first_use, strict=True):

@@ -59,7 +59,8 @@ def one_image(rows: list[list[float]], points: list[tuple[float, float]], logits
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_is_the_equation(impl, device):
-    """By hand: the mean of four cells, a point in a cell's middle, half of one outside, a quarter, and one beyond."""
+    """The values are worked out by hand for the mean of four cells, a cell's middle, points with a half and three
+    quarters outside, and one beyond."""
     points = [(0.5, 0.5), (1.0, 0.0), (-0.5, 0.0), (2.5, 1.5), (5.0, 0.0), (0.25, 0.0)]
     want = [(1 + 2 + 4 + 5) / 4, 2.0, 1 / 2, 6 / 4, 0.0, 1.25]
     for point, figure in zip(points, want, strict=True):
@@ -205,7 +206,8 @@ def test_any_strides(impl, layout, box, device, tolerances):
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 @NOT_OF_64_BITS
 def test_in_place_of_transformers_own(impl, dtype, box, device):
-    """In its module, between its linear layers, with padding: the output and the gradients of all that goes in."""
+    """The output and all inputs' gradients must be those of transformers' module, between its linear layers, with
+    padding."""
     grounding_dino = pytest.importorskip("transformers.models.grounding_dino.modeling_grounding_dino")
     torch.manual_seed(0)
     config = grounding_dino.GroundingDinoConfig(d_model=24, num_feature_levels=3)

@@ -37,7 +37,7 @@ def test_threads_do_not_change_results(case, box):
 @pytest.mark.parametrize("impl", COMPILED)
 @light(lambda: False)
 def test_many_queries_at_one_place(impl, case, device):
-    """Which all add to the gradient of the same few tokens: in the same order, however they are divided up."""
+    """All queries add to the gradient of the same few tokens, and must do so in the same order on any threads."""
     call = make(*LARGE[case], dtype=torch.bfloat16, device=device)
     same = {name: call.tensors[name][:, :1].expand_as(call.tensors[name]) for name in ("reference_points", "offsets")}
     call = call.having(**same)

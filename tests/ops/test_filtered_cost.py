@@ -53,7 +53,7 @@ def test_packed_text_gives_the_same_bits(impl, dtype, shared, device):
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_packed_text_of_any_strides(impl, device):
-    """As torch.vmap hands it on, where another dimension than the first is mapped."""
+    """torch.vmap hands on such strides if it maps another dimension than the first."""
     image, text = embeddings(torch.float32, device)
     packed = pack_text(text, impl=impl)
     strided = packed._replace(
@@ -131,7 +131,7 @@ def test_scatter(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 66, 5), (1, 9), (2,), (0, 4, 5), (2, 0, 5)], ids=str)
 def test_argmax_is_that_of_all_classes(shape, dtype, device):
-    """Of equal logits the lower class, not the better one."""
+    """If logits are equal, the lower class must win, not the one with the better score."""
     filtered = kept(*shape, dtype=dtype, device=device)
     found = filtered_argmax(filtered)
     assert found.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""What tells whether tensors have changed: each of their bytes, their dtype and their shape."""
+"""Tests that a fingerprint tells whether tensors have changed: each of their bytes, their dtype and their shape."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastcss import ops
 
-#: What two interpolations in this dtype are off, as a fraction of the largest logit.
+#: Two interpolations in this dtype are off by this fraction of the largest logit.
 CLEAR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -47,7 +47,7 @@ def full_size(call: Call) -> Tensor:
 
 
 def assert_merged(call: Call, impl: str, least_clear: float | None = None) -> None:
-    """As in float64, wherever masks that are within rounding of the threshold would change nothing: most places."""
+    """Check against float64 wherever masks within rounding of the threshold would change nothing: at most pixels."""
     logits, scores, threshold = full_size(call), call.tensors["scores"], call.options["threshold"]
     dtype = call.tensors["masks"].dtype if impl in ("reference", "composed") else torch.float32
     largest = max(1, call.tensors["masks"].abs().amax().item() if logits.numel() else 1)
@@ -118,7 +118,7 @@ def sam(call: Call) -> Tensor:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 @light(lambda: False)
 def test_is_what_sam_gives(impl, size, count, threshold, device):
-    """On 99.99% of the pixels at least, of a picture whose longer side was made 1024."""
+    """The pixels of a picture whose longer side was made 1024 must agree: 99.99% of them at least."""
     scale = 1024 / max(size)
     crop = tuple(int(side * scale + 0.5) for side in size)
     call = make(count, 256, 256, size, crop=crop, threshold=threshold, device=device, seed=count)
@@ -161,7 +161,8 @@ def test_at_the_threshold_is_no_mask(impl, dtype, device):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_nan_logits_are_no_mask(impl, device):
-    """Where they reach; a tap of weight 0 may count as one, the next logit's pixels do not change."""
+    """Pixels that a NaN reaches must have no mask; one with weight 0 may count, but the next logit's pixels must
+    not."""
     call = make(5, 12, 9, (33, 40), device=device)
     call.tensors["masks"][2, 4:7, 3] = math.nan
     call.tensors["masks"][4] = math.nan

@@ -1,4 +1,4 @@
-"""What multi_lora is given: any strides and shapes, values that are not finite, and what it refuses."""
+"""Tests the inputs of multi_lora: any strides and shapes, values that are not finite, and what it refuses."""
 
 from __future__ import annotations
 

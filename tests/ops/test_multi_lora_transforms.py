@@ -134,7 +134,7 @@ VMAPS = (
 
 
 def _loop(function, arguments, in_dims):
-    """What torch.vmap means."""
+    """Loop over samples, which is what torch.vmap means."""
     samples = ([v if d is None else v[i] for v, d in zip(arguments, in_dims, strict=True)] for i in range(4))
     return torch.stack([function(*sample) for sample in samples])
 

@@ -1,4 +1,4 @@
-"""What the ops of the model's own pass promise never to have in memory: the sampled values of all points."""
+"""Tests that the ops of the model's own pass never have in memory the sampled values of all points."""
 
 from __future__ import annotations
 

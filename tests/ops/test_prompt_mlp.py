@@ -122,7 +122,8 @@ def test_index_of_any_integers(impl, dtype, device):
 
 @pytest.mark.parametrize("impl", COMPILED_CUDA)
 def test_a_class_out_of_range_gives_nan(impl, device):
-    """Where it cannot be read before: its row, and no other. The CPU's kernel reads it and says so."""
+    """If the host cannot read the index before, that row must be NaN, and no other. The CPU's kernel reads and refuses
+    it."""
     call = make(7, 5, 18, 21, 9, index=torch.tensor([3, 0, 3, 1, 4, 4, 0]), device=device)
     (want,) = call(impl)
     index = call.options["index"].clone()

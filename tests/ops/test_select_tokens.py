@@ -16,8 +16,8 @@ from torch import Tensor
 from fastcss._cosine import unit
 from fastcss.ops import select_tokens
 
-# How near a cosine may come to the threshold, and the best of a token to the second: what the cosine of two rounded
-# rows of length one is off by, in this unit 2.5 / √D, and then what it is rounded by itself.
+# A cosine keeps this distance from the threshold, and a token's best class from the second. The cosine of two rounded
+# unit rows is off by 2.5 / √D of this unit, and then rounded itself.
 UNIT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
@@ -124,7 +124,7 @@ def near_classes(batch: int, count: int, classes: int, width: int, device: str) 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 @light(lambda shape: shape[1] < 100)
 def test_presence_and_its_gradients_are_those_of_equation_a2(impl, shape, device):
-    """Of several classes a token, in more words of bits than one, some of which no token is best for."""
+    """Tokens reach several classes, whose bits take more than one word; some classes are no token's best."""
     tensors = near_classes(*shape, device)
     wide, leaves = ([x.to(dtype).requires_grad_() for x in tensors] for dtype in (torch.float64, torch.float32))
     reached = (cosines(*tensors) >= 0.2).sum(2)
@@ -159,7 +159,8 @@ def test_of_two_near_classes_both_are_found(impl, device):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 def test_is_what_the_paper_says(impl, device):
-    """By hand: cosines 1 and 0.6 with the first class, 0.8 with the second, none with the third."""
+    """The results are worked out by hand: cosines are 1 and 0.6 with the first class, 0.8 with the second, and none
+    with the third."""
     tokens = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 4.0, 3.0], [3.0, 0.0, -4.0], [0.0, 0.0, -5.0]]], device=device)
     classes = torch.tensor([[[7.0, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, -1.0, 0.0]]], device=device)
     found = select_tokens(tokens, classes, threshold=0.5, length=7, impl=impl)
@@ -338,7 +339,7 @@ def test_finite_differences(impl, device):
 @pytest.mark.parametrize("needs", ["tokens", "classes"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 def test_one_gradient(impl, needs, device):
-    """Of the presence alone."""
+    """The presence alone has a gradient here."""
     call = make(2, 40, 5, 18, 70, device=device)
     slopes = []
     for name in ("reference", impl):

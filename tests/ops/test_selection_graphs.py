@@ -37,7 +37,7 @@ REPLAYED = [case for case in CASES if case != ("deformable_attention", "composed
 
 
 def call_of(op: str, device: str, seed: int = 0) -> Call:
-    """In bfloat16, of sizes that leave every kernel a partial tile."""
+    """Make a call in bfloat16 whose sizes leave every kernel a partial tile."""
     tensors = {
         name: normal(*shape, seed=seed + i, dtype=torch.bfloat16, device=device)
         for i, (name, shape) in enumerate(SHAPES[op].items())

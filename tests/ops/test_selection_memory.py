@@ -1,5 +1,5 @@
-"""What the cost filter and the selection ops promise never to have in memory: a cost map of all classes, logits of all
-tokens and classes, gathered weights, full-size masks, another copy of the logits."""
+"""Tests what the cost filter and the selection ops promise never to have in memory: a cost map of all classes, logits
+of all tokens and classes, gathered weights, full-size masks, another copy of the logits."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ LARGE = [(2, 5000, 600), (1, 20000, 32)]
 
 
 def assert_top(score: Tensor, k: int, impl: str) -> None:
-    """As the equation has it: float64 holds every score, and Python's sort keeps equal ones in order."""
+    """Check against the equation: float64 holds every score, and Python's sort keeps equal ones in order."""
     values, index = top_classes(score, k, impl=impl)
     assert (values.dtype, index.dtype) == (score.dtype, torch.int64)
     want = [sorted(range(len(row)), key=lambda c, row=row: _rank(row[c]))[:k] for row in score.double().tolist()]
@@ -36,7 +36,7 @@ def _rank(value: float) -> tuple[bool, float]:
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS_CUDA])
 @light(lambda shape, dtype: shape[1] < 900 and (dtype == torch.float32 or shape[1] == 33))
 def test_values_and_classes(impl, shape, dtype, device):
-    """In 16 bits many are equal."""
+    """Many scores are equal in 16 bits, and must keep their order."""
     *shape, k = shape
     assert_top(normal(*shape, dtype=dtype, device=device), k, impl)
 

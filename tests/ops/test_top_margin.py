@@ -59,7 +59,7 @@ def test_values_and_gradients(impl, case, dtype, labelled, device, tolerances):
 @LABELLED
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_logits_far_from_0(impl, labelled, device, tolerances):
-    """What they are above the smallest is exact here, and the softmax of nothing else."""
+    """Differences between these logits are exact, and the softmax must depend on nothing else."""
     call = make(2, 5, 70, labelled=labelled, device=device)
     call = call.having(logits=2**14 + (call.tensors["logits"] * 64).round() / 64)
     calls.assert_as_good_as_eager(call, impl, tolerances[torch.float32])
@@ -84,7 +84,7 @@ def test_are_the_equations(impl, device):
 
 
 def rivals(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Of whole numbers: the largest of the others, and of equal ones the first."""
+    """Find the rivals among logits that are whole numbers: the largest of the others, and the first of equal ones."""
     rank = 10_000 * logits.double() - torch.arange(logits.shape[1], device=logits.device)[:, None]
     true = rank.argmax(dim=1) if labels is None else labels
     rival = rank.scatter(1, true.where(true != IGNORED, 0)[:, None], -math.inf).argmax(dim=1)
@@ -126,7 +126,7 @@ def test_nan_is_above_all(impl, dtype, labelled, device):
 @LABELLED
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_minus_infinity_is_no_class(impl, labelled, device):
-    """Where all others are, the first of them is the rival, of probability 0."""
+    """If all other logits are −∞, the first of them must be the rival, with probability 0."""
     call = make(2, 5, 70, labelled=labelled, ignored=0, device=device)
     logits = call.tensors["logits"]
     logits[0, 2] = -math.inf
@@ -144,7 +144,7 @@ def test_minus_infinity_is_no_class(impl, labelled, device):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_ignored_pixels_are_zero(impl, device):
-    """Also of logits that are not finite."""
+    """Ignored pixels must be zero even if their logits are not finite."""
     call = make(2, 7, 70, device=device)
     ignored = call.options["labels"] == IGNORED
     assert ignored.any()
@@ -181,7 +181,7 @@ def test_maps_of_any_integers(impl, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_label_out_of_range_gives_nan(impl, dtype, device):
-    """Where it cannot be read before: rival -1, the rest NaN; the pixels beside it as ever."""
+    """If the host cannot read the labels before, the rival must be -1 and the rest NaN; pixels beside it as ever."""
     call = make(2, 7, 70, ignored=0, dtype=dtype, device=device)
     logits, labels = call.tensors["logits"], call.options["labels"].clone()
     wrong = torch.zeros_like(labels, dtype=torch.bool)

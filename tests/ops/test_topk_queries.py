@@ -80,7 +80,7 @@ def test_by_hand(impl, device):
 
 @pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 def test_logits_that_are_all_negative(impl, device):
-    """What fills up a block of classes is no class, and 0 is not the largest logit."""
+    """Padding of a block of classes must not count as a class whose logit 0 is the largest."""
     features, prototypes = -1 - normal(2, 30, 5).abs(), 1 + normal(7, 5, seed=1).abs()
     want = (features @ prototypes.mT).amax(2).sort(dim=1, descending=True).values[:, :4]
     found = topk_queries(features.to(device), prototypes.to(device), 4, impl=impl)

@@ -84,7 +84,7 @@ def test_is_the_equation(impl, device):
     bias = torch.full((1, 4, 4), -1e4, device=device)
     bias[0, :3, 0] = bias[0, 3, 3] = 0
     assert attend(2, 0, bias) == [[0, 0, 2, 2], [0, 5, 2, 7], [8, 8, 10, 10], [8, 13, 10, 15]]
-    # Of a window of 3 × 3 in the lower right corner one token is the map's, and eight have the value 24.
+    # A window of 3 × 3 in the lower right corner has one token of the map, and eight with the value 24.
     got = attend(3, pad_value=torch.full((1, 1), 24.0, device=device))
     assert got[3] == pytest.approx([(12 + 13 + 14 + 6 * 24) / 9] * 3 + [(15 + 8 * 24) / 9])
     assert got[0] == pytest.approx([5.0] * 3 + [(3 + 7 + 11 + 6 * 24) / 9])
@@ -133,7 +133,7 @@ def test_who_is_no_neighbour_is_hardly_read(impl, device):
 # --- what is not finite ----------------------------------------------------------------------------------------------
 
 
-#: What Triton's interpreter tries of them.
+#: Triton's interpreter tries only these.
 FEW = {"q": math.nan, "k": math.inf, "bias": -math.inf, "pad_value": math.nan}
 
 
@@ -158,7 +158,7 @@ def test_not_finite(impl, case, name, bad, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @light(lambda case, dtype: dtype == torch.float32 and case == "to fill both")
 def test_bias_of_infinity(impl, case, dtype, device, tolerances):
-    """Of −∞ some tokens have no part."""
+    """A bias of −∞ must exclude these tokens."""
     call = make(*CASES[case], dtype=dtype, device=device)
     call.tensors["bias"][1, :, 1:4] = -math.inf
     assert_as_good_as_eager(call, impl, tolerances[dtype])
@@ -209,7 +209,7 @@ def test_a_map_of_one_column(impl, device, tolerances):
 @light(lambda size, shift: shift == 2 and size == (4, 7))
 @NOT_OF_64_BITS
 def test_in_place_of_transformers_own(impl, size, shift, dtype, device):
-    """In its layer, between its linear layers: the layer's output and the gradients of all that goes in."""
+    """The layer's output and all inputs' gradients must be those of transformers' layer, between its linear layers."""
     swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     torch.manual_seed(0)
     config = swin.SwinConfig(

@@ -45,7 +45,8 @@ class Affinity(NamedTuple):
             kernels.class_centers_backward.class_centers_backward(outputs[0], logits, feats, *outputs)
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again.
 CASES = (
     Affinity("class_affinity", 16384, 150),
     Affinity("affinity_attention", 4096, 512),

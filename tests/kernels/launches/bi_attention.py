@@ -32,7 +32,8 @@ class BiAttention(NamedTuple):
         )  # fmt: skip
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again.
 CASES = (
     BiAttention(20),
     BiAttention(256),

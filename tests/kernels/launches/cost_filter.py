@@ -67,7 +67,8 @@ class PhrasePool(NamedTuple):
         kernels.phrase_pool_backward.phrase_pool_backward(empty(*pooled.shape, dtype=self.dtype), cls, phrases)
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again.
 CASES = (CostFilter(150, 80, 32), CostFilter(847, 1, 32), TopkQueries(), PhrasePool())
 HOPPER = (
     CostFilter(847, 1, 256, depth=768, channels="first"),

@@ -35,7 +35,8 @@ class Deformable(NamedTuple):
         kernels.deformable_attention_backward.deformable_attention_backward(dout, *arguments, self.box)
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again.
 CASES = (
     Deformable(17821),
     Deformable(17821, dtype="float32"),

@@ -39,8 +39,8 @@ class MultiLora(NamedTuple):
             multi_lora(x, weight, empty(width), a, b, offsets, scales, index, self.rank, False)
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again. The
-# shapes are those that the op has targets for, and then large ranks and float32.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again. The shapes are those that the op has targets for, and then large ranks and float32.
 CASES = (
     MultiLora(4096, 256, "shared"),
     MultiLora(4096, 1024, "shared"),

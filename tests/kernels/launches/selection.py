@@ -45,7 +45,8 @@ class Selection(NamedTuple):
             kernels.prompt_mlp_backward.prompt_mlp_backward(y, z, w1, w2, index, hidden, True, True)
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again.
 CASES = (
     Selection("top_margin", 512 * 512, 150),
     Selection("top_margin", 512 * 512, 150, dtype="float32", labels=False),

@@ -37,7 +37,8 @@ class Windows(NamedTuple):
         kernels.window_attention_backward.window_attention_backward(dout, *arguments, self.need_bias)
 
 
-# What a case launches is what is compiled; a kernel that an earlier case has launched alike is not shown again.
+# Each case compiles the kernels that it launches; one that an earlier case launched in the same way is not listed
+# again.
 CASES = (
     Windows(),
     Windows(need_bias=False),
