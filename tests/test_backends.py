@@ -140,7 +140,7 @@ def test_every_raw_op_of_the_cuda_sources_has_both_launchers(monkeypatch):
 
 def test_a_second_launcher_of_an_op_is_refused():
     def merge_masks():
-        """Of another file."""
+        """Stands for a launcher in another file."""
 
     with pytest.raises(RuntimeError, match=r"^merge_masks has a launcher already, in fastcss\._launchers"):
         nvrtc.launcher(merge_masks)

@@ -61,7 +61,8 @@ def test_folders_of_embeddings_and_convolutions(build, tmp_path):
 
 @torch.no_grad()
 def test_dropout_of_folders_follows_train_and_eval(tmp_path):
-    """Without PEFT's layers only the adapted layer's own mode says whether its adapters drop; one here drops all."""
+    """Folders have no layers of PEFT's, so the adapted layer's own mode says whether adapters drop; one here drops
+    all."""
     torch.manual_seed(0)
     bare, given, config = vit(), inputs(vit), {"r": 2, "target_modules": SITES[vit]}
     model = adapt(copy.deepcopy(bare), config | {"lora_dropout": 1.0}, config)

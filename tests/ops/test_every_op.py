@@ -63,7 +63,7 @@ def test_its_function_has_its_name(op):
 @pytest.mark.parametrize(
     ("table", "entries"),
     [
-        # What multi_lora is called with stands in tests/ops/lora_inputs.py.
+        # multi_lora has its inputs in tests/ops/lora_inputs.py.
         ("tests/ops/arguments.py", ARGUMENTS.keys() | {"multi_lora"}),
         ("benchmarks/registry.py", {case.op for case in all_cases("cpu", quick=True)}),
     ],
