@@ -85,7 +85,7 @@ def version() -> str:
 
 
 def project_urls() -> dict[str, str]:
-    """Where the project lives, as FASTCSS_URL says: the public CI names the repository that it builds. The sources name
+    """Name the project's addresses by FASTCSS_URL: the public CI names the repository that it builds. The sources name
     no host, and so nothing that is built elsewhere sends a user to an address that is not its own."""
     home = os.environ.get("FASTCSS_URL", "").rstrip("/")
     pages = {"Changelog": "CHANGELOG.md", "Documentation": "docs", "Source": ""}
@@ -107,7 +107,7 @@ def build_cuda(module: Path, temporary: Path) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, [*sources("cuda", ".cu"), OLD_GLIBC]))
-    # What only a CUDA build of torch has is found through libtorch when the module is loaded.
+    # Symbols that only a CUDA build of torch has are found through libtorch when the module is loaded.
     libraries = [*(f"-L{path}" for path in library_paths()), "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
     subprocess.run([nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(module)], check=True)
 

@@ -93,7 +93,7 @@ def _call(op: Callable, function: type[torch.autograd.Function], impl: str) -> C
 
 
 def _at_autograd_key(op: Callable, function: type[torch.autograd.Function], impl: str) -> Callable:
-    # Of torch.func's levels the dispatcher gives one at a time; the outer ones come by when `beneath` goes on to them.
+    # The dispatcher gives one level of torch.func at a time; the outer ones come by when `beneath` goes on to them.
     methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
     one_level = type(function.__name__, (SingleLevelFunction,), methods)
 
@@ -136,7 +136,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _requires_grad(tensor: Tensor) -> bool:
-    """Also of a tensor mapped by torch.vmap, whose wrapper says no where what it wraps says yes."""
+    """Look beneath the wrapper of torch.vmap, too: it says no even if the tensor in it requires gradients."""
     if not is_compiling():
         while not tensor.requires_grad and is_wrapped(tensor):
             tensor = get_unwrapped(tensor)

@@ -36,7 +36,7 @@ def why_not() -> str | None:
 
 
 def folder() -> Path:
-    """Of the kernels' sources: beside this file where they are installed, csrc/cuda in a checkout."""
+    """Find the kernels' sources: in the package if it is installed, in csrc/cuda of a checkout."""
     installed = Path(__file__).parents[1] / "cuda"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "csrc" / "cuda"
 

@@ -106,7 +106,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Where the composed form's products keep the dtype of ``tensor``."""
+    """Let the composed form's products keep the dtype of ``tensor`` under autocast."""
     return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else nullcontext()
 
 

@@ -85,7 +85,7 @@ BACKWARD = once_differentiable("affinity_loss_backward", vmap=loop_vmap)
 
 
 def _labels(q: Tensor, labels: Tensor, batch: int, pixels: int, ignore_index: int, num_classes: int | None) -> Tensor:
-    """As int32 [B, N]."""
+    """Check the labels and flatten them to int32 [B, N]."""
     most = LARGEST_LABEL + 1
     if num_classes is not None:
         most = min(most, check_count("affinity_loss", "num_classes", num_classes))

@@ -16,7 +16,7 @@ from ._arguments import autocast, check_alike, check_device, check_number, check
 
 
 class BiAttention(NamedTuple):
-    """What each side has read of the other.
+    """Holds what each side has read of the other.
 
     Attributes:
         image: ``[B, N, heads · D]``.

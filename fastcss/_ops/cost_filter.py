@@ -29,7 +29,7 @@ TOP_CLASSES = kernels("top_classes")
 
 
 class FilteredCost(NamedTuple):
-    """What ``cost_filter`` keeps.
+    """Holds the classes that ``cost_filter`` keeps.
 
     Attributes:
         cost: ``[B, k, P, H, W]``, the cosine of each pixel with each prompt of the kept classes.
@@ -243,7 +243,7 @@ def filtered_argmax(filtered: FilteredCost) -> Tensor:
 
 
 def _text(op: str, text: Tensor) -> Tensor:
-    """As [1 or B, T, P, D]."""
+    """Check the text and view it as [1 or B, T, P, D]."""
     wanted = "[T, P, D] or [B, T, P, D]"
     check_tensor(op, "text", text, wanted)
     if text.dim() not in (3, 4):

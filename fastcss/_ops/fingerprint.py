@@ -1,4 +1,4 @@
-"""Whether the values of tensors have changed, told by the values.
+"""Tells by the values of tensors whether they have changed.
 
 Neither the address nor torch's count of writes tells: ``.data.mul_()``, numpy and ``inference_mode`` write without
 being counted, and what is freed and allocated again may lie at the same address.

@@ -13,12 +13,12 @@ from ..composed import select_tokens as composed
 from ..reference import select_tokens as reference
 from ._arguments import check_alike, check_count, check_shapes, no_autocast, widest
 
-#: Of which tokens a class's presence is the mean cosine: of all that reach the threshold, or of those it is best for.
+#: A class's presence is the mean cosine of all tokens that reach the threshold, or of those that it is best for.
 PRESENCES = ("all", "best")
 
 
 class SelectedTokens(NamedTuple):
-    """What ``select_tokens`` finds for each class.
+    """Holds what ``select_tokens`` finds for each class.
 
     Attributes:
         tokens: ``[B, C, length]``, the class's tokens in token order, flattened, then zeros.

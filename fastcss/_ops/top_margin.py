@@ -15,7 +15,7 @@ from ._arguments import check_alike, check_integer, check_labels, check_tensor
 
 
 class TopMargin(NamedTuple):
-    """What ``top_margin`` finds for each pixel.
+    """Holds what ``top_margin`` finds for each pixel.
 
     Attributes:
         margin: logit of the true class minus the best other one; negative where another class wins.

@@ -16,7 +16,7 @@ FORWARD = kernels("topk_queries")
 
 
 class TopQueries(NamedTuple):
-    """What ``topk_queries`` picks, best first.
+    """Holds the queries that ``topk_queries`` picks, best first.
 
     Attributes:
         queries: ``[B, k, D]``, the tokens themselves.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._library import raw_op
 
-# What the logits less the largest of them are at least: what float16 can count.
+# Logits less the largest of them are clamped to this, which float16 can still count.
 LEAST = -50000.0
 
 
