@@ -116,7 +116,7 @@ def first_error() -> str | None:
     """Why this machine's compiler cannot compile the CPU kernels, by a file that has what any of them needs."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-I{path}" for path in include_paths()]
-    command = [*compiler, *CXX_FLAGS, *includes, "-c", "csrc/cpu/pack.cpp", "-o", os.devnull]
+    command = [*compiler, *CXX_FLAGS, *includes, "-c", "csrc/cpu/instruction_set.cpp", "-o", os.devnull]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"})
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .cases import OURS
-from .points import NONE, Point, finer, ratio, table
+from .table_cells import NONE, Point, finer, ratio, table
 
 
 def multi_lora(rows: Sequence[dict]) -> str:

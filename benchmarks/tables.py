@@ -15,7 +15,7 @@ from fastcss._files import whole_file
 
 from . import op_tables, report
 from .cases import OURS
-from .points import Point, finer, ratio, table
+from .table_cells import Point, finer, ratio, table
 
 ROOT = Path(__file__).parent.parent
 #: Maps a CPU's widest instructions, which are part of its name in the rows, to the stem of its file and its name on a

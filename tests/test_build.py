@@ -23,13 +23,13 @@ def test_what_the_compiler_said_is_kept_and_told(tmp_path, monkeypatch):
     program = [sys.executable, "setup.py", "-q", "build_ext"]
     folders = ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
     compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'pack.h:9: error: this compiler is too old' >&2\nexit 1\n")
+    compiler.write_text("#!/bin/sh\necho 'instruction_set.h:5: error: this compiler is too old' >&2\nexit 1\n")
     compiler.chmod(0o755)
     environment |= {"CXX": str(compiler), "CC": str(compiler)}
     done = subprocess.run([*program, *folders], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "THE COMPILED CPU KERNELS WERE NOT BUILT" in done.stderr
-    said = f"{compiler} says pack.h:9: error: this compiler is too old"
+    said = f"{compiler} says instruction_set.h:5: error: this compiler is too old"
     assert said in done.stderr
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "lib" / "fastcss" / "_dispatch" / "backends.py"))
     assert backends._load("_cpu") == f"_cpu.abi3.so was not built with this installation: {said}"

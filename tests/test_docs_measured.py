@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import tables
-from benchmarks.points import Point, mib, ratio, two_digits
+from benchmarks.table_cells import Point, mib, ratio, two_digits
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)

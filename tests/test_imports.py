@@ -20,9 +20,9 @@ PACKAGES = {"fastcss": "fastcss", "kernels": "fastcss.kernels", "benchmarks": "b
 #: it. It may import from layers below and from modules of the same name. Neighbours in a layer must not import each
 #: other, as the implementations of an op.
 LAYERS = (
-    ("fastcss._dispatch.private_apis", "fastcss._rooms"),
+    ("fastcss._dispatch.private_apis", "fastcss._import_files"),
     ("fastcss._cosine", "fastcss._files", "fastcss._malloc", "fastcss._schema", "fastcss.packed_lora"),
-    ("fastcss._dispatch.autograd", "fastcss._dispatch.nvrtc", "fastcss._dispatch.readable"),
+    ("fastcss._dispatch.autograd", "fastcss._dispatch.nvrtc", "fastcss._dispatch.readable_values"),
     ("fastcss.reference", "fastcss.composed", "fastcss.kernels", "fastcss._launchers"),
     ("fastcss._dispatch",),
     ("fastcss._ops",),
@@ -39,12 +39,12 @@ LAYERS = (
     ("benchmarks._steps",),
     ("benchmarks",),
     ("benchmarks.registry",),
-    ("benchmarks.__main__", "benchmarks.counted", "benchmarks.test_regression", "benchmarks.tune", "benchmarks.verify"),
+    ("benchmarks.__main__", "benchmarks.counted", "benchmarks.test_cases", "benchmarks.tune", "benchmarks.verify"),
     ("tests",),
 )
 HEIGHTS = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 #: Files whose imports have names that are made at run time: the command that was asked for, and all files of a room.
-IMPORT_BY_NAME = {"fastcss/__main__.py", "fastcss/_rooms.py"}
+IMPORT_BY_NAME = {"fastcss/__main__.py", "fastcss/_import_files.py"}
 
 
 class Import(NamedTuple):

@@ -5,7 +5,7 @@ reads, and counts blocks. It gives what the launcher in C++ gives, to the bit: `
 """
 
 from .._dispatch.nvrtc import LAUNCHERS
-from .._rooms import import_files
+from .._import_files import import_files
 from .._schema import LIBRARY
 
 import_files(__name__, __path__)

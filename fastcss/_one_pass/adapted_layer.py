@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .._dispatch.private_apis import DisableTorchFunction
-from .kept_values import mark
+from .leaked_values import mark
 from .read_adapters import LoraWeights
+from .task_rules import TaskRules, on_physical_tensors
 from .undo import Undo
-from .vmap_rules import TaskRules, on_physical_tensors
 
 
 class Slots(threading.local):

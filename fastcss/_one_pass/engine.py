@@ -9,10 +9,10 @@ import torch
 
 from .force_eager import eager_parts
 from .inputs_outputs import Inputs
-from .kept_values import KeepsError, where_kept
+from .leaked_values import KeepsError, where_kept
 from .model_copy import ModelCopy
+from .task_rules import Disagreement
 from .undo import Undo, same_changes
-from .vmap_rules import Disagreement
 
 ENGINES = ("auto", "vmap", "replay")
 _OF_VMAP = ("vmap", "functorch", "atching rule", "BatchedTensor")
@@ -53,7 +53,7 @@ class Engine:
         """
         if self._spoilt:
             raise RuntimeError(self._spoilt)
-        copy.read_adapters()
+        copy.forget_changed_adapters()
         if torch.compiler.is_exporting():
             return self._exported(replay)
         in_turn = self._runs_in_turn(copy, vmap)

@@ -19,7 +19,7 @@ import ctypes
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .vmap_rules import is_mapped
+from .task_rules import is_mapped
 
 # Bytes of the widest tensor of a group. With the first limit nearly all tensors stay below glibc's mapping threshold.
 WIDEST_MAPPED = 64 << 20

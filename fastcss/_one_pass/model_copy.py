@@ -104,7 +104,7 @@ class ModelCopy:
             )
         return self._watch.is_as_built()
 
-    def read_adapters(self) -> None:
+    def forget_changed_adapters(self) -> None:
         """Drop the packs of adapters whose values have changed; on a GPU drop all, since comparing would stall it."""
         if torch.compiler.is_compiling():
             return

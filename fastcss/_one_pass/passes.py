@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from .group_size import Widest, group_size
 from .inputs_outputs import Inputs, Output, join
-from .kept_values import KeepsError, KeptError, Mapped, OneTask, mark, unmark, where_kept
+from .leaked_values import KeepsError, KeptError, Mapped, OneTask, mark, unmark, where_kept
 from .model_copy import ModelCopy
 from .samples import Axes, Samples
 from .shared_work import SharedWork
-from .vmap_rules import TaskRules, is_mapped
+from .task_rules import TaskRules, is_mapped
 
 MOST_KINDS = 256  # kinds of batches that are remembered, with the way their outputs are put together
 

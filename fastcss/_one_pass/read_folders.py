@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import read_tensors
-from .base_decompositions import CONVERT, why_not_repeatable, with_taken_out
+from .pissa_olora import CONVERT, why_not_repeatable, with_taken_out
 from .read_adapters import Adapters, LoraWeights, check_base_layer, is_conv1d, kind_of
 from .target_modules import targeted
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._dispatch.private_apis import any_autocast_is_enabled, pytree
-from .random_draws import draws
-from .vmap_rules import is_mapped
+from .draw_detection import draws
+from .task_rules import is_mapped
 
 _PLAIN = (
     int,

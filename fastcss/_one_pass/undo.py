@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .changes import Snapshot
 from .structural_copy import OF_EVERY_MODULE, is_configuration
-from .vmap_rules import is_mapped
+from .task_rules import is_mapped
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _MISSING = object()

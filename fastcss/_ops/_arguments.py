@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 
 
 def check_shapes(op: str, **arguments: tuple[Tensor, str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._dispatch import backends
 from .._dispatch.autograd import Kernels, kernels, loop_vmap, once_differentiable, register_vmap
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 from ..composed import cost_filter as composed
 from ..reference import cost_filter as reference
 from ._arguments import (

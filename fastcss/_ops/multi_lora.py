@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._dispatch import backends
 from .._dispatch.autograd import Kernels, loop_vmap, once_differentiable
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 from ..composed import multi_lora as composed
 from ..packed_lora import PackedLora
 from ..reference import multi_lora as reference

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._dispatch import backends
 from .._dispatch.autograd import Kernels, loop_vmap, once_differentiable
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 from ..composed import prompt_mlp as composed
 from ..reference import prompt_mlp as reference
 from ._arguments import autocast, check_alike, check_device, check_shapes

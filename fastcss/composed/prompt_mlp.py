@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 
 
 def prompt_mlp(z: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, index: Tensor) -> Tensor:

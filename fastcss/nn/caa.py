@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._dispatch.backends import IMPLEMENTATIONS
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 from .._ops._arguments import autocast, check_device, check_shapes
 from ..ops import affinity_attention, affinity_loss, class_centers
 from ._resize import resize
@@ -87,8 +87,8 @@ class ClassAwareAffinity(nn.Module):
 
     Example:
         >>> head = ClassAwareAffinity(512, num_classes=21)
-        >>> output = head(torch.randn(2, 512, 64, 64))
-        >>> head.loss(output, torch.randint(21, (2, 512, 512))).total.backward()
+        >>> output = head(torch.randn(2, 512, 32, 32))
+        >>> head.loss(output, torch.randint(21, (2, 256, 256))).total.backward()
     """
 
     def __init__(

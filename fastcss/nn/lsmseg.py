@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._dispatch.readable import readable
+from .._dispatch.readable_values import readable
 from .._ops._arguments import check_alike, check_device, check_shapes
 from ..ops import FilteredCost, PackedText, filtered_argmax, scatter_cost
 from ._resize import resize
@@ -48,9 +48,9 @@ class LSMSegHead(nn.Module):
 
     Example:
         >>> head = LSMSegHead(512, sam_channels=256)
-        >>> image, sam, text = torch.randn(1, 512, 24, 24), torch.randn(1, 256, 64, 64), torch.randn(150, 1, 512)
+        >>> image, sam, text = torch.randn(1, 512, 12, 12), torch.randn(1, 256, 32, 32), torch.randn(150, 1, 512)
         >>> head(image, text, sam).shape
-        torch.Size([1, 150, 96, 96])
+        torch.Size([1, 150, 48, 48])
     """
 
     def __init__(

@@ -36,7 +36,7 @@ ONE_PASS = [
     ),
     Fault(
         "one-pass-random-numbers-are-drawn-once",
-        "fastcss/_one_pass/random_draws.py",
+        "fastcss/_one_pass/draw_detection.py",
         "drew = watch.drew or moved",
         "drew = False",
         "tests/one_pass/test_replay.py",
@@ -130,7 +130,7 @@ ONE_PASS = [
     ),
     Fault(
         "one-pass-pissa-is-added-in-place-of-taken-out",
-        "fastcss/_one_pass/base_decompositions.py",
+        "fastcss/_one_pass/pissa_olora.py",
         "-b.to(weights.b)",
         "b.to(weights.b)",
         "tests/one_pass/test_lora_configs.py tests/one_pass/test_folders.py",

@@ -21,7 +21,8 @@ CSRC = HERE.parent.parent / "csrc" / "cpu"
 def pieces(tmp_path_factory):
     from torch.utils.cpp_extension import load
 
-    sources = [HERE / "cpu_pieces.cpp", *(CSRC / f"{name}.cpp" for name in ("gemm", "pack", "partial_select", "rows"))]
+    pieces = ("gemm", "instruction_set", "pack", "partial_select", "rows")
+    sources = [HERE / "cpu_pieces.cpp", *(CSRC / f"{name}.cpp" for name in pieces)]
     flags = ["-O1", "-std=gnu++20", "-ffp-contract=fast", "-Wno-psabi"]
     folder = tmp_path_factory.mktemp("cpu_pieces")
     return load("cpu_pieces", [str(s) for s in sources], extra_cflags=flags, build_directory=str(folder))
@@ -59,8 +60,19 @@ def test_level_is_what_the_cpu_has_whole_or_less_if_asked(pieces, has_v3, has_v4
 def test_level_on_other_cpus(tmp_path):
     """A Haswell has x86-64-v3; without F16C it has AVX2 and FMA, and code for v3 dies of an illegal instruction."""
     program = tmp_path / "level"
-    source = '#include "pack.h"\nint main() { return fastcss::cpu::kLevel; }'
-    command = ["c++", "-std=gnu++20", "-Wno-psabi", f"-I{CSRC}", "-x", "c++", "-", CSRC / "pack.cpp", "-o", program]
+    source = '#include "instruction_set.h"\nint main() { return fastcss::cpu::kLevel; }'
+    command = [
+        "c++",
+        "-std=gnu++20",
+        "-Wno-psabi",
+        f"-I{CSRC}",
+        "-x",
+        "c++",
+        "-",
+        CSRC / "instruction_set.cpp",
+        "-o",
+        program,
+    ]
     subprocess.run(command, input=source, text=True, check=True)
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     for cpu, level in (("Haswell", 3), ("Haswell,-f16c", 1), ("Haswell,-bmi2", 1), ("Nehalem", 1)):

@@ -14,7 +14,7 @@ from arguments import ARGUMENTS
 from benchmarks.registry import all_cases
 from fastcss import composed, ops, reference
 from fastcss._dispatch import backends
-from fastcss._rooms import import_files
+from fastcss._import_files import import_files
 from fastcss._schema._library import raw_op
 
 ROOT = Path(__file__).parents[2]

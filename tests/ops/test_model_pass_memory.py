@@ -84,7 +84,7 @@ small, large = make(10, 10), make(201, 267)
 def test_window_attention(mode, shift):
     """q alone is 20 MiB, and so would be a copy that is rolled, filled up or partitioned; the scores would be 30."""
     runs("cpu", "cpu")
-    forward = f"y = ops.window_attention(*t[:4], 7, {shift}, pad_key=t[4], pad_value=t[5], impl='cpu')"
+    forward = f"y = ops.window_attention(*t[:4], 7, shift={shift}, pad_key=t[4], pad_value=t[5], impl='cpu')"
     backward = "return y.detach(), *torch.autograd.grad(y, t, dout)"
     extra = checks.extra_memory(
         prepare=_WINDOW_INPUTS.format(grad=mode == "bwd"),

@@ -29,7 +29,7 @@ from .._dispatch.private_apis import (
     without_vmap_axis,
 )
 from .._fuse.linear import linear
-from .kept_values import Mapped, OneTask
+from .leaked_values import Mapped, OneTask
 
 
 class Disagreement(RuntimeError):
