@@ -61,6 +61,13 @@ def test_peers_count_by_their_geometric_mean():
     assert only(compare.compare(rows(medians=medians), rows())).factor == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize(("new", "old"), [(1.44, 1.0), (1.0, 1.44)], ids=["of the new file", "of the old file"])
+def test_noise_of_either_file_counts(new, old):
+    """Half of the rows have s = ln 1.2, so u² = (ln 1.2)² (1 + 2 ÷ 2²)."""
+    found = compare.compare(rows(spread=new), rows(spread=old))
+    assert only(found).noise == pytest.approx(1.1 * math.exp(2 * math.log(1.2) * math.sqrt(1.5)))
+
+
 def test_noise_grows_with_the_spread_of_every_row():
     """Each row has s = ½ ln 1.44 = ln 1.2, so u² = 2 (ln 1.2)² (1 + 2 ÷ 2²) in all."""
     noise = 1.1 * math.exp(2 * math.log(1.2) * math.sqrt(3))

@@ -75,10 +75,10 @@ MODELS = [
 
 DATA = [
     Fault(
-        "data-forgetting-counts-the-last-task-too",
+        "data-forgetting-leaves-out-the-first-task",
         "fastcss/data/metrics.py",
         "for k in range(count - 1)),  # eq. 12",
-        "for k in range(count)),  # eq. 12",
+        "for k in range(1, count)),  # eq. 12",
         "tests/data/test_continual_metrics.py",
     ),
     Fault(
