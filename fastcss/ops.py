@@ -19,6 +19,7 @@ from ._ops.merge_masks import merge_masks
 from ._ops.multi_lora import multi_lora
 from ._ops.phrase_pool import phrase_pool
 from ._ops.prompt_mlp import prompt_mlp
+from ._ops.relative_attention import relative_attention
 from ._ops.select_tokens import SelectedTokens, select_tokens
 from ._ops.top_margin import TopMargin, top_margin
 from ._ops.topk_queries import TopQueries, topk_queries
@@ -44,6 +45,7 @@ __all__ = [
     "pack_text",
     "phrase_pool",
     "prompt_mlp",
+    "relative_attention",
     "scatter_cost",
     "select_tokens",
     "top_classes",

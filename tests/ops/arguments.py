@@ -69,6 +69,16 @@ ARGUMENTS = {
         "pad_key": torch.ones(3, 5),
         "pad_value": torch.ones(3, 5),
     },
+    "relative_attention": {
+        "q": torch.ones(2, 4, 6, 3, 5),
+        "k": torch.ones(2, 4, 6, 3, 5),
+        "v": torch.ones(2, 4, 6, 3, 5),
+        "rel_h": torch.ones(5, 5),
+        "rel_w": torch.ones(5, 5),
+        "window": 3,
+        "pad_key": torch.ones(3, 5),
+        "pad_value": torch.ones(3, 5),
+    },
 }
 
 

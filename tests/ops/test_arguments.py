@@ -37,8 +37,11 @@ def test_no_tensor(op, name):
         getattr(ops, op)(**ARGUMENTS[op] | {name: [[[1.0]]]})
 
 
+ATTENTION = ("bi_attention", "window_attention", "relative_attention")
+
+
 def test_numbers_and_flags():
-    for op in ("affinity_attention", "class_affinity", "affinity_loss", "bi_attention", "window_attention"):
+    for op in ("affinity_attention", "class_affinity", "affinity_loss", *ATTENTION):
         for wrong in ("1", torch.ones(())):
             refused(op, TypeError, f"scale must be a number, got {type(wrong).__name__}", scale=wrong)
     for op in ("affinity_attention", "class_affinity"):
@@ -72,10 +75,12 @@ SIZES = {"k": "BNK", "v": "BN", "feats": "BN", "centers": "B D", "text": "  D", 
 SIZES |= {"w1": " L", "b1": "KH", "w2": "KH", "b2": "KO", "index": "R", "scores": "K", "prototypes": " D", "bias": "C"}
 SIZES |= {"offsets": ("B", " ", "heads"), "reference_points": ("B", "Q", "levels")}
 SIZES |= {"v_image": ("B", "N", "heads", "D"), "v_text": ("B", "L", "heads", "D")}
-SIZES |= {"pad_key": ("heads", "D"), "pad_value": ("heads", "D")}
+SIZES |= {"pad_key": ("heads", "D"), "pad_value": ("heads", "D"), "rel_h": (" ", "D"), "rel_w": (" ", "D")}
 #: These names mean another argument in other ops.
 OWN_SIZES = {("bi_attention", "k"): ("B", " ", "heads", "D"), ("window_attention", "bias"): ("heads",)}
-OWN_SIZES |= {("window_attention", name): ("B", "H", "W", "heads", "D") for name in "kv"}
+OWN_SIZES |= {
+    (op, name): ("B", "H", "W", "heads", "D") for op in ("window_attention", "relative_attention") for name in "kv"
+}
 
 
 @pytest.mark.parametrize(("op", "name"), [one for one in (*OTHERS, ("prompt_mlp", "index")) if one[1] in SIZES])
@@ -136,6 +141,8 @@ def test_an_explicit_implementation_never_falls_back(op, impl):
 def test_the_cpu_kernels_say_which_dtypes_they_have(op):
     if backends.UNAVAILABLE["cpu"]:
         pytest.skip(backends.UNAVAILABLE["cpu"])
+    if op == "relative_attention" and op not in backends.KERNELS["cpu"]:
+        pytest.skip("its kernel is yet to come")
     arguments = doubled(op)
     message = "impl='cpu' cannot run: it takes float32, bfloat16 and float16, and the tensors are torch.float64"
     refused(op, RuntimeError, message, **arguments, impl="cpu")

@@ -115,13 +115,16 @@ def test_device_of_masks(name, letters, shape):
 
 @pytest.mark.parametrize("window", [0, -1])
 def test_window_of_nothing(window):
-    refused("window_attention", ValueError, f"window must be at least 1, got {window}", window=window)
+    for op in ("window_attention", "relative_attention"):
+        refused(op, ValueError, f"window must be at least 1, got {window}", window=window)
 
 
 @pytest.mark.parametrize("window", [2.0, "2", None, True, (2, 2), torch.tensor(2)])
 def test_window_is_an_integer(window):
     message = f"window must be an integer, got {type(window).__name__}"
     refused("window_attention", TypeError, message, window=window)
+    if window is not None:
+        refused("relative_attention", TypeError, message, window=window)
 
 
 @pytest.mark.parametrize("shift", [-1, 2, 3, 1.0, True, None, "1", (1, 1)])
@@ -143,14 +146,36 @@ def test_bias_as_the_models_table():
         refused("window_attention", ValueError, message, bias=torch.ones(shape))
 
 
-def test_pads_are_not_of_the_batch():
+@pytest.mark.parametrize("op", ["window_attention", "relative_attention"])
+def test_pads_are_not_of_the_batch(op):
     message = "pad_key must be [heads, D] with heads = 3, D = 5, got [2, 3, 5]"
-    refused("window_attention", ValueError, message, pad_key=torch.ones(2, 3, 5))
+    refused(op, ValueError, message, pad_key=torch.ones(2, 3, 5))
     message = "pad_value must be [heads, D] with heads = 3, D = 5, got [15]"
-    refused("window_attention", ValueError, message, pad_value=torch.ones(15))
+    refused(op, ValueError, message, pad_value=torch.ones(15))
 
 
-@pytest.mark.parametrize("op", ["bi_attention", "window_attention"])
+# --- relative_attention ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6, 27])
+def test_tables_of_another_size(rows):
+    """They must be refused: the models resize them, each in its own way. The map is 4 × 6, the window 3."""
+    end = f"got [{rows}, 5]; a table of another size must be resized first"
+    for name, letter, size in (("rel_h", "H", 7), ("rel_w", "W", 11)):
+        table = {name: torch.ones(rows, 5)}
+        refused("relative_attention", ValueError, f"{name} must be [2·window−1, D] = [5, 5], {end}", **table)
+        right = {"rel_h": torch.ones(7, 5), "rel_w": torch.ones(11, 5), "window": None}
+        message = f"{name} must be [2·{letter}−1, D] = [{size}, 5], {end}"
+        refused("relative_attention", ValueError, message, **right | table)
+
+
+def test_tables_of_each_head():
+    """A head has no tables of its own."""
+    message = "rel_w must be [2·Sw−1, D] with D = 5, got [3, 5, 5]"
+    refused("relative_attention", ValueError, message, rel_w=torch.ones(3, 5, 5))
+
+
+@pytest.mark.parametrize("op", ["bi_attention", "window_attention", "relative_attention"])
 def test_no_channels(op):
     """Tensors without channels have nothing to compare and nothing to read."""
     empty = {n: v[..., :0] if n != "bias" and torch.is_tensor(v) else v for n, v in ARGUMENTS[op].items()}
