@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastcss._malloc import tune_malloc
+from fastcss._tune_malloc import tune_malloc
 
 from . import compare, harness, measure, registry, report
 from .cases import MODES, OURS, Case

@@ -115,7 +115,7 @@ def count(kept: Path, rows: Path) -> Units:
 
     ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--target-processes", "all"]
     ncu += [word for section in SECTIONS for word in ("--section", section)]
-    units = of_each_case(lambda name: with_environment([*ncu, *python("-m", "benchmarks.counted", name)]))
+    units = of_each_case(lambda name: with_environment([*ncu, *python("-m", "benchmarks.profile_kernels", name)]))
     first = {name.split("/")[0]: name for name in reversed(units)}.values()
     counted = ("list", *backends.KERNELS["triton"])
     return {name: units[name] for name in reversed(first) if name.split("/")[0] in counted}

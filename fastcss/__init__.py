@@ -3,8 +3,8 @@
 from . import nn, ops
 from ._dispatch.info import info
 from ._fuse.fusion import fuse
-from ._malloc import tune_malloc
 from ._one_pass.runner import one_pass
+from ._tune_malloc import tune_malloc
 from .ops import affinity_loss, class_affinity, cost_filter, merge_masks, multi_lora, select_tokens
 from .packed_lora import PackedLora
 

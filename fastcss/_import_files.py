@@ -1,4 +1,4 @@
-"""Rooms whose files are found, not listed: of the raw ops, one file each."""
+"""Finds the files of a room of raw ops, so that no list names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README.md, the other papers and docs/ as tests read them: blocks of code by section, and what only a reader has."""
+"""Reads README.md, the other papers and docs/ for tests: blocks of code by section, and what only a reader has."""
 
 from __future__ import annotations
 

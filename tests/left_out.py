@@ -1,4 +1,4 @@
-"""Cases that are not made where they could only be skipped, and a table after the tests that says how many and why.
+"""Decides which cases of a test are made: none that could only be skipped. A table after the tests says what is out.
 
 Implementations that this machine lacks are in no list of a test's parameters (``runnable``). Points that only some
 implementation takes are marked: ``points`` says which a test has at all, ``light`` which of them go through Triton's

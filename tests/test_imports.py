@@ -21,7 +21,7 @@ PACKAGES = {"fastcss": "fastcss", "kernels": "fastcss.kernels", "benchmarks": "b
 #: other, as the implementations of an op.
 LAYERS = (
     ("fastcss._dispatch.private_apis", "fastcss._import_files"),
-    ("fastcss._cosine", "fastcss._files", "fastcss._malloc", "fastcss._schema", "fastcss.packed_lora"),
+    ("fastcss._cosine", "fastcss._files", "fastcss._tune_malloc", "fastcss._schema", "fastcss.packed_lora"),
     ("fastcss._dispatch.autograd", "fastcss._dispatch.nvrtc", "fastcss._dispatch.readable_values"),
     ("fastcss.reference", "fastcss.composed", "fastcss.kernels", "fastcss._launchers"),
     ("fastcss._dispatch",),
@@ -39,7 +39,13 @@ LAYERS = (
     ("benchmarks._steps",),
     ("benchmarks",),
     ("benchmarks.registry",),
-    ("benchmarks.__main__", "benchmarks.counted", "benchmarks.test_cases", "benchmarks.tune", "benchmarks.verify"),
+    (
+        "benchmarks.__main__",
+        "benchmarks.profile_kernels",
+        "benchmarks.test_cases",
+        "benchmarks.tune",
+        "benchmarks.verify",
+    ),
     ("tests",),
 )
 HEIGHTS = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -1,4 +1,4 @@
-"""Gradients of the raw ops, under every transform of torch, and torch.vmap as a larger batch.
+"""Gives the raw ops their gradients, under every transform of torch, and torch.vmap as a larger batch.
 
 A raw op has its gradient in two places, from one ``torch.autograd.Function``. What ``Kernels`` gives for a call asks
 whether autograd has anything to record, and goes to the Function, or past autograd, by itself: that is the quicker. The

@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda compiled on the machine that runs them, by NVRTC through CuPy: for an installation without
+"""Compiles the kernels of csrc/cuda on the machine that runs them, by NVRTC through CuPy: for an installation without
 the compiled module. Nothing is compiled, and CuPy is not imported, before an op's first call.
 
 What the launchers of ``fastcss/_launchers`` share is here."""

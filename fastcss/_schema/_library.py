@@ -1,4 +1,4 @@
-"""The library of raw ops.
+"""Defines raw ops: their schemas, fake kernels and FLOPs, in one library.
 
 One op has one overload an implementation (``fastcss::multi_lora.cpu``, ``.triton``, …): the graph of a compiled model
 names the kernel that runs, and an explicit ``impl=`` can never be rerouted by the dispatcher.

@@ -125,10 +125,10 @@ COMMANDS = [
 BENCHMARKS = [
     Fault(
         "benchmarks-wrong-cases-of-a-kernel-do-not-count",
-        "benchmarks/measured.py",
+        "benchmarks/choose_on_gpu.py",
         'row["median_ms"] if row["verified"] else math.inf',
         'row["median_ms"]',
-        "tests/test_benchmark_measured.py",
+        "tests/test_benchmark_choose_on_gpu.py",
     ),
     Fault(
         "benchmarks-noise-of-the-old-file-alone",

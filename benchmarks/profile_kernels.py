@@ -1,5 +1,7 @@
-"""``ncu --profile-from-start off … python -m benchmarks.counted CASE…``: launches our kernels of these cases once each
-while Nsight Compute counts, after calls that compile and choose."""
+"""``ncu --profile-from-start off … python -m benchmarks.profile_kernels CASE…``: runs our kernels under Nsight Compute.
+
+Each kernel of these cases is launched once while the profiler counts, after calls that compile and choose.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ KERNELS = ("triton", "cuda")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.counted", description=__doc__.replace("\n", " "))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="+", help="run the cases whose name starts so, in their last mode")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Tests that what impl="auto" takes on a GPU is supported by rows of benchmarks/results."""
+"""Tests which kernels impl="auto" may take on a GPU: those that rows of benchmarks/results support, and no others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("rich")
 
-from benchmarks import harness, measured, report
+from benchmarks import choose_on_gpu, harness, report
 from fastcss._dispatch import backends
 
 
@@ -30,7 +30,7 @@ def test_a_kernel_is_faster_in_every_case_and_mode():
         *rows_of("nothing_to_compare/x", fastcss=1.0, triton=0.1),
         *rows_of("cost_filter/topk-64", triton=0.5, composed=1.0, cuda=0.4),
     ]
-    assert measured.supported(rows) == {
+    assert choose_on_gpu.supported(rows) == {
         "f": ("triton",),
         "deformable_attention": ("triton",),
         "top_classes": ("cuda", "triton"),
@@ -39,14 +39,14 @@ def test_a_kernel_is_faster_in_every_case_and_mode():
 
 def test_rows_of_a_cpu_support_nothing():
     rows = rows_of("f/x", triton=0.5, composed=1.0)
-    assert measured.supported([row | {"device": "cpu"} for row in rows]) == {}
+    assert choose_on_gpu.supported([row | {"device": "cpu"} for row in rows]) == {}
 
 
 def test_it_says_where_a_kernel_lost(tmp_path, capsys):
     file = tmp_path / "gpu.jsonl"
     rows = rows_of("f/x", triton=0.5, composed=1.0) + rows_of("g/x", "bwd", triton=3.0, composed=2.0)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert measured.main([str(file)]) == 0
+    assert choose_on_gpu.main([str(file)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "MEASURED_ON_GPU = {'f': ('triton',)}",
         "  triton takes 1.50 of the composed form's time: g/x bwd on A GPU",
@@ -55,6 +55,6 @@ def test_it_says_where_a_kernel_lost(tmp_path, capsys):
 
 def test_what_is_taken_was_measured():
     files = (harness.ROOT / "benchmarks" / "results").glob("*.jsonl")
-    found = measured.supported([row for file in files for row in report.read(file)])
+    found = choose_on_gpu.supported([row for file in files for row in report.read(file)])
     for op, kernels in backends.MEASURED_ON_GPU.items():
         assert set(kernels) <= set(found.get(op, ())), op

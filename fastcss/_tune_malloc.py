@@ -1,4 +1,4 @@
-"""Offers, never by default, to keep the C library from giving large tensors back to the system at every use."""
+"""Makes the C library keep freed memory, so that large CPU tensors cost no page faults; never by default."""
 
 from __future__ import annotations
 

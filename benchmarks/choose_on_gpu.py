@@ -1,7 +1,7 @@
-"""``python -m benchmarks.measured FILE.jsonl…``: tells what of ``backends.MEASURED_ON_GPU`` a GPU's rows support.
+"""``python -m benchmarks.choose_on_gpu FILE.jsonl…``: says which kernels impl="auto" may choose, from a GPU's rows.
 
-impl="auto" may choose a kernel if it was verified, and no slower than the op's composed form, in every case and mode of
-its op.
+It may choose a kernel that was verified, and no slower than the op's composed form, in every case and mode of its op.
+Whoever measured a GPU puts what is printed into ``fastcss/_dispatch/backends.py``, as ``MEASURED_ON_GPU``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def supported(rows: Sequence[dict]) -> dict[str, tuple[str, ...]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.choose_on_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="+", type=Path, help="rows of a GPU")
     rows = [row for file in parser.parse_args(arguments).file for row in report.read(file)]
     print("MEASURED_ON_GPU =", supported(rows))
