@@ -1,42 +1,34 @@
-"""Lists all benchmark cases, and finds those that a name means."""
+"""Finds all benchmark cases, whichever file of this folder defines them, and finds those that a name means."""
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
-from . import (
-    affinity_attention,
-    affinity_loss,
-    bi_attention,
-    caa,
-    class_affinity,
-    class_centers,
-    cost_filter,
-    decouplecss,
-    decouplecss_training,
-    deformable_attention,
-    fuse,
-    merge_masks,
-    multi_lora,
-    one_pass,
-    phrase_pool,
-    prompt_mlp,
-    select_tokens,
-    top_margin,
-    topk_queries,
-    window_attention,
-)
+from fastcss.ops import __all__ as OPS
+
 from .cases import Case
 
-AFFINITY = (affinity_attention, class_affinity, affinity_loss, class_centers, caa)
-SELECTION = (cost_filter, phrase_pool, select_tokens, prompt_mlp, merge_masks, topk_queries, top_margin)
-FUSED = (deformable_attention, bi_attention, window_attention, fuse)
-MODULES = (multi_lora, one_pass, *AFFINITY, *SELECTION, *FUSED, decouplecss, decouplecss_training)
+FOLDER = Path(__file__).parent
+
+
+def modules() -> list[ModuleType]:
+    """Import the files of this folder that define ``cases``, and no others: ops first, then what is made of them."""
+    defines = re.compile(r"^def cases\(device: str, quick: bool\)", re.MULTILINE)
+    names = [path.stem for path in FOLDER.glob("*.py") if defines.search(path.read_text(encoding="utf-8"))]
+    return [importlib.import_module(f"{__package__}.{name}") for name in sorted(names, key=_ops_first)]
+
+
+def _ops_first(name: str) -> tuple[bool, str]:
+    return name not in OPS, name
 
 
 def all_cases(device: str, quick: bool = False) -> list[Case]:
     """List every case of a device. ``quick`` gives small stand-ins under their own names, which end in ``-quick``."""
-    return [case for module in MODULES for case in module.cases(device, quick)]
+    return [case for module in modules() for case in module.cases(device, quick)]
 
 
 def select(cases: Sequence[Case], ops: Sequence[str] = (), names: Sequence[str] = ()) -> list[Case]:

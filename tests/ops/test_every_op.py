@@ -67,7 +67,7 @@ def test_its_function_has_its_name(op):
     [
         # multi_lora has its inputs in tests/ops/lora_inputs.py.
         ("tests/ops/arguments.py", ARGUMENTS.keys() | {"multi_lora"}),
-        ("benchmarks/registry.py", {case.op for case in all_cases("cpu", quick=True)}),
+        ("cases(device, quick) in benchmarks", {case.op for case in all_cases("cpu", quick=True)}),
     ],
 )
 def test_it_is_in_the_table(table, entries):
