@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import re
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -50,12 +51,21 @@ def _read(path: Path) -> dict:
 
 
 def digest(sources: Iterable[Path]) -> str:
-    """Hash names and contents; Python's comments, docstrings and layout do not count, as no compiler reads them."""
+    """Hash names and contents; comments, Python's docstrings and layout do not count, as no compiler reads them."""
     found = hashlib.sha256()
     for path in sorted(sources):
-        text = "".join(_code(path)).encode() if path.suffix == ".py" else path.read_bytes()
-        found.update(path.name.encode() + b"\0" + text + b"\0")
+        text = "".join(_code(path)) if path.suffix == ".py" else _cuda_code(path.read_text())
+        found.update(f"{path.name}\0{text}\0".encode())
     return found.hexdigest()[:16]
+
+
+#: A string or character, which may have in it what looks like a comment; or a comment.
+_STRING_OR_COMMENT = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|//[^\n]*|/\*.*?\*/""", re.DOTALL)
+
+
+def _cuda_code(text: str) -> str:
+    lines = _STRING_OR_COMMENT.sub(lambda found: found[1] or " ", text).splitlines()
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 #: Tokens that say nothing by their text, and what stands for them.

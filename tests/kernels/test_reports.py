@@ -36,6 +36,16 @@ def test_prose_is_nothing_to_the_compiler(tmp_path):
     assert [len(alike) for alike in seen.values()] == [2, 1, 1, 1]
 
 
+def test_comments_are_nothing_to_nvcc(tmp_path):
+    path, seen = tmp_path / "kernel.cuh", {}
+    alike = ['f("//");  // why\n', '// Says\n// why.\nf("//");\n', 'f("//"); /* why\n */\n']
+    others = ['f("/");  // why\n', 'f("//"); }\n', "f('//');\n", '// f("//");\n']
+    for text in alike + others:
+        path.write_text(text)
+        seen.setdefault(digest([path]), []).append(text)
+    assert list(seen.values()) == [alike, *([other] for other in others)]
+
+
 def test_there_is_none_of_what_is_gone():
     cuda = {f"cuda_{path.stem}" for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     assert {path.stem for path in FOLDER.glob("*.json")} <= {*FAMILIES, *cuda}
