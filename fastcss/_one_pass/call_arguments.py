@@ -1,11 +1,24 @@
-"""Checks the arguments of a runner's call that are not the model's own inputs."""
+"""Checks the arguments of a runner and of its call that are not the model's own inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+
+def check_adapters(adapters: Sequence[str] | None, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the places of ``adapters`` in ``names``, of all where none are named."""
+    if adapters is None:
+        return tuple(range(len(names)))
+    adapters = adapters if isinstance(adapters, str) else list(adapters)
+    if isinstance(adapters, str) or not adapters:
+        raise ValueError(f"one_pass: adapters must be a list of adapter names, got {adapters!r}")
+    unknown = [name for name in adapters if name not in names]
+    if unknown:
+        raise KeyError(f"one_pass: no adapter {unknown[0]!r}; there are {', '.join(names)}")
+    return tuple(map(names.index, adapters))
 
 
 def check_per_adapter(per_adapter: Mapping[str, Tensor], kwargs: dict, tasks: int) -> dict[str, Tensor]:
@@ -17,6 +30,12 @@ def check_per_adapter(per_adapter: Mapping[str, Tensor], kwargs: dict, tasks: in
         if tensor.shape[:1] != (tasks,):
             raise ValueError(f"one_pass: per_adapter[{name!r}] must be [{tasks}, …], got {list(tensor.shape)}")
     return dict(per_adapter)
+
+
+def check_group_size(size: int | None) -> int | None:
+    if size is not None and size < 1:
+        raise ValueError(f"one_pass: group_size must be at least 1, got {size}")
+    return size
 
 
 def check_task_dim(dim: int) -> int:

@@ -82,6 +82,15 @@ class Output:
         return pytree.tree_unflatten(list(map(expand, self.leaves, self.mapped)), self.structure)
 
 
+def task_axis_second(output: object) -> object:
+    """Move the task axis of every tensor behind its first other axis."""
+
+    def moved(leaf: object) -> object:
+        return leaf.movedim(0, 1) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf
+
+    return pytree.tree_map(moved, output)
+
+
 def join(outputs: Sequence[Output]) -> Output:
     """Put the slots of ``outputs`` one after the other."""
     first = outputs[0]

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._dispatch.private_apis import pytree
 from .._fuse.fusion import Fusion, fuse_modules
-from .call_arguments import check_per_adapter, check_route, check_task_dim
+from .call_arguments import check_adapters, check_group_size, check_per_adapter, check_route, check_task_dim
 from .cuda_graphs import Captures
 from .engine import Engine
-from .inputs_outputs import Inputs
+from .inputs_outputs import Inputs, task_axis_second
 from .model_copy import ModelCopy
 from .passes import Passes
 from .read_adapters import Adapters, check_global_hooks, read_peft
@@ -125,14 +124,12 @@ class OnePass(nn.Module):
         fuse: bool | None,
         task_dim: int,
     ) -> None:
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"one_pass: group_size must be at least 1, got {group_size}")
         inside = next((name for name, module in model.named_modules() if isinstance(module, OnePass)), None)
         if inside is not None:
             raise TypeError(f"one_pass: {inside or 'the model'} is a runner itself; give the model that it runs")
         self.model, self._given = model, adapters
         self.training = model.training
-        self.group_size, self.task_dim = group_size, check_task_dim(task_dim)
+        self.group_size, self.task_dim = check_group_size(group_size), check_task_dim(task_dim)
         self._asked, self._fuse = engine, fuse
         self._has_warned = False
         self.refresh()
@@ -248,7 +245,7 @@ class OnePass(nn.Module):
             return self._routed(route, Inputs(args, kwargs), per_sample)
         if per_sample is not None:
             raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
-        tasks = self._tasks(adapters)
+        tasks = check_adapters(adapters, self.adapters)
         if per_adapter:
             kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
         self._warn_of_untrained(tasks)
@@ -292,7 +289,7 @@ class OnePass(nn.Module):
                 can hold.
         """
         self._follow()
-        tasks = self._tasks(adapters)
+        tasks = check_adapters(adapters, self.adapters)
         if per_adapter:
             kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
         call = functools.partial(self._all_tasks, tasks)
@@ -310,7 +307,7 @@ class OnePass(nn.Module):
             lambda: passes.in_turn(tasks, inputs),
             len(tasks),
         )
-        return output if self.task_dim == 0 else pytree.tree_map(_task_axis_second, output)
+        return output if self.task_dim == 0 else task_axis_second(output)
 
     def _warn_of_untrained(self, tasks: Sequence[int]) -> None:
         if self._has_warned or not self._model_copy.training or not torch.is_grad_enabled():
@@ -323,21 +320,6 @@ class OnePass(nn.Module):
                 f"require them; to train them as well: model.set_requires_grad({untrained})",
                 stacklevel=5,
             )
-
-    def _tasks(self, adapters: Sequence[str] | None) -> tuple[int, ...]:
-        if adapters is None:
-            return tuple(range(len(self.adapters)))
-        adapters = adapters if isinstance(adapters, str) else list(adapters)
-        if isinstance(adapters, str) or not adapters:
-            raise ValueError(f"one_pass: adapters must be a list of adapter names, got {adapters!r}")
-        unknown = [name for name in adapters if name not in self.adapters]
-        if unknown:
-            raise KeyError(f"one_pass: no adapter {unknown[0]!r}; there are {', '.join(self.adapters)}")
-        return tuple(map(self.adapters.index, adapters))
-
-
-def _task_axis_second(leaf: object) -> object:
-    return leaf.movedim(0, 1) if isinstance(leaf, Tensor) and leaf.dim() > 1 else leaf
 
 
 one_pass = OnePass
