@@ -94,7 +94,7 @@ DATA = [
         "fastcss/data/_labelled.py",
         'if kept["stamp"] == stamp and',
         "if",
-        "tests/data/test_voc.py tests/data/test_ade.py",
+        "tests/data/test_index_of_classes.py tests/data/test_ade.py",
     ),
 ]
 
