@@ -33,7 +33,12 @@ TESTS = {
         *("tests/models/test_convert_sam.py", "tests/models/test_phrases.py", "tests/models/test_preprocessing.py"),
         *("tests/models/test_decouplecss_folder.py", "tests/fuse/test_fuse.py", "tests/fuse/test_one_call.py"),
     ),
-    "pillow": ("tests/data", "tests/commands/test_segment.py", "tests/test_overlay.py"),
+    "pillow": (
+        "tests/data",
+        "tests/commands/test_segment.py",
+        "tests/commands/test_segment_picture_kinds.py",
+        "tests/test_overlay.py",
+    ),
     "torchmetrics": ("tests/data/test_continual_metrics.py", "tests/models/test_continual_evaluation.py"),
 }
 SUMMARY = re.compile(r"^\d+ (?:passed|failed|error|skipped|deselected).*", re.MULTILINE)

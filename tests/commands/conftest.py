@@ -52,6 +52,23 @@ def tiny_run(tiny_model, tmp_path_factory) -> Path:
     return save_run(tiny_model, tmp_path_factory.mktemp("tiny") / "run", PLAN)
 
 
+@pytest.fixture(scope="module")
+def pixels():
+    """[36, 48, 4], with some transparency."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (36, 48, 4), dtype=np.uint8)
+
+
+@pytest.fixture
+def picture(pixels, tmp_path) -> Path:
+    """Writes a picture that ``segment`` can read."""
+    from PIL import Image
+
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "noise.png")
+    return tmp_path / "noise.png"
+
+
 @pytest.fixture(scope="session")
 def digit_models(tmp_path_factory) -> Path:
     """Makes a run without tasks: frozen models and a tokenizer; tests must not change it."""

@@ -104,7 +104,7 @@ COMMANDS = [
         "fastcss/commands/segment.py",
         "if path.resolve() in inputs:",
         "if path in inputs:",
-        "tests/commands/test_segment.py",
+        "tests/commands/test_segment_refusals.py",
     ),
     Fault(
         "commands-colours-of-the-legend-are-one-off",
