@@ -150,6 +150,13 @@ def reloaded(bare: nn.Module, folders: list[Path], batch: dict, train: bool = Fa
     return outputs
 
 
+LAYER = "layers.0.attention.q_proj"  # of vit, and adapted
+
+
+def lora(model: peft.PeftModel, layer: str = LAYER) -> nn.Module:
+    return model.get_base_model().get_submodule(layer)
+
+
 # --- PEFT's loop, and what it leaves behind ------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 
 import peft
@@ -194,3 +195,56 @@ def test_groups_are_as_few_as_fit_and_of_one_size(tasks, fit, size, monkeypatch)
     monkeypatch.setattr(group_size, "_maps_large_tensors", lambda: True)
     assert group_size.group_size(tasks, group_size.WIDEST_MAPPED // fit) == size
     assert group_size.group_size(tasks, 2 * group_size.WIDEST_KEPT) == 1
+
+
+class Reads(nn.Module):
+    """Reads some of its values as if they were one number."""
+
+    def __init__(self, read, size):
+        super().__init__()
+        self.layer, self.read, self.size = nn.Linear(4, 4), read, size
+
+    def forward(self, x):
+        y = self.layer(x).long()
+        self.read(y.flatten()[: self.size] if self.size else y)
+        return y
+
+
+@pytest.mark.parametrize("size", [0, 2, None], ids=["none", "two", "a matrix"])
+@pytest.mark.parametrize("read", [bool, float, int, torch.Tensor.item, torch.is_nonzero, [1, 2].__getitem__])
+@torch.no_grad()
+def test_several_numbers_are_no_number(read, size):
+    torch.manual_seed(0)
+    size = {0: -8}.get(size, size)
+    model = adapt(Reads(read, size), *({"r": 2, "target_modules": ["layer"]} for _ in range(2)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()  # so that the adapters agree
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as own:
+        model(torch.zeros(2, 4))
+    for engine in ("vmap", "auto"):
+        with pytest.raises(type(own.value)) as got:
+            fastcss.one_pass(model, engine=engine)(torch.zeros(2, 4))
+        assert str(got.value) == str(own.value)
+
+
+class Draws(nn.Module):
+    """Returns a random number beside what the adapter touches."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x), x * random.random()
+
+
+@torch.no_grad()
+def test_outputs_that_no_adapter_touches_may_differ_from_run_to_run():
+    model, x = adapt(Draws(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3))), torch.randn(2, 4)
+    runner = fastcss.one_pass(model, engine="replay")
+    random.seed(0)
+    got = runner(x)
+    random.seed(0)
+    assert_equal(got, loop(model, {"x": x}))

@@ -112,3 +112,20 @@ def test_batch_norm_in_training_runs_in_turn():
         warnings.simplefilter("error")
         runner(**given)
     assert runner.engine == "vmap"
+
+
+def test_one_warning_names_the_adapters_that_do_not_train():
+    model, given = build_adapted(vit), inputs(vit)
+    model.train()
+    runner = fastcss.one_pass(model)
+    with pytest.warns(UserWarning, match=r"adapters task1, task2 get no gradients.*set_requires_grad"):
+        runner(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runner(**given)
+        fastcss.one_pass(model)(**given, adapters=["task0"])
+        model.set_requires_grad(["task1", "task2"])
+        fastcss.one_pass(model)(**given)
+        model.set_adapter("task1")
+        model.eval()
+        fastcss.one_pass(model)(**given)

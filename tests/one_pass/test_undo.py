@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
-import types
 import warnings
 
 import pytest
 import torch
 from adapted_models import adapt, assert_equal, loop
+from counting_model import counts, state
 from torch import nn
 
 import fastcss
-
-
-class Counts(nn.Module):
-    """Counts its calls in every way there is, then branches on a value in which adapters differ."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("reassigned", torch.zeros(()))
-        self.register_buffer("means", torch.zeros(2, 4))
-        self.no_buffer, self.in_a_list = torch.zeros(()), [torch.zeros(3)[1:]]
-        self.steps, self.history, self.bound = 0, [], -1e9
-        self.nested = {"history": [], "count": types.SimpleNamespace(calls=0)}
-
-    def forward(self, x, how=None):
-        step = int(how != "quiet")  # else it writes what is there already, which is no reason against vmap
-        self.calls.add_(step)
-        self.no_buffer += step
-        self.in_a_list[0].add_(step)
-        self.reassigned = self.reassigned + step
-        self.steps += step
-        self.history += [self.steps] * step
-        self.nested["history"] += [self.steps] * step
-        self.nested["count"].calls += step
-        if how == "once":  # not in the calls before, so that nobody expects it
-            self.means[0].add_(1)
-        elif how == "unseen":
-            torch.ops.aten.add_.Tensor(self.means, torch.ones(()))
-        y = self.layer(x)
-        if y.sum() > self.bound:
-            y = y * self.calls + self.no_buffer * self.in_a_list[0].sum()
-            y = y + len(self.nested["history"]) * self.nested["count"].calls
-            return y + self.reassigned + self.steps + len(self.history) + self.means.sum()
-        return y - self.calls
-
-
-def counts():
-    torch.manual_seed(0)
-    model = adapt(Counts(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3)))
-    return model, torch.randn(2, 4)
 
 
 def splitting_bound(model, x) -> float:
@@ -64,11 +22,6 @@ def splitting_bound(model, x) -> float:
         sums.append(float(layer.get_base_model().layer(x).sum()))
     low, *_, high = sorted(sums)
     return (low + high) / 2
-
-
-def state(model) -> tuple:
-    base = model.get_base_model()
-    return base.calls.item(), base.means.tolist(), base.no_buffer.item(), base.in_a_list[0].tolist()
 
 
 @pytest.mark.parametrize("how", [None, "once"])
@@ -189,144 +142,3 @@ class _World:
 
     def __setitem__(self, i, value):
         self.shared[i] = value
-
-
-# --- reading a value of several numbers -------------------------------------------------------------------------------
-
-
-class Reads(nn.Module):
-    def __init__(self, read, size):
-        super().__init__()
-        self.layer, self.read, self.size = nn.Linear(4, 4), read, size
-
-    def forward(self, x):
-        y = self.layer(x).long()
-        self.read(y.flatten()[: self.size] if self.size else y)
-        return y
-
-
-@pytest.mark.parametrize("size", [0, 2, None], ids=["none", "two", "a matrix"])
-@pytest.mark.parametrize("read", [bool, float, int, torch.Tensor.item, torch.is_nonzero, [1, 2].__getitem__])
-@torch.no_grad()
-def test_several_numbers_are_no_number(read, size):
-    torch.manual_seed(0)
-    size = {0: -8}.get(size, size)
-    model = adapt(Reads(read, size), *({"r": 2, "target_modules": ["layer"]} for _ in range(2)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.zero_()  # so that the adapters agree
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as own:
-        model(torch.zeros(2, 4))
-    for engine in ("vmap", "auto"):
-        with pytest.raises(type(own.value)) as got:
-            fastcss.one_pass(model, engine=engine)(torch.zeros(2, 4))
-        assert str(got.value) == str(own.value)
-
-
-@pytest.mark.parametrize("engine", ["auto", "replay", "vmap"])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_what_adds_up_from_call_to_call_adds_up_for_each_adapter(engine, mode):
-    model, x = counts()
-    other = copy.deepcopy(model)
-    runner = fastcss.one_pass(model, engine=engine)
-    with mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if engine == "vmap":
-            with pytest.raises(RuntimeError, match="engine 'vmap' cannot run the model: what it writes"):
-                runner(x)
-            return
-        for _ in range(2):
-            assert_equal(runner(x), loop(other, {"x": x}))
-            assert state(model) == state(other)
-            assert (
-                model.get_base_model().reassigned
-                == other.get_base_model().reassigned
-                == model.state_dict()["base_model.model.reassigned"]
-            )
-    assert runner.engine == "replay"
-
-
-class Writes(nn.Module):
-    """Counts its calls in one place."""
-
-    def __init__(self, where):
-        super().__init__()
-        self.layer, self.where = nn.Linear(4, 4), where
-        self.entries, self.listed, self.plain = {"n": 0}, [0], torch.zeros(())
-
-    def forward(self, x):
-        if self.where == "tensor":
-            self.plain.add_(1)
-        elif self.where == "dict":
-            self.entries["n"] += 1
-        else:
-            self.listed[0] += 1
-        return self.layer(x) * (1 + self.plain + self.entries["n"] + self.listed[0])
-
-
-@pytest.mark.parametrize("first", [["task0"], None], ids=["one adapter first", "all"])
-@pytest.mark.parametrize("where", ["tensor", "dict", "list"])
-@torch.no_grad()
-def test_what_adds_up_in_attributes(where, first):
-    model, x = adapt(Writes(where), *({"r": 2, "target_modules": ["layer"]} for _ in range(3))), torch.randn(2, 4)
-    other, runner = copy.deepcopy(model), fastcss.one_pass(model)
-    if first:
-        runner(x, adapters=first)
-        other(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(2):
-            assert_equal(runner(x), loop(other, {"x": x}))
-
-
-class Caches(nn.Module):
-    """Fills a table when it is first asked for, and a buffer in every call, alike for every adapter."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.table = nn.Linear(4, 4), None
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("places", torch.zeros(0))
-
-    def forward(self, x):
-        if self.table is None:
-            self.table = torch.arange(4.0)
-        if len(self.places) < len(x):
-            self.places = torch.arange(float(len(x)))
-        self.mean.copy_(x.mean(0))
-        return self.layer(x) * self.table + self.mean + self.places[: len(x), None]
-
-
-@torch.no_grad()
-def test_what_a_model_caches_stays_under_vmap():
-    torch.manual_seed(0)
-    model = adapt(Caches(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3)))
-    other = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        runner = fastcss.one_pass(model, engine="auto")
-        for batch in (2, 3, 2):
-            x = torch.randn(batch, 4)
-            assert_equal(runner(x), loop(other, {"x": x}))
-            assert torch.equal(model.get_base_model().places, other.get_base_model().places)
-    assert runner.engine == "vmap"
-
-
-class Draws(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.layer(x), x * random.random()
-
-
-@torch.no_grad()
-def test_outputs_that_no_adapter_touches_may_differ_from_run_to_run():
-    model, x = adapt(Draws(), *({"r": 2, "target_modules": ["layer"]} for _ in range(3))), torch.randn(2, 4)
-    runner = fastcss.one_pass(model, engine="replay")
-    random.seed(0)
-    got = runner(x)
-    random.seed(0)
-    assert_equal(got, loop(model, {"x": x}))
