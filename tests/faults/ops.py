@@ -17,14 +17,14 @@ OPS = [
         "fastcss/_schema/select_tokens.py",
         "(classes.shape[1] + 31) // 32",
         "classes.shape[1] // 32",
-        "tests/ops/test_select_tokens.py -k 'cpu and (opcheck or compile)'",
+        "tests/ops/test_select_tokens_transforms.py -k 'cpu and (opcheck or compile)'",
     ),
     Fault(
         "autograd-tangents-are-dropped",
         "fastcss/_dispatch/autograd.py",
         "any_requires_grad(*arguments)) or forward_mode():\n            return function.apply",
         "any_requires_grad(*arguments)):\n            return function.apply",
-        "tests/hardening/test_transforms.py -k dual",
+        "tests/hardening/test_forward_mode.py -k dual",
     ),
     Fault(
         "autograd-a-sample-along-the-first-axis",

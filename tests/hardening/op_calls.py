@@ -11,6 +11,7 @@ import bi_inputs
 import calls
 import deformable
 import lora_inputs
+import select_inputs
 import test_affinity_attention
 import test_affinity_loss
 import test_class_affinity
@@ -20,7 +21,6 @@ import test_deformable_attention
 import test_merge_masks
 import test_phrase_pool
 import test_prompt_mlp
-import test_select_tokens
 import test_top_margin
 import test_topk_queries
 import torch
@@ -132,11 +132,16 @@ def _levels(n: Sizes) -> SearchStrategy[tuple]:
     return lists(tuples(n(1, 12), n(1, 12)), min_size=1, max_size=5).map(tuple)
 
 
-def _filter(n: Sizes) -> SearchStrategy[tuple]:
-    return tuples(n(0, 3), n(1, 30), n(1, 30), n(3, 80), n(1, 120), n(1, 4), n(1, 40))
-
-
 SCALES, FLAGS = sampled_from([1.0, -0.37, 0.0, 3]), booleans()
+
+COST_FILTER = Drawn(
+    test_cost_filter.make,
+    lambda n: tuples(n(0, 3), n(1, 30), n(1, 30), n(3, 80), n(1, 120), n(1, 4), n(1, 40)),
+    test_cost_filter.assert_as_good_as_eager,
+    {"shared": FLAGS},
+    example=(2, 12, 13, 40, 59, 2, 9),
+    small=(2, 2, 3, 4, 5, 2, 3),
+)
 
 #: The functions of ``fastcss.ops``; those around ``cost_filter`` are in "packed_filter".
 OPS = {
@@ -172,22 +177,8 @@ OPS = {
         example=(2, 21, 200, 40),
         small=(2, 3, 5, 4),
     ),
-    "cost_filter": Drawn(
-        test_cost_filter.make,
-        _filter,
-        test_cost_filter.assert_as_good_as_eager,
-        {"shared": FLAGS},
-        example=(2, 12, 13, 40, 59, 2, 9),
-        small=(2, 2, 3, 4, 5, 2, 3),
-    ),
-    "packed_filter": Drawn(
-        make_packed,
-        _filter,
-        test_cost_filter.assert_as_good_as_eager,
-        {"shared": FLAGS},
-        example=(2, 12, 13, 40, 59, 2, 9),
-        small=(2, 2, 3, 4, 5, 2, 3),
-    ),
+    "cost_filter": COST_FILTER,
+    "packed_filter": dataclasses.replace(COST_FILTER, make=make_packed),
     "top_classes": Drawn(
         make_scores,
         lambda n: tuples(n(0, 4), n(1, 1500), n(1, 1500)),
@@ -202,9 +193,9 @@ OPS = {
         small=(2, 3, 4, 5),
     ),
     "select_tokens": Drawn(
-        test_select_tokens.make,
+        select_inputs.make,
         lambda n: tuples(n(0, 3), n(0, 300), n(1, 40), n(4, 80), n(1, 300)),
-        test_select_tokens.assert_as_good_as_eager,
+        select_inputs.assert_as_good_as_eager,
         {"threshold": sampled_from([0.1, 0.0, -0.3]), "presence": sampled_from(["all", "best"])},
         example=(3, 200, 21, 40, 150),
         small=(2, 6, 3, 4, 7),

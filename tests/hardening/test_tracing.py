@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_transforms import SHAPES, function
+from small_calls import SHAPES, function
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 

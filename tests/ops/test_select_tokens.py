@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
-import calls
 import checks
 import pytest
 import torch
-from calls import COMPILED_CUDA, DTYPES, IMPLEMENTATIONS_CUDA, LAYOUTS, Call, normal, runs
+from calls import DTYPES, IMPLEMENTATIONS_CUDA, LAYOUTS, normal
 from left_out import light
+from select_inputs import CASES, LARGE, assert_as_good_as_eager, clear, cosines, make
 from torch import Tensor
 
-from fastcss._cosine import unit
 from fastcss.ops import select_tokens
-
-# A cosine keeps this distance from the threshold, and a token's best class from the second. The cosine of two rounded
-# unit rows is off by 2.5 / √D of this unit, and then rounded itself.
-UNIT = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-
-
-def make(
-    batch, count, classes, width, length, *, threshold=0.1, dtype=torch.float32, device="cpu", seed=0, **options
-) -> Call:
-    """Tokens whose classes no rounding changes: those too near to two of them or to the threshold are drawn again."""
-    text = normal(batch, classes, width, seed=seed).to(dtype)
-    tokens = normal(batch, count, width, seed=seed + 1).to(dtype)
-    for again in range(2, 200):
-        unclear = ~clear(tokens, text, threshold, UNIT[dtype])
-        if not unclear.any():
-            break
-        tokens = torch.where(unclear[..., None], normal(*tokens.shape, seed=seed + again).to(dtype), tokens)
-    else:
-        raise AssertionError("no such tokens")
-    options |= {"threshold": threshold, "length": length}
-    return Call(select_tokens, {"tokens": tokens.to(device), "classes": text.to(device)}, options)
-
-
-def cosines(tokens: Tensor, classes: Tensor) -> Tensor:
-    return unit(tokens.double()) @ unit(classes.double()).mT  # [B, N, C]
-
-
-def clear(tokens: Tensor, classes: Tensor, threshold: float, unit: float) -> Tensor:
-    """[B, N]"""
-    cosine, off = cosines(tokens, classes), 2.5 / tokens.shape[2] ** 0.5
-    near = ((cosine - threshold).abs() < unit * (off + abs(threshold))).any(2)
-    best = cosine.sort(dim=2, descending=True).values
-    return ~near if classes.shape[1] == 1 else ~near & (best[..., 0] - best[..., 1] >= unit * (off + 1))
 
 
 def literal(tokens: Tensor, classes: Tensor, threshold: float) -> Tensor:
@@ -56,20 +21,6 @@ def literal(tokens: Tensor, classes: Tensor, threshold: float) -> Tensor:
     s = (tokens @ classes.mT) / norm(tokens, dim=2)[..., None] / norm(classes, dim=2)[:, None]  # (3)
     s = torch.where(s >= threshold, s, 0)  # (4)
     return (s * (s > 0)).sum(1) / (s > 0).sum(1).clamp(min=1)
-
-
-CASES = {  # B, N, C, D, length
-    "one element": (1, 1, 1, 1, 1),
-    "no images": (0, 5, 3, 4, 9),
-    "no tokens": (2, 0, 3, 4, 9),
-    "one class": (2, 31, 1, 33, 70),
-    "one token": (2, 1, 20, 33, 70),
-    "part of a token": (2, 97, 3, 65, 40),
-    "C 21": (2, 97, 21, 33, 150),
-    "all and zeros": (1, 33, 5, 21, 1000),
-}
-# Across the edges of a tiled kernel's blocks.
-LARGE = {"N 1500": (2, 1500, 20, 64, 128), "C 150": (1, 577, 150, 130, 260), "D 256": (1, 300, 20, 256, 512)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,21 +35,6 @@ LARGE = {"N 1500": (2, 1500, 20, 64, 128), "C 150": (1, 577, 150, 130, 260), "D 
 def test_values_and_gradients(impl, case, dtype, device, tolerances):
     call = make(*(CASES | LARGE)[case], dtype=dtype, device=device)
     assert_as_good_as_eager(call, impl, tolerances[dtype])
-
-
-def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) -> None:
-    calls.assert_as_good_as_eager(call, impl, tolerance, peers=functools.partial(peers, call), **options)
-
-
-def peers(call: Call, name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
-    """The gradient of a cosine is what is left of that of a product: nothing, where the two rows are parallel."""
-    if name == "dclasses":
-        count = (cosines(**call.tensors) >= call.options["threshold"]).sum(1)
-        if call.options.get("presence") == "best":
-            count = exact["counts"]
-        slope = dys[2].double() / count.clamp(min=1).sqrt() / call.tensors["classes"].double().norm(dim=-1)
-        return [exact[name], torch.where(count > 0, slope, 0)]
-    return [exact[name]]
 
 
 @pytest.mark.parametrize(
@@ -307,92 +243,3 @@ def test_any_strides(impl, layout, device, tolerances):
     dselected, dcounts, dpresence = call.output_gradients()
     dys = (LAYOUTS[layout](dselected), dcounts, LAYOUTS[layout](dpresence))
     assert_as_good_as_eager(call, impl, tolerances[torch.float32], gradients=dys)
-
-
-# --- the same again, autograd, torch.library, torch.compile, torch.vmap ----------------------------------------------
-
-
-@pytest.mark.parametrize("impl", COMPILED_CUDA)
-def test_reproducible_and_of_its_image_alone(impl, device):
-    call = make(3, 40, 5, 18, 50, dtype=torch.bfloat16, device=device)
-    checks.assert_reproducible(call, impl)
-    checks.assert_batch_invariant(call, impl)
-
-
-@pytest.mark.parametrize("case", ["C 21", *LARGE])
-def test_threads_do_not_change_results(case):
-    runs("cpu", "cpu")
-    for dtype in DTYPES:
-        checks.assert_same_on_any_number_of_threads(make(*(CASES | LARGE)[case], dtype=dtype))
-
-
-@pytest.mark.parametrize("impl", ["reference", "composed"])
-def test_gradcheck(impl, device):
-    checks.gradcheck(make(2, 6, 3, 4, 7, dtype=torch.float64, device=device), impl)
-
-
-@pytest.mark.parametrize("impl", COMPILED_CUDA)
-def test_finite_differences(impl, device):
-    checks.assert_slope(make(2, 40, 5, 18, 70, device=device), impl)
-
-
-@pytest.mark.parametrize("needs", ["tokens", "classes"])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
-def test_one_gradient(impl, needs, device):
-    """The presence alone has a gradient here."""
-    call = make(2, 40, 5, 18, 70, device=device)
-    slopes = []
-    for name in ("reference", impl):
-        leaf = call.tensors[needs].clone().requires_grad_()
-        presence = call.having(**{needs: leaf}).outputs(name)["presence"]
-        slopes += torch.autograd.grad(presence.square().sum(), leaf)
-    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
-def test_second_derivatives(impl, device):
-    checks.assert_once_differentiable(make(1, 6, 3, 4, 7, device=device), impl)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
-def test_autocast_rounds_no_cosine(impl, device):
-    """Tensors of two dtypes are taken in the wider one."""
-    call = make(2, 40, 5, 18, 70, device=device)
-    want = call.outputs(impl)
-    half = call.tensors["tokens"].bfloat16()
-    wide = call.having(tokens=half.float()).outputs(impl)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        checks.assert_bitwise(call.outputs(impl), want)
-        checks.assert_bitwise(call.having(tokens=half).outputs(impl), wide)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
-def test_compile_without_graph_breaks(impl, device):
-    checks.assert_compiles(make(2, 20, 5, 9, 30, device=device), impl)
-
-
-@pytest.mark.parametrize("mapped", [("tokens", "classes"), ("tokens",), ("classes",)], ids=" ".join)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
-@light(lambda mapped: len(mapped) > 1)
-def test_vmap(impl, mapped, device):
-    call = make(2, 6, 3, 5, 12, device=device)
-    checks.assert_maps(call, impl, mapped)
-
-
-@pytest.mark.parametrize("impl", COMPILED_CUDA)
-def test_opcheck(impl, device):
-    """And what is saved for the backward pass is what the schema says."""
-    for shape in ((2, 40, 5, 18, 70), (0, 5, 3, 4, 9), (1, 0, 2, 3, 5)):
-        tokens, classes = make(*shape, device=device).tensors.values()
-        cosine = cosines(tokens, classes)
-        want, place = cosine.max(dim=2)
-        bits = (cosine >= 0.1).int() << torch.arange(shape[2], device=device)
-        for best_only in (False, True):
-            found = checks.opcheck("select_tokens", impl, tokens, classes, 0.1, shape[-1], best_only)
-            selected, counts, presence, *saved = found
-            support, best, above = saved
-            assert torch.equal(best, place.where(want >= 0.1, -1).int())
-            assert torch.equal(support, counts if best_only else (cosine >= 0.1).sum(1))
-            assert torch.equal(above, best.new_empty(*best.shape, 0) if best_only else bits.sum(2, keepdim=True).int())
-            gradients = (torch.ones_like(selected), torch.ones_like(presence))
-            checks.opcheck("select_tokens_backward", impl, *gradients, tokens, classes, *saved)
