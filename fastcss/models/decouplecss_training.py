@@ -1,4 +1,4 @@
-"""Trains one task of DecoupleCSS: its adapter and its prompt generators, and nothing else."""
+"""Trains one task of DecoupleCSS by a ``Recipe``: its adapter and its prompt generators, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs Grounding DINO up to its feature enhancer: the part of the detector that a segmentation model adapts."""
+"""Runs Grounding DINO up to its feature enhancer, the part that a model adapts, and says where adapters sit in it."""
 
 from __future__ import annotations
 
