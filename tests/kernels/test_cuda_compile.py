@@ -96,16 +96,16 @@ def test_device_code_asks_nvrtc_for_no_header(file):
 
 @pytest.mark.parametrize("file", DEVICE_CODE)
 def test_nvrtc_compiles(file):
-    nvrtc = _load_nvrtc()
+    library = _load_nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     source = nvrtc.source(file).encode()
-    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"fastcss.cu", 0, None, None) == 0
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"fastcss.cu", 0, None, None) == 0
     options = (ctypes.c_char_p * 2)(b"--std=c++17", b"--gpu-architecture=sm_90")
-    status = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    status = library.nvrtcCompileProgram(program, len(options), options)
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    library.nvrtcGetProgramLog(program, log)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
     assert status == 0, log.value.decode()
 
 
