@@ -11,6 +11,9 @@ from collections import defaultdict
 
 # A thread that waits for work must not keep a core busy: there are as many processes as cores. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# oneDNN, and torch above it, keep what they made for each of the last 1024 shapes: 600 MB in a process of tests.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 # fastcss decides when it is imported whether Triton is available, and the conftest.py of a folder that the command line
 # names imports it before any option is read. Processes of pytest-xdist have the variable from the first one.
 if "PYTEST_XDIST_WORKER" not in os.environ and "--device=cuda" not in " ".join(sys.argv).replace(
@@ -28,6 +31,10 @@ if INTERPRETED and importlib.util.find_spec("triton"):
     mend_triton_interpreter()
 
 _tables: dict[str, list[dict]] = defaultdict(list)
+
+#: Undo ``fastcss.tune_malloc``, which an example and the benchmarks call: M_MMAP_MAX, M_MMAP_THRESHOLD (as large as it
+#: gets by itself), M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>.
+GLIBC_DEFAULTS = ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20), (-2, 128 << 10))
 
 
 def pytest_addoption(parser):
@@ -58,13 +65,17 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def _nothing_is_left_over():
-    """A file's compiled graphs and garbage are of no use to the next one, and a process would grow to 5 GB by them."""
+    """A file's compiled graphs and garbage are of no use to the next one, and a process would grow to 5 GB by them; and
+    by 300 MB if freed memory stayed with it."""
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        for parameter, value in GLIBC_DEFAULTS:
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
 
 
 @pytest.fixture

@@ -23,9 +23,14 @@ def broken():
 
 
 @pytest.fixture
-def case(monkeypatch):
-    """Makes a case of a sum of two vectors, which is right twice, wrong in four ways, and once does not run."""
+def slow_machine(monkeypatch):
+    """Spares the measurement of this machine's limits, which copies 256 MiB."""
     monkeypatch.setattr(limits, "measured_limits", lambda device, dtype: limits.Limits(gemm=1e9, copy=1e9))
+
+
+@pytest.fixture
+def case(slow_machine):
+    """Makes a case of a sum of two vectors, which is right twice, wrong in four ways, and once does not run."""
     x = torch.arange(1.0, 1 + 2**18)
     wrong_place = 2 * x
     wrong_place[-1] += 8
@@ -61,7 +66,7 @@ def test_wrong_outputs_are_refused_and_never_timed(outcome):
     assert "broken" not in rows
 
 
-def test_a_provider_that_another_one_disturbs_is_refused():
+def test_a_provider_that_another_one_disturbs_is_refused(slow_machine):
     state = {"factor": 2}
 
     def careless():
