@@ -78,6 +78,12 @@ def _nothing_is_left_over():
         libc.malloc_trim(0)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """A test draws the same numbers whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread():
     """torch starts all threads for the smallest of tensors, and those of several processes wait for each other."""
