@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastcss.commands.train import _begin, _notes, add_arguments
 from fastcss.models.continual import read_plan
+from fastcss.models.continual_plan import DEFAULTS
 
 
 @pytest.fixture
@@ -34,7 +35,11 @@ def voc(tmp_path, monkeypatch) -> Path:
     return root
 
 
-def test_voc_from_its_folder(command, digit_models, voc, tmp_path):
+def test_voc_from_its_folder(command, digit_models, voc, tmp_path, monkeypatch):
+    plan = DEFAULTS["voc"].plan
+    assert (plan["shortest"], plan["longest"]) == (800, 1333)
+    for side in ("shortest", "longest"):  # pictures of the paper's size take 1 GB here
+        monkeypatch.setitem(plan, side, plan[side] // 5)
     run = tmp_path / "run"
     arguments = ("--data", "voc", "--setting", "19-1", "--root", voc, "--base", digit_models, "--rank", 2)
     finished = command("train", *arguments, "--epochs", "1", "--out", run)
@@ -47,7 +52,7 @@ def test_voc_from_its_folder(command, digit_models, voc, tmp_path):
     )
     plan = read_plan(run)
     assert (plan.root, plan.train_split, plan.train_scenes) == (str(voc.resolve()), "train_aug", None)
-    assert (plan.recipe.batch_size, plan.shortest, plan.longest) == (24, 800, 1333)
+    assert (plan.recipe.batch_size, plan.shortest, plan.longest) == (24, 160, 266)
     first, last, summary = lines(run)
     assert first["classes"][2] == "bird"
     assert last["classes"][-1] == "tv monitor"
