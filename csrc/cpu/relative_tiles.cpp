@@ -1,0 +1,215 @@
+#include "relative_tiles.h"
+
+#include "vector_math_v4.h"
+
+namespace fastcss::cpu {
+namespace {
+
+constexpr float kInf = __builtin_inff();
+
+// ---- what differs between instruction sets -------------------------------------------------------------------------
+
+template <class V>
+FASTCSS_INLINE V larger(V x, V y) {  // y if one is NaN
+  return x > y ? x : y;
+}
+
+struct OneTerm {  // a word is a float32
+  static constexpr bool pairs = false;
+  template <class V>
+  static FASTCSS_INLINE V multiply_add(V sum, V x, V y) {
+    return sum + x * y;
+  }
+};
+
+template <class V>
+struct Weight {
+  static FASTCSS_INLINE V of(V below) { return exp_negative(below); }  // e^below for below ≤ 0; NaN stays NaN
+};
+
+#if defined(__x86_64__)
+template <>
+struct Weight<Vec> {
+  // At 2⁻²⁰⁰ the result is 0; −∞ less the nearest whole number would be NaN.
+  static FASTCSS_V4 inline Vec of(Vec below) {
+    const Vec t = larger(-200.f - Vec{}, below * kLog2e), whole = nearest(t);
+    return times_power(exp2_fraction(t - whole), whole);
+  }
+};
+
+#define FASTCSS_V4_PAIRS FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
+struct TwoTerms {  // a word is a pair of bfloat16
+  static constexpr bool pairs = true;
+  template <class V>
+  static FASTCSS_V4_PAIRS inline Vec multiply_add(Vec sum, Vec x, Vec y) {
+    return multiply_add_pairs(sum, x, y);
+  }
+  static FASTCSS_V4_PAIRS inline Vec join(Vec first, Vec second) {  // each lane's two terms side by side
+    const __m512i terms = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i order;
+    std::memcpy(&order, kOrder, sizeof(order));
+    return reinterpret_cast<Vec>(_mm512_maskz_permutexvar_epi16(0xffffffff, order, terms));
+  }
+};
+template <class F>
+FASTCSS_V4_PAIRS void on_pairs(const F& loop) {
+  loop.template operator()<Vec>();
+}
+#endif
+
+// Calls f<ROWS>() for rows = 1 … MOST known at compile time.
+template <int MOST, class F>
+FASTCSS_INLINE void with_rows(int rows, const F& f) {
+  if constexpr (MOST > 1)
+    if (rows < MOST) return with_rows<MOST - 1>(rows, f);
+  f.template operator()<MOST>();
+}
+template <class V>
+constexpr int kTileRows = kLanesIn<V> == 16 ? 12 : kLanesIn<V> == 8 ? 6 : 2;  // as kernel().rows
+
+// ---- tiles of ROWS keys or channels by VECS vectors V of queries ---------------------------------------------------
+
+template <class V, int ROWS, int VECS, class Word>
+FASTCSS_INLINE void multiply(V (&sum)[ROWS][VECS], int64_t k, const float* a, const float* b) {
+  accumulate<ROWS, V, ROWS, VECS, Word::template multiply_add<V>>(sum, k, a, b, kCols);
+}
+
+struct Bias {
+  const float *h, *w;   // of the next key's row and column
+  int64_t column, columns;
+};
+
+// scores [ROWS][kCols] = scale · keys · queries + bias; most = the largest so far
+template <class V, int ROWS, int VECS, class Word>
+FASTCSS_INLINE void score_tile(const PackedKeys& keys, const float* a, const float* queries, float scale, Bias& bias,
+                               float* scores, V (&most)[VECS]) {
+  V sum[ROWS][VECS] = {};
+  multiply<V, ROWS, VECS, Word>(sum, keys.words(keys.D), a, queries);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) {
+      const int at = v * kLanesIn<V>;
+      const V score = sum[i][v] * scale + (load<V>(bias.h + at) + load<V>(bias.w + at));
+      store(scores + i * kCols + at, score);
+      most[v] = larger(score, most[v]);
+    }
+    bias.w += kCols;
+    if (++bias.column == bias.columns) bias.w -= bias.columns * kCols, bias.h += kCols, bias.column = 0;
+  }
+}
+
+template <class V, int VECS, class Word>
+FASTCSS_INLINE void score(const PackedKeys& keys, int64_t first, int64_t last, const QueryPanel& p, int lane,
+                          float scale, float* scores, V (&most)[VECS]) {
+  constexpr int kRows = kTileRows<V>;
+  const int64_t column = first % keys.columns;
+  Bias bias{p.bias_h + first / keys.columns * kCols + lane, p.bias_w + column * kCols + lane, column, keys.columns};
+  for (int64_t j = first; j < last; j += kRows)
+    with_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, last - j)), [&]<int ROWS>() FASTCSS_LOOP {
+      score_tile<V, ROWS, VECS, Word>(keys, keys.panel(j), p.queries + lane, scale, bias,
+                                      scores + (j - first) * kCols, most);
+    });
+}
+
+// scores [keys][kCols] → e^(score − most), or pairs of them; sum += those
+template <class V, int VECS, class Word>
+FASTCSS_INLINE void weigh(int64_t keys, float* scores, const V (&most)[VECS], V (&sum)[VECS]) {
+  for (int64_t j = 0; j < keys; j += 1 + Word::pairs)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) {
+      const float* at = scores + j * kCols + v * kLanesIn<V>;
+      V weight = Weight<V>::of(load<V>(at) - most[v]);
+      sum[v] += weight;
+#if defined(__x86_64__)
+      if constexpr (Word::pairs) {
+        const V second = j + 1 < keys ? Weight<V>::of(load<V>(at + kCols) - most[v]) : V{};
+        sum[v] += second;
+        weight = Word::join(weight, second);
+      }
+#endif
+      store(scores + j / (1 + Word::pairs) * kCols + v * kLanesIn<V>, weight);
+    }
+}
+
+// out [D][kCols] += values · weights
+template <class V, int VECS, class Word>
+FASTCSS_INLINE void add_values(const PackedKeys& keys, int64_t chunk, const float* weights, float* out) {
+  constexpr int kRows = kTileRows<V>;
+  const int64_t panels = value_panels(keys.D), words = keys.words(keys.in_chunk(chunk));
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t channel = keys.D * p / panels, rows = keys.D * (p + 1) / panels - channel;
+    with_rows<kRows>(static_cast<int>(rows), [&]<int ROWS>() FASTCSS_LOOP {
+      V sum[ROWS][VECS] = {};
+      multiply<V, ROWS, VECS, Word>(sum, words, keys.value_panel(chunk, channel), weights);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+        for (int v = 0; v < VECS; ++v) {
+          float* to = out + (channel + i) * kCols + v * kLanesIn<V>;
+          store(to, load<V>(to) + sum[i][v]);
+        }
+    });
+  }
+}
+
+template <class V, int VECS, class Word>
+FASTCSS_INLINE void attend_strip(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, int lane, float scale,
+                                 float* scores) {
+  constexpr int kWide = kLanesIn<V>;
+  const int64_t first = chunk * kChunk, count = keys.in_chunk(chunk);
+  float* out = p.out + lane;
+  V most[VECS], sum[VECS] = {}, finite[VECS];
+  for (int v = 0; v < VECS; ++v) most[v] = load<V>(p.most + lane + v * kWide);
+  score<V, VECS, Word>(keys, first, first + count, p, lane, scale, scores + lane, most);
+  float now[VECS * kWide];
+  for (int v = 0; v < VECS; ++v) store(now + v * kWide, most[v]);
+  if (std::memcmp(now, p.most + lane, sizeof(now)) != 0) {
+    V factor[VECS];
+    for (int v = 0; v < VECS; ++v) {
+      const V before = load<V>(p.most + lane + v * kWide), to = most[v] == -kInf ? V{} : most[v];
+      factor[v] = Weight<V>::of(before - to);
+      store(p.sum + lane + v * kWide, load<V>(p.sum + lane + v * kWide) * factor[v]);
+      store(p.most + lane + v * kWide, most[v]);
+    }
+    for (int64_t d = 0; d < keys.D; ++d)
+      for (int v = 0; v < VECS; ++v)
+        store(out + d * kCols + v * kWide, load<V>(out + d * kCols + v * kWide) * factor[v]);
+  }
+  for (int v = 0; v < VECS; ++v) finite[v] = most[v] == -kInf ? V{} : most[v];
+  weigh<V, VECS, Word>(count, scores + lane, finite, sum);
+  for (int v = 0; v < VECS; ++v) {
+    float* to = p.sum + lane + v * kWide;
+    store(to, load<V>(to) + sum[v]);
+  }
+  add_values<V, VECS, Word>(keys, chunk, scores + lane, out);
+}
+
+}  // namespace
+
+int64_t value_panels(int64_t D) { return (D + kernel().rows - 1) / kernel().rows; }
+
+void attend(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, float scale, float* scores) {
+#if defined(__x86_64__)
+  if (keys.pairs)
+    return on_pairs([&]<class V>() FASTCSS_LOOP {
+      if (p.lanes > kLanes) return attend_strip<V, 2, TwoTerms>(keys, chunk, p, 0, scale, scores);
+      attend_strip<V, 1, TwoTerms>(keys, chunk, p, 0, scale, scores);
+    });
+#endif
+  on_widest([&]<class V>() FASTCSS_LOOP {
+    if constexpr (kLanesIn<V> == kLanes) {
+      if (p.lanes > kLanes) return attend_strip<V, 2, OneTerm>(keys, chunk, p, 0, scale, scores);
+      attend_strip<V, 1, OneTerm>(keys, chunk, p, 0, scale, scores);
+    } else {
+      constexpr int kVecs = kLanes / kLanesIn<V>;
+      for (int lane = 0; lane < p.lanes; lane += kLanes)
+        attend_strip<V, kVecs, OneTerm>(keys, chunk, p, lane, scale, scores);
+    }
+  });
+}
+
+}  // namespace fastcss::cpu

@@ -1,0 +1,77 @@
+// Knows the windows of a map, or the map as one window: where their tokens lie, how their keys and values are packed,
+// and the two parts of the bias that the tables of relative positions give a panel of queries.
+#pragma once
+
+#include <vector>
+
+#include "relative_tiles.h"
+#include "tensors.h"
+
+namespace fastcss::cpu {
+
+// The part of a window that lies on the map, by its tokens' rows and columns.
+struct OnMap {
+  int64_t top, left, height, width;
+  int64_t tokens() const { return height * width; }
+};
+
+struct RelativeWindows {
+  RelativeWindows(const Tensor& q, int64_t window, double scale);  // window 0: the map is the only one
+
+  int64_t B, H, W, heads, D;
+  int64_t height, width;  // of a window
+  int64_t rows, columns;  // of windows
+  int64_t n;              // tokens of a window
+  float scale;
+  DType dtype;
+  bool pairs;  // words are pairs of bfloat16
+
+  int64_t count() const { return rows * columns; }
+  OnMap on_map(int64_t index) const;
+  int64_t words(int64_t terms) const { return pairs ? (terms + 1) / 2 : terms; }
+
+  // Reads `lanes` queries of one head from the `first` of a window on, and zeros up to kCols: rows [kCols][D].
+  void read_queries(float* rows, const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
+                    int lanes) const;
+  // Reads keys or values first … first + tokens − 1 of a window: rows [tokens][D]. Those beyond the map are `pad` [D].
+  void read_keys(float* rows, const Tensor& x, const float* pad, int64_t b, int64_t h, const OnMap& at, int64_t first,
+                 int64_t tokens) const;
+  // Calls f(lane, lanes, y, x) for each run of a panel's queries that are neighbours in a row of the map.
+  template <class F>
+  void for_runs(const OnMap& at, int64_t first, int lanes, const F& f) const;
+};
+
+// Packs all keys and values of window `at` into `memory`, of packed_size floats.
+int64_t packed_size(const RelativeWindows& w);
+PackedKeys pack_keys(float* memory, const RelativeWindows& w, const Tensor& k, const Tensor& v, const float* pad_key,
+                     const float* pad_value, int64_t b, int64_t h, const OnMap& at);
+void read_pad(float* dst, const Tensor& pad, int64_t b, int64_t h, int64_t D);
+
+// A table [2 size − 1, D], of distances in rows or in columns of the window.
+class RelativeTable {
+ public:
+  RelativeTable(const RelativeWindows& w, const Tensor& table, int64_t size);
+
+  // bias [size][kCols] = queries · table[at − j + size − 1] for each j, where at [kCols] are the queries' own rows or
+  // columns and `queries` is a packed panel. `scratch` has room for scratch_size() floats.
+  void bias(float* bias, const float* queries, const int64_t* at, float* scratch) const;
+  int64_t scratch_size() const { return (panels_ * kernel().rows + kLanes) * kCols; }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_, rows_, panels_, words_;
+  bool pairs_;
+  std::vector<float> packed_;  // [panel][word of D][kernel().rows]
+};
+
+template <class F>
+void RelativeWindows::for_runs(const OnMap& at, int64_t first, int lanes, const F& f) const {
+  for (int lane = 0; lane < lanes;) {
+    const int64_t y = (first + lane) / at.width, x = (first + lane) % at.width;
+    const int run = static_cast<int>(std::min<int64_t>(lanes - lane, at.width - x));
+    f(lane, run, y, x);
+    lane += run;
+  }
+}
+
+}  // namespace fastcss::cpu
