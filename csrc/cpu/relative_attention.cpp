@@ -24,7 +24,7 @@ class Forward {
       : w_(w), in_(in), rel_h_(rel_h), rel_w_(rel_w), out_(out), stats_(stats), blocks_(ceil_div(w.n, kPanels * kCols)) {}
 
   void run() {
-    const int64_t total = w_.B * w_.heads * w_.count(), each = packed_size(w_) + 2 * w_.D;
+    const int64_t total = w_.B * w_.heads * w_.count(), each = packed_size();
     if (blocks_ == 1)  // keys that one item needs are packed where it finds them in its cache
       return parallel(total, [&](int64_t i) {
         float* memory = local_workspace.get(each + block_size());
@@ -45,13 +45,17 @@ class Forward {
  private:
   PackedKeys pack(int64_t index, float* memory) const {
     const auto [b, h, at] = place(index);
-    float *pad_key = memory, *pad_value = pad_key + w_.D;
-    read_pad(pad_key, in_.pad_key, b, h, w_.D), read_pad(pad_value, in_.pad_value, b, h, w_.D);
-    return pack_keys(pad_value + w_.D, w_, in_.k, in_.v, pad_key, pad_value, b, h, at);
+    float *keys = memory, *values = keys + keys_size(w_), *pad = values + values_size(w_), *staged = pad + w_.D;
+    read_pad(pad, in_.pad_key, b, h, w_.D);
+    pack_keys(keys, w_, in_.k, pad, b, h, at, staged);
+    read_pad(pad, in_.pad_value, b, h, w_.D);
+    pack_values(values, w_, in_.v, pad, b, h, at, staged);
+    return {w_.n, w_.D, w_.width, w_.pairs, keys, values};
   }
+  int64_t packed_size() const { return keys_size(w_) + values_size(w_) + (kChunk + 1) * w_.D; }
   std::tuple<int64_t, int64_t, OnMap> place(int64_t index) const {
-    const int64_t pair = index / w_.count();
-    return {pair / w_.heads, pair % w_.heads, w_.on_map(index % w_.count())};
+    const int64_t window = index / w_.heads;  // the heads of a token lie side by side
+    return {window / w_.count(), index % w_.heads, w_.on_map(window % w_.count())};
   }
 
   // A panel's queries, bias and result, and the largest score and the sum of each lane.
@@ -119,7 +123,7 @@ void Forward::finish(int64_t b, int64_t h, const OnMap& at, int64_t first, const
 std::tuple<Tensor, Tensor> relative_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rel_h,
                                               const Tensor& rel_w, const Tensor& pad_key, const Tensor& pad_value,
                                               int64_t window, double scale) {
-  const RelativeWindows w(q, window, scale);
+  const RelativeWindows w(q, window, scale, true);
   Tensor out = torch::stable::new_empty(q, shape({w.B, w.H, w.W, w.heads * w.D}));
   Tensor stats = torch::stable::new_empty(q, shape({w.B, w.heads, w.H, w.W, 2}), ScalarType::Float);
   if (stats.numel() > 0) {

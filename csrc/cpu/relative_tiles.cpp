@@ -77,43 +77,38 @@ FASTCSS_INLINE void multiply(V (&sum)[ROWS][VECS], int64_t k, const float* a, co
   accumulate<ROWS, V, ROWS, VECS, Word::template multiply_add<V>>(sum, k, a, b, kCols);
 }
 
-struct Bias {
-  const float *h, *w;   // of the next key's row and column
-  int64_t column, columns;
-};
-
-// scores [ROWS][kCols] = scale · keys · queries + bias; most = the largest so far
-template <class V, int ROWS, int VECS, class Word>
-FASTCSS_INLINE void score_tile(const PackedKeys& keys, const float* a, const float* queries, float scale, Bias& bias,
-                               float* scores, V (&most)[VECS]) {
-  V sum[ROWS][VECS] = {};
-  multiply<V, ROWS, VECS, Word>(sum, keys.words(keys.D), a, queries);
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 16
-    for (int v = 0; v < VECS; ++v) {
-      const int at = v * kLanesIn<V>;
-      const V score = sum[i][v] * scale + (load<V>(bias.h + at) + load<V>(bias.w + at));
-      store(scores + i * kCols + at, score);
-      most[v] = larger(score, most[v]);
-    }
-    bias.w += kCols;
-    if (++bias.column == bias.columns) bias.w -= bias.columns * kCols, bias.h += kCols, bias.column = 0;
-  }
-}
-
-template <class V, int VECS, class Word>
-FASTCSS_INLINE void score(const PackedKeys& keys, int64_t first, int64_t last, const QueryPanel& p, int lane,
-                          float scale, float* scores, V (&most)[VECS]) {
+// Calls f(key, sums) for each key of a chunk: VECS vectors of its products with the columns.
+template <class V, int VECS, class Word, class F>
+FASTCSS_INLINE void for_products(const PackedKeys& keys, int64_t chunk, const float* columns, const F& f) {
   constexpr int kRows = kTileRows<V>;
-  const int64_t column = first % keys.columns;
-  Bias bias{p.bias_h + first / keys.columns * kCols + lane, p.bias_w + column * kCols + lane, column, keys.columns};
-  for (int64_t j = first; j < last; j += kRows)
-    with_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, last - j)), [&]<int ROWS>() FASTCSS_LOOP {
-      score_tile<V, ROWS, VECS, Word>(keys, keys.panel(j), p.queries + lane, scale, bias,
-                                      scores + (j - first) * kCols, most);
+  const int64_t first = chunk * kChunk, count = keys.in_chunk(chunk), words = keys.words(keys.D);
+  for (int64_t j = 0; j < count; j += kRows)
+    with_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, count - j)), [&]<int ROWS>() FASTCSS_LOOP {
+      V sum[ROWS][VECS] = {};
+      multiply<V, ROWS, VECS, Word>(sum, words, keys.panel(first + j), columns);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i) f(j + i, sum[i]);
     });
 }
+
+// Knows the bias of one key after the other.
+struct Bias {
+  Bias(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, int lane)
+      : h(p.bias_h + chunk * kChunk / keys.columns * kCols + lane),
+        w(p.bias_w + chunk * kChunk % keys.columns * kCols + lane),
+        column(chunk * kChunk % keys.columns),
+        columns(keys.columns) {}
+  template <class V>
+  FASTCSS_INLINE V at(int v) const {
+    return load<V>(h + v * kLanesIn<V>) + load<V>(w + v * kLanesIn<V>);
+  }
+  FASTCSS_INLINE void next() {
+    w += kCols;
+    if (++column == columns) w -= columns * kCols, h += kCols, column = 0;
+  }
+  const float *h, *w;
+  int64_t column, columns;
+};
 
 // scores [keys][kCols] → e^(score − most), or pairs of them; sum += those
 template <class V, int VECS, class Word>
@@ -137,7 +132,7 @@ FASTCSS_INLINE void weigh(int64_t keys, float* scores, const V (&most)[VECS], V 
 
 // out [D][kCols] += values · weights
 template <class V, int VECS, class Word>
-FASTCSS_INLINE void add_values(const PackedKeys& keys, int64_t chunk, const float* weights, float* out) {
+FASTCSS_INLINE void add_values_strip(const PackedKeys& keys, int64_t chunk, const float* weights, float* out) {
   constexpr int kRows = kTileRows<V>;
   const int64_t panels = value_panels(keys.D), words = keys.words(keys.in_chunk(chunk));
   for (int64_t p = 0; p < panels; ++p) {
@@ -160,11 +155,19 @@ template <class V, int VECS, class Word>
 FASTCSS_INLINE void attend_strip(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, int lane, float scale,
                                  float* scores) {
   constexpr int kWide = kLanesIn<V>;
-  const int64_t first = chunk * kChunk, count = keys.in_chunk(chunk);
   float* out = p.out + lane;
   V most[VECS], sum[VECS] = {}, finite[VECS];
   for (int v = 0; v < VECS; ++v) most[v] = load<V>(p.most + lane + v * kWide);
-  score<V, VECS, Word>(keys, first, first + count, p, lane, scale, scores + lane, most);
+  Bias bias(keys, chunk, p, lane);
+  for_products<V, VECS, Word>(keys, chunk, p.queries + lane, [&](int64_t j, const V(&sum)[VECS]) FASTCSS_LOOP {
+#pragma GCC unroll 16
+    for (int v = 0; v < VECS; ++v) {
+      const V score = sum[v] * scale + bias.at<V>(v);
+      store(scores + j * kCols + lane + v * kWide, score);
+      most[v] = larger(score, most[v]);
+    }
+    bias.next();
+  });
   float now[VECS * kWide];
   for (int v = 0; v < VECS; ++v) store(now + v * kWide, most[v]);
   if (std::memcmp(now, p.most + lane, sizeof(now)) != 0) {
@@ -180,12 +183,24 @@ FASTCSS_INLINE void attend_strip(const PackedKeys& keys, int64_t chunk, const Qu
         store(out + d * kCols + v * kWide, load<V>(out + d * kCols + v * kWide) * factor[v]);
   }
   for (int v = 0; v < VECS; ++v) finite[v] = most[v] == -kInf ? V{} : most[v];
-  weigh<V, VECS, Word>(count, scores + lane, finite, sum);
+  weigh<V, VECS, Word>(keys.in_chunk(chunk), scores + lane, finite, sum);
   for (int v = 0; v < VECS; ++v) {
     float* to = p.sum + lane + v * kWide;
     store(to, load<V>(to) + sum[v]);
   }
-  add_values<V, VECS, Word>(keys, chunk, scores + lane, out);
+  add_values_strip<V, VECS, Word>(keys, chunk, scores + lane, out);
+}
+
+// Calls loop<V, VECS>(lane) for strips of a panel's lanes that fill this CPU's registers.
+template <class F>
+FASTCSS_INLINE void on_strips(int lanes, const F& loop) {
+  on_widest([&]<class V>() FASTCSS_LOOP {
+    if constexpr (kLanesIn<V> == kLanes) {
+      lanes > kLanes ? loop.template operator()<V, 2>(0) : loop.template operator()<V, 1>(0);
+    } else {
+      for (int lane = 0; lane < lanes; lane += kLanes) loop.template operator()<V, kLanes / kLanesIn<V>>(lane);
+    }
+  });
 }
 
 }  // namespace
@@ -200,15 +215,78 @@ void attend(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, float sc
       attend_strip<V, 1, TwoTerms>(keys, chunk, p, 0, scale, scores);
     });
 #endif
-  on_widest([&]<class V>() FASTCSS_LOOP {
-    if constexpr (kLanesIn<V> == kLanes) {
-      if (p.lanes > kLanes) return attend_strip<V, 2, OneTerm>(keys, chunk, p, 0, scale, scores);
-      attend_strip<V, 1, OneTerm>(keys, chunk, p, 0, scale, scores);
-    } else {
-      constexpr int kVecs = kLanes / kLanesIn<V>;
-      for (int lane = 0; lane < p.lanes; lane += kLanes)
-        attend_strip<V, kVecs, OneTerm>(keys, chunk, p, lane, scale, scores);
+  on_strips(p.lanes, [&]<class V, int VECS>(int lane) FASTCSS_LOOP {
+    attend_strip<V, VECS, OneTerm>(keys, chunk, p, lane, scale, scores);
+  });
+}
+
+void weigh_again(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, float scale, float* weights) {
+  on_strips(kCols, [&]<class V, int VECS>(int lane) FASTCSS_LOOP {
+    V total[VECS] = {};
+    Bias bias(keys, chunk, p, lane);
+    for_products<V, VECS, OneTerm>(keys, chunk, p.queries + lane, [&](int64_t j, const V(&sum)[VECS]) FASTCSS_LOOP {
+#pragma GCC unroll 16
+      for (int v = 0; v < VECS; ++v) {
+        const int at = lane + v * kLanesIn<V>;
+        const V weight = Weight<V>::of((sum[v] * scale + bias.at<V>(v)) - load<V>(p.most + at));
+        store(weights + j * kCols + at, weight);
+        total[v] += weight;
+      }
+      bias.next();
+    });
+    for (int v = 0; v < VECS; ++v) {
+      float* to = p.sum + lane + v * kLanesIn<V>;
+      store(to, load<V>(to) + total[v]);
     }
+  });
+}
+
+void weight_gradients(const PackedKeys& values, int64_t chunk, const float* dout, const float* weights, float* dweights,
+                      float* delta) {
+  on_strips(kCols, [&]<class V, int VECS>(int lane) FASTCSS_LOOP {
+    V total[VECS] = {};
+    for_products<V, VECS, OneTerm>(values, chunk, dout + lane, [&](int64_t j, const V(&sum)[VECS]) FASTCSS_LOOP {
+#pragma GCC unroll 16
+      for (int v = 0; v < VECS; ++v) {
+        const int64_t at = j * kCols + lane + v * kLanesIn<V>;
+        store(dweights + at, sum[v]);
+        total[v] += load<V>(weights + at) * sum[v];
+      }
+    });
+    for (int v = 0; v < VECS; ++v) {
+      float* to = delta + lane + v * kLanesIn<V>;
+      store(to, load<V>(to) + total[v]);
+    }
+  });
+}
+
+void score_gradients(const PackedKeys& keys, int64_t chunk, const float* share, const float* delta,
+                     const float* weights, float* dweights, float* dbias_h, float* dbias_w) {
+  on_widest([&]<class V>() FASTCSS_LOOP {
+    for (int lane = 0; lane < kCols; lane += kLanesIn<V>) {
+      int64_t column = chunk * kChunk % keys.columns;
+      float* of_row = dbias_h + chunk * kChunk / keys.columns * kCols + lane;
+      V row = load<V>(of_row);
+      for (int64_t j = 0; j < keys.in_chunk(chunk); ++j) {
+        const int64_t at = j * kCols + lane;
+        const V weight = load<V>(weights + at) * load<V>(share + lane);
+        const V dscore = weight * (load<V>(dweights + at) - load<V>(delta + lane));
+        float* of_column = dbias_w + column * kCols + lane;
+        store(dweights + at, dscore);
+        store(of_column, load<V>(of_column) + dscore);
+        row += dscore;
+        if (++column == keys.columns || j + 1 == keys.in_chunk(chunk)) {
+          store(of_row, row);
+          if (column == keys.columns && j + 1 < keys.in_chunk(chunk)) column = 0, row = load<V>(of_row += kCols);
+        }
+      }
+    }
+  });
+}
+
+void add_values(const PackedKeys& keys, int64_t chunk, const float* weights, float* out) {
+  on_strips(kCols, [&]<class V, int VECS>(int lane) FASTCSS_LOOP {
+    add_values_strip<V, VECS, OneTerm>(keys, chunk, weights + lane, out + lane);
   });
 }
 

@@ -40,4 +40,19 @@ struct QueryPanel {
 // Goes on with a chunk of the keys. `scores` has room for kChunk · kCols floats.
 void attend(const PackedKeys& keys, int64_t chunk, const QueryPanel& panel, float scale, float* scores);
 
+// ---- the backward pass, which has no pairs -------------------------------------------------------------------------
+
+// weights [key of the chunk][kCols] = e^(score − most) once more; the panel's sum += those
+void weigh_again(const PackedKeys& keys, int64_t chunk, const QueryPanel& panel, float scale, float* weights);
+// dweights [key of the chunk][kCols] = values · dout, delta [kCols] += Σ weights · dweights. `values` are packed like
+// keys, `dout` [D][kCols] like queries.
+void weight_gradients(const PackedKeys& values, int64_t chunk, const float* dout, const float* weights, float* dweights,
+                      float* delta);
+// dscores = share · weights · (dweights − delta), in the place of dweights; each is added to dbias_h [rows][kCols] and
+// dbias_w [columns][kCols].
+void score_gradients(const PackedKeys& keys, int64_t chunk, const float* share, const float* delta,
+                     const float* weights, float* dweights, float* dbias_h, float* dbias_w);
+// out [D][kCols] += values · weights
+void add_values(const PackedKeys& keys, int64_t chunk, const float* weights, float* out);
+
 }  // namespace fastcss::cpu

@@ -8,15 +8,24 @@ namespace {
 
 constexpr const char* kOp = "relative_attention";
 
-// Reads neighbours in a row of the map.
-void read_run(float* rows, const Tensor& t, int64_t b, int64_t h, int64_t y, int64_t x, int64_t tokens, int64_t D) {
-  Matrix from = matrix(t, 2, 4, kOp).offset(b * t.stride(0) + y * t.stride(1) + h * t.stride(3));
-  for (int64_t i = 0; i < tokens; ++i) read_row(rows + i * D, from.at(x + i, 0), D);
+// Reads neighbours in a row of the map, and fetches what is read next into the cache: tokens lie too far apart for the
+// hardware to see to it. Of a map that is the tokens further on, of a window the next head.
+void read_run(float* rows, const Tensor& t, int64_t b, int64_t h, int64_t y, int64_t x, int64_t tokens, int64_t D,
+              bool whole_map) {
+  constexpr int64_t kAhead = 8, kLine = 64;
+  const Matrix from = matrix(t, 2, 4, kOp).offset(b * t.stride(0) + y * t.stride(1) + h * t.stride(3));
+  const int64_t next = (whole_map ? kAhead * t.stride(2) : t.stride(3)) * size_of(from.dtype);
+  for (int64_t i = 0; i < tokens; ++i) {
+    const Matrix row = from.at(x + i, 0);
+    for (int64_t byte = 0; byte < D * size_of(from.dtype); byte += kLine)
+      __builtin_prefetch(static_cast<const char*>(row.data) + next + byte, 0, 2);
+    read_row(rows + i * D, row, D);
+  }
 }
 
 }  // namespace
 
-RelativeWindows::RelativeWindows(const Tensor& q, int64_t window, double scale)
+RelativeWindows::RelativeWindows(const Tensor& q, int64_t window, double scale, bool may_pair)
     : B(q.size(0)),
       H(q.size(1)),
       W(q.size(2)),
@@ -29,7 +38,7 @@ RelativeWindows::RelativeWindows(const Tensor& q, int64_t window, double scale)
       n(height * width),
       scale(static_cast<float>(scale)),
       dtype(dtype_of(q, kOp)),
-      pairs(dtype == DType::bf16 && pair_kernel() != nullptr) {}
+      pairs(may_pair && dtype == DType::bf16 && pair_kernel() != nullptr) {}
 
 OnMap RelativeWindows::on_map(int64_t index) const {
   const int64_t top = index / columns * height, left = index % columns * width;
@@ -40,7 +49,7 @@ void RelativeWindows::read_queries(float* rows, const Tensor& x, int64_t b, int6
                                    int lanes) const {
   std::fill_n(rows + lanes * D, (kCols - lanes) * D, 0.f);
   for_runs(at, first, lanes, [&](int lane, int run, int64_t row, int64_t column) {
-    read_run(rows + lane * D, x, b, h, at.top + row, at.left + column, run, D);
+    read_run(rows + lane * D, x, b, h, at.top + row, at.left + column, run, D, count() == 1);
   });
 }
 
@@ -49,36 +58,41 @@ void RelativeWindows::read_keys(float* rows, const Tensor& x, const float* pad, 
   for (int64_t i = 0; i < tokens;) {
     const int64_t row = (first + i) / width, column = (first + i) % width, run = std::min(tokens - i, width - column);
     const int64_t on = row < at.height ? std::clamp<int64_t>(at.width - column, 0, run) : 0;
-    if (on > 0) read_run(rows + i * D, x, b, h, at.top + row, at.left + column, on, D);
+    if (on > 0) read_run(rows + i * D, x, b, h, at.top + row, at.left + column, on, D, count() == 1);
     for (int64_t j = i + on; j < i + run; ++j) std::copy_n(pad, D, rows + j * D);
     i += run;
   }
 }
 
-int64_t packed_size(const RelativeWindows& w) {
-  return w.n * w.words(w.D) + w.words(w.n) * w.D + 2 * kLanes + kChunk * w.D;
-}
+int64_t keys_size(const RelativeWindows& w) { return w.n * w.words(w.D) + kLanes; }
+int64_t values_size(const RelativeWindows& w) { return w.words(w.n) * w.D + kLanes; }
 
-PackedKeys pack_keys(float* memory, const RelativeWindows& w, const Tensor& k, const Tensor& v, const float* pad_key,
-                     const float* pad_value, int64_t b, int64_t h, const OnMap& at) {
-  float *staged = memory, *keys = staged + kChunk * w.D, *values = keys + w.n * w.words(w.D) + kLanes;
-  const PackedKeys packed{w.n, w.D, w.width, w.pairs, keys, values};
-  const int64_t height = kernel().rows, panels = value_panels(w.D);
-  for (int64_t chunk = 0; chunk < packed.chunks(); ++chunk) {
-    const int64_t first = chunk * kChunk, tokens = packed.in_chunk(chunk);
-    w.read_keys(staged, k, pad_key, b, h, at, first, tokens);
+void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const float* pad, int64_t b, int64_t h,
+               const OnMap& at, float* staged) {
+  const int64_t height = kernel().rows;
+  for (int64_t first = 0; first < w.n; first += kChunk) {
+    const int64_t tokens = std::min(kChunk, w.n - first);
+    w.read_keys(staged, k, pad, b, h, at, first, tokens);
     for (int64_t j = 0; j < tokens; j += height) {
       const int rows = static_cast<int>(std::min(height, tokens - j));
-      pack(const_cast<float*>(packed.panel(first + j)), rows, rows, w.D, {staged + j * w.D, DType::f32, w.D, 1}, w.pairs);
+      pack(keys + (first + j) * w.words(w.D), rows, rows, w.D, {staged + j * w.D, DType::f32, w.D, 1}, w.pairs);
     }
-    w.read_keys(staged, v, pad_value, b, h, at, first, tokens);
+  }
+}
+
+void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const float* pad, int64_t b, int64_t h,
+                 const OnMap& at, float* staged) {
+  const int64_t panels = value_panels(w.D);
+  for (int64_t first = 0; first < w.n; first += kChunk) {
+    const int64_t tokens = std::min(kChunk, w.n - first);
+    w.read_keys(staged, v, pad, b, h, at, first, tokens);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t channel = w.D * p / panels;
       const int rows = static_cast<int>(w.D * (p + 1) / panels - channel);
-      pack(const_cast<float*>(packed.value_panel(chunk, channel)), rows, rows, tokens, {staged + channel, DType::f32, 1, w.D}, w.pairs);
+      pack(values, rows, rows, tokens, {staged + channel, DType::f32, 1, w.D}, w.pairs);
+      values += rows * w.words(tokens);
     }
   }
-  return packed;
 }
 
 void read_pad(float* dst, const Tensor& pad, int64_t b, int64_t h, int64_t D) {

@@ -16,7 +16,8 @@ struct OnMap {
 };
 
 struct RelativeWindows {
-  RelativeWindows(const Tensor& q, int64_t window, double scale);  // window 0: the map is the only one
+  // window 0 means that the map is the only one; pairs are used only if they may be.
+  RelativeWindows(const Tensor& q, int64_t window, double scale, bool may_pair);
 
   int64_t B, H, W, heads, D;
   int64_t height, width;  // of a window
@@ -41,10 +42,14 @@ struct RelativeWindows {
   void for_runs(const OnMap& at, int64_t first, int lanes, const F& f) const;
 };
 
-// Packs all keys and values of window `at` into `memory`, of packed_size floats.
-int64_t packed_size(const RelativeWindows& w);
-PackedKeys pack_keys(float* memory, const RelativeWindows& w, const Tensor& k, const Tensor& v, const float* pad_key,
-                     const float* pad_value, int64_t b, int64_t h, const OnMap& at);
+// Pack all tokens of window `at` as PackedKeys has keys, or as it has values, into memory of keys_size or values_size
+// floats. `staged` has room for kChunk · D.
+void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const float* pad, int64_t b, int64_t h,
+               const OnMap& at, float* staged);
+void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const float* pad, int64_t b, int64_t h,
+                 const OnMap& at, float* staged);
+int64_t keys_size(const RelativeWindows& w);
+int64_t values_size(const RelativeWindows& w);
 void read_pad(float* dst, const Tensor& pad, int64_t b, int64_t h, int64_t D);
 
 // A table [2 size − 1, D], of distances in rows or in columns of the window.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import calls
 import torch
 from calls import Call, normal
+from torch import Tensor
 
 from fastcss.ops import relative_attention
 
@@ -50,3 +52,13 @@ def make(
     # Scores of unit size: the tables' products with q are not scaled.
     tensors |= {name: tensors[name] * max(1, channels) ** -0.5 for name in TABLES}
     return Call(relative_attention, tensors, {"window": window}).map(lambda tensor: tensor.to(device))
+
+
+def assert_as_good_as_eager(call: Call, impl: str, tolerance: float, **options) -> None:
+    """Call ``calls.assert_as_good_as_eager``. The scores' gradients of a query are 0 in sum, and so is the gradient of
+    the table of an axis that has one place only: what roundings leave of it counts beside the other table's."""
+
+    def counted(name: str, exact: dict[str, Tensor], dys: tuple[Tensor, ...]) -> list[Tensor]:
+        return [exact[f"d{table}"] for table in TABLES] if name.startswith("drel") else [exact[name]]
+
+    calls.assert_as_good_as_eager(call, impl, tolerance, peers=counted, **options)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import DTYPES, IMPLEMENTATIONS, NOT_OF_64_BITS, assert_as_good_as_eager, normal
+from calls import DTYPES, IMPLEMENTATIONS, NOT_OF_64_BITS, normal
 from left_out import light
-from relative_inputs import CASES, LARGE, make
+from relative_inputs import CASES, LARGE, assert_as_good_as_eager, make
 from torch import Tensor
 
 from fastcss._dispatch import backends
