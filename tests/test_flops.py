@@ -18,6 +18,10 @@ CALLS = {
         lambda q: sum(ops.affinity_attention(q, q, q, impl="cpu")), q, 2 * 2 * 25 * (3 + 3), 2 * 2 * 25 * (9 + 6),
     ),
     "class_centers": (lambda q: ops.class_centers(logits, q, impl="cpu"), q, 2 * 2 * 4 * 5 * 3, 4 * 2 * 4 * 5 * 3),
+    "relative_attention": (
+        lambda q: ops.relative_attention(q, q, q, q[0, 0, :1, 0].expand(3, 3), q[0, 0, 0, :1], impl="cpu"),
+        torch.randn(2, 2, 1, 1, 3), 4 * 12 * 2 + 2 * 12 * 3, 10 * 12 * 2 + 6 * 12 * 3,
+    ),
     "phrase_pool": (lambda cls: ops.phrase_pool(cls, phrases, impl="cpu"), cls, 4 * 2 * 84, 10 * 2 * 84),
 }  # fmt: skip
 

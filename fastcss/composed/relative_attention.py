@@ -23,7 +23,9 @@ def relative_attention(
     [B, H, W, heads · D]. ``window`` 0 means the whole map."""
     height, width = q.shape[1:3]
     size = (window, window) if window else (max(1, height), max(1, width))
-    parts = [_windows(x, pad, size) for x, pad in ((q, None), (k, pad_key), (v, pad_value))]
+    zeros = pad_key.new_zeros(()).expand(pad_key.shape)
+    fill = (zeros, pad_key, pad_value) if window else (None, None, None)
+    parts = [_windows(x, pad, size) for x, pad in zip((q, k, v), fill, strict=True)]
     windows = parts[0].shape[:4]  # B, rows, columns, heads
     q, k, v = (part.flatten(0, 3) for part in parts)  # [B · rows · columns · heads, Sh, Sw, D]
     bias_h = torch.einsum("bhwd,hkd->bhwk", q, _at_each_distance(rel_h, size[0]))
@@ -40,11 +42,10 @@ def relative_attention(
 
 
 def _windows(x: Tensor, pad: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Cut the map into windows: [B, H, W, heads, D] → [B, rows, columns, heads, Sh, Sw, D]."""
+    """Cut the map, filled up with ``pad``, into windows: [B, H, W, heads, D] → [B, rows, columns, heads, Sh, Sw, D]."""
     height, width = x.shape[1:3]
-    below, right = -height % size[0], -width % size[1]
-    if below or right:
-        pad = x.new_zeros(()).expand(x.shape[0], *x.shape[3:]) if pad is None else pad
+    if pad is not None:
+        below, right = -height % size[0], -width % size[1]
         x = torch.cat([x, pad[:, None, None].expand(-1, height, right, -1, -1)], dim=2)
         x = torch.cat([x, pad[:, None, None].expand(-1, below, width + right, -1, -1)], dim=1)
     return x.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0])).permute(0, 1, 3, 5, 2, 4, 6)

@@ -136,6 +136,17 @@ def _window_attention() -> Call:
     return Call(ops.window_attention, tensors, {"window": 4, "shift": 2})
 
 
+def _relative_attention(window: int | None) -> Call:
+    rows, columns = (9, 13) if window is None else (2 * window - 1, 2 * window - 1)
+    shapes = (
+        dict.fromkeys("qkv", (2, 5, 7, 3, 17))
+        | {"rel_h": (rows, 17), "rel_w": (columns, 17)}
+        | dict.fromkeys(("pad_key", "pad_value"), (3, 17))
+    )
+    tensors = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    return Call(ops.relative_attention, tensors, {"window": window})
+
+
 #: name → the call, in float32 on a CPU. The name starts with that of the op.
 CALLS: dict[str, Callable[[], Call]] = {
     "multi_lora, shared": lambda: _multi_lora(2, 37, mode="shared"),
@@ -158,4 +169,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "deformable_attention": _deformable_attention,
     "bi_attention": _bi_attention,
     "window_attention": _window_attention,
+    "relative_attention, map": lambda: _relative_attention(None),
+    "relative_attention, windows": lambda: _relative_attention(4),
 }

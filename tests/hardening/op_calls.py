@@ -11,6 +11,7 @@ import bi_inputs
 import calls
 import deformable
 import lora_inputs
+import relative_inputs
 import select_inputs
 import test_affinity_attention
 import test_affinity_loss
@@ -251,6 +252,14 @@ OPS = {
         {"pads": sampled_from([(), ("pad_key",), ("pad_value",), window_inputs.PADS])},
         example=(2, 14, 21, 3, 32, 7, 3),
         small=(2, 5, 6, 2, 3, 3, 1),
+    ),
+    "relative_attention": Drawn(
+        relative_inputs.make,
+        lambda n: tuples(n(0, 3), n(0, 20), n(0, 20), n(1, 4), n(1, 40), st.none() | n(1, 8)),
+        relative_inputs.assert_as_good_as_eager,
+        {"pads": sampled_from([(), ("pad_key",), ("pad_value",), relative_inputs.PADS])},
+        example=(2, 14, 21, 3, 32, 7),
+        small=(2, 3, 4, 2, 3, 2),
     ),
     "multi_lora": Drawn(
         make_lora,

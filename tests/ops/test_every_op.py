@@ -31,18 +31,20 @@ FILES = (
 )
 #: It tells whether tensors have changed, for the caches of ``one_pass``: nobody calls it, so it has no other forms.
 INTERNAL = {"fingerprint"}
-#: Its kernels and benchmarks are yet to come; without them it runs composed.
+#: Its Triton kernels and benchmarks are yet to come.
 UNFINISHED = {"relative_attention"}
+UNFINISHED_RAW = {f"{op}{end}" for op in UNFINISHED for end in ("", "_backward")}
 RAW_OPS = {
     name.removeprefix("fastcss::").removesuffix(".cpu")
     for name in torch._C._dispatch_get_all_op_names()
     if name.startswith("fastcss::") and name.endswith(".cpu")
-} - {f"{op}{end}" for op in UNFINISHED for end in ("", "_backward")}
+}
 
 
-@pytest.mark.parametrize("op", sorted({*OPS} - UNFINISHED))
+@pytest.mark.parametrize("op", OPS)
 def test_it_has_a_file_in_every_room(op):
-    missing = [file for file in (name.format(op) for name in FILES) if not (ROOT / file).exists()]
+    rooms = FILES[:6] if op in UNFINISHED else FILES
+    missing = [file for file in (name.format(op) for name in rooms) if not (ROOT / file).exists()]
     assert not missing, f"docs/adding-an-op.md says what is in {', '.join(missing)}"
 
 
@@ -82,7 +84,7 @@ def test_every_raw_op_has_a_kernel_of_each_kind():
     from fastcss import kernels
 
     kernels.register()
-    assert backends._kernels("triton", "CompositeExplicitAutograd") == RAW_OPS - INTERNAL
+    assert backends._kernels("triton", "CompositeExplicitAutograd") == RAW_OPS - INTERNAL - UNFINISHED_RAW
 
 
 def test_every_triton_implementation_launches_on_the_device_of_its_tensors():
@@ -97,7 +99,7 @@ def test_every_triton_implementation_launches_on_the_device_of_its_tensors():
             function = getattr(sys.modules[f"fastcss.kernels.{path.stem}"], op)
             assert "with torch.cuda.device_of(" in inspect.getsource(function), f"{op} in {path}"
             seen.add(op)
-    assert seen == RAW_OPS - INTERNAL
+    assert seen == RAW_OPS - INTERNAL - UNFINISHED_RAW
 
 
 def test_every_raw_op_with_a_gradient_has_it_in_the_dispatcher():
