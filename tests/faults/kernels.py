@@ -42,6 +42,20 @@ CPU = [
         "tests/ops/test_window_attention.py -k cpu",
     ),
     Fault(
+        "cpu-weights-of-before-keep-their-size",
+        "csrc/cpu/relative_tiles.cpp",
+        "load<V>(out + d * kCols + v * kWide) * factor[v]",
+        "load<V>(out + d * kCols + v * kWide)",
+        "tests/ops/test_relative_attention.py -k 'cpu and grow'",
+    ),
+    Fault(
+        "cpu-tables-of-another-query-count",
+        "csrc/cpu/relative_attention_backward.cpp",
+        "if (!table.finite || !is_finite(p.rows, kCols * width_))",
+        "if (false)",
+        "tests/ops/test_relative_attention.py -k 'cpu and finite'",
+    ),
+    Fault(
         "cpu-a-block-partly-above-counts-as-whole",
         "csrc/cpu/merge_masks.cpp",
         "(count == std::min<int64_t>(kLanes, w_ - x * kLanes) ? kAll : 0)",

@@ -105,6 +105,20 @@ OPS = [
         "tests/ops/test_window_attention_transforms.py -k 'some and cpu'",
     ),
     Fault(
+        "ops-mapped-tables-are-taken-for-one",
+        "fastcss/_ops/relative_attention.py",
+        "if any(dim is not None for dim in in_dims[tables]) or arguments[-1] is True:",
+        "if arguments[-1] is True:",
+        "tests/ops/test_relative_attention_transforms.py -k 'vmap and cpu'",
+    ),
+    Fault(
+        "ops-a-table-of-another-size",
+        "fastcss/_ops/relative_attention.py",
+        "if table.shape[0] != rows:",
+        "if table.shape[0] < rows:",
+        "tests/ops/test_model_pass_arguments.py -k tables",
+    ),
+    Fault(
         "ops-a-label-may-be-one-too-large",
         "fastcss/_ops/_arguments.py",
         "int(high) < classes",

@@ -18,6 +18,7 @@ from fastcss.nn import LSMSegHead
 LORA = PackedLora.pack([normal(4, 8), normal(2, 8)], [normal(16, 4), normal(16, 2)], [1.0, 0.5])
 WEIGHT = normal(16, 8)
 BIAS = normal(2, 9, 9)
+TABLE = normal(5, 3)
 GENERATORS = normal(3, 4, 5), normal(3, 5), normal(3, 5, 6), normal(3, 6)
 
 
@@ -110,6 +111,11 @@ CASES = {
     ),
     "window_attention": Case(
         lambda q: ops.window_attention(q, q, q, BIAS, 3, shift=1),
+        lambda n: (normal(n, n + 4, n + 5, 2, 3),),
+        ("012",),
+    ),
+    "relative_attention": Case(
+        lambda q: ops.relative_attention(q, q, q, TABLE, TABLE, window=3),
         lambda n: (normal(n, n + 4, n + 5, 2, 3),),
         ("012",),
     ),

@@ -94,3 +94,33 @@ def test_window_attention(mode, shift):
         large="*large",
     )
     assert extra <= (2 if mode == "fwd" else 10) * MIB
+
+
+_RELATIVE_INPUTS = """
+def make(height, width, size):
+    shapes = [(1, height, width, 4, 32)] * 3 + [(2 * (size or side) - 1, 32) for side in (height, width)]
+    dout = torch.randn(1, height, width, 128)
+    return dout, size, *(torch.randn(shape).requires_grad_({grad}) for shape in shapes)
+small, large = make(6, 6, {window}), make(48, 50, {window})
+"""
+
+
+@pytest.mark.parametrize(
+    ("impl", "mode", "mib"), [("cpu", "fwd", 6), ("cpu", "bwd", 24), ("composed", "fwd", 24)], ids=str
+)
+@pytest.mark.parametrize("window", [None, 24])
+def test_relative_attention(impl, mode, mib, window):
+    """The scores of the map would be 88 MiB, those of its windows 30, and the bias as much again; q alone is 1.2 MiB.
+    Parts of the queries have sums of their own in the backward pass. The composed form's is left out: what its chunks
+    free the system does not get back."""
+    runs(impl, "cpu")
+    forward = f"y = ops.relative_attention(*t, window=window, impl={impl!r})"
+    backward = "return y.detach(), *torch.autograd.grad(y, t, dout)"
+    extra = checks.extra_memory(
+        prepare=_RELATIVE_INPUTS.format(grad=mode == "bwd", window=window),
+        arguments="dout, window, *t",
+        run=f"{forward}; {backward if mode == 'bwd' else 'return y,'}",
+        small="*small",
+        large="*large",
+    )
+    assert extra <= mib * MIB
