@@ -1,6 +1,8 @@
 // Packs every operand, of any element type and any strides, into the order in which the micro-kernel reads it.
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace fastcss::cpu {
@@ -39,6 +41,7 @@ struct Pair {
   static constexpr int terms = 2;
   template <class V>
   static FASTCSS_INLINE Vec along(const T* p) {
+    if constexpr (std::is_same_v<T, BFloat16>) return load(reinterpret_cast<const float*>(p));
     BFloat16 narrow[2 * kLanes];
     store(narrow, load(p)), store(narrow + kLanes, load(p + kLanes));
     return load(reinterpret_cast<const float*>(narrow));
@@ -50,6 +53,7 @@ struct Pair {
     return reinterpret_cast<Vec>((first >> 16) | second);
   }
   static FASTCSS_INLINE Bits round(Vec v) {  // bfloat16 in the high half of each lane
+    if constexpr (std::is_same_v<T, BFloat16>) return reinterpret_cast<Bits>(v);
     BFloat16 narrow[kLanes];
     store(narrow, v);
     return reinterpret_cast<Bits>(load(narrow));

@@ -45,14 +45,12 @@ class Forward {
  private:
   PackedKeys pack(int64_t index, float* memory) const {
     const auto [b, h, at] = place(index);
-    float *keys = memory, *values = keys + keys_size(w_), *pad = values + values_size(w_), *staged = pad + w_.D;
-    read_pad(pad, in_.pad_key, b, h, w_.D);
-    pack_keys(keys, w_, in_.k, pad, b, h, at, staged);
-    read_pad(pad, in_.pad_value, b, h, w_.D);
-    pack_values(values, w_, in_.v, pad, b, h, at, staged);
+    float *keys = memory, *values = keys + keys_size(w_), *staged = values + values_size(w_);
+    pack_keys(keys, w_, in_.k, in_.pad_key, b, h, at, staged);
+    pack_values(values, w_, in_.v, in_.pad_value, b, h, at, staged);
     return {w_.n, w_.D, w_.width, w_.pairs, keys, values};
   }
-  int64_t packed_size() const { return keys_size(w_) + values_size(w_) + (kChunk + 1) * w_.D; }
+  int64_t packed_size() const { return keys_size(w_) + values_size(w_) + w_.staged_size(kChunk); }
   std::tuple<int64_t, int64_t, OnMap> place(int64_t index) const {
     const int64_t window = index / w_.heads;  // the heads of a token lie side by side
     return {window / w_.count(), index % w_.heads, w_.on_map(window % w_.count())};
@@ -62,7 +60,7 @@ class Forward {
   int64_t panel_size() const { return (2 * w_.D + w_.height + w_.width + 2) * kCols + kLanes; }
   int64_t block_size() const { return kPanels * panel_size() + kChunk * kCols + scratch_size(); }
   int64_t scratch_size() const {
-    return std::max({rel_h_.scratch_size(), rel_w_.scratch_size(), kCols * w_.D});
+    return std::max({rel_h_.scratch_size(), rel_w_.scratch_size(), w_.staged_size(kCols)});
   }
   void block(int64_t index, int64_t block, const PackedKeys& keys, float* memory) const;
   QueryPanel begin(int64_t b, int64_t h, const OnMap& at, int64_t first, float* memory, float* scratch) const;
@@ -82,8 +80,14 @@ void Forward::block(int64_t index, int64_t block, const PackedKeys& keys, float*
   QueryPanel panels[kPanels];
   const int64_t used = count > 0 ? ceil_div(count, kCols) : 0;
   for (int64_t p = 0; p < used; ++p) panels[p] = begin(b, h, at, first + p * kCols, memory + p * panel_size(), scratch);
+  const bool fetches = blocks_ == 1 && index + 1 < w_.B * w_.count() * w_.heads;
+  const auto [next_b, next_h, next_at] = place(fetches ? index + 1 : index);
   for (int64_t chunk = 0; chunk < keys.chunks(); ++chunk)
-    for (int64_t p = 0; p < used; ++p) attend(keys, chunk, panels[p], w_.scale, scores);
+    for (int64_t p = 0; p < used; ++p) {
+      for (const Tensor* x : {&in_.q, &in_.k, &in_.v})  // while this window is computed, the next arrives
+        if (fetches) w_.fetch(*x, next_b, next_h, next_at, chunk * used + p, keys.chunks() * used);
+      attend(keys, chunk, panels[p], w_.scale, scores);
+    }
   for (int64_t p = 0; p < used; ++p) finish(b, h, at, first + p * kCols, panels[p]);
 }
 
@@ -92,7 +96,7 @@ QueryPanel Forward::begin(int64_t b, int64_t h, const OnMap& at, int64_t first, 
   float *out = bias_w + w_.width * kCols, *most = out + w_.D * kCols, *sum = most + kCols;
   const int lanes = static_cast<int>(std::min<int64_t>(kCols, at.tokens() - first));
   w_.read_queries(scratch, in_.q, b, h, at, first, lanes);
-  fastcss::cpu::pack(queries, kCols, kCols, w_.D, {scratch, DType::f32, w_.D, 1}, w_.pairs);
+  cpu::pack(queries, kCols, kCols, w_.D, {scratch, w_.staged(), w_.D, 1}, w_.pairs);
   int64_t row[kCols], column[kCols];
   for (int lane = 0; lane < kCols; ++lane) {
     const int64_t token = first + std::min(lane, lanes - 1);

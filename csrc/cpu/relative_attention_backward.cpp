@@ -115,7 +115,7 @@ class Backward {
   void finish() const;
 
   int64_t scratch_size() const {
-    return std::max({rel_h_.packed.scratch_size(), rel_w_.packed.scratch_size(), kCols * w_.D});
+    return std::max({rel_h_.packed.scratch_size(), rel_w_.packed.scratch_size(), w_.staged_size(kCols)});
   }
   Panel panel(float*& memory) const {
     const auto take = [&](int64_t floats) { return std::exchange(memory, memory + floats); };
@@ -144,11 +144,10 @@ class Backward {
 void Backward::pack(int64_t index, float* memory) const {
   const auto [b, h, at] = place(index);
   float *keys = memory, *values = keys + keys_size(w_), *by_channel = values + keys_size(w_);
-  float *staged = local_workspace.get((kChunk + 1) * w_.D), *pad = staged + kChunk * w_.D;
-  read_pad(pad, in_.pad_key, b, h, w_.D);
-  pack_keys(keys, w_, in_.k, pad, b, h, at, staged), pack_values(by_channel, w_, in_.k, pad, b, h, at, staged);
-  read_pad(pad, in_.pad_value, b, h, w_.D);
-  pack_keys(values, w_, in_.v, pad, b, h, at, staged);
+  float* staged = local_workspace.get(w_.staged_size(kChunk));
+  pack_keys(keys, w_, in_.k, in_.pad_key, b, h, at, staged);
+  pack_values(by_channel, w_, in_.k, in_.pad_key, b, h, at, staged);
+  pack_keys(values, w_, in_.v, in_.pad_value, b, h, at, staged);
 }
 
 void Backward::unit(int64_t index, int64_t unit, const float* packed, float* sums) const {
@@ -196,7 +195,7 @@ void Backward::begin(Panel& p, int64_t b, int64_t h, const OnMap& at, int64_t fi
   p.of.lanes = lanes;
   const auto read = [&](const Tensor& x, float* packed, float* rows) {
     w_.read_queries(scratch, x, b, h, at, first, lanes);
-    fastcss::cpu::pack(packed, kCols, kCols, w_.D, {scratch, DType::f32, w_.D, 1});
+    cpu::pack(packed, kCols, kCols, w_.D, {scratch, DType::f32, w_.D, 1});
     std::fill_n(rows, kCols * width_, 0.f);
     for (int lane = 0; lane < lanes; ++lane) std::copy_n(scratch + lane * w_.D, w_.D, rows + lane * width_);
   };

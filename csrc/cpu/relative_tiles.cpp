@@ -14,35 +14,40 @@ FASTCSS_INLINE V larger(V x, V y) {  // y if one is NaN
   return x > y ? x : y;
 }
 
+#if defined(__x86_64__)
+// At 2⁻²⁰⁰ the result is 0; −∞ less the nearest whole number would be NaN.
+FASTCSS_V4 inline Vec at_least_least(Vec t) { return larger(-200.f - Vec{}, t); }
+#endif
+
 struct OneTerm {  // a word is a float32
   static constexpr bool pairs = false;
   template <class V>
   static FASTCSS_INLINE V multiply_add(V sum, V x, V y) {
     return sum + x * y;
   }
-};
-
-template <class V>
-struct Weight {
-  static FASTCSS_INLINE V of(V below) { return exp_negative(below); }  // e^below for below ≤ 0; NaN stays NaN
+  template <class V>
+  static FASTCSS_INLINE V weight(V below) {  // e^below for below ≤ 0; NaN stays NaN
+    return exp_negative(below);
+  }
+#if defined(__x86_64__)
+  static FASTCSS_V4 inline Vec weight(Vec below) {
+    const Vec t = at_least_least(below * kLog2e), whole = nearest(t);
+    return times_power(exp2_fraction(t - whole), whole);
+  }
+#endif
 };
 
 #if defined(__x86_64__)
-template <>
-struct Weight<Vec> {
-  // At 2⁻²⁰⁰ the result is 0; −∞ less the nearest whole number would be NaN.
-  static FASTCSS_V4 inline Vec of(Vec below) {
-    const Vec t = larger(-200.f - Vec{}, below * kLog2e), whole = nearest(t);
-    return times_power(exp2_fraction(t - whole), whole);
-  }
-};
-
 #define FASTCSS_V4_PAIRS FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
 struct TwoTerms {  // a word is a pair of bfloat16
   static constexpr bool pairs = true;
   template <class V>
   static FASTCSS_V4_PAIRS inline Vec multiply_add(Vec sum, Vec x, Vec y) {
     return multiply_add_pairs(sum, x, y);
+  }
+  static FASTCSS_V4_PAIRS inline Vec weight(Vec below) {  // relative error 1e-4: it is rounded to bfloat16, by 2⁻⁹
+    const Vec t = at_least_least(below * kLog2e), whole = nearest(t), r = t - whole;
+    return times_power(((r * 0.05500892922282219f + 0.2422109693288803f) * r + 0.6932829022407532f) * r + 1.f, whole);
   }
   static FASTCSS_V4_PAIRS inline Vec join(Vec first, Vec second) {  // each lane's two terms side by side
     const __m512i terms = reinterpret_cast<__m512i>(
@@ -117,11 +122,11 @@ FASTCSS_INLINE void weigh(int64_t keys, float* scores, const V (&most)[VECS], V 
 #pragma GCC unroll 16
     for (int v = 0; v < VECS; ++v) {
       const float* at = scores + j * kCols + v * kLanesIn<V>;
-      V weight = Weight<V>::of(load<V>(at) - most[v]);
+      V weight = Word::weight(load<V>(at) - most[v]);
       sum[v] += weight;
 #if defined(__x86_64__)
       if constexpr (Word::pairs) {
-        const V second = j + 1 < keys ? Weight<V>::of(load<V>(at + kCols) - most[v]) : V{};
+        const V second = j + 1 < keys ? Word::weight(load<V>(at + kCols) - most[v]) : V{};
         sum[v] += second;
         weight = Word::join(weight, second);
       }
@@ -174,7 +179,7 @@ FASTCSS_INLINE void attend_strip(const PackedKeys& keys, int64_t chunk, const Qu
     V factor[VECS];
     for (int v = 0; v < VECS; ++v) {
       const V before = load<V>(p.most + lane + v * kWide), to = most[v] == -kInf ? V{} : most[v];
-      factor[v] = Weight<V>::of(before - to);
+      factor[v] = Word::weight(before - to);
       store(p.sum + lane + v * kWide, load<V>(p.sum + lane + v * kWide) * factor[v]);
       store(p.most + lane + v * kWide, most[v]);
     }
@@ -228,7 +233,7 @@ void weigh_again(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, flo
 #pragma GCC unroll 16
       for (int v = 0; v < VECS; ++v) {
         const int at = lane + v * kLanesIn<V>;
-        const V weight = Weight<V>::of((sum[v] * scale + bias.at<V>(v)) - load<V>(p.most + at));
+        const V weight = OneTerm::weight((sum[v] * scale + bias.at<V>(v)) - load<V>(p.most + at));
         store(weights + j * kCols + at, weight);
         total[v] += weight;
       }

@@ -8,19 +8,24 @@ namespace {
 
 constexpr const char* kOp = "relative_attention";
 
-// Reads neighbours in a row of the map, and fetches what is read next into the cache: tokens lie too far apart for the
-// hardware to see to it. Of a map that is the tokens further on, of a window the next head.
-void read_run(float* rows, const Tensor& t, int64_t b, int64_t h, int64_t y, int64_t x, int64_t tokens, int64_t D,
-              bool whole_map) {
-  constexpr int64_t kAhead = 8, kLine = 64;
-  const Matrix from = matrix(t, 2, 4, kOp).offset(b * t.stride(0) + y * t.stride(1) + h * t.stride(3));
-  const int64_t next = (whole_map ? kAhead * t.stride(2) : t.stride(3)) * size_of(from.dtype);
-  for (int64_t i = 0; i < tokens; ++i) {
-    const Matrix row = from.at(x + i, 0);
-    for (int64_t byte = 0; byte < D * size_of(from.dtype); byte += kLine)
-      __builtin_prefetch(static_cast<const char*>(row.data) + next + byte, 0, 2);
-    read_row(rows + i * D, row, D);
+Matrix head_of(const Tensor& t, int64_t b, int64_t h, int64_t y) {  // the tokens of a row of the map
+  return matrix(t, 2, 4, kOp).offset(b * t.stride(0) + y * t.stride(1) + h * t.stride(3));
+}
+
+void fetch(Matrix row, int64_t D) {
+  constexpr int64_t kLine = 64;
+  for (int64_t byte = 0; byte < D * size_of(row.dtype); byte += kLine)
+    __builtin_prefetch(static_cast<const char*>(row.data) + byte, 0, 2);
+}
+
+// Reads D terms of a row as they are packed.
+void stage_row(char* dst, Matrix row, DType dtype, int64_t D) {
+  if (row.dtype != dtype) return read_row(reinterpret_cast<float*>(dst), row, D);
+  if (row.k_stride == 1 || D <= 1) {
+    std::memcpy(dst, row.data, D * size_of(dtype));
+    return;
   }
+  for (int64_t d = 0; d < D; ++d) std::memcpy(dst + d * size_of(dtype), row.at(0, d).data, size_of(dtype));
 }
 
 }  // namespace
@@ -47,27 +52,50 @@ OnMap RelativeWindows::on_map(int64_t index) const {
 
 void RelativeWindows::read_queries(float* rows, const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
                                    int lanes) const {
-  std::fill_n(rows + lanes * D, (kCols - lanes) * D, 0.f);
+  constexpr int64_t kAhead = 8;  // tokens lie too far apart for the hardware to fetch the next
+  const int64_t bytes = D * size_of(staged());
+  char* to = reinterpret_cast<char*>(rows);
+  std::memset(to + lanes * bytes, 0, (kCols - lanes) * bytes);
   for_runs(at, first, lanes, [&](int lane, int run, int64_t row, int64_t column) {
-    read_run(rows + lane * D, x, b, h, at.top + row, at.left + column, run, D, count() == 1);
+    const Matrix from = head_of(x, b, h, at.top + row);
+    for (int i = 0; i < run; ++i) {
+      if (count() == 1) cpu::fetch(from.at(at.left + column + i + kAhead, 0), D);
+      stage_row(to + (lane + i) * bytes, from.at(at.left + column + i, 0), staged(), D);
+    }
   });
 }
 
-void RelativeWindows::read_keys(float* rows, const Tensor& x, const float* pad, int64_t b, int64_t h, const OnMap& at,
+void RelativeWindows::read_keys(float* rows, const Tensor& x, const Tensor& pad, int64_t b, int64_t h, const OnMap& at,
                                 int64_t first, int64_t tokens) const {
+  constexpr int64_t kAhead = 8;
+  const int64_t bytes = D * size_of(staged());
+  const Matrix beyond = matrix(pad, 0, 2, kOp).offset(b * pad.stride(0) + h * pad.stride(1));
+  char* to = reinterpret_cast<char*>(rows);
   for (int64_t i = 0; i < tokens;) {
     const int64_t row = (first + i) / width, column = (first + i) % width, run = std::min(tokens - i, width - column);
     const int64_t on = row < at.height ? std::clamp<int64_t>(at.width - column, 0, run) : 0;
-    if (on > 0) read_run(rows + i * D, x, b, h, at.top + row, at.left + column, on, D, count() == 1);
-    for (int64_t j = i + on; j < i + run; ++j) std::copy_n(pad, D, rows + j * D);
+    if (on > 0) {
+      const Matrix from = head_of(x, b, h, at.top + row);
+      for (int64_t j = 0; j < on; ++j) {
+        if (count() == 1) cpu::fetch(from.at(column + j + kAhead, 0), D);
+        stage_row(to + (i + j) * bytes, from.at(at.left + column + j, 0), staged(), D);
+      }
+    }
+    for (int64_t j = i + on; j < i + run; ++j) stage_row(to + j * bytes, beyond, staged(), D);
     i += run;
   }
+}
+
+void RelativeWindows::fetch(const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t part,
+                            int64_t parts) const {
+  for (int64_t i = at.tokens() * part / parts; i < at.tokens() * (part + 1) / parts; ++i)
+    cpu::fetch(head_of(x, b, h, at.top + i / at.width).at(at.left + i % at.width, 0), D);
 }
 
 int64_t keys_size(const RelativeWindows& w) { return w.n * w.words(w.D) + kLanes; }
 int64_t values_size(const RelativeWindows& w) { return w.words(w.n) * w.D + kLanes; }
 
-void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const float* pad, int64_t b, int64_t h,
+void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const Tensor& pad, int64_t b, int64_t h,
                const OnMap& at, float* staged) {
   const int64_t height = kernel().rows;
   for (int64_t first = 0; first < w.n; first += kChunk) {
@@ -75,12 +103,12 @@ void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const flo
     w.read_keys(staged, k, pad, b, h, at, first, tokens);
     for (int64_t j = 0; j < tokens; j += height) {
       const int rows = static_cast<int>(std::min(height, tokens - j));
-      pack(keys + (first + j) * w.words(w.D), rows, rows, w.D, {staged + j * w.D, DType::f32, w.D, 1}, w.pairs);
+      pack(keys + (first + j) * w.words(w.D), rows, rows, w.D, Matrix{staged, w.staged(), w.D, 1}.at(j, 0), w.pairs);
     }
   }
 }
 
-void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const float* pad, int64_t b, int64_t h,
+void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const Tensor& pad, int64_t b, int64_t h,
                  const OnMap& at, float* staged) {
   const int64_t panels = value_panels(w.D);
   for (int64_t first = 0; first < w.n; first += kChunk) {
@@ -89,14 +117,11 @@ void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t channel = w.D * p / panels;
       const int rows = static_cast<int>(w.D * (p + 1) / panels - channel);
-      pack(values, rows, rows, tokens, {staged + channel, DType::f32, 1, w.D}, w.pairs);
+      // Whole vectors are read: what the lanes beyond a panel hold, its next word overwrites.
+      pack(values, rows, kLanes, tokens, Matrix{staged, w.staged(), 1, w.D}.at(channel, 0), w.pairs);
       values += rows * w.words(tokens);
     }
   }
-}
-
-void read_pad(float* dst, const Tensor& pad, int64_t b, int64_t h, int64_t D) {
-  read_row(dst, matrix(pad, 0, 2, kOp).offset(b * pad.stride(0) + h * pad.stride(1)), D);
 }
 
 RelativeTable::RelativeTable(const RelativeWindows& w, const Tensor& table, int64_t size)

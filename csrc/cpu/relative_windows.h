@@ -31,26 +31,32 @@ struct RelativeWindows {
   OnMap on_map(int64_t index) const;
   int64_t words(int64_t terms) const { return pairs ? (terms + 1) / 2 : terms; }
 
+  // Rows are read as they are packed: bfloat16 for pairs, else float32.
+  DType staged() const { return pairs ? DType::bf16 : DType::f32; }
+  // Floats for so many rows, and for what is read beyond the last by whole vectors.
+  int64_t staged_size(int64_t rows) const { return rows * D + kLanes; }
   // Reads `lanes` queries of one head from the `first` of a window on, and zeros up to kCols: rows [kCols][D].
   void read_queries(float* rows, const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
                     int lanes) const;
-  // Reads keys or values first … first + tokens − 1 of a window: rows [tokens][D]. Those beyond the map are `pad` [D].
-  void read_keys(float* rows, const Tensor& x, const float* pad, int64_t b, int64_t h, const OnMap& at, int64_t first,
+  // Reads keys or values first … first + tokens − 1 of a window: rows [tokens][D]. Those beyond the map are row (b, h)
+  // of `pad`.
+  void read_keys(float* rows, const Tensor& x, const Tensor& pad, int64_t b, int64_t h, const OnMap& at, int64_t first,
                  int64_t tokens) const;
+  // Fetches a share of a window's tokens of one head into the cache: part `part` of `parts`.
+  void fetch(const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t part, int64_t parts) const;
   // Calls f(lane, lanes, y, x) for each run of a panel's queries that are neighbours in a row of the map.
   template <class F>
   void for_runs(const OnMap& at, int64_t first, int lanes, const F& f) const;
 };
 
 // Pack all tokens of window `at` as PackedKeys has keys, or as it has values, into memory of keys_size or values_size
-// floats. `staged` has room for kChunk · D.
-void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const float* pad, int64_t b, int64_t h,
+// floats. `staged` has room for staged_size(kChunk).
+void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const Tensor& pad, int64_t b, int64_t h,
                const OnMap& at, float* staged);
-void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const float* pad, int64_t b, int64_t h,
+void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const Tensor& pad, int64_t b, int64_t h,
                  const OnMap& at, float* staged);
 int64_t keys_size(const RelativeWindows& w);
 int64_t values_size(const RelativeWindows& w);
-void read_pad(float* dst, const Tensor& pad, int64_t b, int64_t h, int64_t D);
 
 // A table [2 size − 1, D], of distances in rows or in columns of the window.
 class RelativeTable {
