@@ -73,6 +73,7 @@ def every_op(x: Tensor, index: Tensor) -> None:
     assert_type(ops.bi_attention(x, x, x, x).text, Tensor)
     assert_type(ops.window_attention(x, x, x, x, 7, shift=3), Tensor)
     ops.window_attention(x, x, x, x, 7, 3)  # type: ignore[call-arg]
+    assert_type(ops.relative_attention(x, x, x, x, x, window=7), Tensor)
 
 
 def every_head(x: Tensor, labels: Tensor) -> None:

@@ -10,18 +10,25 @@
 namespace fastcss::cpu {
 namespace {
 
-constexpr int64_t kPanels = 8;               // of queries of an item of work, which share what is read of the keys
+constexpr int64_t kPanels = 8;                 // of queries of an item of work, which share what is read of the keys
 constexpr int64_t kPacked = int64_t{8} << 20;  // floats of packed keys and values at a time
 
 struct Inputs {
-  const Tensor &q, &k, &v, &pad_key, &pad_value;
+  Tokens q, k, v;
+  const Tensor &pad_key, &pad_value;
 };
 
 class Forward {
  public:
   Forward(const RelativeWindows& w, const Inputs& in, const RelativeTable& rel_h, const RelativeTable& rel_w,
           const Tensor& out, const Tensor& stats)
-      : w_(w), in_(in), rel_h_(rel_h), rel_w_(rel_w), out_(out), stats_(stats), blocks_(ceil_div(w.n, kPanels * kCols)) {}
+      : w_(w),
+        in_(in),
+        rel_h_(rel_h),
+        rel_w_(rel_w),
+        out_(out),
+        stats_(stats),
+        blocks_(ceil_div(w.n, kPanels * kCols)) {}
 
   void run() {
     const int64_t total = w_.B * w_.heads * w_.count(), each = packed_size();
@@ -84,7 +91,7 @@ void Forward::block(int64_t index, int64_t block, const PackedKeys& keys, float*
   const auto [next_b, next_h, next_at] = place(fetches ? index + 1 : index);
   for (int64_t chunk = 0; chunk < keys.chunks(); ++chunk)
     for (int64_t p = 0; p < used; ++p) {
-      for (const Tensor* x : {&in_.q, &in_.k, &in_.v})  // while this window is computed, the next arrives
+      for (const Tokens* x : {&in_.q, &in_.k, &in_.v})  // while this window is computed, the next arrives
         if (fetches) w_.fetch(*x, next_b, next_h, next_at, chunk * used + p, keys.chunks() * used);
       attend(keys, chunk, panels[p], w_.scale, scores);
     }
@@ -132,7 +139,7 @@ std::tuple<Tensor, Tensor> relative_attention(const Tensor& q, const Tensor& k, 
   Tensor stats = torch::stable::new_empty(q, shape({w.B, w.heads, w.H, w.W, 2}), ScalarType::Float);
   if (stats.numel() > 0) {
     const RelativeTable of_rows(w, rel_h, w.height), of_columns(w, rel_w, w.width);
-    const Inputs in{q, k, v, pad_key, pad_value};
+    const Inputs in{Tokens(q), Tokens(k), Tokens(v), pad_key, pad_value};
     Forward(w, in, of_rows, of_columns, out, stats).run();
   }
   return {out, stats};

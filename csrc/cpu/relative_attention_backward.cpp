@@ -12,12 +12,13 @@
 namespace fastcss::cpu {
 namespace {
 
-constexpr int64_t kPanels = 2;                // of queries, which share what is read of the keys
-constexpr int64_t kUnit = 32 * kCols;         // queries of an item of work
+constexpr int64_t kPanels = 2;                  // of queries, which share what is read of the keys
+constexpr int64_t kUnit = 32 * kCols;           // queries of an item of work
 constexpr int64_t kMemory = int64_t{16} << 20;  // floats at a time
 
 struct Inputs {
-  Tensor dout, q, k, v, pad_key, pad_value, stats;  // dout [B, H, W, heads, D]
+  Tokens dout, q, k, v;
+  Tensor pad_key, pad_value, stats;
   bool need_tables;
 };
 struct Gradients {
@@ -193,7 +194,7 @@ void Backward::unit(int64_t index, int64_t unit, const float* packed, float* sum
 void Backward::begin(Panel& p, int64_t b, int64_t h, const OnMap& at, int64_t first, float* scratch) const {
   const int lanes = static_cast<int>(std::min<int64_t>(kCols, at.tokens() - first));
   p.of.lanes = lanes;
-  const auto read = [&](const Tensor& x, float* packed, float* rows) {
+  const auto read = [&](const Tokens& x, float* packed, float* rows) {
     w_.read_queries(scratch, x, b, h, at, first, lanes);
     cpu::pack(packed, kCols, kCols, w_.D, {scratch, DType::f32, w_.D, 1});
     std::fill_n(rows, kCols * width_, 0.f);
@@ -311,19 +312,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_atte
   const RelativeWindows w(q, window, scale, false);
   const auto like = [](const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); };
   const auto table = [&](const Tensor& x) { return need_tables ? like(x) : torch::stable::new_empty(x, shape({0})); };
-  const Gradients grads{like(q),     like(k),      like(v), table(rel_h), table(rel_w), like(pad_key),
-                        like(pad_value)};
+  const Gradients grads{like(q), like(k), like(v), table(rel_h), table(rel_w), like(pad_key), like(pad_value)};
   if (q.numel() == 0) {
-    for (const Tensor* x : {&grads.dq, &grads.dk, &grads.dv, &grads.drel_h, &grads.drel_w, &grads.dpad_key,
-                            &grads.dpad_value}) {
+    for (const Tensor* x :
+         {&grads.dq, &grads.dk, &grads.dv, &grads.drel_h, &grads.drel_w, &grads.dpad_key, &grads.dpad_value}) {
       Tensor zeros = *x;
       torch::stable::zero_(zeros);
     }
   } else {
-    const auto by_head = [&](const Tensor& x) {
-      return torch::stable::view(torch::stable::contiguous(x), shape({w.B, w.H, w.W, w.heads, w.D}));
-    };
-    const Inputs in{by_head(dout), q, k, v, pad_key, pad_value, torch::stable::contiguous(stats), need_tables};
+    const Tensor by_head = torch::stable::view(torch::stable::contiguous(dout), shape({w.B, w.H, w.W, w.heads, w.D}));
+    const Inputs in{
+        Tokens(by_head), Tokens(q), Tokens(k), Tokens(v), pad_key, pad_value, torch::stable::contiguous(stats),
+        need_tables};
     const TableRows of_rows(w, rel_h, w.height), of_columns(w, rel_w, w.width);
     Backward(w, in, grads, of_rows, of_columns).run();
   }

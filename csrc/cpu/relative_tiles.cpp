@@ -52,8 +52,8 @@ struct TwoTerms {  // a word is a pair of bfloat16
   static FASTCSS_V4_PAIRS inline Vec join(Vec first, Vec second) {  // each lane's two terms side by side
     const __m512i terms = reinterpret_cast<__m512i>(
         _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
-    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8,  24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m512i order;
     std::memcpy(&order, kOrder, sizeof(order));
     return reinterpret_cast<Vec>(_mm512_maskz_permutexvar_epi16(0xffffffff, order, terms));
@@ -73,7 +73,9 @@ FASTCSS_INLINE void with_rows(int rows, const F& f) {
   f.template operator()<MOST>();
 }
 template <class V>
-constexpr int kTileRows = kLanesIn<V> == 16 ? 12 : kLanesIn<V> == 8 ? 6 : 2;  // as kernel().rows
+constexpr int kTileRows = kLanesIn<V> == 16  ? 12
+                          : kLanesIn<V> == 8 ? 6
+                                             : 2;  // as kernel().rows
 
 // ---- tiles of ROWS keys or channels by VECS vectors V of queries ---------------------------------------------------
 
@@ -220,9 +222,8 @@ void attend(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, float sc
       attend_strip<V, 1, TwoTerms>(keys, chunk, p, 0, scale, scores);
     });
 #endif
-  on_strips(p.lanes, [&]<class V, int VECS>(int lane) FASTCSS_LOOP {
-    attend_strip<V, VECS, OneTerm>(keys, chunk, p, lane, scale, scores);
-  });
+  on_strips(p.lanes, [&]<class V, int VECS>(int lane)
+                         FASTCSS_LOOP { attend_strip<V, VECS, OneTerm>(keys, chunk, p, lane, scale, scores); });
 }
 
 void weigh_again(const PackedKeys& keys, int64_t chunk, const QueryPanel& p, float scale, float* weights) {
@@ -290,9 +291,8 @@ void score_gradients(const PackedKeys& keys, int64_t chunk, const float* share, 
 }
 
 void add_values(const PackedKeys& keys, int64_t chunk, const float* weights, float* out) {
-  on_strips(kCols, [&]<class V, int VECS>(int lane) FASTCSS_LOOP {
-    add_values_strip<V, VECS, OneTerm>(keys, chunk, weights + lane, out + lane);
-  });
+  on_strips(kCols, [&]<class V, int VECS>(int lane)
+                       FASTCSS_LOOP { add_values_strip<V, VECS, OneTerm>(keys, chunk, weights + lane, out + lane); });
 }
 
 }  // namespace fastcss::cpu

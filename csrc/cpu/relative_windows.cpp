@@ -8,10 +8,6 @@ namespace {
 
 constexpr const char* kOp = "relative_attention";
 
-Matrix head_of(const Tensor& t, int64_t b, int64_t h, int64_t y) {  // the tokens of a row of the map
-  return matrix(t, 2, 4, kOp).offset(b * t.stride(0) + y * t.stride(1) + h * t.stride(3));
-}
-
 void fetch(Matrix row, int64_t D) {
   constexpr int64_t kLine = 64;
   for (int64_t byte = 0; byte < D * size_of(row.dtype); byte += kLine)
@@ -29,6 +25,9 @@ void stage_row(char* dst, Matrix row, DType dtype, int64_t D) {
 }
 
 }  // namespace
+
+Tokens::Tokens(const Tensor& x)
+    : first(matrix(x, 2, 4, kOp)), image(x.stride(0)), head(x.stride(3)), row(x.stride(1)) {}
 
 RelativeWindows::RelativeWindows(const Tensor& q, int64_t window, double scale, bool may_pair)
     : B(q.size(0)),
@@ -50,22 +49,22 @@ OnMap RelativeWindows::on_map(int64_t index) const {
   return {top, left, std::min(height, H - top), std::min(width, W - left)};
 }
 
-void RelativeWindows::read_queries(float* rows, const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
+void RelativeWindows::read_queries(float* rows, const Tokens& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
                                    int lanes) const {
   constexpr int64_t kAhead = 8;  // tokens lie too far apart for the hardware to fetch the next
   const int64_t bytes = D * size_of(staged());
   char* to = reinterpret_cast<char*>(rows);
   std::memset(to + lanes * bytes, 0, (kCols - lanes) * bytes);
   for_runs(at, first, lanes, [&](int lane, int run, int64_t row, int64_t column) {
-    const Matrix from = head_of(x, b, h, at.top + row);
+    const Matrix from = x.at(b, h, at.top + row, at.left + column);
     for (int i = 0; i < run; ++i) {
-      if (count() == 1) cpu::fetch(from.at(at.left + column + i + kAhead, 0), D);
-      stage_row(to + (lane + i) * bytes, from.at(at.left + column + i, 0), staged(), D);
+      if (count() == 1) cpu::fetch(from.at(i + kAhead, 0), D);
+      stage_row(to + (lane + i) * bytes, from.at(i, 0), staged(), D);
     }
   });
 }
 
-void RelativeWindows::read_keys(float* rows, const Tensor& x, const Tensor& pad, int64_t b, int64_t h, const OnMap& at,
+void RelativeWindows::read_keys(float* rows, const Tokens& x, const Tensor& pad, int64_t b, int64_t h, const OnMap& at,
                                 int64_t first, int64_t tokens) const {
   constexpr int64_t kAhead = 8;
   const int64_t bytes = D * size_of(staged());
@@ -75,10 +74,10 @@ void RelativeWindows::read_keys(float* rows, const Tensor& x, const Tensor& pad,
     const int64_t row = (first + i) / width, column = (first + i) % width, run = std::min(tokens - i, width - column);
     const int64_t on = row < at.height ? std::clamp<int64_t>(at.width - column, 0, run) : 0;
     if (on > 0) {
-      const Matrix from = head_of(x, b, h, at.top + row);
+      const Matrix from = x.at(b, h, at.top + row, at.left + column);
       for (int64_t j = 0; j < on; ++j) {
-        if (count() == 1) cpu::fetch(from.at(column + j + kAhead, 0), D);
-        stage_row(to + (i + j) * bytes, from.at(at.left + column + j, 0), staged(), D);
+        if (count() == 1) cpu::fetch(from.at(j + kAhead, 0), D);
+        stage_row(to + (i + j) * bytes, from.at(j, 0), staged(), D);
       }
     }
     for (int64_t j = i + on; j < i + run; ++j) stage_row(to + j * bytes, beyond, staged(), D);
@@ -86,16 +85,20 @@ void RelativeWindows::read_keys(float* rows, const Tensor& x, const Tensor& pad,
   }
 }
 
-void RelativeWindows::fetch(const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t part,
-                            int64_t parts) const {
-  for (int64_t i = at.tokens() * part / parts; i < at.tokens() * (part + 1) / parts; ++i)
-    cpu::fetch(head_of(x, b, h, at.top + i / at.width).at(at.left + i % at.width, 0), D);
+void RelativeWindows::fetch(const Tokens& x, int64_t b, int64_t h, const OnMap& at, int64_t part, int64_t parts) const {
+  const int64_t last = at.tokens() * (part + 1) / parts;
+  for (int64_t i = at.tokens() * part / parts; i < last;) {
+    const int64_t run = std::min(last - i, at.width - i % at.width);
+    const Matrix from = x.at(b, h, at.top + i / at.width, at.left + i % at.width);
+    for (int64_t j = 0; j < run; ++j) cpu::fetch(from.at(j, 0), D);
+    i += run;
+  }
 }
 
 int64_t keys_size(const RelativeWindows& w) { return w.n * w.words(w.D) + kLanes; }
 int64_t values_size(const RelativeWindows& w) { return w.words(w.n) * w.D + kLanes; }
 
-void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const Tensor& pad, int64_t b, int64_t h,
+void pack_keys(float* keys, const RelativeWindows& w, const Tokens& k, const Tensor& pad, int64_t b, int64_t h,
                const OnMap& at, float* staged) {
   const int64_t height = kernel().rows;
   for (int64_t first = 0; first < w.n; first += kChunk) {
@@ -108,7 +111,7 @@ void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const Ten
   }
 }
 
-void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const Tensor& pad, int64_t b, int64_t h,
+void pack_values(float* values, const RelativeWindows& w, const Tokens& v, const Tensor& pad, int64_t b, int64_t h,
                  const OnMap& at, float* staged) {
   const int64_t panels = value_panels(w.D);
   for (int64_t first = 0; first < w.n; first += kChunk) {

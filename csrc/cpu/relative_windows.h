@@ -15,6 +15,17 @@ struct OnMap {
   int64_t tokens() const { return height * width; }
 };
 
+// A tensor [B, H, W, heads, D], whose strides are asked for once.
+struct Tokens {
+  explicit Tokens(const Tensor& x);
+  Matrix at(int64_t b, int64_t h, int64_t y, int64_t x) const {
+    return first.offset(b * image + h * head + y * row).at(x, 0);
+  }
+
+  Matrix first;
+  int64_t image, head, row;
+};
+
 struct RelativeWindows {
   // window 0 means that the map is the only one; pairs are used only if they may be.
   RelativeWindows(const Tensor& q, int64_t window, double scale, bool may_pair);
@@ -36,14 +47,14 @@ struct RelativeWindows {
   // Floats for so many rows, and for what is read beyond the last by whole vectors.
   int64_t staged_size(int64_t rows) const { return rows * D + kLanes; }
   // Reads `lanes` queries of one head from the `first` of a window on, and zeros up to kCols: rows [kCols][D].
-  void read_queries(float* rows, const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
+  void read_queries(float* rows, const Tokens& x, int64_t b, int64_t h, const OnMap& at, int64_t first,
                     int lanes) const;
   // Reads keys or values first … first + tokens − 1 of a window: rows [tokens][D]. Those beyond the map are row (b, h)
   // of `pad`.
-  void read_keys(float* rows, const Tensor& x, const Tensor& pad, int64_t b, int64_t h, const OnMap& at, int64_t first,
+  void read_keys(float* rows, const Tokens& x, const Tensor& pad, int64_t b, int64_t h, const OnMap& at, int64_t first,
                  int64_t tokens) const;
   // Fetches a share of a window's tokens of one head into the cache: part `part` of `parts`.
-  void fetch(const Tensor& x, int64_t b, int64_t h, const OnMap& at, int64_t part, int64_t parts) const;
+  void fetch(const Tokens& x, int64_t b, int64_t h, const OnMap& at, int64_t part, int64_t parts) const;
   // Calls f(lane, lanes, y, x) for each run of a panel's queries that are neighbours in a row of the map.
   template <class F>
   void for_runs(const OnMap& at, int64_t first, int lanes, const F& f) const;
@@ -51,9 +62,9 @@ struct RelativeWindows {
 
 // Pack all tokens of window `at` as PackedKeys has keys, or as it has values, into memory of keys_size or values_size
 // floats. `staged` has room for staged_size(kChunk).
-void pack_keys(float* keys, const RelativeWindows& w, const Tensor& k, const Tensor& pad, int64_t b, int64_t h,
+void pack_keys(float* keys, const RelativeWindows& w, const Tokens& k, const Tensor& pad, int64_t b, int64_t h,
                const OnMap& at, float* staged);
-void pack_values(float* values, const RelativeWindows& w, const Tensor& v, const Tensor& pad, int64_t b, int64_t h,
+void pack_values(float* values, const RelativeWindows& w, const Tokens& v, const Tensor& pad, int64_t b, int64_t h,
                  const OnMap& at, float* staged);
 int64_t keys_size(const RelativeWindows& w);
 int64_t values_size(const RelativeWindows& w);
