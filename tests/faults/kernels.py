@@ -49,7 +49,7 @@ CPU = [
         "tests/ops/test_relative_attention.py -k 'cpu and grow'",
     ),
     Fault(
-        "cpu-tables-of-another-query-count",
+        "cpu-a-zero-times-nan-of-another-query",
         "csrc/cpu/relative_attention_backward.cpp",
         "if (!table.finite || !is_finite(p.rows, kCols * width_))",
         "if (false)",
