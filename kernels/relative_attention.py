@@ -1,0 +1,219 @@
+"""Triton implementation of fastcss::relative_attention.
+
+TODO
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schema import LIBRARY
+from .affinity_device import exp2
+from .affinity_tiles import Columns
+from .class_centers import LOG2_E, finite_or_zero
+from .multi_lora import _operands_stay_in_shared_memory, precision
+from .multi_lora_device import dot
+from .relative_attention_device import (
+    head_of,
+    load_bias,
+    load_keys,
+    load_queries,
+    products,
+    program_at,
+    queries_at,
+    queries_in,
+    scores_of,
+    store_rows,
+)
+from .relative_attention_tables import relative_bias_kernel
+from .tuned import tuned
+from .window_attention import adjacent
+
+MAX_WIDTH = 256  # a head's row is one pair of operand tiles
+MAX_STRIDE = 2**24  # times a tile's rows this still fits in 32 bits
+
+
+@triton.jit
+def relative_attention_kernel(
+    q, k, v, bias, pad_key, pad_value, out, stats,
+    q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
+    H, W, Sh, Sw, heads, blocks, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr,
+):  # fmt: skip
+    sizes = (H, W, Sh, Sw)
+    sample, head, _, corner, block = program_at(sizes, heads, BLOCK, blocks)
+    rows, columns = queries_in(sizes, corner)
+    if block * BLOCK >= rows * columns:
+        return
+    place = queries_at(block * BLOCK, sizes, corner, BLOCK)
+    q_tiles = load_queries(head_of(q, q_strides, sample, head), q_strides, place, D, MAIN, TAIL)
+    k, v = head_of(k, k_strides, sample, head), head_of(v, v_strides, sample, head)
+    pad_key += sample * key_pad_strides[0] + tl.cast(head, tl.int64) * key_pad_strides[1]
+    pad_value += sample * value_pad_strides[0] + tl.cast(head, tl.int64) * value_pad_strides[1]
+    bias += (sample * heads + head) * H * W * (Sh + Sw)
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, MAIN], tl.float32)
+    tail = tl.zeros([BLOCK, TAIL if TAIL else 1], tl.float32)
+    for column in range(0, Sw, COLUMNS):
+        bias_w = load_bias(bias, place, Sh + column, Sh + Sw, sizes, COLUMNS, MASKED)
+        for row in range(0, Sh, ROWS):
+            k_tiles = load_keys(
+                k, k_strides, pad_key, row, column, sizes, corner, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED
+            )  # fmt: skip
+            bias_h = load_bias(bias, place, row, Sh, sizes, ROWS, MASKED)
+            scores, of_row = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_h, bias_w, scale, ROWS, COLUMNS)
+            before, largest = largest, tl.maximum(largest, tl.max(scores, 1) + of_row)
+            base = finite_or_zero(largest)
+            weights = exp2(scores * LOG2_E - ((base - of_row) * LOG2_E)[:, None])
+            kept = exp2((before - base) * LOG2_E)
+            mass = mass * kept + tl.sum(weights, 1)
+            v_tiles = load_keys(
+                v, v_strides, pad_value, row, column, sizes, corner, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED
+            )  # fmt: skip
+            weights = weights.to(v_tiles[0].dtype)
+            acc = dot(weights, v_tiles[0], acc * kept[:, None], PRECISION)
+            if TAIL:
+                tail = dot(weights, v_tiles[1], tail * kept[:, None], PRECISION)
+    inverse = 1.0 / mass
+    there = place[2]
+    token = (place[0] * W + place[1]).to(tl.int64)
+    out += (sample * H * W * heads + head) * D
+    store_rows(out, (acc * inverse[:, None], tail * inverse[:, None]), token * (heads * D), there, D, MAIN, TAIL)
+    stats += (sample * heads + head) * H * W * 2
+    tl.store(stats + token * 2, largest, mask=there)
+    tl.store(stats + token * 2 + 1, tl.log(mass), mask=there)
+
+
+class Operands(NamedTuple):
+    """Holds what the kernels read: only channels have to be next to each other."""
+
+    q: Tensor  # [B, H, W, heads, D]
+    k: Tensor
+    v: Tensor
+    pad_key: Tensor  # [B, heads, D]
+    pad_value: Tensor
+    rel_h: Tensor  # [2 Sh − 1, D], dense
+    rel_w: Tensor
+    size: tuple[int, int]  # of a window
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, pad_key: Tensor, pad_value: Tensor,
+        window: int,
+    ) -> Operands:  # fmt: skip
+        q, k, v = (readable(x) for x in (q, k, v))
+        size = (window, window) if window else tuple(q.shape[1:3])
+        return cls(q, k, v, adjacent(pad_key), adjacent(pad_value), rel_h.contiguous(), rel_w.contiguous(), size)
+
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        pads = self.pad_key, self.pad_value
+        return *(x.stride()[:4] for x in (self.q, self.k, self.v)), *(x.stride()[:2] for x in pads)
+
+    @property
+    def windows(self) -> int:
+        """The number of them in a map."""
+        (height, width), (rows, columns) = self.q.shape[1:3], self.size
+        return triton.cdiv(height, rows) * triton.cdiv(width, columns)
+
+    @property
+    def queries(self) -> int:
+        """The number of them in a window, at most."""
+        (height, width), (rows, columns) = self.q.shape[1:3], self.size
+        return min(height, rows) * min(width, columns)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Return (H, W, Sh, Sw, heads)."""
+        _, height, width, heads, _ = self.q.shape
+        return height, width, *self.size, heads
+
+    def head_tile(self) -> dict[str, int | str]:
+        """Return the constants of kernels that read rows of a head."""
+        width = self.q.shape[4]
+        columns = Columns.of(width, MAX_WIDTH)
+        return {
+            "D": width, "MAIN": columns.main, "TAIL": columns.tail, "PRECISION": precision(self.q.dtype),
+        }  # fmt: skip
+
+    def key_tile(self, keys: int, columns: int) -> dict[str, int | bool]:
+        """Return the constants of kernels that read ``columns`` columns of a window's keys, ``keys`` in all."""
+        rows = min(keys // columns, triton.next_power_of_2(self.size[0]))
+        filled = any(length % of_window for length, of_window in zip(self.q.shape[1:3], self.size, strict=True))
+        masked = bool(self.size[0] % rows or self.size[1] % columns)
+        return {"ROWS": rows, "COLUMNS": columns, "MASKED": masked, "FILLED": filled}
+
+    def bias(self) -> Tensor:
+        """Compute the bias [B, heads, N, Sh + Sw] in float32."""
+        batch, height, width, heads, channels = self.q.shape
+        bias = self.q.new_empty(batch, heads, height * width, sum(self.size), dtype=torch.float32)
+        tile = table_tile(channels, max(self.size), self.q.dtype)
+        relative_bias_kernel[(batch * heads * triton.cdiv(height * width, tile["BLOCK"]),)](
+            self.q, self.rel_h, self.rel_w, bias, self.q.stride()[:4], height * width, width, *self.size, heads,
+            **self.head_tile(), **tile,
+        )  # fmt: skip
+        return bias
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return [B, H, W, heads, D] as it is, or a copy if the kernels' offsets cannot reach it."""
+    return x if x.stride(4) == 1 and max(x.stride()[1:3]) < MAX_STRIDE else x.contiguous()
+
+
+def check_width(q: Tensor) -> None:
+    if q.shape[4] > MAX_WIDTH:
+        raise ValueError(
+            f"relative_attention: impl='triton' takes heads of up to {MAX_WIDTH} columns, got {q.shape[4]}"
+        )
+
+
+def columns_of_tile(width: int, largest: int = 64) -> int:
+    """Choose how many columns of keys a tile has: with few beyond the window's, and as many as that allows."""
+    return min((64, 32, 16), key=lambda columns: (triton.cdiv(width, columns) * columns, -columns))
+
+
+@tuned("BLOCK", "KEYS")
+def attention_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Choose the tile for so many queries of a window."""
+    if dtype == torch.float32:
+        block, keys, warps, stages = 32, 32, 4, 1
+    else:
+        block, keys, warps, stages = 128, 64, 8, 3
+    block = min(block, max(triton.next_power_of_2(queries), 16))
+    return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+@tuned("BLOCK", "BLOCK_R")
+def table_tile(width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
+    rows = min(max(triton.next_power_of_2(2 * size - 1), 16), 64)
+    return {"BLOCK": 64, "BLOCK_R": rows, "num_warps": 4, "num_stages": 2}
+
+
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, pad_key: Tensor, pad_value: Tensor,
+    window: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_width(q)
+    batch, height, width, heads, channels = q.shape
+    out = q.new_empty(batch, height, width, heads * channels)
+    stats = q.new_empty((batch, heads, height, width, 2), dtype=torch.float32)
+    if not out.numel():
+        return out, stats.zero_()
+    operands = Operands.of(q, k, v, rel_h, rel_w, pad_key, pad_value, window)
+    tile = attention_tile(operands.queries, channels, q.dtype)
+    keys = operands.key_tile(tile.pop("KEYS"), columns_of_tile(operands.size[1]))
+    blocks = triton.cdiv(operands.queries, tile["BLOCK"])
+    with torch.cuda.device_of(q):
+        relative_attention_kernel[(batch * operands.windows * heads * blocks,)](
+            *operands[:3], operands.bias(), *operands[3:5], out, stats, *operands.strides(), *operands.sizes(),
+            blocks, scale, **operands.head_tile(), **keys, **tile,
+        )  # fmt: skip
+    return out, stats
+
+
+LIBRARY.impl("relative_attention.triton", relative_attention, "CompositeExplicitAutograd")

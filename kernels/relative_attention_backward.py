@@ -1,0 +1,253 @@
+"""Triton implementation of fastcss::relative_attention_backward.
+
+TODO
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._schema import LIBRARY
+from .affinity_device import exp2
+from .class_centers import LOG2_E
+from .multi_lora import precision
+from .multi_lora_device import dot
+from .relative_attention import Operands, check_width, columns_of_tile, table_tile
+from .relative_attention_device import (
+    head_of,
+    keys_at,
+    load_bias,
+    load_keys,
+    load_queries,
+    load_rows,
+    load_statistics,
+    products,
+    program_at,
+    queries_at,
+    queries_in,
+    scores_of,
+    store_rows,
+)
+from .relative_attention_tables import query_bias_gradient_kernel, table_gradient_kernel
+from .tuned import tuned
+from .window_attention_backward import sum_parts
+
+
+@triton.jit
+def query_gradient_kernel(
+    dout, q, k, v, bias, pad_key, pad_value, out, stats, dq, dbias, delta,
+    q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
+    H, W, Sh, Sw, heads, blocks, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr,
+):  # fmt: skip
+    """Write δ, dbias and the part of dq that comes through the products, in float32, of a block of queries."""
+    sizes = (H, W, Sh, Sw)
+    sample, head, _, corner, block = program_at(sizes, heads, BLOCK, blocks)
+    rows, columns = queries_in(sizes, corner)
+    if block * BLOCK >= rows * columns:
+        return
+    place = queries_at(block * BLOCK, sizes, corner, BLOCK)
+    there = place[2]
+    token = (place[0] * W + place[1]).to(tl.int64)
+    of_head = (sample * heads + head) * H * W
+    first = (sample * H * W * heads + head) * D
+    dout_tiles = load_rows(dout + first, token * (heads * D), D, MAIN, TAIL)
+    out_tiles = load_rows(out + first, token * (heads * D), D, MAIN, TAIL)
+    # δ is summed in the same way as dP: where a query reads one key alone, the two must be equal.
+    index = tl.arange(0, BLOCK)
+    own = products(dout_tiles, out_tiles, TAIL, PRECISION)
+    own = tl.sum(tl.where(index[:, None] == index[None, :], own, 0.0), 1)
+    tl.store(delta + of_head + token, own, mask=there)
+    q_tiles = load_queries(head_of(q, q_strides, sample, head), q_strides, place, D, MAIN, TAIL)
+    largest, inverse = load_statistics(stats + of_head * 2, place, sizes)
+    k, v = head_of(k, k_strides, sample, head), head_of(v, v_strides, sample, head)
+    pad_key += sample * key_pad_strides[0] + tl.cast(head, tl.int64) * key_pad_strides[1]
+    pad_value += sample * value_pad_strides[0] + tl.cast(head, tl.int64) * value_pad_strides[1]
+    bias += of_head * (Sh + Sw)
+    dbias += of_head * (Sh + Sw)
+    dbias_rows = dbias + (token * (Sh + Sw))[:, None]
+    acc = tl.zeros([BLOCK, MAIN], tl.float32)
+    tail = tl.zeros([BLOCK, TAIL if TAIL else 1], tl.float32)
+    for column in range(0, Sw, COLUMNS):
+        bias_w = load_bias(bias, place, Sh + column, Sh + Sw, sizes, COLUMNS, MASKED)
+        dbias_w = tl.zeros([BLOCK, COLUMNS], tl.float32)
+        for row in range(0, Sh, ROWS):
+            k_tiles = load_keys(
+                k, k_strides, pad_key, row, column, sizes, corner, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED
+            )  # fmt: skip
+            v_tiles = load_keys(
+                v, v_strides, pad_value, row, column, sizes, corner, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED
+            )  # fmt: skip
+            bias_h = load_bias(bias, place, row, Sh, sizes, ROWS, MASKED)
+            scores, of_row = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_h, bias_w, scale, ROWS, COLUMNS)
+            weights = exp2(scores * LOG2_E - ((largest - of_row) * LOG2_E)[:, None])
+            dweights = products(dout_tiles, v_tiles, TAIL, PRECISION) - own[:, None]
+            dscores = weights * inverse[:, None] * dweights
+            by_row = tl.reshape(dscores, [BLOCK, ROWS, COLUMNS])
+            dbias_w += tl.sum(by_row, 1)
+            numbers = row + tl.arange(0, ROWS)[None, :]
+            dbias_h = tl.sum(by_row, 2)
+            # The sum over columns goes on where the tile of columns before left it.
+            dbias_h += tl.load(dbias_rows + numbers, mask=numbers < tl.where(column > 0, Sh, 0), other=0.0)
+            tl.store(dbias_rows + numbers, dbias_h, mask=there[:, None] & (numbers < Sh))
+            dscores = dscores.to(q.dtype.element_ty)
+            acc = dot(dscores, k_tiles[0], acc, PRECISION)
+            if TAIL:
+                tail = dot(dscores, k_tiles[1], tail, PRECISION)
+        numbers = column + tl.arange(0, COLUMNS)[None, :]
+        tl.store(dbias_rows + Sh + numbers, dbias_w, mask=there[:, None] & (numbers < Sw))
+        tl.debug_barrier()  # other threads may read the sums over rows that this one wrote
+    store_rows(dq + first, (acc * scale, tail * scale), token * (heads * D), there, D, MAIN, TAIL)
+
+
+@triton.jit
+def key_gradient_kernel(
+    dout, q, k, v, bias, pad_key, pad_value, stats, delta, dk, dv, key_parts, value_parts,
+    q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
+    H, W, Sh, Sw, heads, blocks, batches, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr,
+):  # fmt: skip
+    """Write dk and dv of a tile of keys, and the sums over those that fill the map up, [windows, tiles, B, heads, D]."""
+    sizes = (H, W, Sh, Sw)
+    sample, head, number, corner, block = program_at(sizes, heads, BLOCK, blocks)
+    rows, columns = queries_in(sizes, corner)
+    across = tl.cdiv(Sw, COLUMNS)
+    row, column = block // across * ROWS, block % across * COLUMNS
+    of_head = (sample * heads + head) * H * W
+    first = (sample * H * W * heads + head) * D
+    pad_key += sample * key_pad_strides[0] + tl.cast(head, tl.int64) * key_pad_strides[1]
+    pad_value += sample * value_pad_strides[0] + tl.cast(head, tl.int64) * value_pad_strides[1]
+    k_tiles = load_keys(
+        head_of(k, k_strides, sample, head), k_strides, pad_key, row, column, sizes, corner, D, MAIN, TAIL,
+        ROWS, COLUMNS, MASKED, FILLED,
+    )  # fmt: skip
+    v_tiles = load_keys(
+        head_of(v, v_strides, sample, head), v_strides, pad_value, row, column, sizes, corner, D, MAIN, TAIL,
+        ROWS, COLUMNS, MASKED, FILLED,
+    )  # fmt: skip
+    q = head_of(q, q_strides, sample, head)
+    bias += of_head * (Sh + Sw)
+    dtype: tl.constexpr = q.dtype.element_ty
+    dk_main = tl.zeros([ROWS * COLUMNS, MAIN], tl.float32)
+    dv_main = tl.zeros([ROWS * COLUMNS, MAIN], tl.float32)
+    dk_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL else 1], tl.float32)
+    dv_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL else 1], tl.float32)
+    for query in range(0, rows * columns, BLOCK):
+        place = queries_at(query, sizes, corner, BLOCK)
+        token = (place[0] * W + place[1]).to(tl.int64)
+        q_tiles = load_queries(q, q_strides, place, D, MAIN, TAIL)
+        dout_tiles = load_rows(dout + first, token * (heads * D), D, MAIN, TAIL)
+        largest, inverse = load_statistics(stats + of_head * 2, place, sizes)
+        own = tl.load(delta + of_head + token)
+        bias_w = load_bias(bias, place, Sh + column, Sh + Sw, sizes, COLUMNS, MASKED)
+        bias_h = load_bias(bias, place, row, Sh, sizes, ROWS, MASKED)
+        scores, of_row = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_h, bias_w, scale, ROWS, COLUMNS)
+        weights = exp2(scores * LOG2_E - ((largest - of_row) * LOG2_E)[:, None]) * inverse[:, None]
+        dscores = weights * (products(dout_tiles, v_tiles, TAIL, PRECISION) - own[:, None])
+        weights, dscores = tl.trans(weights.to(dtype)), tl.trans(dscores.to(dtype))
+        dv_main = dot(weights, dout_tiles[0], dv_main, PRECISION)
+        dk_main = dot(dscores, q_tiles[0], dk_main, PRECISION)
+        if TAIL:
+            dv_tail = dot(weights, dout_tiles[1], dv_tail, PRECISION)
+            dk_tail = dot(dscores, q_tiles[1], dk_tail, PRECISION)
+    dk_main, dk_tail = dk_main * scale, dk_tail * scale
+    keys = tl.arange(0, ROWS * COLUMNS)
+    token = ((corner[0] + row + keys // COLUMNS) * W + corner[1] + column + keys % COLUMNS).to(tl.int64)
+    in_map, is_key = keys_at(row, column, sizes, corner, ROWS, COLUMNS)
+    store_rows(dk + first, (dk_main, dk_tail), token * (heads * D), in_map, D, MAIN, TAIL)
+    store_rows(dv + first, (dv_main, dv_tail), token * (heads * D), in_map, D, MAIN, TAIL)
+    if FILLED:
+        filled = (is_key & ~in_map)[:, None]
+        windows = tl.cdiv(H, Sh) * tl.cdiv(W, Sw)
+        slot = tl.cast(number % windows * blocks + block, tl.int64)
+        slot = ((slot * batches + sample) * heads + head) * D
+        _store_sum(key_parts + slot, dk_main, filled, D, 0)
+        _store_sum(value_parts + slot, dv_main, filled, D, 0)
+        if TAIL:
+            _store_sum(key_parts + slot, dk_tail, filled, D, MAIN)
+            _store_sum(value_parts + slot, dv_tail, filled, D, MAIN)
+
+
+@triton.jit
+def _store_sum(parts, tile, mask, D: tl.constexpr, FIRST: tl.constexpr):
+    channels = FIRST + tl.arange(0, tile.shape[1])
+    tl.store(parts + channels, tl.sum(tl.where(mask, tile, 0.0), 0), mask=channels < D)
+
+
+@tuned("BLOCK", "KEYS")
+def query_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    block, keys, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else (64, 64, 4, 2)
+    block = min(block, max(triton.next_power_of_2(queries), 16))
+    return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+@tuned("BLOCK", "KEYS")
+def key_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+    block, keys, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else (64, 128, 8, 2)
+    block = min(block, max(triton.next_power_of_2(queries), 16))
+    return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+def relative_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, pad_key: Tensor, pad_value: Tensor,
+    out: Tensor, stats: Tensor, window: int, scale: float, need_tables: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_width(q)
+    batch, height, width, heads, channels = q.shape
+    dq, dk, dv, dpad_key, dpad_value = (x.new_empty(x.shape) for x in (q, k, v, pad_key, pad_value))
+    drel_h, drel_w = (table.new_empty(table.shape if need_tables else (0,)) for table in (rel_h, rel_w))
+    grads = dq, dk, dv, drel_h, drel_w, dpad_key, dpad_value
+    if not q.numel():
+        return tuple(x.zero_() for x in grads)
+    operands = Operands.of(q, k, v, rel_h, rel_w, pad_key, pad_value, window)
+    dout, out, stats = dout.contiguous(), out.contiguous(), stats.contiguous()
+    of_head = operands.head_tile()
+    products_dq = q.new_empty(q.shape, dtype=torch.float32)
+    delta = products_dq.new_empty(batch, heads, height * width)
+    with torch.cuda.device_of(q):
+        bias = operands.bias()
+        dbias = torch.empty_like(bias)
+        inputs = dout, *operands[:3], bias, *operands[3:5]
+        tile = query_tile(operands.queries, channels, q.dtype)
+        keys = operands.key_tile(tile.pop("KEYS"), 16)
+        blocks = triton.cdiv(operands.queries, tile["BLOCK"])
+        query_gradient_kernel[(batch * operands.windows * heads * blocks,)](
+            *inputs, out, stats, products_dq, dbias, delta, *operands.strides(), *operands.sizes(), blocks, scale,
+            **of_head, **keys, **tile,
+        )  # fmt: skip
+        tile = key_tile(operands.queries, channels, q.dtype)
+        keys = operands.key_tile(tile.pop("KEYS"), 16)
+        blocks = triton.cdiv(operands.size[0], keys["ROWS"]) * triton.cdiv(operands.size[1], keys["COLUMNS"])
+        parts = None, None
+        if keys["FILLED"]:
+            parts = delta.new_empty(2, operands.windows * blocks, batch, heads, channels)
+        key_gradient_kernel[(batch * operands.windows * heads * blocks,)](
+            *inputs, stats, delta, dk, dv, *parts, *operands.strides(), *operands.sizes(), blocks, batch, scale,
+            **of_head, **keys, **tile,
+        )  # fmt: skip
+        for part, total in zip(parts, (dpad_key, dpad_value), strict=True):
+            total.zero_() if part is None else sum_parts(part, total)
+        tables = operands.rel_h, operands.rel_w
+        sizes = height * width, width, *operands.size, heads
+        tile = table_tile(channels, max(operands.size), q.dtype)
+        blocks = batch * heads * triton.cdiv(height * width, tile["BLOCK"])
+        query_bias_gradient_kernel[(blocks,)](products_dq, dbias, *tables, dq, *sizes, **of_head, **tile)
+        if need_tables:
+            per_program = triton.cdiv(blocks, 64)
+            programs = triton.cdiv(blocks, per_program)
+            parts = [delta.new_empty(programs, *table.shape) for table in tables]
+            row_blocks = sum(triton.cdiv(table.shape[0], tile["BLOCK_R"]) for table in tables)
+            table_gradient_kernel[programs, row_blocks](
+                operands.q, dbias, *parts, operands.q.stride()[:4], blocks, per_program, *sizes, **of_head, **tile
+            )
+            for part, total in zip(parts, (drel_h, drel_w), strict=True):
+                sum_parts(part, total)
+    return grads
+
+
+LIBRARY.impl("relative_attention_backward.triton", relative_attention_backward, "CompositeExplicitAutograd")
