@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch.private_apis import gpu_architecture
 from .._schema import LIBRARY
 from .affinity_device import exp2
 from .affinity_tiles import Columns
@@ -19,6 +20,7 @@ from .class_centers import LOG2_E, finite_or_zero
 from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot
 from .relative_attention_device import (
+    exp_above,
     head_of,
     load_bias,
     load_keys,
@@ -44,14 +46,15 @@ def relative_attention_kernel(
     q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
     H, W, Sh, Sw, heads, blocks, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     sizes = (H, W, Sh, Sw)
     sample, head, _, corner, block = program_at(sizes, heads, BLOCK, blocks)
     rows, columns = queries_in(sizes, corner)
-    if block * BLOCK >= rows * columns:
+    first = block * BLOCK
+    if first >= rows * columns:
         return
-    place = queries_at(block * BLOCK, sizes, corner, BLOCK)
+    place = queries_at(first, sizes, corner, BLOCK, WHOLE)
     q_tiles = load_queries(head_of(q, q_strides, sample, head), q_strides, place, D, MAIN, TAIL)
     k, v = head_of(k, k_strides, sample, head), head_of(v, v_strides, sample, head)
     pad_key += sample * key_pad_strides[0] + tl.cast(head, tl.int64) * key_pad_strides[1]
@@ -62,16 +65,17 @@ def relative_attention_kernel(
     acc = tl.zeros([BLOCK, MAIN], tl.float32)
     tail = tl.zeros([BLOCK, TAIL if TAIL else 1], tl.float32)
     for column in range(0, Sw, COLUMNS):
-        bias_w = load_bias(bias, place, Sh + column, Sh + Sw, sizes, COLUMNS, MASKED)
+        first += column // Sw  # 0, or else the compiler would keep the queries' places in registers, for the end
+        bias_w = load_bias(bias, place, Sh + column + tl.arange(0, COLUMNS), Sh + Sw, sizes, MASKED)
         for row in range(0, Sh, ROWS):
             k_tiles = load_keys(
                 k, k_strides, pad_key, row, column, sizes, corner, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED
             )  # fmt: skip
-            bias_h = load_bias(bias, place, row, Sh, sizes, ROWS, MASKED)
-            scores, of_row = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_h, bias_w, scale, ROWS, COLUMNS)
-            before, largest = largest, tl.maximum(largest, tl.max(scores, 1) + of_row)
+            bias_h = load_bias(bias, place, row + tl.arange(0, ROWS), Sh, sizes, MASKED)
+            scores = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_w, scale, ROWS, COLUMNS)
+            before, largest = largest, tl.maximum(largest, tl.max(tl.max(scores, 2) + bias_h, 1))
             base = finite_or_zero(largest)
-            weights = exp2(scores * LOG2_E - ((base - of_row) * LOG2_E)[:, None])
+            weights = exp_above(scores, bias_h, base)
             kept = exp2((before - base) * LOG2_E)
             mass = mass * kept + tl.sum(weights, 1)
             v_tiles = load_keys(
@@ -82,8 +86,8 @@ def relative_attention_kernel(
             if TAIL:
                 tail = dot(weights, v_tiles[1], tail * kept[:, None], PRECISION)
     inverse = 1.0 / mass
-    there = place[2]
-    token = (place[0] * W + place[1]).to(tl.int64)
+    row, column, there = queries_at(first, sizes, corner, BLOCK, WHOLE)
+    token = (row * W + column).to(tl.int64)
     out += (sample * H * W * heads + head) * D
     store_rows(out, (acc * inverse[:, None], tail * inverse[:, None]), token * (heads * D), there, D, MAIN, TAIL)
     stats += (sample * heads + head) * H * W * 2
@@ -109,6 +113,8 @@ class Operands(NamedTuple):
         window: int,
     ) -> Operands:  # fmt: skip
         q, k, v = (readable(x) for x in (q, k, v))
+        if q.stride(1) != q.shape[2] * q.stride(2):  # the rows of a map follow each other
+            q = q.contiguous()
         size = (window, window) if window else tuple(q.shape[1:3])
         return cls(q, k, v, adjacent(pad_key), adjacent(pad_value), rel_h.contiguous(), rel_w.contiguous(), size)
 
@@ -146,7 +152,8 @@ class Operands(NamedTuple):
         rows = min(keys // columns, triton.next_power_of_2(self.size[0]))
         filled = any(length % of_window for length, of_window in zip(self.q.shape[1:3], self.size, strict=True))
         masked = bool(self.size[0] % rows or self.size[1] % columns)
-        return {"ROWS": rows, "COLUMNS": columns, "MASKED": masked, "FILLED": filled}
+        whole = self.size == self.q.shape[1:3]
+        return {"ROWS": rows, "COLUMNS": columns, "MASKED": masked, "FILLED": filled, "WHOLE": whole}
 
     def bias(self) -> Tensor:
         """Compute the bias [B, heads, N, Sh + Sw] in float32."""
@@ -172,18 +179,23 @@ def check_width(q: Tensor) -> None:
         )
 
 
-def columns_of_tile(width: int, largest: int = 64) -> int:
-    """Choose how many columns of keys a tile has: with few beyond the window's, and as many as that allows."""
-    return min((64, 32, 16), key=lambda columns: (triton.cdiv(width, columns) * columns, -columns))
+def columns_of_tile(width: int, keys: int) -> int:
+    """Choose how many columns of keys a tile of ``keys`` has: with few beyond the window's."""
+    return min((min(keys, 32), 16), key=lambda columns: triton.cdiv(width, columns) * columns)
 
 
 @tuned("BLOCK", "KEYS")
-def attention_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Choose the tile for so many queries of a window."""
+def attention_tile(queries: int, window: bool, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Choose the tile for so many queries of a window, or of a map."""
+    block, warps = 128, 8
     if dtype == torch.float32:
-        block, keys, warps, stages = 32, 32, 4, 1
-    else:
-        block, keys, warps, stages = 128, 64, 8, 3
+        block, keys, stages = 32, 16, 1
+    elif not _operands_stay_in_shared_memory():
+        keys, stages = 32, 2
+    elif gpu_architecture() < 100:
+        keys, stages = (128, 2) if width <= 64 and not window else (64, 3)
+    else:  # Blackwell keeps the accumulator elsewhere, and passes it through registers to scale it
+        keys, stages = 64 if width <= 64 else 32, 3
     block = min(block, max(triton.next_power_of_2(queries), 16))
     return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
@@ -191,7 +203,12 @@ def attention_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, in
 @tuned("BLOCK", "BLOCK_R")
 def table_tile(width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
     rows = min(max(triton.next_power_of_2(2 * size - 1), 16), 64)
-    return {"BLOCK": 64, "BLOCK_R": rows, "num_warps": 4, "num_stages": 2}
+    block, stages = 64, 2
+    if dtype == torch.float32:
+        rows, block, stages = min(rows, 32), 32, 1
+    elif width > 64 and _operands_stay_in_shared_memory() and gpu_architecture() >= 100:
+        stages = 1  # Triton 3.6 cannot pipeline there what two tiles of channels are multiplied with
+    return {"BLOCK": block, "BLOCK_R": rows, "num_warps": 4, "num_stages": stages}
 
 
 def relative_attention(
@@ -205,8 +222,9 @@ def relative_attention(
     if not out.numel():
         return out, stats.zero_()
     operands = Operands.of(q, k, v, rel_h, rel_w, pad_key, pad_value, window)
-    tile = attention_tile(operands.queries, channels, q.dtype)
-    keys = operands.key_tile(tile.pop("KEYS"), columns_of_tile(operands.size[1]))
+    tile = attention_tile(operands.queries, bool(window), channels, q.dtype)
+    keys = tile.pop("KEYS")
+    keys = operands.key_tile(keys, columns_of_tile(operands.size[1], keys))
     blocks = triton.cdiv(operands.queries, tile["BLOCK"])
     with torch.cuda.device_of(q):
         relative_attention_kernel[(batch * operands.windows * heads * blocks,)](

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch.private_apis import gpu_architecture
 from .._schema import LIBRARY
-from .affinity_device import exp2
-from .class_centers import LOG2_E
-from .multi_lora import precision
+from .multi_lora import _operands_stay_in_shared_memory, precision
 from .multi_lora_device import dot
-from .relative_attention import Operands, check_width, columns_of_tile, table_tile
+from .relative_attention import Operands, check_width, table_tile
 from .relative_attention_device import (
+    exp_above,
     head_of,
     keys_at,
     load_bias,
@@ -42,15 +42,16 @@ def query_gradient_kernel(
     q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
     H, W, Sh, Sw, heads, blocks, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write δ, dbias and the part of dq that comes through the products, in float32, of a block of queries."""
     sizes = (H, W, Sh, Sw)
     sample, head, _, corner, block = program_at(sizes, heads, BLOCK, blocks)
     rows, columns = queries_in(sizes, corner)
-    if block * BLOCK >= rows * columns:
+    start = block * BLOCK
+    if start >= rows * columns:
         return
-    place = queries_at(block * BLOCK, sizes, corner, BLOCK)
+    place = queries_at(start, sizes, corner, BLOCK, WHOLE)
     there = place[2]
     token = (place[0] * W + place[1]).to(tl.int64)
     of_head = (sample * heads + head) * H * W
@@ -73,7 +74,8 @@ def query_gradient_kernel(
     acc = tl.zeros([BLOCK, MAIN], tl.float32)
     tail = tl.zeros([BLOCK, TAIL if TAIL else 1], tl.float32)
     for column in range(0, Sw, COLUMNS):
-        bias_w = load_bias(bias, place, Sh + column, Sh + Sw, sizes, COLUMNS, MASKED)
+        start += column // Sw  # 0, or else the compiler would keep the queries' places in registers, for the end
+        bias_w = load_bias(bias, place, Sh + column + tl.arange(0, COLUMNS), Sh + Sw, sizes, MASKED)
         dbias_w = tl.zeros([BLOCK, COLUMNS], tl.float32)
         for row in range(0, Sh, ROWS):
             k_tiles = load_keys(
@@ -82,9 +84,9 @@ def query_gradient_kernel(
             v_tiles = load_keys(
                 v, v_strides, pad_value, row, column, sizes, corner, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED
             )  # fmt: skip
-            bias_h = load_bias(bias, place, row, Sh, sizes, ROWS, MASKED)
-            scores, of_row = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_h, bias_w, scale, ROWS, COLUMNS)
-            weights = exp2(scores * LOG2_E - ((largest - of_row) * LOG2_E)[:, None])
+            bias_h = load_bias(bias, place, row + tl.arange(0, ROWS), Sh, sizes, MASKED)
+            scores = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_w, scale, ROWS, COLUMNS)
+            weights = exp_above(scores, bias_h, largest)
             dweights = products(dout_tiles, v_tiles, TAIL, PRECISION) - own[:, None]
             dscores = weights * inverse[:, None] * dweights
             by_row = tl.reshape(dscores, [BLOCK, ROWS, COLUMNS])
@@ -101,7 +103,9 @@ def query_gradient_kernel(
         numbers = column + tl.arange(0, COLUMNS)[None, :]
         tl.store(dbias_rows + Sh + numbers, dbias_w, mask=there[:, None] & (numbers < Sw))
         tl.debug_barrier()  # other threads may read the sums over rows that this one wrote
-    store_rows(dq + first, (acc * scale, tail * scale), token * (heads * D), there, D, MAIN, TAIL)
+    place = queries_at(start, sizes, corner, BLOCK, WHOLE)
+    token = (place[0] * W + place[1]).to(tl.int64)
+    store_rows(dq + first, (acc * scale, tail * scale), token * (heads * D), place[2], D, MAIN, TAIL)
 
 
 @triton.jit
@@ -110,7 +114,7 @@ def key_gradient_kernel(
     q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
     H, W, Sh, Sw, heads, blocks, batches, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of a tile of keys, and the sums over those that fill the map up, [windows, tiles, B, heads, D]."""
     sizes = (H, W, Sh, Sw)
@@ -137,17 +141,20 @@ def key_gradient_kernel(
     dv_main = tl.zeros([ROWS * COLUMNS, MAIN], tl.float32)
     dk_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL else 1], tl.float32)
     dv_tail = tl.zeros([ROWS * COLUMNS, TAIL if TAIL else 1], tl.float32)
+    # What is no key has any weights, as its gradients are not stored; but what is read for it must be there.
+    numbers_h = tl.minimum(row + tl.arange(0, ROWS), Sh - 1)
+    numbers_w = Sh + tl.minimum(column + tl.arange(0, COLUMNS), Sw - 1)
     for query in range(0, rows * columns, BLOCK):
-        place = queries_at(query, sizes, corner, BLOCK)
+        place = queries_at(query, sizes, corner, BLOCK, WHOLE)
         token = (place[0] * W + place[1]).to(tl.int64)
         q_tiles = load_queries(q, q_strides, place, D, MAIN, TAIL)
         dout_tiles = load_rows(dout + first, token * (heads * D), D, MAIN, TAIL)
         largest, inverse = load_statistics(stats + of_head * 2, place, sizes)
         own = tl.load(delta + of_head + token)
-        bias_w = load_bias(bias, place, Sh + column, Sh + Sw, sizes, COLUMNS, MASKED)
-        bias_h = load_bias(bias, place, row, Sh, sizes, ROWS, MASKED)
-        scores, of_row = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_h, bias_w, scale, ROWS, COLUMNS)
-        weights = exp2(scores * LOG2_E - ((largest - of_row) * LOG2_E)[:, None]) * inverse[:, None]
+        bias_w = load_bias(bias, place, numbers_w, Sh + Sw, sizes, False)
+        bias_h = load_bias(bias, place, numbers_h, Sh, sizes, False)
+        scores = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_w, scale, ROWS, COLUMNS)
+        weights = exp_above(scores, bias_h, largest) * inverse[:, None]
         dscores = weights * (products(dout_tiles, v_tiles, TAIL, PRECISION) - own[:, None])
         weights, dscores = tl.trans(weights.to(dtype)), tl.trans(dscores.to(dtype))
         dv_main = dot(weights, dout_tiles[0], dv_main, PRECISION)
@@ -180,15 +187,32 @@ def _store_sum(parts, tile, mask, D: tl.constexpr, FIRST: tl.constexpr):
 
 
 @tuned("BLOCK", "KEYS")
-def query_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    block, keys, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else (64, 64, 4, 2)
+def query_tile(queries: int, window: bool, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Choose the tile for so many queries of a window, or of a map."""
+    if dtype == torch.float32:
+        block, keys, warps, stages = 32, 16, 8, 1
+    elif not _operands_stay_in_shared_memory():
+        block, keys, warps, stages = 64, 32, 4, 2
+    elif width <= 64 and not window:
+        block, keys, warps, stages = 128, 64, 8, 2
+    else:
+        block, keys, warps, stages = 64, 32, 4 if gpu_architecture() < 100 else 8, 2
     block = min(block, max(triton.next_power_of_2(queries), 16))
     return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
 @tuned("BLOCK", "KEYS")
-def key_tile(queries: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    block, keys, warps, stages = (32, 32, 4, 1) if dtype == torch.float32 else (64, 128, 8, 2)
+def key_tile(queries: int, window: bool, width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Choose the tile of keys that so many queries of a window, or of a map, read."""
+    keys = 64
+    if dtype == torch.float32:
+        block, keys, warps, stages = 32, 32, 4, 1
+    elif not _operands_stay_in_shared_memory():
+        block, warps, stages = 64 if width <= 64 else 32, 8, 2
+    elif gpu_architecture() < 100:
+        block, warps, stages = 32 if window else 64, 4, 2
+    else:  # Triton 3.6 cannot pipeline the loads of two tiles of channels there
+        block, warps, stages = (64, 4, 2) if width <= 64 else (64, 8, 1)
     block = min(block, max(triton.next_power_of_2(queries), 16))
     return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
@@ -213,14 +237,14 @@ def relative_attention_backward(
         bias = operands.bias()
         dbias = torch.empty_like(bias)
         inputs = dout, *operands[:3], bias, *operands[3:5]
-        tile = query_tile(operands.queries, channels, q.dtype)
+        tile = query_tile(operands.queries, bool(window), channels, q.dtype)
         keys = operands.key_tile(tile.pop("KEYS"), 16)
         blocks = triton.cdiv(operands.queries, tile["BLOCK"])
         query_gradient_kernel[(batch * operands.windows * heads * blocks,)](
             *inputs, out, stats, products_dq, dbias, delta, *operands.strides(), *operands.sizes(), blocks, scale,
             **of_head, **keys, **tile,
         )  # fmt: skip
-        tile = key_tile(operands.queries, channels, q.dtype)
+        tile = key_tile(operands.queries, bool(window), channels, q.dtype)
         keys = operands.key_tile(tile.pop("KEYS"), 16)
         blocks = triton.cdiv(operands.size[0], keys["ROWS"]) * triton.cdiv(operands.size[1], keys["COLUMNS"])
         parts = None, None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .affinity_device import exp2
 from .class_centers import LOG2_E
 from .multi_lora_device import dot
 
@@ -36,14 +37,19 @@ def queries_in(sizes, corner):
 
 
 @triton.jit
-def queries_at(first, sizes, corner, BLOCK: tl.constexpr):
+def queries_at(first, sizes, corner, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """Return (row, column, whether there are so many) of a window's queries from ``first`` on. Those past the last
-    repeat it, so that no load has a mask."""
+    repeat it, so that no load has a mask. A map that is one window (WHOLE) is a row of queries, which spares a division
+    of each."""
     rows, columns = queries_in(sizes, corner)
     index = first + tl.arange(0, BLOCK)
     there = index < rows * columns
     index = tl.minimum(index, rows * columns - 1)
-    return corner[0] + index // columns, corner[1] + index % columns, there
+    if WHOLE:
+        row, column = tl.zeros([BLOCK], tl.int32), index
+    else:
+        row, column = corner[0] + index // columns, corner[1] + index % columns
+    return row, column, there
 
 
 @triton.jit
@@ -130,27 +136,29 @@ def products(a, b, TAIL: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_bias(bias, place, first, last, sizes, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Load the numbers [queries, BLOCK] from ``first`` on of the queries' bias; they are −∞ from ``last`` on, so that
-    nothing else has to mask what is no key."""
+def load_bias(bias, place, numbers, last, sizes, MASKED: tl.constexpr):
+    """Load the ``numbers`` of the queries' bias. Those from ``last`` on are −∞, so that nothing else has to mask what is
+    no key (MASKED)."""
     _, W, Sh, Sw = sizes
     row, column, _ = place
-    numbers = first + tl.arange(0, BLOCK)[None, :]
-    pointers = bias + ((row * W + column).to(tl.int64) * (Sh + Sw))[:, None] + numbers
+    pointers = bias + ((row * W + column).to(tl.int64) * (Sh + Sw))[:, None] + numbers[None, :]
     if MASKED:
-        return tl.load(pointers, mask=numbers < last, other=float("-inf"))
+        return tl.load(pointers, mask=numbers[None, :] < last, other=float("-inf"))
     return tl.load(pointers)
 
 
 @triton.jit
-def scores_of(products, bias_h, bias_w, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return (scores [queries, keys], what is to be added to those of a query): one row of keys has one number for
-    all."""
-    BLOCK: tl.constexpr = products.shape[0]
-    if ROWS == 1:
-        return products * scale + bias_w, tl.reshape(bias_h, [BLOCK])
-    scores = tl.reshape(products, [BLOCK, ROWS, COLUMNS]) * scale + (bias_h[:, :, None] + bias_w[:, None, :])
-    return tl.reshape(scores, [BLOCK, ROWS * COLUMNS]), tl.zeros([BLOCK], tl.float32)
+def scores_of(products, bias_w, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the scores [queries, rows, columns] without the bias of rows, which is one number for all columns."""
+    return tl.reshape(products, [products.shape[0], ROWS, COLUMNS]) * scale + bias_w[:, None, :]
+
+
+@triton.jit
+def exp_above(scores, bias_h, base):
+    """Compute exp(score − base) as [queries, keys]; the base is one of each query."""
+    shift = (base[:, None] - bias_h) * LOG2_E
+    weights = exp2(scores * LOG2_E - shift[:, :, None])
+    return tl.reshape(weights, [scores.shape[0], scores.shape[1] * scores.shape[2]])
 
 
 @triton.jit
@@ -158,7 +166,7 @@ def load_statistics(stats, place, sizes):
     """Return (largest score, 1 / Σ e^(score − largest)) of queries; the second is 0 for those that are not there."""
     row, column, there = place
     stats += (row * sizes[1] + column).to(tl.int64) * 2
-    return tl.load(stats), tl.where(there, tl.exp2(tl.load(stats + 1) * -LOG2_E), 0.0)
+    return tl.load(stats), tl.where(there, exp2(tl.load(stats + 1) * -LOG2_E), 0.0)
 
 
 @triton.jit
