@@ -75,7 +75,7 @@ def relative_attention_kernel(
             scores = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_w, scale, ROWS, COLUMNS)
             before, largest = largest, tl.maximum(largest, tl.max(tl.max(scores, 2) + bias_h, 1))
             base = finite_or_zero(largest)
-            weights = exp_above(scores, bias_h, base)
+            weights = exp_above(scores, bias_h, base, q.dtype.element_ty == tl.float32)
             kept = exp2((before - base) * LOG2_E)
             mass = mass * kept + tl.sum(weights, 1)
             v_tiles = load_keys(
@@ -160,11 +160,18 @@ class Operands(NamedTuple):
         batch, height, width, heads, channels = self.q.shape
         bias = self.q.new_empty(batch, heads, height * width, sum(self.size), dtype=torch.float32)
         tile = table_tile(channels, max(self.size), self.q.dtype)
-        relative_bias_kernel[(batch * heads * triton.cdiv(height * width, tile["BLOCK"]),)](
-            self.q, self.rel_h, self.rel_w, bias, self.q.stride()[:4], height * width, width, *self.size, heads,
+        lines = [self.line_blocks(across, tile["BLOCK"]) for across in (False, True)]
+        relative_bias_kernel[max(lines), 2](
+            self.q, self.rel_h, self.rel_w, bias, self.q.stride()[:4], *lines, *self.sizes(),
             **self.head_tile(), **tile,
         )  # fmt: skip
         return bias
+
+    def line_blocks(self, across: bool, block: int) -> int:
+        """Count the blocks of queries of all rows of the maps or, ``across``, of their columns."""
+        batch, height, width, heads, _ = self.q.shape
+        lines, length = (width, height) if across else (height, width)
+        return batch * heads * lines * triton.cdiv(length, block)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -200,15 +207,16 @@ def attention_tile(queries: int, window: bool, width: int, dtype: torch.dtype) -
     return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
-@tuned("BLOCK", "BLOCK_R")
+@tuned("BLOCK", "BLOCK_K")
 def table_tile(width: int, size: int, dtype: torch.dtype) -> dict[str, int]:
-    rows = min(max(triton.next_power_of_2(2 * size - 1), 16), 64)
+    """Choose the tile of queries and of positions of keys, of which there are ``size``."""
+    keys = min(max(triton.next_power_of_2(size), 16), 64)
     block, stages = 64, 2
     if dtype == torch.float32:
-        rows, block, stages = min(rows, 32), 32, 1
+        keys, block, stages = min(keys, 32), 32, 1
     elif width > 64 and _operands_stay_in_shared_memory() and gpu_architecture() >= 100:
         stages = 1  # Triton 3.6 cannot pipeline there what two tiles of channels are multiplied with
-    return {"BLOCK": block, "BLOCK_R": rows, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK": block, "BLOCK_K": keys, "num_warps": 4, "num_stages": stages}
 
 
 def relative_attention(

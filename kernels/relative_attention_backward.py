@@ -86,7 +86,7 @@ def query_gradient_kernel(
             )  # fmt: skip
             bias_h = load_bias(bias, place, row + tl.arange(0, ROWS), Sh, sizes, MASKED)
             scores = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_w, scale, ROWS, COLUMNS)
-            weights = exp_above(scores, bias_h, largest)
+            weights = exp_above(scores, bias_h, largest, q.dtype.element_ty == tl.float32)
             dweights = products(dout_tiles, v_tiles, TAIL, PRECISION) - own[:, None]
             dscores = weights * inverse[:, None] * dweights
             by_row = tl.reshape(dscores, [BLOCK, ROWS, COLUMNS])
@@ -154,7 +154,7 @@ def key_gradient_kernel(
         bias_w = load_bias(bias, place, numbers_w, Sh + Sw, sizes, False)
         bias_h = load_bias(bias, place, numbers_h, Sh, sizes, False)
         scores = scores_of(products(q_tiles, k_tiles, TAIL, PRECISION), bias_w, scale, ROWS, COLUMNS)
-        weights = exp_above(scores, bias_h, largest) * inverse[:, None]
+        weights = exp_above(scores, bias_h, largest, q.dtype.element_ty == tl.float32) * inverse[:, None]
         dscores = weights * (products(dout_tiles, v_tiles, TAIL, PRECISION) - own[:, None])
         weights, dscores = tl.trans(weights.to(dtype)), tl.trans(dscores.to(dtype))
         dv_main = dot(weights, dout_tiles[0], dv_main, PRECISION)
@@ -217,6 +217,26 @@ def key_tile(queries: int, window: bool, width: int, dtype: torch.dtype) -> dict
     return {"BLOCK": block, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
+def through_table(
+    operands: Operands, across: bool, dbias: Tensor, parts: Tensor, dq: Tensor, dtable: Tensor | None
+) -> None:
+    """Add the gradient through the bias of rows or, ``across``, of columns to ``parts``, and compute the table's."""
+    _, height, width, heads, channels = operands.q.shape
+    table, size = (operands.rel_h, operands.rel_w)[across], operands.size[across]
+    tile = table_tile(channels, max(operands.size), dtype=operands.q.dtype)
+    blocks = operands.line_blocks(across, tile["BLOCK"])
+    sizes = size, operands.size[0] if across else 0, height, width, sum(operands.size), heads
+    constants = {"ACROSS": across, **operands.head_tile(), **tile}
+    query_bias_gradient_kernel[(blocks,)](parts, dbias, table, dq, *sizes, **constants)
+    if dtable is not None:
+        per_program = triton.cdiv(blocks, 64)
+        table_parts = parts.new_empty(triton.cdiv(blocks, per_program), *table.shape)
+        table_gradient_kernel[table_parts.shape[0], triton.cdiv(table.shape[0], tile["BLOCK_K"])](
+            operands.q, dbias, table_parts, operands.q.stride()[:4], blocks, per_program, *sizes, **constants
+        )
+        sum_parts(table_parts, dtable)
+
+
 def relative_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, pad_key: Tensor, pad_value: Tensor,
     out: Tensor, stats: Tensor, window: int, scale: float, need_tables: bool,
@@ -256,21 +276,9 @@ def relative_attention_backward(
         )  # fmt: skip
         for part, total in zip(parts, (dpad_key, dpad_value), strict=True):
             total.zero_() if part is None else sum_parts(part, total)
-        tables = operands.rel_h, operands.rel_w
-        sizes = height * width, width, *operands.size, heads
-        tile = table_tile(channels, max(operands.size), q.dtype)
-        blocks = batch * heads * triton.cdiv(height * width, tile["BLOCK"])
-        query_bias_gradient_kernel[(blocks,)](products_dq, dbias, *tables, dq, *sizes, **of_head, **tile)
-        if need_tables:
-            per_program = triton.cdiv(blocks, 64)
-            programs = triton.cdiv(blocks, per_program)
-            parts = [delta.new_empty(programs, *table.shape) for table in tables]
-            row_blocks = sum(triton.cdiv(table.shape[0], tile["BLOCK_R"]) for table in tables)
-            table_gradient_kernel[programs, row_blocks](
-                operands.q, dbias, *parts, operands.q.stride()[:4], blocks, per_program, *sizes, **of_head, **tile
-            )
-            for part, total in zip(parts, (drel_h, drel_w), strict=True):
-                sum_parts(part, total)
+        # Both tables in turn: the rows' gradient of q is added in place, and the columns' makes dq of the sum.
+        for across, into in ((False, products_dq), (True, dq)):
+            through_table(operands, across, dbias, products_dq, into, (drel_h, drel_w)[across] if need_tables else None)
     return grads
 
 
