@@ -1,6 +1,19 @@
-"""Triton implementation of fastcss::relative_attention.
+"""Triton implementation of fastcss::relative_attention: no map of scores or of their bias.
 
-TODO
+The bias of a query is Sh + Sw numbers, [N, Sh + Sw] of a head, which a kernel before writes in float32
+(relative_attention_tables). A program takes 128 queries and goes through the keys in tiles of whole rows of 16 or 32
+columns, a column of tiles after the other: so the numbers of the columns stay in registers, and a row has one number a
+query, which goes into what the exponential subtracts: the bias costs no instruction of an element. It is −∞ where a
+tile reaches beyond the window, and nothing else is masked.
+
+At 64² with 12 heads of 64 channels in bfloat16 one Hopper SM has 96 steps of 128 queries and 128 keys. By the
+compiled loop (574 instructions, 66 of the special-function unit, in 8 warps) and data sheets a step takes 1,024 clocks
+of tensor cores, 1,056 of exponentials, 1,148 to issue, and 1,500 for keys and values from L2 at 5.5 TB/s. All beside
+each other is 80 µs, tensor cores and instructions in turn 114 µs; the products alone are 52 µs. Nothing of this was
+measured on a GPU. 64 queries a program would ask L2 for twice as much; 256 leave half a wave empty at one image.
+
+80 channels are tiles of 64 and 16, not one of 128 with 37% of it for nothing. In windows the tokens that fill up are
+rows that are read in place of others, and they are no queries.
 """
 
 from __future__ import annotations
@@ -49,7 +62,7 @@ def relative_attention_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     sizes = (H, W, Sh, Sw)
-    sample, head, _, corner, block = program_at(sizes, heads, BLOCK, blocks)
+    sample, head, _, corner, block = program_at(sizes, heads, blocks)
     rows, columns = queries_in(sizes, corner)
     first = block * BLOCK
     if first >= rows * columns:

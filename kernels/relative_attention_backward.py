@@ -1,6 +1,17 @@
 """Triton implementation of fastcss::relative_attention_backward.
 
-TODO
+Let P be the attention, dP = dout vᵀ, δ = Σ out dout of a query, and dS = P (dP − δ):
+
+    dv = Pᵀ dout,   dk = scale dSᵀ q,   dq = scale dS k + dbias · tables,   dtable = dbiasᵀ q at each distance
+
+dbias [N, Sh + Sw] are the sums of a query's dS over the columns of each row, and over the rows of each column. One
+kernel goes over blocks of queries and computes δ, dbias and dS k; one over tiles of keys computes dk and dv. Both make
+P from the statistics of the forward pass: 7 products, and not the 5 of one kernel that would add dq atomically, in
+another order every time. The products with the tables are kernels of their own (relative_attention_tables), and what
+programs leave as parts, the tables' gradients and those of the tokens that fill up, is added in a fixed order.
+
+A tile of keys is 4 rows of 16 columns: the bias of its queries, read anew for each block of them, is 20 numbers then,
+and would be 65 with one row of 64. By the compiled loops L2 limits the keys' kernel at 64², with 64 keys a program.
 """
 
 from __future__ import annotations
@@ -12,7 +23,7 @@ from torch import Tensor
 
 from .._dispatch.private_apis import gpu_architecture
 from .._schema import LIBRARY
-from .multi_lora import _operands_stay_in_shared_memory, precision
+from .multi_lora import _operands_stay_in_shared_memory
 from .multi_lora_device import dot
 from .relative_attention import Operands, check_width, table_tile
 from .relative_attention_device import (
@@ -46,7 +57,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """Write δ, dbias and the part of dq that comes through the products, in float32, of a block of queries."""
     sizes = (H, W, Sh, Sw)
-    sample, head, _, corner, block = program_at(sizes, heads, BLOCK, blocks)
+    sample, head, _, corner, block = program_at(sizes, heads, blocks)
     rows, columns = queries_in(sizes, corner)
     start = block * BLOCK
     if start >= rows * columns:
@@ -116,9 +127,9 @@ def key_gradient_kernel(
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr, FILLED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of a tile of keys, and the sums over those that fill the map up, [windows, tiles, B, heads, D]."""
+    """Write dk and dv of a tile of keys, and the sums over those that fill up, [windows, tiles, B, heads, D]."""
     sizes = (H, W, Sh, Sw)
-    sample, head, number, corner, block = program_at(sizes, heads, BLOCK, blocks)
+    sample, head, number, corner, block = program_at(sizes, heads, blocks)
     rows, columns = queries_in(sizes, corner)
     across = tl.cdiv(Sw, COLUMNS)
     row, column = block // across * ROWS, block % across * COLUMNS

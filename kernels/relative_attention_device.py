@@ -16,7 +16,7 @@ from .multi_lora_device import dot
 
 
 @triton.jit
-def program_at(sizes, heads, BLOCK: tl.constexpr, blocks):
+def program_at(sizes, heads, blocks):
     """Return (sample, head, window, its corner, block) of this program. The blocks of a head, which read the same keys,
     run together, and then its neighbours, which read the bytes beside them."""
     H, W, Sh, Sw = sizes
@@ -119,11 +119,7 @@ def load_keys(
     the map (FILLED), and 0 for those outside of the window (MASKED)."""
     place = row, column, sizes, corner
     main = _key_channels(x, strides, pad, place, D, 0, MAIN, ROWS, COLUMNS, MASKED, FILLED)
-    if TAIL:
-        tail = _key_channels(x, strides, pad, place, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED)
-    else:
-        tail = main
-    return main, tail
+    return main, _key_channels(x, strides, pad, place, D, MAIN, TAIL, ROWS, COLUMNS, MASKED, FILLED) if TAIL else main
 
 
 @triton.jit
@@ -137,8 +133,8 @@ def products(a, b, TAIL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_bias(bias, place, numbers, last, sizes, MASKED: tl.constexpr):
-    """Load the ``numbers`` of the queries' bias. Those from ``last`` on are −∞, so that nothing else has to mask what is
-    no key (MASKED)."""
+    """Load the ``numbers`` of the queries' bias. Those from ``last`` on are −∞, so that nothing else has to mask what
+    is no key (MASKED)."""
     _, W, Sh, Sw = sizes
     row, column, _ = place
     pointers = bias + ((row * W + column).to(tl.int64) * (Sh + Sw))[:, None] + numbers[None, :]

@@ -84,7 +84,7 @@ def relative_bias_kernel(
                 q, rel_h, bias, q_strides, Sh, 0, H, W, Sh, Sw, heads, False, D, MAIN, TAIL, PRECISION, BLOCK, BLOCK_K
             )  # fmt: skip
     else:
-        if tl.program_id(0) < lines_w:  # noqa: PLR5501  not known to the compiler
+        if tl.program_id(0) < lines_w:
             _write_bias(
                 q, rel_w, bias, q_strides, Sw, Sh, H, W, Sh, Sw, heads, True, D, MAIN, TAIL, PRECISION, BLOCK, BLOCK_K
             )  # fmt: skip

@@ -171,6 +171,20 @@ TRITON = [
         "tests/ops/test_affinity_loss.py -k triton",
     ),
     Fault(
+        "triton-sums-over-columns-of-the-last-tile-alone",
+        "kernels/relative_attention_backward.py",
+        "mask=numbers < tl.where(column > 0, Sh, 0)",
+        "mask=numbers < 0",
+        "tests/ops/test_relative_attention.py -k triton",
+    ),
+    Fault(
+        "triton-a-row-of-a-table-meets-queries-that-are-not-its-own",
+        "kernels/relative_attention_tables.py",
+        "rows = line % size + size - 1 - tl.minimum(keys, size - 1)",
+        "rows = size + size - 2 - tl.minimum(keys, size - 1)",
+        "tests/ops/test_relative_attention.py -k triton",
+    ),
+    Fault(
         "triton-masks-of-windows-in-the-last-row-alone",
         "kernels/window_attention_device.py",
         " | (window[2] + WINDOW > sizes[3] * WINDOW)",

@@ -23,6 +23,7 @@ CASES = {  # B, H, W, heads, D, window
     "one column": (2, 7, 1, 2, 8, None),
     "map": (3, 5, 7, 2, 8, None),
     "higher than wide": (1, 9, 4, 3, 33, None),
+    "wider than a tile": (1, 2, 35, 1, 8, None),
     "window 1": (2, 1, 3, 2, 5, 1),
     "window 2": (3, 4, 6, 1, 5, 2),
     "to fill below": (2, 5, 6, 2, 5, 3),

@@ -222,3 +222,13 @@ def test_in_place_of_transformers_own(impl, size, window, dtype, device):
         assert torch.linalg.vector_norm(got - want) <= (1e-5 if dtype == torch.float32 else 1e-13) * max(
             torch.linalg.vector_norm(tensor) for tensor in (want, found[1][0])
         )
+
+
+# --- what one implementation refuses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl == "triton"])
+def test_heads_wider_than_a_tile(impl, device):
+    call = make(1, 2, 3, 1, 257, None, device=device)
+    with pytest.raises(ValueError, match="impl='triton' takes heads of up to 256 columns, got 257"):
+        call(impl)
