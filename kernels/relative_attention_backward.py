@@ -119,7 +119,7 @@ def query_gradient_kernel(
     store_rows(dq + first, (acc * scale, tail * scale), token * (heads * D), place[2], D, MAIN, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def key_gradient_kernel(
     dout, q, k, v, bias, pad_key, pad_value, stats, delta, dk, dv, key_parts, value_parts,
     q_strides, k_strides, v_strides, key_pad_strides, value_pad_strides,
