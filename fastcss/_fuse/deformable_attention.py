@@ -51,7 +51,7 @@ class DeformableAttention(Fused):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         shapes = kwargs.get("spatial_shapes_list")
-        if args or kwargs.get("output_attentions") or not _are_numbers(shapes):
+        if args or kwargs.get("output_attentions") or not _are_numbers(shapes) or self.is_watched():
             masks = (attention_mask, encoder_hidden_states, encoder_attention_mask)
             return super().forward(hidden_states, *masks, position_embeddings, reference_points, *args, **kwargs)
         if position_embeddings is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from operator import attrgetter
 from typing import ClassVar
 
@@ -39,16 +40,21 @@ class Fused:
             try:
                 attrgetter(name)(module)
             except AttributeError:
-                return f"it has no {name}: another release of transformers than this is written for"
+                package = type(module).__module__.partition(".")[0]
+                return f"it has no {name}: another release of {package} than this is written for"
         for name in cls.bypassed:
             inner = attrgetter(name)(module)
             if type(inner).__module__ != type(module).__module__:
                 return f"its {name} is a {full_name(type(inner))}"
             if "forward" in vars(inner):
                 return f"the forward of its {name} was set on the instance, and would not run"
-            if any(getattr(inner, hooks) for hooks in HOOKS):
+            if _has_hooks(inner):
                 return f"its {name} has hooks, which would not run"
         return None
+
+    def is_watched(self) -> bool:
+        """Tell whether a bypassed module has got hooks since the fusion."""
+        return any(_has_hooks(self.get_submodule(name)) for name in self.bypassed)
 
     def __reduce_ex__(self, protocol):
         # The class was made at run time, so copies and pickles name the two classes that it is made of.
@@ -70,6 +76,18 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_made_by(hook: Callable, packages: tuple[str, ...]) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(packages)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Tell whether ``module`` has hooks other than those by which transformers collects attention weights: it puts them
+    on every layer at the first request for any output, and the weights themselves are refused to be returned."""
+    return any(not is_made_by(hook, ("transformers.",)) for hooks in HOOKS for hook in getattr(module, hooks).values())
 
 
 def _new(fused: type[Fused], original: type[nn.Module]) -> nn.Module:

@@ -11,6 +11,7 @@ from .bi_attention import BiMultiHeadAttention
 from .deformable_attention import DeformableAttention, PixelDecoderAttention
 from .fused_module import Fused, full_name
 from .linear import Linear
+from .sam import SamBlock, SamLayer, SegGptAttention, VitDetLayer
 from .swin import DonutSwinLayer, MaskFormerSwinLayer, SwinLayer
 
 _FORMS = (
@@ -20,9 +21,14 @@ _FORMS = (
     SwinLayer,
     MaskFormerSwinLayer,
     DonutSwinLayer,
+    SamLayer,
+    SamBlock,
+    VitDetLayer,
+    SegGptAttention,
     Linear,
 )
 _FUSED: dict[str, type[Fused]] = {name: form for form in _FORMS for name in form.classes}
+_MODULES = {name.rpartition(".")[0] for name in _FUSED}
 
 _COSINE = "its attention is a cosine with a learned scale, and its bias comes from a network"
 _POINTS = "it has points of its own number in each level, and scales their offsets"
@@ -51,13 +57,16 @@ def why_not_known(cls: type[nn.Module]) -> str | None:
     base = next((base for base in cls.__mro__ if full_name(base) in _FUSED), None)
     if base:
         return f"it is a subclass of {base.__name__}, and may compute something else"
-    op = next((op for name, op in _NAMES.items() if name in cls.__name__), None)
-    if op is None and _partitions(cls):
-        op = "window_attention"
+    op = next((op for name, op in _NAMES.items() if name in cls.__name__), None) or _called(cls)
     return op and f"it is not known to compute what {op} does"
 
 
-def _partitions(cls: type[nn.Module]) -> bool:
-    """Tell whether the forward of ``cls`` cuts a map into windows."""
+def _called(cls: type[nn.Module]) -> str | None:
+    """Return the op that the forward of ``cls`` may compute, by the names of the functions that it calls."""
     code = getattr(inspect.unwrap(inspect.getattr_static(cls, "forward")), "__code__", None)
-    return code is not None and "window_partition" in code.co_names
+    names = code.co_names if code else ()
+    if "window_partition" in names:  # it cuts a map into windows
+        return "window_attention"
+    if any("decomposed_rel" in name for name in names) and cls.__module__ not in _MODULES:  # else its layer is fused
+        return "relative_attention"
+    return None

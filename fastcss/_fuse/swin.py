@@ -131,7 +131,8 @@ class DonutSwinLayer(_SwinCopy):
 
 def _fits(layer: nn.Module, window: tuple[int, int]) -> bool:
     """Tell whether the layer's window is the one its table of biases is for: on a small map the window is smaller."""
-    return not torch.jit.is_tracing() and tuple(window) == (layer.window_size, layer.window_size)
+    same = tuple(window) == (layer.window_size, layer.window_size)
+    return same and not torch.jit.is_tracing() and not layer.is_watched()
 
 
 def _attend(

@@ -6,9 +6,8 @@ from itertools import chain
 
 from torch import nn
 
-from .._fuse.fused_module import HOOKS
+from .._fuse.fused_module import HOOKS, is_made_by
 from .adapted_layer import Adapted
-from .read_adapters import is_made_by
 from .structural_copy import StructuralCopy, holds_hooks
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._dispatch.private_apis import compiled_from
-from .._fuse.fused_module import HOOKS, original_class
+from .._fuse.fused_module import HOOKS, is_made_by, original_class
 
 # These variants of PEFT differ in how an adapter is initialised and which part of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
@@ -132,12 +131,6 @@ def check_global_hooks() -> None:
                 "one_pass: there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook and "
                 "the like), which would not see the modules inside of PEFT's layers; put it on those that it is for"
             )
-
-
-def is_made_by(hook: Callable, packages: tuple[str, ...]) -> bool:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith(packages)
 
 
 def _adapters_of(layer) -> list[str]:
