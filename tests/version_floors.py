@@ -32,6 +32,7 @@ TESTS = {
         *("tests/models/test_grounding_dino.py", "tests/models/test_class_detector.py", "tests/models/test_sam.py"),
         *("tests/models/test_convert_sam.py", "tests/models/test_phrases.py", "tests/models/test_preprocessing.py"),
         *("tests/models/test_decouplecss_folder.py", "tests/fuse/test_fuse.py", "tests/fuse/test_one_call.py"),
+        "tests/fuse/test_fused_sam.py",
     ),
     "pillow": (
         "tests/data",

@@ -67,21 +67,23 @@ def fuse(model: nn.Module) -> Fusion:
     """Replace, in place, the modules of ``model`` that compute what an op of this package computes faster.
 
     From transformers these are multi-scale deformable attention (Grounding DINO, Deformable DETR, RT-DETR, Mask2Former,
-    OneFormer and others), Grounding DINO's fusion of image and text, and the layers of Swin v1 (also in Donut,
-    MaskFormer and CLAP). ``torch.nn.Linear`` gets another GEMM, on AMD CPUs with AVX-512 only. A replaced module keeps
-    its parameters, names, hooks and submodules, also PEFT's layers: only its class changes, to a subclass of the one
-    it had. Hooks on Swin's projections get the map in one piece, no longer cut into windows. Results are the same up to
-    the rounding of the dtype, and can be differentiated once.
+    OneFormer and others), Grounding DINO's fusion of image and text, the layers of Swin v1 (also in Donut, MaskFormer
+    and CLAP), and those of SAM's image encoder (SAM, SAM-HQ, GOT-OCR2, DeepSeek-VL hybrid and OCR2, Unlimited OCR,
+    PP-FormulaNet, SLANeXt), of ViTDet and of SegGPT; from the package ``segment_anything`` the blocks of its image
+    encoder. ``torch.nn.Linear`` gets another GEMM, on AMD CPUs with AVX-512 only. A replaced module keeps its
+    parameters, names, hooks and submodules, also PEFT's layers: only its class changes, to a subclass of the one it
+    had. Hooks on the projections of Swin and SAM get the map in one piece, no longer cut into windows. Results are the
+    same up to the rounding of the dtype, and can be differentiated once.
 
     Quantize with ``torch.ao.quantization`` before the fusion: afterwards it would pass over fused linear layers, so it
     is refused.
 
     Attention weights are never stored, so a fused model that is asked for them raises ValueError. Donut, MaskFormer's
-    Swin and CLAP instead run as before when asked for them, and so does a module in training with dropout of attention
-    weights.
+    Swin, CLAP, ViTDet and SegGPT instead run as before when asked for them, and so does a module in training with
+    dropout of attention weights, or with a hook on an inner module that it would pass over.
 
     Args:
-        model: any module; its transformers modules are found wherever they are in it. A module that was fused before
+        model: any module; what can be replaced is found wherever it is in it. A module that was fused before
             stays as it is: it is listed as refused, and ``undo`` of the second fusion leaves it alone.
 
     Returns:

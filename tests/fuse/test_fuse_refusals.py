@@ -7,8 +7,9 @@ import types
 import pytest
 import torch
 import transformers
-from fused_models import assert_equal, swin
+from fused_models import assert_equal, random_weights, swin
 from torch import nn
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import fastcss
@@ -62,6 +63,39 @@ def test_refuses_hooks_that_would_not_run(register):
     assert reason == "its attention has hooks, which would not run"
 
 
+@pytest.mark.parametrize("kind", ["swin", "deformable"])
+@torch.no_grad()
+def test_hooks_since_the_fusion_run(kind):
+    """They were no reason to refuse, and must not be passed over in silence."""
+    model, given, name = swin(), (torch.randn(1, 3, 32, 32),), "encoder.layers.0.blocks.0.attention"
+    if kind == "deformable":
+        model, given, name = _deformable()
+    expected, calls = model(*given), []
+    fuse_modules(model, linears=False)
+    model.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    assert_equal(model(*given), expected)
+    assert len(calls) == 1
+
+
+def _deformable():
+    config = transformers.DeformableDetrConfig(d_model=16, encoder_attention_heads=2, num_feature_levels=2)
+    layer = DeformableDetrMultiscaleDeformableAttention(config, num_heads=2, n_points=2)
+    return Levels(random_weights(layer)), (torch.randn(1, 20, 16), torch.rand(1, 20, 2, 2)), "layer.attn"
+
+
+class Levels(nn.Module):
+    """Calls deformable attention with the sizes of two levels."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, points):
+        shapes = [(4, 4), (2, 2)]
+        given = {"spatial_shapes": torch.tensor(shapes), "spatial_shapes_list": shapes}
+        return self.layer(x, encoder_hidden_states=x, reference_points=points, **given)[0]
+
+
 def test_refuses_other_parts():
     class OwnAttention(nn.Module):
         def __init__(self, attention):
@@ -90,16 +124,27 @@ def test_refuses_quantized_weights():
     assert fastcss.fuse(layer).refused == {"": "its weight is a Packed"}
 
 
+class ForkedAttention(nn.Module):
+    """Attends as SAM does, in a package that nobody knows."""
+
+    def add_decomposed_rel_pos(self, scores):
+        return scores
+
+    def forward(self, x):
+        return self.add_decomposed_rel_pos(x)
+
+
 @pytest.mark.parametrize(
     ("build", "layer", "reason"),
     [
         (lambda: transformers.Swinv2Model(_swin(transformers.Swinv2Config)), "Swinv2Layer", "cosine"),
         (lambda: transformers.Swin2SRModel(_swin(transformers.Swin2SRConfig)), "Swin2SRLayer", "cosine"),
         (
-            lambda: transformers.VitDetModel(_vit_det()),
-            "VitDetLayer",
+            lambda: transformers.Sam2HieraDetModel(_hiera()),
+            "Sam2MultiScaleBlock",
             "not known to compute what window_attention does",
         ),
+        (ForkedAttention, "ForkedAttention", "not known to compute what relative_attention does"),
     ],
 )
 def test_refuses_look_alikes(build, layer, reason):
@@ -115,7 +160,8 @@ def _swin(config):
     return config(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4)
 
 
-def _vit_det():
-    return transformers.VitDetConfig(
-        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, pretrain_image_size=32
-    )
+def _hiera():
+    return transformers.Sam2HieraDetConfig(
+        hidden_size=8, num_attention_heads=1, blocks_per_stage=[1, 1], embed_dim_per_stage=[8, 16],
+        num_attention_heads_per_stage=[1, 2], window_size_per_stage=[8, 4], global_attention_blocks=[1],
+    )  # fmt: skip
