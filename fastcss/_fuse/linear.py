@@ -37,12 +37,13 @@ _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``torch.nn.functional.linear``, on the faster of the two GEMMs."""
-    if not _own_gemm_is_faster(x, weight, bias):
+    if not own_gemm_is_faster(x, weight, bias):
         return F.linear(x, weight, bias)
     return multi_lora(x, weight, _no_adapter(*weight.shape), bias)[0]
 
 
-def _own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether the project's own GEMM can run this linear layer, and leads there."""
     return (
         OWN_GEMM_LEADS
         and all(type(t) in _PLAIN for t in (x, weight, bias))  # a subclass (quantised, fake, …) has a linear of its own

@@ -8,6 +8,23 @@ from torch import Tensor, nn
 
 from ..ops import relative_attention
 from .fused_module import Fused
+from .mlp import norm_and_mlp
+
+# Module → what the names of its classes begin with.
+_COPIES = {
+    "deepseek_ocr2": "DeepseekOcr2Sam",
+    "got_ocr2": "GotOcr2",
+    "pp_formulanet": "PPFormulaNet",
+    "sam": "Sam",
+    "sam_hq": "SamHQ",
+    "slanext": "SLANeXt",
+    "unlimited_ocr": "UnlimitedOcrSam",
+}
+
+
+def _classes(name: str) -> frozenset[str]:
+    """Return the full name of each copy's class of that name."""
+    return frozenset(f"transformers.models.{of}.modeling_{of}.{prefix}{name}" for of, prefix in _COPIES.items())
 
 
 class _RelativeAttention(Fused):
@@ -59,18 +76,8 @@ class _RelativeAttention(Fused):
 class SamLayer(_RelativeAttention):
     """Runs a layer of transformers' SAM and of the models that took its encoder over."""
 
-    classes = frozenset(
-        f"transformers.models.{module}.modeling_{module}.{prefix}VisionLayer"
-        for module, prefix in {
-            "deepseek_ocr2": "DeepseekOcr2Sam",
-            "got_ocr2": "GotOcr2",
-            "pp_formulanet": "PPFormulaNet",
-            "sam": "Sam",
-            "sam_hq": "SamHQ",
-            "slanext": "SLANeXt",
-            "unlimited_ocr": "UnlimitedOcrSam",
-        }.items()
-    )
+    classes = _classes("VisionLayer")
+    mlps = _classes("MLPBlock")
     parts = (
         *("layer_norm1", "layer_norm2", "mlp", "window_size", "attn.dropout"),
         *(f"attn.{name}" for name in ("qkv", "proj", "scale", "num_attention_heads", "use_rel_pos")),
@@ -82,13 +89,14 @@ class SamLayer(_RelativeAttention):
         if not self._can_run():
             return super().forward(hidden_states)
         hidden_states = hidden_states + self._attend(self.layer_norm1(hidden_states), self.window_size)
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return norm_and_mlp(hidden_states, self.layer_norm2, self.mlp, self.mlps)
 
 
 class SamBlock(_RelativeAttention):
     """Runs a block of the package segment_anything."""
 
     classes = frozenset(("segment_anything.modeling.image_encoder.Block",))
+    mlps = frozenset(("segment_anything.modeling.common.MLPBlock",))
     parts = (
         *("norm1", "norm2", "mlp", "window_size"),
         *(f"attn.{name}" for name in ("qkv", "proj", "scale", "num_heads", "use_rel_pos")),
@@ -99,7 +107,7 @@ class SamBlock(_RelativeAttention):
         if not self._can_run():
             return super().forward(x)
         x = x + self._attend(self.norm1(x), self.window_size)
-        return x + self.mlp(self.norm2(x))
+        return norm_and_mlp(x, self.norm2, self.mlp, self.mlps)
 
 
 class VitDetLayer(_RelativeAttention):
