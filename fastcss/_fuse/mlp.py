@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._dispatch import backends
 from .._dispatch.autograd import needs_grad
 from .._dispatch.private_apis import function_mode_is_enabled, transforms_are_active
 from .fused_module import HOOKS, full_name
@@ -40,6 +41,7 @@ def _runs_in_one_piece(x: Tensor, norm: nn.Module, mlp: nn.Module) -> bool:
         and not any("forward" in vars(m) or any(getattr(m, hooks) for hooks in HOOKS) for m in modules)
         and norm.weight.dtype == norm.bias.dtype == torch.float32
         and all(own_gemm_is_faster(x, layer.weight, layer.bias) for layer in layers)
+        and backends.why_not("cpu", x, "mlp") is None
         and not function_mode_is_enabled()
         and not transforms_are_active()
         and not needs_grad(x, norm.weight, norm.bias, *mlp.parameters())

@@ -29,8 +29,9 @@ FILES = (
     "kernels/{}.py",
     "benchmarks/{}.py",
 )
-#: It tells whether tensors have changed, for the caches of ``one_pass``: nobody calls it, so it has no other forms.
-INTERNAL = {"fingerprint"}
+#: The first tells whether tensors have changed, for the caches of ``one_pass``, the second is for ``fuse``, which has
+#: torch's calls in other places: nobody calls them, so they have no other forms.
+INTERNAL = {"fingerprint", "mlp"}
 #: Its Triton kernels and benchmarks are yet to come.
 UNFINISHED = {"relative_attention"}
 UNFINISHED_RAW = {f"{op}{end}" for op in UNFINISHED for end in ("", "_backward")}
