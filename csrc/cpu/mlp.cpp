@@ -1,5 +1,5 @@
-// fastcss::mlp.cpu: x + W₂ gelu(W₁ norm(x) + b₁) + b₂, a block of rows at a time. What lies between the two products, in
-// a transformer four times as wide as x, stays in the cache.
+// fastcss::mlp.cpu: x + W₂ gelu(W₁ norm(x) + b₁) + b₂, a block of rows at a time. What lies between the two products,
+// in a transformer four times as wide as x, stays in the cache.
 
 #include <cmath>
 #include <optional>

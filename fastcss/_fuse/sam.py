@@ -62,15 +62,18 @@ class _RelativeAttention(Fused):
         attention = self.get_submodule(self.attention_name)
         height, width = x.shape[1:3]
         heads = (3, getattr(attention, self.heads_name), -1)
-        q, k, v = attention.qkv(x).unflatten(-1, heads).unbind(3)
-        pads = {}
+        given = {
+            "rel_h": _resize(attention.rel_pos_h, window or height),
+            "rel_w": _resize(attention.rel_pos_w, window or width),
+        }
         if window and (height % window or width % window):
             zeros = x.new_zeros(1, x.shape[-1])  # the model fills the map up with these
-            _, pads["pad_key"], pads["pad_value"] = attention.qkv(zeros)[0].unflatten(-1, heads)
-        rel_h = _resize(attention.rel_pos_h, window or height)
-        rel_w = _resize(attention.rel_pos_w, window or width)
-        scale = attention.scale
-        return attention.proj(relative_attention(q, k, v, rel_h, rel_w, window=window or None, scale=scale, **pads))
+            _, given["pad_key"], given["pad_value"] = attention.qkv(zeros)[0].unflatten(-1, heads)
+        q, k, v = attention.qkv(x).unflatten(-1, heads).unbind(3)
+        del x  # large maps are given back as soon as they have been read
+        x = relative_attention(q, k, v, **given, window=window or None, scale=attention.scale)
+        del q, k, v
+        return attention.proj(x)
 
 
 class SamLayer(_RelativeAttention):
