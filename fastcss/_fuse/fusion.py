@@ -70,10 +70,11 @@ def fuse(model: nn.Module) -> Fusion:
     OneFormer and others), Grounding DINO's fusion of image and text, the layers of Swin v1 (also in Donut, MaskFormer
     and CLAP), and those of SAM's image encoder (SAM, SAM-HQ, GOT-OCR2, DeepSeek-VL hybrid and OCR2, Unlimited OCR,
     PP-FormulaNet, SLANeXt), of ViTDet and of SegGPT; from the package ``segment_anything`` the blocks of its image
-    encoder. ``torch.nn.Linear`` gets another GEMM, on AMD CPUs with AVX-512 only, and so does SAM's MLP with its norm and
-    GELU, in one kernel where no gradient is taken. A replaced module keeps its parameters, names, hooks and submodules,
-    also PEFT's layers: only its class changes, to a subclass of the one it had. Hooks on the projections of Swin and SAM get the map in one piece, no longer cut into windows. Results are the
-    same up to the rounding of the dtype, and can be differentiated once.
+    encoder. ``torch.nn.Linear`` gets another GEMM, on AMD CPUs with AVX-512 only, and so does SAM's MLP with its norm
+    and GELU, in one kernel where no gradient is taken. A replaced module keeps its parameters, names, hooks and
+    submodules, also PEFT's layers: only its class changes, to a subclass of the one it had. Hooks on the projections of
+    Swin and SAM get the map in one piece, no longer cut into windows. Results are the same up to the rounding of the
+    dtype, and can be differentiated once.
 
     Quantize with ``torch.ao.quantization`` before the fusion: afterwards it would pass over fused linear layers, so it
     is refused.
