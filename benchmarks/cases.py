@@ -14,12 +14,19 @@ from . import measure
 OURS = "fastcss"
 MODES = ("fwd", "bwd")
 
+#: The engines beside torch. Their memory is not torch's, whose allocator's record does not have it.
+ENGINES = ("onnxruntime", "openvino")
+
 Step = Callable[[], Sequence[Tensor]]
 
 # Convolutions of float32 have 11 bits on a GPU by default. This gives them all 24, which torch.mm has and every
 # tolerance expects. It is the older of torch's two settings: once the newer one, cudnn.conv.fp32_precision, was set,
 # torch.export fails in that process (torch 2.13).
 torch.backends.cudnn.allow_tf32 = False
+
+
+class NotInstalled(ImportError):
+    """Says of a provider which of its packages, all of them optional, is not installed."""
 
 
 def largest_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

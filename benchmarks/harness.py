@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import limits, measure
-from .cases import OURS, Case, Problem, Step
+from .cases import ENGINES, OURS, Case, NotInstalled, Problem, Step
 
 ROOT = Path(__file__).parent.parent
 #: Calls of so many milliseconds do not gain from what the call before left in the caches.
@@ -78,7 +78,8 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
     rows = []
     for name in errors:
         row = common | {"provider": name, "dtype": str(case.dtype).removeprefix("torch.")}
-        row |= _figures(times.get(name), peaks.get(name), problem) | {"limit_ms": best}
+        peak = None if name in ENGINES else peaks.get(name)
+        row |= _figures(times.get(name), peak, problem) | {"limit_ms": best}
         row |= {"error": errors[name], "verified": name in right, "malloc": malloc}
         rows.append(row | _stamp(case.sources, device))
     return Outcome(rows, remarks)
@@ -101,6 +102,9 @@ def verify(
         try:
             step = prepare()
             got = expected if step is problem.expected else first_call(name, step)
+        except NotInstalled as missing:
+            remarks[name] = f"not installed: {missing}"
+            continue
         except Exception as failure:
             lines = str(failure).strip().splitlines() or [""]
             remarks[name] = f"not run: {type(failure).__name__}: {lines[0]}"

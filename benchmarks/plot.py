@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from collections import defaultdict
@@ -40,7 +41,7 @@ MARKERS = "sD^vPX*"
 MEASURES: dict[str, Callable[[dict], float]] = {
     "ms": lambda row: row["median_ms"],
     "% of the limit": lambda row: 100 * row["limit_ms"] / row["median_ms"],
-    "peak MiB": lambda row: row["peak_mib"],
+    "peak MiB": lambda row: math.nan if row["peak_mib"] is None else row["peak_mib"],  # a curve has a gap there
 }
 
 Cases = dict[str, dict[str, dict]]  # case → provider → row
@@ -82,7 +83,7 @@ def draw(rows: Sequence[dict], stem: Path) -> list[Path]:
         figure = _curves(cases) if len(cases) > MANY else _bars(cases)
         title = f"{op}, {MODES[mode]}" + ", as CUDA graphs" * bool(kind)
         pictures.append(_save(figure, title, cases, stem.with_name(f"{stem.name}-{op}-{mode}{kind}.png")))
-    largest = _most_memory([cases for (_, _, kind), cases in groups.items() if not kind])
+    largest = _most_memory([_with_peaks(cases) for (_, _, kind), cases in groups.items() if not kind])
     if largest:
         picture = stem.with_name(f"{stem.name}-memory.png")
         pictures.append(_save(_memory(largest), "peak memory of a call", largest, picture))
@@ -160,10 +161,11 @@ def _shares(panel: plt.Axes, places: Sequence[tuple[int, dict]]) -> None:
 
 
 def _peaks(panel: plt.Axes, places: Sequence[tuple[int, dict]]) -> None:
-    for place, row in places:
+    known = [(place, row) for place, row in places if row["peak_mib"] is not None]
+    for place, row in known:
         panel.barh(place, row["peak_mib"], color=_color(row), height=0.7)
         panel.text(row["peak_mib"] * 1.08 + 0.05, place, _number(row["peak_mib"]), va="center", fontsize=7)
-    _memory_axis(panel, max(row["peak_mib"] for _, row in places))
+    _memory_axis(panel, max((row["peak_mib"] for _, row in known), default=0.0))
 
 
 def _memory_axis(panel: plt.Axes, most: float) -> None:
@@ -239,6 +241,14 @@ def _styles(cases: Cases) -> dict[str, dict]:
         for number, name in enumerate(names)
     }
     return styles | {OURS: {"color": OUR_COLOR, "marker": "o", "markersize": 4, "linewidth": 2}}
+
+
+def _with_peaks(cases: Cases) -> Cases:
+    """Leave out the providers whose memory was not measured."""
+    return {
+        case: {name: row for name, row in providers.items() if row["peak_mib"] is not None}
+        for case, providers in cases.items()
+    }
 
 
 def _most_memory(groups: Sequence[Cases]) -> Cases:

@@ -52,7 +52,7 @@ def _cells(row: dict, ours: float | None) -> list[str]:
         f"{row['p20_ms']:.3f}…{row['p80_ms']:.3f}",
         f"{median / ours:.2f}" if ours else "–",
         f"{100 * row['limit_ms'] / median:.0f}",
-        f"{row['peak_mib']:.1f}",
+        "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}",
         f"{row['gflops']:.0f}",
         f"{row['gbps']:.1f}",
         error,

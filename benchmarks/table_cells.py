@@ -38,7 +38,8 @@ class Point:
     def peak(self, *providers: str) -> str:
         """Return the largest peak of these providers."""
         found = [self.rows[name]["peak_mib"] for name in providers if name in self.rows]
-        return mib(max(found)) if found else NONE
+        known = [peak for peak in found if peak is not None]
+        return mib(max(known)) if known else NONE
 
 
 def two_digits(number: float) -> str:
