@@ -22,7 +22,7 @@ class _Tensors(nn.Module):
         return output.last_hidden_state_vision, output.last_hidden_state_text
 
 
-def onnx_model(encoder: nn.Module, pixels: Tensor, text: Tensor) -> OnnxModel:
+def onnx_model(encoder: nn.Module, pixel_values: Tensor, input_ids: Tensor) -> OnnxModel:
     """Make a model of pictures and ids that returns image tokens and text tokens.
 
     Which token reads which, and at what place in its phrase it is, is constant in it: ONNX has no operator for how
@@ -31,6 +31,6 @@ def onnx_model(encoder: nn.Module, pixels: Tensor, text: Tensor) -> OnnxModel:
     from fastcss.models import grounding_dino
 
     name = "generate_masks_with_special_tokens_and_transfer_map"
-    found = getattr(grounding_dino, name)(text, encoder.special_tokens)
+    found = getattr(grounding_dino, name)(input_ids, encoder.special_tokens)
     constant = mock.patch.object(grounding_dino, name, lambda *_: found)
-    return OnnxModel(_Tensors(encoder), (pixels, text), lambda: constant)
+    return OnnxModel(_Tensors(encoder), (pixel_values, input_ids), lambda: constant)

@@ -62,6 +62,8 @@ def _problem(shape: dict, dtype: torch.dtype, compiled: bool, device: str, mode:
         "merged": lambda: _merged(data, mode),
         "torch-best": lambda: _torch_best(data, mode),
     }
+    if device == "cpu" and mode == "fwd" and torch.backends.mkldnn.is_available():
+        providers["onednn-packed"] = lambda: _onednn_packed(data)
     if compiled:
         providers["compiled"] = lambda: _stepped(torch.compile(_stacked), data, mode)
     if mode == "fwd" and not data.shared:
@@ -201,6 +203,36 @@ def _torch_best(data: Layer, mode: str) -> Step:
         torch.addmm(data.bias, x.view(-1, k), data.weight.t(), out=y.view(-1, n))
         torch.bmm(x, data.a.transpose(1, 2), out=hidden)
         return (y.baddbmm_(hidden, expand),)
+
+    return _without_grad(step)
+
+
+def _onednn_packed(data: Layer) -> Step:
+    """Do as ``_torch_best`` does, with oneDNN's products on weights that it packed before: of the base and the shrinks.
+
+    These private ops are what AOTInductor, ``torch.compile`` with ``dynamic=True`` and, for bfloat16, every frozen
+    graph runs (torch 2.13). A frozen graph of float32 with fixed sizes has MKL's packed form.
+    """
+    (t, r, k), m, ops = data.a.shape, data.dy.shape[1], torch.ops.mkldnn
+    y = torch.empty_like(data.dy)
+
+    def packed(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+        weight = ops._reorder_linear_weight(weight, rows)
+        return lambda x: ops._linear_pointwise(x, weight, bias, "none", [], "")
+
+    if data.shared:
+        base, shrink = packed(data.weight, data.bias, m), packed(data.a.flatten(0, 1), None, m)
+
+        def step():
+            hidden = shrink(data.x).unflatten(1, (t, r)).transpose(0, 1)  # [T, M, r]
+            return (torch.baddbmm(base(data.x).expand(t, -1, -1), hidden, data.b, out=y),)
+
+        return _without_grad(step)
+    base, shrinks = packed(data.weight, data.bias, t * m), [packed(a, None, m) for a in data.a]
+
+    def step():
+        hidden = torch.stack([shrink(x) for shrink, x in zip(shrinks, data.x, strict=True)])
+        return (base(data.x.view(-1, k)).view(y.shape).baddbmm_(hidden, data.b),)
 
     return _without_grad(step)
 

@@ -1,7 +1,8 @@
 """Cases of ``one_pass``: the Grounding DINO encoder with six adapters, all of them run on the same picture.
 
 "fastcss" is the runner with its defaults: its model is fused where that was measured to be faster. "fastcss-unfused"
-runs the model's own modules, as all peers do.
+runs the model's own modules, as torch's peers do. "onnxruntime" and "openvino" loop over T exported models, each with
+its adapter merged into it, on a CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastcss
 
-from . import _steps
+from . import _grounding_dino, _onnx_runtime, _openvino, _steps
+from ._onnx import OnnxModel
 from .cases import Case, Problem, Step
 
 # Errors are relative to the largest value. float32 has the specification's 1e-5; in bfloat16 the loop's own results
@@ -61,6 +64,10 @@ def _problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode: st
         providers["peft-mixed"] = system.peft_mixed
     if shape["sites"] != "fusion" or device == "cuda":  # on a CPU the other sites show that vmap-merged is faster
         providers |= {"merged": system.merged_loop, "vmap": system.vmapped}
+    if device == "cpu":
+        exported = _grounding_dino.onnx_model(system.bare, **system.inputs)
+        for engine in (_onnx_runtime, _openvino):
+            providers[engine.NAME] = functools.partial(system.exported_loop, engine, exported)
     if device == "cuda":
         providers["triton"] = lambda: _steps.on("triton", system.one_pass(fuse=True))
         if shape["T"] == TASKS and not quick:  # minutes each
@@ -129,6 +136,14 @@ class System:
         states = [self._merged(name) for name in self.names]
         run = wrap(lambda state: _tensors(functional_call(self.bare, state, (), self.inputs)))
         return _without_grad(lambda: _stacked([run(state) for state in states]))
+
+    def exported_loop(self, engine: ModuleType, exported: OnnxModel) -> Step:
+        """Loop over T exported models with merged adapters, as who deploys them does."""
+        runs = []
+        for name in self.names:
+            merged = {_grounding_dino.PREFIX + weight: value for weight, value in self._merged(name).items()}
+            runs.append(engine.loaded(exported, merged))
+        return lambda: _stacked([run() for run in runs])
 
     def vmapped(self) -> Step:
         """``torch.vmap`` over stacked adapters: the six lines that share work without this package."""
