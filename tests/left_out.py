@@ -7,6 +7,7 @@ interpreter, some thousand times slower than a GPU.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 
 INTERPRETED = "there are enough points without these for Triton's interpreter"
 _device = "cpu"
-_missing: dict[str, str] = {}  # implementation → why this machine does not run it
+_missing: dict[str, str] = {}  # implementation or peer → why this machine does not run it
 _count: Counter[tuple[str, str]] = Counter()  # (what is left out, why) → cases
 
 
@@ -34,6 +35,14 @@ def runnable(*implementations: str) -> tuple[str, ...]:
     reasons = {impl: backends.why_not(impl, torch.empty(0, device=_device)) for impl in implementations}
     _missing.update({impl: reason for impl, reason in reasons.items() if reason})
     return tuple(impl for impl, reason in reasons.items() if not reason)
+
+
+def installed(peer: str, *packages: str) -> bool:
+    """Tell whether a peer of the benchmarks can run: it and the ``packages`` that it needs are installed."""
+    absent = [name for name in (peer, *packages) if importlib.util.find_spec(name) is None]
+    if absent:
+        _missing[peer] = f"not installed: {', '.join(absent)}"
+    return not absent
 
 
 def points(takes: Callable[..., bool], why: str) -> pytest.MarkDecorator:

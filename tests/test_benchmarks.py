@@ -1,15 +1,18 @@
 """Tests the benchmark harness: what it refuses, what it writes, and its arithmetic."""
 
 import json
+import re
 
 import pytest
 import torch
 
 pytest.importorskip("rich")
 
+from rich.console import Console
+
 from benchmarks import __main__ as command_line
 from benchmarks import harness, limits, measure, registry, report
-from benchmarks.cases import Case, Problem, largest_error
+from benchmarks.cases import ENGINES, Case, NotInstalled, Problem, largest_error
 
 FIELDS = {
     "op", "case", "shape", "mode", "provider", "device", "dtype", "median_ms", "p20_ms", "p80_ms", "calls", "peak_mib",
@@ -22,6 +25,10 @@ def broken():
     raise RuntimeError("no such kernel\nand more lines")
 
 
+def absent():
+    raise NotInstalled("some_engine (pip install it)")
+
+
 @pytest.fixture
 def slow_machine(monkeypatch):
     """Spares the measurement of this machine's limits, which copies 256 MiB."""
@@ -30,7 +37,7 @@ def slow_machine(monkeypatch):
 
 @pytest.fixture
 def case(slow_machine):
-    """Makes a case of a sum of two vectors, which is right twice, wrong in four ways, and once does not run."""
+    """Makes a case of a sum of two vectors, which is right twice, wrong in four ways, and twice does not run."""
     x = torch.arange(1.0, 1 + 2**18)
     wrong_place = 2 * x
     wrong_place[-1] += 8
@@ -43,6 +50,7 @@ def case(slow_machine):
         "one too many": lambda: lambda: (2 * x, x),
         "one element": lambda: lambda: (wrong_place,),
         "broken": broken,
+        "absent": absent,
     }
 
     def build(device, mode):
@@ -63,7 +71,8 @@ def test_wrong_outputs_are_refused_and_never_timed(outcome):
         assert (rows[name]["median_ms"], rows[name]["peak_mib"]) == (None, None)
         assert outcome.remarks[name].startswith("refused")
     assert outcome.remarks["broken"] == "not run: RuntimeError: no such kernel"
-    assert "broken" not in rows
+    assert outcome.remarks["absent"] == "not installed: some_engine (pip install it)"
+    assert {"broken", "absent"}.isdisjoint(rows)
 
 
 def test_a_provider_that_another_one_disturbs_is_refused(slow_machine):
@@ -106,6 +115,18 @@ def test_rows_have_the_fields_and_their_values(outcome):
     assert row["calls"] == measure.ROUNDS
     assert (row["dtype"], row["malloc"], row["device"]) == ("float32", "default", "cpu")
     json.dumps(row)
+
+
+def test_an_engine_has_no_peak_as_its_memory_is_not_seen(case, capsys):
+    providers = case.build("cpu", "fwd").providers
+    providers[ENGINES[0]] = providers["double"]
+    outcome = harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0)
+    row = next(row for row in outcome.rows if row["provider"] == ENGINES[0])
+    assert row["verified"]
+    assert row["median_ms"] > 0
+    assert row["peak_mib"] is None
+    report.show(outcome, Console(width=160))
+    assert re.search(rf"│ {ENGINES[0]} .* │ +– │", capsys.readouterr().out)
 
 
 def test_the_limit_is_the_slower_of_products_and_copies():
