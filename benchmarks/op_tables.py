@@ -14,6 +14,7 @@ def multi_lora(rows: Sequence[dict]) -> str:
         "`baddbmm`": "baddbmm",
         "best torch composition": "torch-best",
         "`torch.compile` of it": "compiled",
+        "packed by oneDNN": "onednn-packed",
         "merged weights": "merged",
     }
     lines = []
@@ -150,6 +151,8 @@ def detector(rows: Sequence[dict]) -> str:
         "eager": _times("eager", "literal"),
         "SDPA, or level by level": _times("sdpa", "by level"),
         "`torch.compile`": _times("compiled"),
+        "ONNX Runtime": _times("onnxruntime"),
+        "OpenVINO": _times("openvino"),
         "peak MiB: ours, eager": _peaks("eager", "literal"),
     }
     lines = [
@@ -165,6 +168,14 @@ def detector(rows: Sequence[dict]) -> str:
         ("Grounding DINO encoder, `fuse`", "fuse/grounding-dino-480x640"),
     ]
     last = Point(rows, *lines[-1][1:])
+    sam = [
+        ("`relative_attention`, SAM's map of 64×64, 12 heads of 64", "relative_attention/global-64x64"),
+        (BACKWARD, "relative_attention/global-64x64", "bwd"),
+        ("… in windows of 14", "relative_attention/windows-14"),
+        (BACKWARD, "relative_attention/windows-14", "bwd"),
+        ("SAM's image encoder, ViT-B, 1024×1024, `fuse`", "fuse/sam-vit-b-1024"),
+    ]
+    lines[-1:-1] = [line for line in sam if any(row["case"] == line[1] for row in rows)]  # older rows have none
     whole, alone = ratio(last.times("eager")), ratio(last.times("eager") / last.times("attention only"))
     return (
         f"{_ops(rows, lines, columns, head='')}\n\n(Of the last line's {whole}, the attention ops alone are {alone}; "
@@ -174,7 +185,7 @@ def detector(rows: Sequence[dict]) -> str:
 
 def single_rows(rows: Sequence[dict]) -> str:
     """Say by how much the best peer is faster than multi_lora for a single row, where multi_lora is not the fastest."""
-    peers = ("baddbmm", "torch-best", "peft-loop", "peft-mixed", "compiled")
+    peers = ("baddbmm", "torch-best", "peft-loop", "peft-mixed", "compiled", "onednn-packed")
     names = sorted({row["case"] for row in rows if "-m1-" in row["case"]})
     ranges = []
     for mode in ("fwd", "bwd"):

@@ -60,4 +60,7 @@ def mib(number: float) -> str:
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Write a table without the columns that have no figure: of peers that were not there when the rows were made."""
+    kept = [at for at in range(len(head)) if any(line[at] != NONE for line in lines)]
+    head, lines = [head[at] for at in kept], [[line[at] for at in kept] for line in lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))

@@ -35,6 +35,8 @@ ONE_PASS = {
     "loop over merged models": "merged",
     "`torch.vmap`, stacked adapters": "vmap",
     "`torch.vmap`, merged": "vmap-merged",
+    "ONNX Runtime, merged": "onnxruntime",
+    "OpenVINO, merged": "openvino",
     "`one_pass(fuse=False)`": "fastcss-unfused",
 }
 

@@ -35,6 +35,7 @@ def test_one_picture_an_op_and_mode_and_one_of_memory(write, tmp_path, capsys):
     rows += [
         row("b/one", "fastcss", 4),
         row("b/one", "fastcss+graph", 3),
+        row("b/one", "openvino", 5, peak_mib=None),
         row("c/one", "fastcss", 4) | dict.fromkeys(MEASURED) | {"verified": False},
     ]
     file = write("cpu.jsonl", rows)

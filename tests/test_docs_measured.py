@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import tables
-from benchmarks.table_cells import Point, mib, ratio, two_digits
+from benchmarks.table_cells import NONE, Point, mib, ratio, table, two_digits
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
@@ -43,6 +43,17 @@ def test_a_point():
     assert [point.peak("fastcss"), point.peak("literal", "compiled"), point.peak("absent")] == ["0.3", "8", "–"]
     with pytest.raises(ValueError, match="no verified row of fastcss for op/small in mode bwd"):
         Point(rows, "op/small", "bwd")
+
+
+def test_a_peak_that_is_not_known():
+    point = Point([row("fastcss", 2.0), row("onnxruntime", 1.0, None), row("eager", 3.0, 8.4)], "op/small")
+    assert [point.peak("onnxruntime"), point.peak("onnxruntime", "eager")] == [NONE, "8"]
+
+
+def test_a_table_has_no_column_without_a_figure():
+    lines = [["one", "1.0", NONE, NONE], ["two", NONE, NONE, "3.0"]]
+    expected = "| op | a | c |\n| --- | --- | --- |\n| one | 1.0 | – |\n| two | – | 3.0 |"
+    assert table(["op", "a", "b", "c"], lines) == expected
 
 
 def test_digits():
