@@ -33,4 +33,4 @@ def onnx_model(encoder: nn.Module, pixel_values: Tensor, input_ids: Tensor) -> O
     name = "generate_masks_with_special_tokens_and_transfer_map"
     found = getattr(grounding_dino, name)(input_ids, encoder.special_tokens)
     constant = mock.patch.object(grounding_dino, name, return_value=found)
-    return OnnxModel(_Tensors(encoder), (pixel_values, input_ids), lambda: constant)
+    return OnnxModel(_Tensors(encoder).eval(), (pixel_values, input_ids), lambda: constant)

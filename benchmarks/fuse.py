@@ -75,7 +75,7 @@ def _sam_problem(shape: dict, dtype: torch.dtype, quick: bool, device: str, mode
     def outputs(model: Callable, pixels: Tensor) -> Sequence[Tensor]:
         return (model(pixels).last_hidden_state,)
 
-    exported = _onnx.OnnxModel(_Embedding(random_sam(shape["model"], like=model)), (pixels,))
+    exported = _onnx.OnnxModel(_Embedding(random_sam(shape["model"], like=model)).eval(), (pixels,))
     return _problem(model, outputs, pixels, exported, shape["B"] * sam_flops(model.config), quick)
 
 
