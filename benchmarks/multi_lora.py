@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fastcss
 
+from . import _onednn
 from .cases import MODES, Case, Problem, Step
 
 # Errors are relative to the largest expected value. float32 adds up as many as 4096 rounded products. bfloat16 has 8
@@ -62,7 +63,7 @@ def _problem(shape: dict, dtype: torch.dtype, compiled: bool, device: str, mode:
         "merged": lambda: _merged(data, mode),
         "torch-best": lambda: _torch_best(data, mode),
     }
-    if device == "cpu" and mode == "fwd" and torch.backends.mkldnn.is_available():
+    if device == "cpu" and mode == "fwd" and _onednn.is_there():
         providers["onednn-packed"] = lambda: _onednn_packed(data)
     if compiled:
         providers["compiled"] = lambda: _stepped(torch.compile(_stacked), data, mode)
@@ -208,31 +209,28 @@ def _torch_best(data: Layer, mode: str) -> Step:
 
 
 def _onednn_packed(data: Layer) -> Step:
-    """Do as ``_torch_best`` does, with oneDNN's products on weights that it packed before: of the base and the shrinks.
-
-    These private ops are what AOTInductor, ``torch.compile`` with ``dynamic=True`` and, for bfloat16, every frozen
-    graph runs (torch 2.13). A frozen graph of float32 with fixed sizes has MKL's packed form.
-    """
-    (t, r, k), m, ops = data.a.shape, data.dy.shape[1], torch.ops.mkldnn
-    y = torch.empty_like(data.dy)
-
-    def packed(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-        weight = ops._reorder_linear_weight(weight, rows)
-        return lambda x: ops._linear_pointwise(x, weight, bias, "none", [], "")
-
+    """Do as ``_torch_best`` does, with oneDNN's products by the base and the shrinks, with weights packed before."""
+    (t, r, k), m = data.a.shape, data.dy.shape[1]
     if data.shared:
-        base, shrink = packed(data.weight, data.bias, m), packed(data.a.flatten(0, 1), None, m)
+        base, shrink = (
+            _onednn.packed_linear(data.weight, data.bias, m),
+            _onednn.packed_linear(data.a.flatten(0, 1), None, m),
+        )
+        y = torch.empty_like(data.dy)
 
         def step():
             hidden = shrink(data.x).unflatten(1, (t, r)).transpose(0, 1)  # [T, M, r]
             return (torch.baddbmm(base(data.x).expand(t, -1, -1), hidden, data.b, out=y),)
 
         return _without_grad(step)
-    base, shrinks = packed(data.weight, data.bias, t * m), [packed(a, None, m) for a in data.a]
+    base, shrinks = (
+        _onednn.packed_linear(data.weight, data.bias, t * m),
+        [_onednn.packed_linear(a, None, m) for a in data.a],
+    )
 
     def step():
         hidden = torch.stack([shrink(x) for shrink, x in zip(shrinks, data.x, strict=True)])
-        return (base(data.x.view(-1, k)).view(y.shape).baddbmm_(hidden, data.b),)
+        return (base(data.x.view(-1, k)).view(data.dy.shape).baddbmm_(hidden, data.b),)
 
     return _without_grad(step)
 

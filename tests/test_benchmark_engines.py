@@ -1,4 +1,4 @@
-"""Tests the engines that the benchmarks compare with: ONNX Runtime and OpenVINO on an exported model."""
+"""Tests what the benchmarks compare with beside torch: ONNX Runtime and OpenVINO on an exported model, and oneDNN."""
 
 import copy
 import glob
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import _onnx, _onnx_runtime, _openvino
+from benchmarks import _onednn, _onnx, _onnx_runtime, _openvino
 from benchmarks.cases import ENGINES, NotInstalled, largest_error
 
 INSTALLED = {name for name in ENGINES if left_out.installed(name, *_onnx.EXPORTER)}
@@ -40,6 +40,13 @@ def test_every_engine_has_a_file():
 def test_what_is_not_installed_is_named():
     with pytest.raises(NotInstalled, match=r"no_such_engine.*\(pip install 'fastcss\[engines\]'\)"):
         _onnx.require("no_such_engine")
+
+
+@pytest.mark.skipif(not _onednn.is_there(), reason="torch was built without oneDNN")
+def test_a_packed_linear_layer_is_that_layer():
+    x, weight, bias = torch.randn(50, 64), torch.randn(96, 64), torch.randn(96)
+    expected = nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert largest_error((_onednn.packed_linear(weight, bias, 50)(x),), (expected,)) < 1e-6
 
 
 @each_engine
