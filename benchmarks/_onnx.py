@@ -18,7 +18,7 @@ from .cases import NotInstalled
 #: Both are needed by torch's exporter.
 EXPORTER = ("onnx", "onnxscript")
 
-#: Runs one file: the model's inputs by position → its outputs.
+#: Runs a model that an engine has loaded, on the inputs that it was exported with, and returns its outputs.
 Run = Callable[[], tuple[Tensor, ...]]
 
 
@@ -53,7 +53,7 @@ class OnnxModel:
     def program(self) -> torch.onnx.ONNXProgram:
         from onnxscript import opset18
 
-        def all_true(condition):  # a check of sizes, of which the exporter knows no translation
+        def all_true(condition):  # transformers checks sizes by it, and torch's exporter has no translation
             return opset18.Cast(opset18.ReduceMin(opset18.Cast(condition, to=6), keepdims=0), to=9)
 
         table = {torch.ops.aten._is_all_true.default: all_true}

@@ -128,8 +128,8 @@ class _Embedding(nn.Module):
 
 
 def random_sam(size: str, like: nn.Module | None = None) -> nn.Module:
-    """Build SAM's image encoder with attention on SDPA; or with the weights of another one, ``like``, and eager
-    attention, the form that exports with every release of transformers.
+    """Build SAM's image encoder with attention on SDPA; or with the weights of another one, ``like``, and with eager
+    attention, of whose export the engines are no slower.
 
     By transformers' own initialisation all of it but the norms would be 0.
     """
