@@ -136,11 +136,9 @@ def points(scenes: Scenes, count: int) -> Iterator[Tensor]:
         embeddings = sam.embed(images)
         bits = (labels > 0).unflatten(1, (16, -1)).unflatten(3, (16, -1)).transpose(2, 3).flatten(3).flatten(1, 2)
         loss = F.binary_cross_entropy_with_logits(ink(embeddings.flatten(2).mT), bits.float())
-        for embedding, picture in zip(embeddings, labels, strict=True):
-            masks = picture == picture.unique()[1:, None, None]
-            prompts = torch.cat([_prompt_of_points(sam, mask) for mask in masks])
-            loss = loss + _segmentation_loss(sam, embedding, prompts, masks) / count
-        yield loss
+        masks = [picture == picture.unique()[1:, None, None] for picture in labels]
+        prompts = torch.cat([_prompt_of_points(sam, mask) for of in masks for mask in of])
+        yield loss + _segmentation_loss(sam, embeddings, prompts, masks)
 
 
 def generator(scenes: Scenes, count: int, model: ClassDetector, sam: SamSegmenter) -> Iterator[Tensor]:
@@ -157,21 +155,22 @@ def generator(scenes: Scenes, count: int, model: ClassDetector, sam: SamSegmente
         ids, mask = (of[classes - 1][:, some] for of in (words.input_ids, words.attention_mask))
         tokens = model(F.avg_pool2d(images, 2), phrases=model.embed_phrases(ids, mask)).tokens
         on = (_shares(labels, classes) >= _THERE) & (torch.rand(*tokens.shape[:2], 1) > 0.15)  # it will miss some, too
-        embeddings, loss = sam.embed(images), 0.0
-        for b, picture in enumerate(labels):
-            here = torch.isin(classes, picture).nonzero()[:, 0]
-            inputs = torch.stack([_flat(tokens[b, on[b, :, k]]) for k in here])
-            masks = picture == classes[here][:, None, None]
-            loss = loss + _segmentation_loss(sam, embeddings[b], own(inputs, torch.zeros_like(here)), masks) / count
-        yield loss
+        here = [torch.isin(classes, picture).nonzero()[:, 0] for picture in labels]
+        masks = [picture == classes[of][:, None, None] for of, picture in zip(here, labels, strict=True)]
+        inputs = torch.stack([_flat(tokens[b, on[b, :, k]]) for b, of in enumerate(here) for k in of])
+        prompts = own(inputs, torch.zeros(len(inputs), dtype=torch.long))
+        yield _segmentation_loss(sam, sam.embed(images), prompts, masks)
 
 
-def _segmentation_loss(sam: SamSegmenter, embedding: Tensor, prompts: Tensor, masks: Tensor) -> Tensor:
-    """Add the loss of the masks, at SAM's resolution, and that of SAM's own estimate of their IoU."""
-    decoded, target = sam.decode(embedding, prompts), masks[:, 1::2, 1::2]
-    found = decoded.masks.detach() > 0
-    iou = (found & target).flatten(1).sum(1) / (found | target).flatten(1).sum(1).clamp(min=1)
-    return mask_loss(decoded.masks, target.long()) + F.mse_loss(decoded.scores, iou)
+def _segmentation_loss(sam: SamSegmenter, embeddings: Tensor, prompts: Tensor, masks: list[Tensor]) -> Tensor:
+    """Average over pictures the loss of the masks, at SAM's resolution, and that of SAM's own estimate of their IoU."""
+    counts, loss = [len(of) for of in masks], prompts.new_zeros(())
+    decoded = (part.split(counts) for part in sam.decode(embeddings, prompts, counts))
+    for logits, scores, drawn in zip(*decoded, masks, strict=True):
+        found, target = logits.detach() > 0, drawn[:, 1::2, 1::2]
+        iou = (found & target).flatten(1).sum(1) / (found | target).flatten(1).sum(1).clamp(min=1)
+        loss = loss + mask_loss(logits, target.long()) + F.mse_loss(scores, iou)
+    return loss / len(masks)
 
 
 def _prompt_of_points(sam: SamSegmenter, mask: Tensor) -> Tensor:

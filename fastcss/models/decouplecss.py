@@ -164,12 +164,16 @@ class DecoupleCSS(nn.Module):
             self._all = AllTasks(self.detector, self.tasks, self.select)
         found = self._all.detect(pixel_values) if mode == "one_pass" else self._all.detect_in_turn(pixel_values)
         present = _present(found, self._all.thresholds)
-        embeddings, labels = self.segmenter.embed(sam_pixel_values), []
-        for b, size in enumerate(sizes):
-            index = present[b].nonzero()[:, 0]
-            masks = self.segmenter.decode(embeddings[b], self._all.generator(found.tokens[b, index], index))
-            masks = self._rated(masks, found.presence[b, index], self._all.thresholds[index])
-            labels.append(_merge(masks, index, size, crops and crops[b]))
+        image, index = present.nonzero().unbind(1)  # of each class that an image shows
+        counts = present.sum(1).tolist()
+        prompts = self._all.generator(found.tokens[image, index], index)
+        masks = self.segmenter.decode(self.segmenter.embed(sam_pixel_values), prompts, counts)
+        masks = self._rated(masks, found.presence[image, index], self._all.thresholds[index])
+        parts = zip(*(part.split(counts) for part in (*masks, index)), strict=True)
+        labels = [
+            _merge(Masks(logits, scores), classes, size, crops and crops[b])
+            for b, (size, (logits, scores, classes)) in enumerate(zip(sizes, parts, strict=True))
+        ]
         return Segmentation(labels, present, found.presence)
 
     def _literal(
@@ -192,12 +196,12 @@ class DecoupleCSS(nn.Module):
             for b in batch:
                 for k in present[b].nonzero()[:, 0].split(1):
                     prompt = task.generator(found.tokens[b, k], k)
-                    mask = self.segmenter.decode(embeddings[b], prompt)
+                    mask = self.segmenter.decode(embeddings[b, None], prompt)
                     masks[b].append(self._rated(mask, found.presence[b, k], task.thresholds[k]))
                     indices[b].append(first + k)
             presents.append(present), presences.append(found.presence)
             first += len(task.classes)
-        none = self.segmenter.decode(embeddings[0], embeddings.new_empty(0, 1, self.segmenter.prompt_dim))
+        none = self.segmenter.decode(embeddings[:1], embeddings.new_empty(0, 1, self.segmenter.prompt_dim))
         labels = [
             _merge(
                 Masks(*(torch.cat(parts) for parts in zip(none, *masks[b], strict=True))),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
+from .._ops._arguments import check_shapes
 from .checkpoint import load_pretrained
 
 #: The published models have image encoders of these (width, layers, heads).
 VITS = {"vit-b": (768, 12, 12), "vit-l": (1024, 24, 16), "vit-h": (1280, 32, 16)}
+
+#: So many numbers the images of prompts that are decoded together have at most: what a cache keeps on a CPU, and what
+#: fills a GPU. A prompt's image has h · w · D of them, 2²⁰ with the published models.
+AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
 
 
 class Masks(NamedTuple):
@@ -79,37 +87,101 @@ class SamSegmenter(nn.Module):
         """Embed pictures ``[B, 3, S, S]`` with ``S = image_size`` → ``[B, D, h, w]``."""
         return self.model.vision_encoder(pixel_values).last_hidden_state
 
-    def decode(self, embedding: Tensor, prompts: Tensor) -> Masks:
-        """Decode the masks of R prompts in one image, as ``SamModel`` does, but compute what the prompts share once.
+    def decode(self, embeddings: Tensor, prompts: Tensor, counts: Sequence[int] | None = None) -> Masks:
+        """Decode the masks of all prompts of all images, as ``SamModel`` does, but compute what prompts share once.
+
+        After the decoder's first block each prompt has a copy of its image. ``AT_ONCE`` says how many prompts have
+        theirs at a time, so that without gradients R prompts take the memory of so many, and their masks. On a CPU that
+        is one with the published models: its mask is the same to the last bit whatever else is decoded. Elsewhere other
+        prompts change it by rounding at most.
 
         Args:
-            embedding: ``[D, h, w]``, one image of ``embed``.
-            prompts: ``[R, m, D]``, m embeddings per prompt.
-        """
-        decoder = self.model.mask_decoder
-        height, width = embedding.shape[-2:]
-        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts.to(own.dtype)], dim=1)  # [R, n, D]
-        image = embedding[None] + self.model.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-        image = image.flatten(2).transpose(1, 2)  # [1, h · w, D]
-        places = self.model.get_image_wide_positional_embeddings().flatten(2).transpose(1, 2)
-        queries, keys = _two_way(decoder.transformer, tokens, image, places)
+            embeddings: ``[B, D, h, w]``, from ``embed``.
+            prompts: ``[R, m, D]``, m embeddings per prompt; first those of the first image, and so on.
+            counts: how many prompts each image has: B numbers from 0 that add up to R. A single image has all of them
+                by default.
 
-        maps = keys.transpose(1, 2).unflatten(2, (height, width))
+        Returns:
+            The masks in the order of ``prompts``; none if there are no prompts.
+
+        Raises:
+            TypeError, ValueError: the tensors have other shapes, or the counts do not fit them.
+        """
+        counts = self._counts(embeddings, prompts, counts)
+        decoder = self.model.mask_decoder
+        prompts = prompts.to(decoder.iou_token.weight.dtype)
+        at_once = max(1, AT_ONCE.get(embeddings.device.type, AT_ONCE["cuda"]) // math.prod(embeddings.shape[1:]))
+        prompted, found = [b for b, count in enumerate(counts) if count], []
+        for first in range(0, max(1, len(prompted)), at_once):  # no prompts are one empty group
+            images = prompted[first : first + at_once]
+            shared = self._share(embeddings[images])
+            owners = [i for i, b in enumerate(images) for _ in range(counts[b])]
+            mine, prompts = prompts.tensor_split([len(owners)])
+            for start in range(0, max(1, len(owners)), at_once):
+                some = slice(start, start + at_once)
+                found.append(self._decode(shared.of(owners[some]), mine[some], embeddings.shape[2:]))
+        return Masks(*map(torch.cat, zip(*found, strict=True)))
+
+    def _share(self, embeddings: Tensor) -> _Image:
+        """Make what the prompts of an image share: the first block reads the same image for all of them."""
+        block = self.model.mask_decoder.transformer.layers[0]
+        image = embeddings + self.model.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        image = image.flatten(2).transpose(1, 2)
+        places = self.model.get_image_wide_positional_embeddings().flatten(2).transpose(1, 2)
+        read, back = block.cross_attn_token_to_image, block.cross_attn_image_to_token
+        return _Image(image, places, read.k_proj(image + places), read.v_proj(image), back.q_proj(image + places))
+
+    def _decode(self, shared: _Image, prompts: Tensor, size: Sequence[int]) -> Masks:
+        decoder = self.model.mask_decoder
+        own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        tokens = torch.cat([own.expand(len(prompts), -1, -1), prompts], dim=1)  # [R, n, D]
+        queries, image = _two_way(decoder.transformer, tokens, shared)
+        maps = image.unflatten(1, tuple(size)).permute(0, 3, 1, 2)  # in these strides torch keeps the channels last
         maps = decoder.activation(decoder.upscale_layer_norm(decoder.upscale_conv1(maps)))
         maps = decoder.activation(decoder.upscale_conv2(maps))
         weights = decoder.output_hypernetworks_mlps[0](queries[:, 1])  # the mask of a prompt that means one object
         masks = (weights[:, None] @ maps.flatten(2)).view(len(prompts), *maps.shape[-2:])
         return Masks(masks, decoder.iou_prediction_head(queries[:, 0])[:, 0])
 
+    def _counts(self, embeddings: Tensor, prompts: Tensor, counts: Sequence[int] | None) -> list[int]:
+        """Check the arguments of ``decode``, and return how many prompts each image has."""
+        op, side = "SamSegmenter.decode", self.model.config.prompt_encoder_config.image_embedding_size
+        sizes = check_shapes(op, embeddings=(embeddings, "B D h w"), prompts=(prompts, "R m D"))
+        if [sizes["D"], sizes["h"], sizes["w"]] != [self.prompt_dim, side, side]:
+            wanted = f"[B, {self.prompt_dim}, {side}, {side}]"
+            raise ValueError(f"{op}: embeddings must be {wanted} with this model, got {list(embeddings.shape)}")
+        given = [sizes["R"]] if counts is None else [operator.index(count) for count in counts]
+        if len(given) != sizes["B"] or min(given, default=0) < 0 or sum(given) != sizes["R"]:
+            wanted = f"a number from 0 for each of {sizes['B']} images, {sizes['R']} in all"
+            raise ValueError(f"{op}: counts must be {wanted}, got {counts}")
+        return given
 
-def _two_way(transformer: nn.Module, tokens: Tensor, image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Let tokens [R, n, D] and one image [1, N, D] read each other → [R, n, D], [R, N, D].
 
-    The first block reads the same image for every prompt, so its keys and values, and its queries on the way back, are
-    made once. From then on each prompt has an image of its own.
-    """
-    queries = tokens
+class _Image(NamedTuple):
+    """Holds what the prompts of G images share in the decoder: the images' tokens, and projections of them."""
+
+    tokens: Tensor  # [G, N, D]
+    places: Tensor  # [1, N, D]
+    keys: Tensor  # [G, N, d], read by the first block's tokens
+    values: Tensor  # [G, N, d]
+    queries: Tensor  # [G, N, d], with which the first block's image reads the tokens
+
+    def of(self, owners: Sequence[int]) -> _Image:
+        """Return it for one prompt after the other, of the images ``owners``: a view, if that is one image."""
+        if len(set(owners)) == 1:
+            one = slice(owners[0], owners[0] + 1)
+            tokens, keys, values, queries = (
+                x[one].expand(len(owners), -1, -1) for x in (self.tokens, self.keys, self.values, self.queries)
+            )
+        else:
+            index = torch.tensor(owners, dtype=torch.long, device=self.tokens.device)
+            tokens, keys, values, queries = (x[index] for x in (self.tokens, self.keys, self.values, self.queries))
+        return _Image(tokens, self.places, keys, values, queries)
+
+
+def _two_way(transformer: nn.Module, tokens: Tensor, shared: _Image) -> tuple[Tensor, Tensor]:
+    """Let tokens [R, n, D] and the image of each read each other → [R, n, D], [R, N, D]."""
+    queries, image, places = tokens, shared.tokens, shared.places
     for i, block in enumerate(transformer.layers):
         if block.skip_first_layer_pe:
             queries = _attend(block.self_attn, queries, queries, queries)
@@ -117,30 +189,33 @@ def _two_way(transformer: nn.Module, tokens: Tensor, image: Tensor, places: Tens
             query = queries + tokens
             queries = queries + _attend(block.self_attn, query, query, queries)
         queries = block.layer_norm1(queries)
-        read = block.cross_attn_token_to_image
-        if i == 0:  # all prompts' tokens form one sequence, since none reads another here
-            attended = _attend(read, (queries + tokens).flatten(0, 1)[None], image + places, image)[0]
-            attended = attended.view(queries.shape)
+        read, back = block.cross_attn_token_to_image, block.cross_attn_image_to_token
+        if i == 0:
+            attended = _attention(read, read.q_proj(queries + tokens), shared.keys, shared.values)
         else:
-            attended = _attend(read, queries + tokens, image + places, image)
+            placed = image + places
+            attended = _attend(read, queries + tokens, placed, image)
         queries = block.layer_norm2(queries + attended)
         queries = block.layer_norm3(queries + block.mlp(queries))
-        image = image + _attend(block.cross_attn_image_to_token, image + places, queries + tokens, queries)
+        query = shared.queries if i == 0 else back.q_proj(placed)
+        image = image + _attention(back, query, back.k_proj(queries + tokens), back.v_proj(queries))
         image = block.layer_norm4(image)
-    read = transformer.final_attn_token_to_image
-    queries = queries + _attend(read, queries + tokens, image + places, image)
+    queries = queries + _attend(transformer.final_attn_token_to_image, queries + tokens, image + places, image)
     return transformer.layer_norm_final_attn(queries), image
 
 
 def _attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Run SamAttention on [R or 1, ·, D]; project a tensor with a batch of one only once."""
-    heads = (attention.num_attention_heads, -1)
-    q, k, v = (
-        project(x).unflatten(2, heads).transpose(1, 2)
-        for project, x in ((attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, value))
-    )
-    batch = q.shape[0] if k.shape[0] == 1 else k.shape[0]
-    q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
+    """Run SamAttention on [R, ·, D]."""
+    return _attention(attention, attention.q_proj(query), attention.k_proj(key), attention.v_proj(value))
+
+
+def _attention(attention: nn.Module, *projected: Tensor) -> Tensor:
+    """Run SamAttention on its query, key and value as they are projected, [R, ·, d] → [R, ·, D]."""
+    q, k, v = (x.unflatten(2, (attention.num_attention_heads, -1)).transpose(1, 2) for x in projected)
+    if q.shape[2] > k.shape[2] and q.device.type == "cpu" and q.dtype.itemsize >= 4:
+        # torch's kernel has vectors of keys, here a prompt's few tokens. These are of pixels, and take a quarter of it.
+        weights = (attention.scaling * k @ q.mT).softmax(2)  # [R, heads, n, N]
+        return attention.out_proj((v.mT @ weights).flatten(1, 2).mT)
     out = F.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 

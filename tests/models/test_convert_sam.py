@@ -100,7 +100,7 @@ def test_every_tensor_finds_its_place(model, checkpoint, tmp_path):
     segmenter = SamSegmenter(model)
     with torch.no_grad():
         assert torch.equal(converted.embed(pixels), segmenter.embed(pixels))
-        embedding = segmenter.embed(pixels)[0]
+        embedding = segmenter.embed(pixels)
         for first, second in zip(
             converted.decode(embedding, prompts), segmenter.decode(embedding, prompts), strict=True
         ):

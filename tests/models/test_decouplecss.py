@@ -150,8 +150,8 @@ def watch_decoder(model, monkeypatch) -> list:
     """Record what the segmenter is prompted with, and its masks."""
     seen, decode = [], model.segmenter.decode
 
-    def watched(embedding, prompts):
-        masks = decode(embedding, prompts)
+    def watched(embeddings, prompts, counts):
+        masks = decode(embeddings, prompts, counts)
         seen.append((prompts, *masks))
         return masks
 

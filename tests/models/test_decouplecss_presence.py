@@ -39,7 +39,9 @@ def test_a_class_whose_tokens_are_all_nearer_to_another_is_found(mode, monkeypat
     model, given, prompts = with_twins(), pictures(1), []
     decode = model.segmenter.decode
     monkeypatch.setattr(
-        model.segmenter, "decode", lambda image, prompt: (prompts.append(prompt), decode(image, prompt))[1]
+        model.segmenter,
+        "decode",
+        lambda image, prompt, *counts: (prompts.append(prompt), decode(image, prompt, *counts))[1],
     )
     found = model.segment(**given, mode=mode)
     assert found.present[0, 1:3].all()

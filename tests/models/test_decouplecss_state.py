@@ -118,7 +118,7 @@ def test_the_newest_task_is_what_there_is_to_train():
     embedded = model.detector.get_base_model().embed_phrases(task.input_ids, task.attention_mask)
     found = model.select(model.detector(given["pixel_values"], phrases=embedded))
     prompts = task.generator(found.tokens[0], torch.tensor([0]))
-    masks = model.segmenter.decode(model.segmenter.embed(given["sam_pixel_values"])[0], prompts)
+    masks = model.segmenter.decode(model.segmenter.embed(given["sam_pixel_values"]), prompts)
     (masks.masks.square().mean() + found.presence.sum()).backward()
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in learning.items():

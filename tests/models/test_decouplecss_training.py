@@ -65,7 +65,7 @@ def test_a_step_is_the_losses_of_the_equations():
         found = select_tokens(tokens, classes, threshold=0.05, length=128, impl="reference")
         cosine = torch.nn.functional.cosine_similarity(tokens[:, :, None], classes[:, None], dim=-1)
         probabilities.append(presence_probability(found, cosine.amax(1), 0.05))
-        embedding = model.segmenter.embed(batch.sam_pixel_values[b, None])[0]
+        embedding = model.segmenter.embed(batch.sam_pixel_values[b, None])
         first = sum(batch.masks_of[:b])
         for k in batch.index[first : first + batch.masks_of[b]].split(1):
             prompt = task.generator(found.tokens[0, k], k)
