@@ -165,7 +165,7 @@ def generator(scenes: Scenes, count: int, model: ClassDetector, sam: SamSegmente
 def _segmentation_loss(sam: SamSegmenter, embeddings: Tensor, prompts: Tensor, masks: list[Tensor]) -> Tensor:
     """Average over pictures the loss of the masks, at SAM's resolution, and that of SAM's own estimate of their IoU."""
     counts, loss = [len(of) for of in masks], prompts.new_zeros(())
-    decoded = (part.split(counts) for part in sam.decode(embeddings, prompts, counts))
+    decoded = (part.split(counts) for part in sam.decode(embeddings, prompts, counts=counts))
     for logits, scores, drawn in zip(*decoded, masks, strict=True):
         found, target = logits.detach() > 0, drawn[:, 1::2, 1::2]
         iou = (found & target).flatten(1).sum(1) / (found | target).flatten(1).sum(1).clamp(min=1)

@@ -17,6 +17,11 @@ from transformers.utils import logging
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: What stays in float32 when a model is cast to 16 bits, since it matters to the result and hardly to the time. SAM's
+#: frequencies of places are angles of many turns. The text encoder runs once for all pictures, or never where a run
+#: keeps its features, which hang on the weights it has. And r of eq. A.2 is compared with the thresholds.
+IN_FLOAT32 = frozenset({"shared_image_embedding", "text_backbone", "text_projection", "thresholds"})
 _NAMED = 3  # so many tensors are named in an error message
 
 
@@ -64,6 +69,23 @@ def load_pretrained(
     problems += [f"{name} is not wanted" for name in info["unexpected_keys"] if re.sub(r"\d+", "0", name) in kinds]
     _raise(problems, str(folder))
     return model
+
+
+def check_dtype(where: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a model can have this dtype; ``where`` says whose argument it is."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{where}: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's parameters and buffers in place, but for those of ``IN_FLOAT32`` to at least float32.
+
+    Whatever reads these casts what they make to the dtype of the rest.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            exact = not IN_FLOAT32.isdisjoint(name.split("."))
+            tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32) if exact else dtype)
 
 
 def save_pretrained(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -50,9 +50,12 @@ class ClassDetector(GroundingDinoEncoder):
             pixel_mask: ``[B, H, W]``, 0 on padding.
         """
         image = self.embed_image(pixel_values, pixel_mask)
-        seen = (~image.mask).to(image.features.dtype)[..., None]
-        cls = (image.features * seen).sum(1) / seen.sum(1)  # [B, D]; the mean serves, as Swin has no class token
-        pooled = phrase_pool(cls, phrases.to(cls.dtype))  # [B, c, D]
+        dtype = image.features.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65,504, and a picture has 22,223 tokens
+        seen = (~image.mask).to(dtype)[..., None]
+        # [B, D]; the mean serves, as Swin has no class token
+        cls = ((image.features * seen).sum(1, dtype=wide) / seen.sum(1, dtype=wide)).to(dtype)
+        pooled = phrase_pool(cls, phrases.to(dtype))  # [B, c, D]
         batch, count, _ = pooled.shape
         if class_mask is None:
             class_mask = torch.zeros(count, dtype=torch.bool, device=pooled.device)

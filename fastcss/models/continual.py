@@ -122,16 +122,20 @@ def train(folder: str | Path, *, watch: Watch | None = None, workers: int = 0, d
     return summary
 
 
-def load_run(folder: str | Path) -> tuple[DecoupleCSS, Plan]:
+def load_run(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[DecoupleCSS, Plan]:
     """Load the model of a run as its method has trained it so far, and its plan.
 
     In a naive run all tasks share one adapter, the last; the folder keeps its state after every task.
+
+    Args:
+        folder: folder of the run.
+        dtype: dtype to segment in, as for ``decouplecss_folder.load``.
 
     Raises:
         FileNotFoundError, ValueError: as for ``decouplecss_folder.load``, or the run has no plan.
     """
     plan = read_plan(folder)
-    model = load(folder)
+    model = load(folder, dtype=dtype)
     if plan.method == "naive" and model.tasks:
         share_last_adapter(model)
     return model, plan

@@ -127,7 +127,7 @@ class DecoupleCSS(nn.Module):
         self.detector.set_adapter(name)
         self.tasks.requires_grad_(False)
         task = Task(name, classes, phrases, self._new_generator(len(classes)))
-        self.tasks.append(task.to(next(self.segmenter.parameters())))
+        self.tasks.append(task.to(next(self.segmenter.parameters()).device, self.segmenter.dtype))
         self._all = None
         if not self.training:
             self.eval()  # new modules begin in training mode
@@ -156,7 +156,7 @@ class DecoupleCSS(nn.Module):
         """
         self._check_inputs(pixel_values, sam_pixel_values, sizes, crops, mode)
         pixel_values = pixel_values.to(next(self.detector.parameters()).dtype)
-        sam_pixel_values = sam_pixel_values.to(next(self.segmenter.parameters()).dtype)
+        sam_pixel_values = sam_pixel_values.to(self.segmenter.dtype)
         crops = crops and [self.segmenter.mask_crop(crop) for crop in crops]
         if mode == "literal":
             return self._literal(pixel_values, sam_pixel_values, sizes, crops)
@@ -167,7 +167,7 @@ class DecoupleCSS(nn.Module):
         image, index = present.nonzero().unbind(1)  # of each class that an image shows
         counts = present.sum(1).tolist()
         prompts = self._all.generator(found.tokens[image, index], index)
-        masks = self.segmenter.decode(self.segmenter.embed(sam_pixel_values), prompts, counts)
+        masks = self.segmenter.decode(self.segmenter.embed(sam_pixel_values), prompts, counts=counts)
         masks = self._rated(masks, found.presence[image, index], self._all.thresholds[index])
         parts = zip(*(part.split(counts) for part in (*masks, index)), strict=True)
         labels = [

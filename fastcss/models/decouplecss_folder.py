@@ -34,7 +34,7 @@ from transformers import (
 
 from .._files import read_tensors, standing_folder, whole_file, whole_folder
 from .._one_pass.read_folders import CONFIG_FILE, WEIGHTS_FILE
-from .checkpoint import check_tensors, empty, load_pretrained, save_pretrained
+from .checkpoint import cast, check_dtype, check_tensors, empty, load_pretrained, save_pretrained
 from .class_detector import ClassDetector
 from .decouplecss import DecoupleCSS
 from .grounding_dino import LORA_SITES, PARTS
@@ -135,15 +135,23 @@ def save_task(model: DecoupleCSS, t: int, folder: str | Path, *, overwrite: bool
         (new / "task.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def load(folder: str | Path) -> DecoupleCSS:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> DecoupleCSS:
     """Load the model of a run with all of its tasks, on the CPU, in eval mode.
+
+    Args:
+        folder: folder of the run.
+        dtype: dtype to segment in, by default that of the run. In 16 bits the text encoder, the frequencies of SAM's
+            places and the thresholds stay in float32.
 
     Raises:
         FileNotFoundError: the folder, or a file or task in it, does not exist.
         ValueError: the folder is no run or has a newer version, a file is incomplete or a pickle, or the tensors have
-            another architecture than config.json says; the message names the first that differ.
+            another architecture than config.json says; the message names the first that differ. Or no model can have
+            this dtype.
     """
     folder = Path(folder)
+    if dtype is not None:
+        check_dtype("DecoupleCSS", dtype)
     config, count = _read_config(folder), saved_tasks(folder)
     with _names(folder / "config.json"):
         dino = GroundingDinoConfig.from_dict(config["detector"]["config"])
@@ -157,6 +165,8 @@ def load(folder: str | Path) -> DecoupleCSS:
             model = DecoupleCSS(detector, segmenter, **config["settings"], initial_generator=generator)
         for t in range(count):
             _load_task(model, standing_folder(folder / f"task_{t}"))
+    if dtype is not None:
+        cast(model, dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -101,7 +101,7 @@ def training_step(
         embeddings = model.segmenter.embed(batch.sam_pixel_values)
     rows = torch.tensor([b for b, count in enumerate(batch.masks_of) for _ in range(count)], dtype=torch.long)
     tokens = found.tokens[rows.to(batch.index.device), batch.index]
-    logits = model.segmenter.decode(embeddings, task.generator(tokens, batch.index), batch.masks_of).masks
+    logits = model.segmenter.decode(embeddings, task.generator(tokens, batch.index), counts=batch.masks_of).masks
     largest = torch.stack([_largest_cosine(of) for of in detected])
     probability = presence_probability(found, largest, model.threshold)
     on_tokens = largest.new_zeros(())

@@ -17,7 +17,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
     generate_masks_with_special_tokens_and_transfer_map,
 )
 
-from .checkpoint import load_pretrained
+from .checkpoint import cast, check_dtype, load_pretrained
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,12 +87,27 @@ class GroundingDinoEncoder(nn.Module):
         self.register_buffer("special_tokens", model.special_tokens, persistent=False)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Self:
-        """Load the encoder from a checkpoint folder of transformers, in float32; safetensors only, no network."""
-        return cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS, dtype=torch.float32)).eval()
+    def from_folder(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Load the encoder from a checkpoint folder of transformers; safetensors only, no network.
+
+        Args:
+            folder: folder of the checkpoint.
+            dtype: dtype to compute in, whatever the folder's; in 16 bits the text encoder stays in float32.
+        """
+        check_dtype(f"{cls.__name__}.from_folder", dtype)
+        encoder = cls(load_pretrained(GroundingDinoModel, folder, parts=PARTS, dtype=torch.float32)).eval()
+        cast(encoder, dtype)
+        return encoder
 
     @classmethod
-    def random(cls, size: str = "swin-t", *, seed: int = 0, fusion_scale: float = 0.5) -> Self:
+    def random(
+        cls,
+        size: str = "swin-t",
+        *,
+        seed: int = 0,
+        fusion_scale: float = 0.5,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """Make an encoder with random weights.
 
         Args:
@@ -101,13 +116,16 @@ class GroundingDinoEncoder(nn.Module):
             seed: seed of the weights; the global generator is left as it was.
             fusion_scale: value for the enhancer's learned residual scale. Untrained it is 1e-4, at which image and
                 text, and with them the tasks, hardly affect each other.
+            dtype: as for ``from_folder``; the weights are drawn in float32.
         """
+        check_dtype(f"{cls.__name__}.random", dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = cls(GroundingDinoModel(_config(size))).eval()
         for name, parameter in encoder.named_parameters():
             if name.endswith(("vision_param", "text_param")):
                 nn.init.constant_(parameter, fusion_scale)
+        cast(encoder, dtype)
         return encoder
 
     def forward(
@@ -149,7 +167,8 @@ class GroundingDinoEncoder(nn.Module):
         )
         readable = readable[:, :length, :length]
         hidden = self.text_backbone(input_ids, readable[:, None], token_type_ids, position_ids).last_hidden_state
-        return TextFeatures(self.text_projection(hidden), ~attention_mask.bool(), ~readable, position_ids)
+        features = self.text_projection(hidden).to(self.level_embed.dtype)
+        return TextFeatures(features, ~attention_mask.bool(), ~readable, position_ids)
 
     def embed_image(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> ImageFeatures:
         """Project the backbone's feature maps to D channels, and make coarser levels from the last of them.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
 from .._ops._arguments import check_shapes
-from .checkpoint import load_pretrained
+from .checkpoint import cast, check_dtype, load_pretrained
 
 #: The published models have image encoders of these (width, layers, heads).
 VITS = {"vit-b": (768, 12, 12), "vit-l": (1024, 24, 16), "vit-h": (1280, 32, 16)}
@@ -44,26 +44,42 @@ class SamSegmenter(nn.Module):
         self.model = model
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> SamSegmenter:
-        """Load the model from a checkpoint folder of transformers, in float32; safetensors only, no network."""
-        return cls(load_pretrained(SamModel, folder, dtype=torch.float32)).eval()
+    def from_folder(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> SamSegmenter:
+        """Load the model from a checkpoint folder of transformers; safetensors only, no network.
+
+        Args:
+            folder: folder of the checkpoint.
+            dtype: dtype to compute in, whatever the folder's; in 16 bits the frequencies of places stay in float32.
+        """
+        check_dtype("SamSegmenter.from_folder", dtype)
+        model = load_pretrained(SamModel, folder, dtype=torch.float32)
+        cast(model, dtype)
+        return cls(model).eval()
 
     @classmethod
-    def random(cls, size: str = "vit-b", *, seed: int = 0) -> SamSegmenter:
+    def random(cls, size: str = "vit-b", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> SamSegmenter:
         """Make a model with random weights that are so large that a mask depends on its prompt, as in a trained model.
 
         Args:
             size: "vit-b", "vit-l" or "vit-h", the shapes of the published models (DecoupleCSS's storage tells that it
                 has "vit-h"); or "tiny", for tests.
             seed: seed of the weights; the global generator is left as it was.
+            dtype: as for ``from_folder``; the weights are drawn in float32.
         """
+        check_dtype("SamSegmenter.random", dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = SamModel(_config(size))
             for module in model.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
                     module.reset_parameters()
-            return cls(model).eval()
+        cast(model, dtype)
+        return cls(model).eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of pictures, embeddings and masks."""
+        return self.model.mask_decoder.iou_token.weight.dtype
 
     @property
     def image_size(self) -> int:
@@ -87,7 +103,7 @@ class SamSegmenter(nn.Module):
         """Embed pictures ``[B, 3, S, S]`` with ``S = image_size`` → ``[B, D, h, w]``."""
         return self.model.vision_encoder(pixel_values).last_hidden_state
 
-    def decode(self, embeddings: Tensor, prompts: Tensor, counts: Sequence[int] | None = None) -> Masks:
+    def decode(self, embeddings: Tensor, prompts: Tensor, *, counts: Sequence[int] | None = None) -> Masks:
         """Decode the masks of all prompts of all images, as ``SamModel`` does, but compute what prompts share once.
 
         After the decoder's first block each prompt has a copy of its image. ``AT_ONCE`` says how many prompts have
@@ -108,8 +124,7 @@ class SamSegmenter(nn.Module):
             TypeError, ValueError: the tensors have other shapes, or the counts do not fit them.
         """
         counts = self._counts(embeddings, prompts, counts)
-        decoder = self.model.mask_decoder
-        prompts = prompts.to(decoder.iou_token.weight.dtype)
+        prompts = prompts.to(self.dtype)
         at_once = max(1, AT_ONCE.get(embeddings.device.type, AT_ONCE["cuda"]) // math.prod(embeddings.shape[1:]))
         prompted, found = [b for b, count in enumerate(counts) if count], []
         for first in range(0, max(1, len(prompted)), at_once):  # no prompts are one empty group
@@ -127,7 +142,7 @@ class SamSegmenter(nn.Module):
         block = self.model.mask_decoder.transformer.layers[0]
         image = embeddings + self.model.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         image = image.flatten(2).transpose(1, 2)
-        places = self.model.get_image_wide_positional_embeddings().flatten(2).transpose(1, 2)
+        places = self.model.get_image_wide_positional_embeddings().flatten(2).transpose(1, 2).to(image.dtype)
         read, back = block.cross_attn_token_to_image, block.cross_attn_image_to_token
         return _Image(image, places, read.k_proj(image + places), read.v_proj(image), back.q_proj(image + places))
 

@@ -58,6 +58,15 @@ def test_what_is_printed_is_what_was_found(command, tiny_model, tiny_run, pictur
     assert 0 < found.present.sum() < found.present.numel()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_computes_in_the_dtype_asked_for(command, tiny_model, tiny_run, picture, tmp_path, dtype):
+    assert command("segment", picture, "--model", tiny_run, "--out", tmp_path / "out", "--dtype", dtype).code == 0
+    model, _ = load_run(tiny_run, dtype=getattr(torch, dtype))
+    labels = labels_in(tmp_path / "out/noise.png")
+    assert torch.equal(labels, expected(model, read_image(picture), **SIDES).labels[0])
+    assert not torch.equal(labels, expected(tiny_model, read_image(picture), **SIDES).labels[0])
+
+
 def test_a_run_without_a_plan_has_the_papers_sides(command, tiny_model, picture, tmp_path):
     run = save_run(tiny_model, tmp_path / "run")
     assert command("segment", picture, "--model", run, "--out", tmp_path / "out").code == 0

@@ -151,7 +151,7 @@ def watch_decoder(model, monkeypatch) -> list:
     seen, decode = [], model.segmenter.decode
 
     def watched(embeddings, prompts, counts):
-        masks = decode(embeddings, prompts, counts)
+        masks = decode(embeddings, prompts, counts=counts)
         seen.append((prompts, *masks))
         return masks
 

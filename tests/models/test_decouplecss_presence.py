@@ -41,7 +41,7 @@ def test_a_class_whose_tokens_are_all_nearer_to_another_is_found(mode, monkeypat
     monkeypatch.setattr(
         model.segmenter,
         "decode",
-        lambda image, prompt, *counts: (prompts.append(prompt), decode(image, prompt, *counts))[1],
+        lambda image, prompt, **counts: (prompts.append(prompt), decode(image, prompt, **counts))[1],
     )
     found = model.segment(**given, mode=mode)
     assert found.present[0, 1:3].all()

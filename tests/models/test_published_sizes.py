@@ -57,6 +57,28 @@ def test_grounding_dino_by_name(size):
     assert count(encoder) == sum(p.numel() for name, p in whole.named_parameters() if not name.startswith(left_out))
 
 
+@pytest.mark.parametrize("size", SWINS)
+def test_the_image_tokens_of_grounding_dino(size):
+    """A picture of 800 × 1333 must have four levels, the first of an eighth of its sides, and 22,223 tokens in all."""
+    with torch.device("meta"):
+        encoder = ClassDetector.random(size).to("meta")  # transformers makes one parameter where no context reaches
+        image = encoder.embed_image(torch.empty(1, 3, 800, 1333))
+    assert image.shapes == [(100, 167), (50, 84), (25, 42), (13, 21)]
+    assert image.features.shape == image.positions.shape == (1, 22_223, 256)
+    swin = encoder.backbone.conv_encoder.model.config
+    assert swin.window_size == {"swin-t": 7, "swin-b": 12}[size]
+
+
+@pytest.mark.parametrize("size", VITS)
+def test_the_masks_of_sam(size):
+    with torch.device("meta"):
+        model = SamSegmenter.random(size)
+        embeddings = model.embed(torch.empty(2, 3, 1024, 1024))
+        masks, scores = model.decode(embeddings, torch.empty(5, 6, 256), [3, 2])
+    assert embeddings.shape == (2, 256, 64, 64)
+    assert (masks.shape, scores.shape) == ((5, 256, 256), (5,))
+
+
 def test_six_tasks_of_the_paper_take_what_it_says():
     """15-1 of VOC must take 22.18 MB for adapters and 8 MB per class, and 8 MB be 0.225% of the whole."""
     model = model_of("swin-b", "vit-h", (15, 1, 1, 1, 1, 1))

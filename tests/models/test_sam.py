@@ -74,7 +74,7 @@ def test_decode_equals_sam_model(segmenter, few_at_once, counts, at_once):
     few_at_once(at_once)
     embeddings, given = embeddings_and_prompts(segmenter, *counts)
     expected = theirs(segmenter, embeddings, given, counts)
-    for part, wanted in zip(segmenter.decode(embeddings, given, counts), expected, strict=True):
+    for part, wanted in zip(segmenter.decode(embeddings, given, counts=counts), expected, strict=True):
         assert_close(part, wanted)
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_sam_model(segmenter, few_at_once, counts, at_onc
     own["no_mask_embed"] = learning.model.prompt_encoder.no_mask_embed.weight
     found = []
     for decode in (learning.decode, functools.partial(theirs, learning)):
-        masks, scores = decode(*inputs, counts)
+        masks, scores = decode(*inputs, counts=counts)
         # All elements have different weights, as a plain sum hides errors that cancel.
         weights = torch.linspace(-1, 1, masks.numel(), device=masks.device).view_as(masks)
         loss = (masks * weights).sum() + scores.sum()
@@ -106,10 +106,10 @@ def test_gradients_are_those_of_sam_model(segmenter, few_at_once, counts, at_onc
 def test_masks_depend_on_their_prompts_and_images(segmenter):
     """The masks must depend on both; otherwise no test above would tell one prompt or image from another."""
     embeddings, prompts = embeddings_and_prompts(segmenter, 5, 0)
-    masks, scores = segmenter.decode(embeddings, prompts, [5, 0])
+    masks, scores = segmenter.decode(embeddings, prompts, counts=[5, 0])
     assert masks.std(0).mean() > 0.1 * masks.std()
     assert len(scores.unique()) == 5
-    other = segmenter.decode(embeddings, prompts, [0, 5])
+    other = segmenter.decode(embeddings, prompts, counts=[0, 5])
     assert (other.masks - masks).std() > 0.1 * masks.std()
 
 
@@ -117,7 +117,7 @@ def test_masks_depend_on_their_prompts_and_images(segmenter):
 def test_no_prompts_are_no_masks(segmenter, counts):
     embeddings, prompts = embeddings_and_prompts(segmenter, 0, 0)
     prompts.requires_grad_()
-    masks, scores = segmenter.decode(embeddings[: len(counts)], prompts, counts)
+    masks, scores = segmenter.decode(embeddings[: len(counts)], prompts, counts=counts)
     assert masks.shape == (0, 64, 64)
     assert scores.shape == (0,)
     (gradient,) = torch.autograd.grad(masks.sum() + scores.sum(), prompts)
@@ -128,9 +128,9 @@ def test_a_prompt_does_not_see_the_others(segmenter, few_at_once):
     """It must be alone what it is among others: to the last bit if it has its images alone, as at full size."""
     counts = (2, 0, 3)
     embeddings, prompts = embeddings_and_prompts(segmenter, *counts)
-    within_rounding = segmenter.decode(embeddings, prompts, counts)
+    within_rounding = segmenter.decode(embeddings, prompts, counts=counts)
     few_at_once(1)
-    together, r = segmenter.decode(embeddings, prompts, counts), 0
+    together, r = segmenter.decode(embeddings, prompts, counts=counts), 0
     for embedding, count in zip(embeddings[:, None], counts, strict=True):
         for _ in range(count):
             for got, same, close in zip(
@@ -151,7 +151,7 @@ def test_what_prompts_share_is_computed_once(segmenter, few_at_once):
         return lambda module, inputs, _: rows.update({name: inputs[0].shape[:2].numel()})
 
     hooks = [m.register_forward_hook(watch(name)) for name, m in transformer.named_modules() if name.endswith("_proj")]
-    segmenter.decode(embeddings, prompts, counts)
+    segmenter.decode(embeddings, prompts, counts=counts)
     for hook in hooks:
         hook.remove()
     pixels = embeddings[0, 0].numel()
@@ -168,7 +168,7 @@ def test_many_prompts_take_the_memory_of_few():
     segmenter = SamSegmenter(SamModel(config).eval())
     embeddings, prompts = torch.randn(2, 256, 64, 64), torch.randn(6, 6, 256)
     peak = [
-        measure.peak_mib(lambda given=given: segmenter.decode(embeddings, prompts[: sum(given)], given), "cpu")
+        measure.peak_mib(lambda given=given: segmenter.decode(embeddings, prompts[: sum(given)], counts=given), "cpu")
         for given in ([1, 0], [3, 3])
     ]
     assert peak[1] <= peak[0] + 4  # the masks of five more, twice where they are put together; and an image more
@@ -188,7 +188,7 @@ def test_many_prompts_take_the_memory_of_few():
 )
 def test_what_does_not_fit_is_refused(segmenter, embeddings, prompts, counts, message):
     with pytest.raises(ValueError, match=rf"^SamSegmenter\.decode: .*{re.escape(message)}$"):
-        segmenter.decode(torch.zeros(embeddings), torch.zeros(prompts), counts)
+        segmenter.decode(torch.zeros(embeddings), torch.zeros(prompts), counts=counts)
 
 
 def test_embed_equals_sam_model(segmenter, device):
