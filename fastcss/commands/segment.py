@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -61,22 +64,22 @@ def run(options: argparse.Namespace) -> None:
             tasks. At the end: some pictures could not be read or labelled; all others are done.
         OSError: a result cannot be written; those before it are kept.
     """
-    from ..data import read_image
     from ..models.decouplecss_folder import read_training
 
     outputs = _outputs(options.pictures, options.out)
     read_training(options.model)  # refuses a folder that is no run before any picture is read
     model, failed = None, []
-    with _progress(len(outputs)) as progress:
+    with _progress(len(outputs)) as progress, contextlib.closing(_read_ahead(options.pictures)) as images:
         for picture, output in progress.track(list(zip(options.pictures, outputs, strict=True))):
-            try:
-                image = read_image(picture)
-            except FileNotFoundError:
+            image = next(images)
+            if isinstance(image, FileNotFoundError):
                 failed.append(f"{picture}: no such file")
                 continue
-            except ValueError as error:
-                failed.append(str(error))
+            if isinstance(image, ValueError):
+                failed.append(str(image))
                 continue
+            if isinstance(image, Exception):
+                raise image
             if model is None:  # loaded only once a picture could be read
                 model = _Model(options.model, options.mode, options.dtype)
                 options.out.mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,34 @@ def run(options: argparse.Namespace) -> None:
     if failed:
         many = f"{len(failed)} of {len(outputs)} pictures could not be labelled: " if len(outputs) > 1 else ""
         raise ValueError(many + "; ".join(failed))
+
+
+def _read_ahead(pictures: Sequence[str]) -> Generator[Tensor | Exception, None, None]:
+    """Yield each picture, or why it cannot be read; meanwhile read the next, and no further, as they may be large.
+
+    The thread is a daemon, so that a file that never ends keeps no interrupted process.
+    """
+    from ..data import read_image
+
+    wanted: SimpleQueue[str | None] = SimpleQueue()
+    found: SimpleQueue[Tensor | Exception] = SimpleQueue()
+
+    def read() -> None:
+        for picture in iter(wanted.get, None):
+            try:
+                found.put(read_image(picture))
+            except Exception as error:
+                found.put(error)
+
+    threading.Thread(target=read, name="fastcss segment reads", daemon=True).start()
+    try:
+        wanted.put(pictures[0])
+        for following in (*pictures[1:], None):
+            image = found.get()
+            wanted.put(following)
+            yield image
+    finally:
+        wanted.put(None)
 
 
 class _Model:
