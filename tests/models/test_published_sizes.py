@@ -74,7 +74,7 @@ def test_the_masks_of_sam(size):
     with torch.device("meta"):
         model = SamSegmenter.random(size)
         embeddings = model.embed(torch.empty(2, 3, 1024, 1024))
-        masks, scores = model.decode(embeddings, torch.empty(5, 6, 256), [3, 2])
+        masks, scores = model.decode(embeddings, torch.empty(5, 6, 256), counts=[3, 2])
     assert embeddings.shape == (2, 256, 64, 64)
     assert (masks.shape, scores.shape) == ((5, 256, 256), (5,))
 
