@@ -66,7 +66,6 @@ def test_every_op_is_here():
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS_CUDA)
 @points(lambda impl, op: impl != "cuda" or op in backends.KERNELS["cuda"], "the op has no kernel in CUDA C++")
-@points(lambda impl, op: (impl, op) != ("triton", "relative_attention"), "its kernel in Triton is yet to come")
 def test_values_and_gradients(impl, op, device, tolerances, fuzz):
 
     @fuzz(SHARES[impl])

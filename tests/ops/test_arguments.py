@@ -141,8 +141,6 @@ def test_an_explicit_implementation_never_falls_back(op, impl):
 def test_the_cpu_kernels_say_which_dtypes_they_have(op):
     if backends.UNAVAILABLE["cpu"]:
         pytest.skip(backends.UNAVAILABLE["cpu"])
-    if op == "relative_attention" and op not in backends.KERNELS["cpu"]:
-        pytest.skip("its kernel is yet to come")
     arguments = doubled(op)
     message = "impl='cpu' cannot run: it takes float32, bfloat16 and float16, and the tensors are torch.float64"
     refused(op, RuntimeError, message, **arguments, impl="cpu")

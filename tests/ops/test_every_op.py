@@ -32,9 +32,6 @@ FILES = (
 #: The first tells whether tensors have changed, for the caches of ``one_pass``, the second is for ``fuse``, which has
 #: torch's calls in other places: nobody calls them, so they have no other forms.
 INTERNAL = {"fingerprint", "mlp"}
-#: Its Triton kernels and benchmarks are yet to come.
-UNFINISHED = {"relative_attention"}
-UNFINISHED_RAW = {f"{op}{end}" for op in UNFINISHED for end in ("", "_backward")}
 RAW_OPS = {
     name.removeprefix("fastcss::").removesuffix(".cpu")
     for name in torch._C._dispatch_get_all_op_names()
@@ -44,8 +41,7 @@ RAW_OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 def test_it_has_a_file_in_every_room(op):
-    rooms = FILES[:6] if op in UNFINISHED else FILES
-    missing = [file for file in (name.format(op) for name in rooms) if not (ROOT / file).exists()]
+    missing = [file for file in (name.format(op) for name in FILES) if not (ROOT / file).exists()]
     assert not missing, f"docs/adding-an-op.md says what is in {', '.join(missing)}"
 
 
@@ -74,7 +70,7 @@ def test_its_function_has_its_name(op):
     ],
 )
 def test_it_is_in_the_table(table, entries):
-    missing = set(OPS) - entries - UNFINISHED
+    missing = set(OPS) - entries
     assert not missing, f"{table} lacks {', '.join(sorted(missing))}"
 
 
@@ -85,7 +81,7 @@ def test_every_raw_op_has_a_kernel_of_each_kind():
     from fastcss import kernels
 
     kernels.register()
-    assert backends._kernels("triton", "CompositeExplicitAutograd") == RAW_OPS - INTERNAL - UNFINISHED_RAW
+    assert backends._kernels("triton", "CompositeExplicitAutograd") == RAW_OPS - INTERNAL
 
 
 def test_every_triton_implementation_launches_on_the_device_of_its_tensors():
@@ -100,7 +96,7 @@ def test_every_triton_implementation_launches_on_the_device_of_its_tensors():
             function = getattr(sys.modules[f"fastcss.kernels.{path.stem}"], op)
             assert "with torch.cuda.device_of(" in inspect.getsource(function), f"{op} in {path}"
             seen.add(op)
-    assert seen == RAW_OPS - INTERNAL - UNFINISHED_RAW
+    assert seen == RAW_OPS - INTERNAL
 
 
 def test_every_raw_op_with_a_gradient_has_it_in_the_dispatcher():

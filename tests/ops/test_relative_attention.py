@@ -13,18 +13,9 @@ from left_out import light
 from relative_inputs import CASES, LARGE, PADS, TENSORS, assert_as_good_as_eager, make
 from torch import Tensor
 
-from fastcss._dispatch import backends
 from fastcss.ops import relative_attention
 
 WINDOWED = pytest.mark.parametrize("case", ["map", "to fill both"])
-
-
-@pytest.fixture(autouse=True)
-def _has_a_kernel(request):
-    """Skip implementations whose kernel is yet to come."""
-    impl = request.node.callspec.params.get("impl") if hasattr(request.node, "callspec") else None
-    if impl in backends.KERNELS and "relative_attention" not in backends.KERNELS[impl]:
-        pytest.skip(f"{impl}: no kernel yet")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

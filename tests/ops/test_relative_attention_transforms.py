@@ -9,22 +9,12 @@ from calls import COMPILED, DTYPES, IMPLEMENTATIONS, runs
 from left_out import light
 from relative_inputs import CASES, LARGE, PADS, TABLES, TENSORS, make
 
-from fastcss._dispatch import backends
-
 SMALL = (2, 2, 3, 2, 3, 2)
 SMALLEST = (2, 1, 2, 2, 3, 2)  # one window, of which half is filled up
 MAP = (2, 1, 2, 2, 3, None)
 WINDOWED = pytest.mark.parametrize(  # the map has nothing to fill up
     ("shape", "pads"), [(SMALL, PADS), (MAP, ())], ids=["windows", "map"]
 )
-
-
-@pytest.fixture(autouse=True)
-def _has_a_kernel(request):
-    """Skip implementations whose kernel is yet to come."""
-    impl = request.node.callspec.params.get("impl") if hasattr(request.node, "callspec") else None
-    if impl in backends.KERNELS and "relative_attention" not in backends.KERNELS[impl]:
-        pytest.skip(f"{impl}: no kernel yet")
 
 
 @pytest.mark.parametrize("case", ["map", "to fill both"])
