@@ -167,7 +167,8 @@ class DecoupleCSS(nn.Module):
         image, index = present.nonzero().unbind(1)  # of each class that an image shows
         counts = present.sum(1).tolist()
         prompts = self._all.generator(found.tokens[image, index], index)
-        masks = self.segmenter.decode(self.segmenter.embed(sam_pixel_values), prompts, counts=counts)
+        embeddings = self.segmenter.embed(sam_pixel_values, fused=mode == "one_pass")
+        masks = self.segmenter.decode(embeddings, prompts, counts=counts)
         masks = self._rated(masks, found.presence[image, index], self._all.thresholds[index])
         parts = zip(*(part.split(counts) for part in (*masks, index)), strict=True)
         labels = [

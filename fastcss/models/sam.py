@@ -15,6 +15,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 
 from .._ops._arguments import check_shapes
 from .checkpoint import cast, check_dtype, load_pretrained
+from .fused_copy import FusedCopy
 
 #: The published models have image encoders of these (width, layers, heads).
 VITS = {"vit-b": (768, 12, 12), "vit-l": (1024, 24, 16), "vit-h": (1280, 32, 16)}
@@ -42,6 +43,10 @@ class SamSegmenter(nn.Module):
     def __init__(self, model: SamModel) -> None:
         super().__init__()
         self.model = model
+        self._fused: FusedCopy | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_fused": None}  # a copy fuses its encoder anew
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> SamSegmenter:
@@ -99,9 +104,19 @@ class SamSegmenter(nn.Module):
         patch = self.model.config.vision_config.patch_size
         return tuple(round(16 * length / patch) for length in crop)
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
-        """Embed pictures ``[B, 3, S, S]`` with ``S = image_size`` → ``[B, D, h, w]``."""
-        return self.model.vision_encoder(pixel_values).last_hidden_state
+    def embed(self, pixel_values: Tensor, *, fused: bool = False) -> Tensor:
+        """Embed pictures ``[B, 3, S, S]`` with ``S = image_size`` → ``[B, D, h, w]``.
+
+        Args:
+            pixel_values: the pictures, in the model's dtype.
+            fused: True runs the encoder on the ops of ``fastcss.fuse``; the model keeps its own modules.
+        """
+        encoder = self.model.vision_encoder
+        if not fused:
+            return encoder(pixel_values).last_hidden_state
+        if self._fused is None or not self._fused.is_of(encoder):
+            self._fused = FusedCopy(encoder)
+        return self._fused(pixel_values).last_hidden_state
 
     def decode(self, embeddings: Tensor, prompts: Tensor, *, counts: Sequence[int] | None = None) -> Masks:
         """Decode the masks of all prompts of all images, as ``SamModel`` does, but compute what prompts share once.

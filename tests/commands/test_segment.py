@@ -64,7 +64,8 @@ def test_it_computes_in_the_dtype_asked_for(command, tiny_model, tiny_run, pictu
     model, _ = load_run(tiny_run, dtype=getattr(torch, dtype))
     labels = labels_in(tmp_path / "out/noise.png")
     assert torch.equal(labels, expected(model, read_image(picture), **SIDES).labels[0])
-    assert not torch.equal(labels, expected(tiny_model, read_image(picture), **SIDES).labels[0])
+    same = torch.equal(labels, expected(tiny_model, read_image(picture), **SIDES).labels[0])
+    assert same == (dtype == "float16")  # it has eight times the precision, and the kernels sum in float32
 
 
 def test_a_run_without_a_plan_has_the_papers_sides(command, tiny_model, picture, tmp_path):
