@@ -23,6 +23,11 @@ from .read_adapters import LoraWeights
 from .task_rules import TaskRules, on_physical_tensors
 from .undo import Undo
 
+AFTER_THE_CALL = (
+    "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the backward pass; use "
+    "the model's own gradient_checkpointing_enable(), or none"
+)
+
 
 class Slots(threading.local):
     """Says what the layers of one runner compute in this thread's current call.
@@ -93,10 +98,7 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         slots = self.slots
         if not slots.running:
-            raise RuntimeError(
-                "one_pass: an adapted layer ran after its runner's call, as torch.utils.checkpoint does in the "
-                "backward pass; use the model's own gradient_checkpointing_enable(), or none"
-            )
+            raise RuntimeError(AFTER_THE_CALL)
         with DisableTorchFunction():  # the task rules are for the model's own calls
             if slots.axis is not None:
                 return on_physical_tensors(self._fold, x, slots.axis)

@@ -22,6 +22,7 @@ _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _NOT_ENTERED = (*_TAKEN_OVER, nn.Module, type, types.FunctionType, types.MethodType, types.ModuleType)
 
 
+_ACTIVE = "_active_adapter"  # of PEFT's layers: which one that is, the copy's know by themselves
 _PARTS = attrgetter("scaling", "lora_variant", "merged_adapters")  # PEFT's layers have these attributes
 
 
@@ -46,6 +47,7 @@ class Watch:
     Args:
         model: the model whose parameters, buffers, modules and hooks are watched, at every depth.
         layers: by name the adapted layers in it, as PEFT made them or bare, with the layers that replace them.
+        in_turn: the same of modules that run in turn, a task at a time.
         pairs: modules with their copies; their own attributes are watched, and what these hold.
         around: modules that contain ``model``.
 
@@ -57,12 +59,15 @@ class Watch:
         self,
         model: nn.Module,
         layers: dict[str, tuple[nn.Module, nn.Module]],
+        in_turn: dict[str, tuple[nn.Module, nn.Module]],
         pairs: Sequence[tuple[nn.Module, nn.Module]],
         around: Iterable[nn.Module],
     ) -> None:
         modules = [*model.modules(), *around]
-        self._adapted = list(layers.values())
+        self._adapted = [*layers.values(), *in_turn.values()]
         self._layers = {name: layer for name, (layer, _) in layers.items() if hasattr(layer, "lora_A")}
+        switched = {name: layer for name, (layer, _) in in_turn.items() if hasattr(layer, "adapter_layer_names")}
+        self._switched = self._layers | switched
         self._modules = modules
         self._classes = list(map(type, modules))
         dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules, *(getattr(m, h) for h in HOOKS))]
@@ -87,7 +92,7 @@ class Watch:
 
     def disabled(self) -> str | None:
         """Return the name of a layer whose adapters are switched off, or None."""
-        return next((name for name, layer in self._layers.items() if layer.disable_adapters), None)
+        return next((name for name, layer in self._switched.items() if layer.disable_adapters), None)
 
     def is_as_built(self) -> bool:
         """Tell whether structure, hooks and what modules hold are unchanged; copy newly set plain attributes over."""
@@ -116,7 +121,7 @@ class Watch:
             now, before = vars(original), self._before[place]
             for name in now.keys() | before.keys():
                 value = now.get(name, _MISSING)
-                if value is before.get(name, _MISSING):
+                if value is before.get(name, _MISSING) or name == _ACTIVE:
                     continue
                 if value is not _MISSING and not isinstance(value, _TAKEN_OVER):
                     return False

@@ -145,6 +145,8 @@ class Engine:
 
     def _refuse(self, copy: ModelCopy, reason: str) -> None:
         self._refused[copy.training] = reason
+        if copy.by_peft:
+            self._refused[not copy.training] = reason
         warnings.warn(
             f"one_pass: {type(copy.model).__name__} does not run under vmap, so its adapters run in turn "
             f"(engine 'replay'): {reason}",

@@ -7,11 +7,10 @@ from itertools import chain
 from torch import nn
 
 from .._fuse.fused_module import HOOKS, is_made_by
-from .adapted_layer import Adapted
 from .structural_copy import StructuralCopy, holds_hooks
 
 
-def take_hooks(layer: nn.Module, ours: Adapted, copy: StructuralCopy) -> None:
+def take_hooks(layer: nn.Module, ours: nn.Module, copy: StructuralCopy) -> None:
     """Let the hooks on PEFT's layer run around the layer that replaces it."""
     hooks = {name: value for name, value in vars(layer).items() if holds_hooks(name, value)}
     vars(ours).update((name, copy.hooks(value)) for name, value in hooks.items())

@@ -47,6 +47,11 @@ def mark(tensor: Tensor, origin: tuple) -> Tensor:
     return tensor
 
 
+def origin_of(tensor: Tensor) -> tuple | None:
+    """Return the origin that ``tensor`` is marked with, or None."""
+    return getattr(tensor, _ORIGIN, None)
+
+
 def unmark(tensor: Tensor) -> None:
     """Remove the mark of ``tensor``: it now is an ordinary input, though a hook may have kept it from some pass."""
     if getattr(tensor, _ORIGIN, None) is not None:

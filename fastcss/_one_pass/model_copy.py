@@ -17,8 +17,12 @@ from .adapted_layer import Adapted, Slots
 from .changes import Snapshot, Watch
 from .checkpointing import bind_checkpoints
 from .hooks import has_own_hooks, take_hooks
+from .in_turn import InTurn
 from .inputs_outputs import Inputs
+from .peft_in_turn import run_in_turn
+from .peft_layers import tensors_of
 from .read_adapters import Adapters
+from .saved_modules import SavedModules, with_tensors
 from .structural_copy import StructuralCopy
 from .undo import Attributes, Undo
 
@@ -34,6 +38,7 @@ class ModelCopy:
         slots: what the adapted layers in it compute in this thread's current call.
         reads: id of each adapter's tensor → the name of its layer.
         hooked: the name of a module with hooks that transformers did not make, or None.
+        by_peft: why PEFT's own layers run, or None.
     """
 
     def __init__(self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = ()) -> None:
@@ -41,21 +46,49 @@ class ModelCopy:
         self.slots = Slots(uuid.uuid4().hex)
         self._attributes: Attributes | None = None
         copy, layers = StructuralCopy(model), {name: model.get_submodule(name) for name in adapters.layers}
-        pairs: dict[str, tuple[nn.Module, Adapted]] = {}
+        pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
+        saved = {
+            name: (model.get_submodule(name), SavedModules(adapters.names, self.slots)) for name in adapters.saved
+        }
         for name, layer in layers.items():
             if hasattr(layer, "base_layer"):
                 ours = adapted(copy.of(layer.base_layer), adapters.layers[name], self.slots)
                 copy.replace(layer, ours)
                 pairs[name] = layer, ours
+        for wrapper, ours in saved.values():
+            if hasattr(wrapper, "modules_to_save"):
+                copy.replace(wrapper, ours)
         self.model = copy.of(model)
         for name, layer in layers.items():
             if name in pairs:
                 take_hooks(layer, pairs[name][1], copy)
             else:  # A bare layer is adapted under the name that an adapter gives it, and stays bare under other names.
                 ours = adapted(copy.of(layer), adapters.layers[name], self.slots)
-                parent, _, child = name.rpartition(".")
-                self.model.get_submodule(parent)._modules[child] = ours
+                self._put(name, ours)
                 pairs[name] = layer, ours
+        of_folders: list[tuple[nn.Module, nn.Module]] = []  # modules with the copies that adapters of folders have
+        for name, (module, ours) in saved.items():
+            if hasattr(module, "modules_to_save"):
+                held = module.modules_to_save
+                own = [copy.of(held[adapter]) if adapter in held else None for adapter in adapters.names]
+                ours.fill(copy.of(module.original_module), own)
+                take_hooks(module, ours, copy)
+            else:
+                built = [None if own is None else with_tensors(module, own) for own in adapters.saved[name]]
+                of_folders += [pair for one in built if one for pair in one[1]]
+                ours.fill(copy.of(module), [one and one[0] for one in built])
+                self._put(name, ours)
+        peft_layers = self._run_pefts_layers(model, copy, adapters)
+        self.by_peft = adapters.by_peft
+        # What only one task has is not shared by the passes, even if it does not depend on what they have computed.
+        self._of_task: dict[int, list[Tensor]] = {task: [] for task in range(len(adapters.names))}
+        for _, ours in saved.values():
+            for task, tensors in self._of_task.items():
+                tensors += ours.tensors(task)
+        for layer, _ in peft_layers.values():
+            for task, tensors in self._of_task.items():
+                tensors += tensors_of(layer, adapters.names[task])
+        self._own = {id(tensor) for tensors in self._of_task.values() for tensor in tensors}
         self._layers = [ours for _, ours in pairs.values()]
         self.reads = {
             id(t): name
@@ -64,13 +97,26 @@ class ModelCopy:
             if w is not None
             for t in (w.a, w.b)
         }
-        self._watch = Watch(model, pairs, copy.pairs, around)
+        self._watch = Watch(model, pairs, saved | peft_layers, [*copy.pairs, *of_folders], around)
         self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in copy.pairs if ours._buffers]
         self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         self._contents = Contents(self.adapter_tensors())
         self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
         self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
         self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
+
+    def _put(self, name: str, ours: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        self.model.get_submodule(parent)._modules[child] = ours
+
+    def _run_pefts_layers(self, model: nn.Module, copy: StructuralCopy, adapters: Adapters) -> dict[str, tuple]:
+        """Let those layers of PEFT that have no form here run in turn; return them by name, with their copies."""
+        replaced = (Adapted, SavedModules)
+        left = {n: m for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")}
+        pairs = {n: (m, copy.of(m)) for n, m in left.items() if not isinstance(copy.of(m), replaced)}
+        for _, ours in pairs.values():
+            run_in_turn(ours, adapters.names, self.slots)
+        return pairs
 
     @property
     def training(self) -> bool:
@@ -83,6 +129,10 @@ class ModelCopy:
     def tensors(self) -> list[Tensor]:
         """Return the parameters and buffers of the base model."""
         return [*self.model.parameters(), *self.model.buffers()]
+
+    def shared_tensors(self) -> list[Tensor]:
+        """Return those of them that belong to no adapter alone."""
+        return [tensor for tensor in self.tensors() if id(tensor) not in self._own]
 
     def adapter_tensors(self) -> list[Tensor]:
         return [tensor for layer in self._layers for tensor in layer.tensors()]
@@ -125,7 +175,8 @@ class ModelCopy:
 
     def untrained(self, tasks: Sequence[int]) -> list[int]:
         """Return the ``tasks`` whose adapters get no gradient while others do."""
-        trains = {t: any(p.requires_grad for layer in self._layers for p in layer.tensors((t,))) for t in tasks}
+        held = {t: chain(self._of_task[t], *(layer.tensors((t,)) for layer in self._layers)) for t in tasks}
+        trains = {t: any(tensor.requires_grad for tensor in tensors) for t, tensors in held.items()}
         return [t for t, does in trains.items() if not does] if any(trains.values()) else []
 
     @contextlib.contextmanager
@@ -135,7 +186,7 @@ class ModelCopy:
         ``known`` holds the ids of the tensors that earlier runs wrote, or None if there was no earlier run.
         """
         if self._attributes is None:
-            not_undone = (torch.jit.ScriptModule, Adapted)
+            not_undone = (torch.jit.ScriptModule, Adapted, InTurn)
             self._attributes = Attributes(m for m in self.model.modules() if not isinstance(m, not_undone))
         tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
         self.slots.undo = Undo(self._attributes, tensors, known)
@@ -145,7 +196,9 @@ class ModelCopy:
             self.slots.undo = None
 
     def must_replay(self) -> str | None:
-        """Return why the model's present mode or its hooks rule vmap out, or None."""
+        """Return why the adapters' kind, the model's present mode or its hooks rule vmap out, or None."""
+        if self.by_peft is not None:
+            return f"{self.by_peft}, which PEFT's own layers run, one adapter at a time"
         for name, module in self.model.named_modules() if self.training else ():
             if getattr(module, "gradient_checkpointing", False):
                 bind_checkpoints(self.model, self.slots)

@@ -193,4 +193,4 @@ class Passes:
             if torch.is_inference_mode_enabled():  # SharedWork has to see writes
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            yield SharedWork([*self._copy.tensors(), *inputs.tensors])
+            yield SharedWork([*self._copy.shared_tensors(), *inputs.tensors])

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .._dispatch.private_apis import compiled_from
 from .._fuse.fused_module import HOOKS, is_made_by, original_class
+from .peft_layers import adapters_in, is_peft_layer, why_not_in_layers
 
 # These variants of PEFT differ in how an adapter is initialised and which part of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
@@ -48,10 +49,20 @@ class LoraWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Holds T named adapters of one model: for every adapted layer, each adapter's weights, or None if it has none."""
+    """Holds T named adapters of one model.
+
+    Attributes:
+        names: the adapters' names.
+        layers: for every layer with LoRA on it, each adapter's weights, or None if it has none.
+        saved: for every module that an adapter was saved with whole, each adapter's: the tensors of its state_dict
+            from a folder, or True for a module in PEFT's wrapper; None if it has none.
+        by_peft: why PEFT's own layers run, which then are all that runs of the adapters; None if there is no reason.
+    """
 
     names: tuple[str, ...]
     layers: dict[str, list[LoraWeights | None]]
+    saved: dict[str, list[dict[str, Tensor] | bool | None]] = dataclasses.field(default_factory=dict)
+    by_peft: str | None = None
 
     @classmethod
     def empty(cls, names: Sequence[str]) -> Adapters:
@@ -59,6 +70,9 @@ class Adapters:
 
     def add(self, layer: str, adapter: str, weights: LoraWeights) -> None:
         self.layers.setdefault(layer, [None] * len(self.names))[self.names.index(adapter)] = weights
+
+    def save(self, module: str, adapter: str, own: dict[str, Tensor] | bool) -> None:
+        self.saved.setdefault(module, [None] * len(self.names))[self.names.index(adapter)] = own
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -78,11 +92,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
-    """Return the base model inside ``model``, with its LoRA layers in place, and its adapters."""
+    """Return the base model inside ``model``, with its adapted layers in place, and its adapters."""
     try:
         from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
+        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
     except ImportError as error:
         raise ImportError(
             "one_pass: a PEFT model needs the package peft; one_pass.from_directories does not"
@@ -90,10 +103,11 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
 
     model = compiled_from(model) or model
     configs = getattr(model, "peft_config", {})
+    kinds = {adapter: getattr(config.peft_type, "value", config.peft_type) for adapter, config in configs.items()}
     for adapter, config in configs.items():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if kind != "LORA":
-            raise TypeError(f"one_pass: adapter {adapter!r} is {kind}; only LORA adapters run in one pass")
+        why = why_not_in_layers(adapter, config, kinds[adapter])
+        if why:
+            raise TypeError(f"one_pass: {why}")
     for around in (model, model.base_model) if isinstance(model, PeftModel) else ():
         if _has_own_calls(around) or not type(around).forward.__module__.startswith("peft."):
             raise TypeError(
@@ -102,24 +116,32 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
             )
     # get_base_model() would fail if the active adapter was deleted.
     base = model.base_model.model if isinstance(model, PeftModel) else model
-    tuned = {}
-    for name, module in base.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            raise TypeError(
-                f"one_pass: layer {name!r} is trained whole ({type(module).__name__}: modules_to_save or "
-                "trainable tokens); only LoRA adapters run in one pass"
-            )
-        if isinstance(module, BaseTunerLayer):
-            tuned[name] = module
-    if not tuned:
-        raise ValueError(f"one_pass: {type(model).__name__} has no LoRA layer; it wants a model with PEFT adapters")
-    names = list(configs) or list(dict.fromkeys(key for layer in tuned.values() for key in _adapters_of(layer)))
+    layers = {name: module for name, module in base.named_modules() if is_peft_layer(module)}
+    if not layers:
+        raise ValueError(f"one_pass: {type(model).__name__} has no adapted layer; it wants a model with PEFT adapters")
+    wrappers = {name: layer for name, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)}
+    tokens = [f"{name}." for name, layer in layers.items() if isinstance(layer, TrainableTokensWrapper)]
+    tuned = {name: layer for name, layer in layers.items() if name not in wrappers and f"{name}." not in tokens}
+    tuned = {name: layer for name, layer in tuned.items() if not name.startswith(tuple(tokens))}
+    names = list(configs) or list(dict.fromkeys(a for layer in layers.values() for a in adapters_in(layer)))
+    by_peft = next((f"adapter {adapter!r} is {kind}" for adapter, kind in kinds.items() if kind != "LORA"), None)
+    by_peft = by_peft or next(filter(None, (_why_no_plain_lora(*item) for item in tuned.items())), None)
+    if by_peft:
+        _check_not_merged(layers)
+        if type(model) is not PeftModel and "ADALORA" in kinds.values() and isinstance(model, PeftModel):
+            base = model.base_model  # it adds to the loss
+        return base, Adapters(tuple(names), {}, by_peft=by_peft)
     adapters = Adapters.empty(names)
     for name, layer in tuned.items():
         _check_peft_layer(name, layer)
         for adapter in _adapters_of(layer):
             _check_whole(name, layer, adapter, names)
             adapters.add(name, adapter, _read_peft_layer(layer, adapter))
+    for name, wrapper in wrappers.items():
+        if "forward" in vars(wrapper) or parametrize.is_parametrized(wrapper):
+            raise TypeError(f"one_pass: {name!r}, which is saved whole, has a replaced forward, which would be skipped")
+        for adapter in wrapper.modules_to_save:
+            adapters.save(name, adapter, True)
     return base, adapters
 
 
@@ -151,32 +173,37 @@ def _check_whole(name: str, layer, adapter: str, names: Sequence[str]) -> None:
         )
 
 
-def _check_peft_layer(name: str, layer) -> None:
+def _why_no_plain_lora(name: str, layer) -> str | None:
+    """Return why ``layer`` has no form of its own here, or None if it has."""
     from peft.tuners import lora
 
     kinds = {lora.Linear: "linear", lora.Conv2d: "conv2d", lora.Embedding: "embedding"}
-    base = layer.base_layer
-    if kinds.get(type(layer)) is None or kinds[type(layer)] != kind_of(base):
-        raise TypeError(
-            f"one_pass: layer {name!r} is {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}; "
-            "LoRA on Linear, Conv1D, Conv2d and Embedding runs in one pass"
-        )
-    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
-        raise TypeError(f"one_pass: layer {name!r} has a replaced forward or is parametrized, which would be skipped")
-    check_base_layer(name, base)
-    if layer.merged:
-        raise ValueError(
-            f"one_pass: layer {name!r} has merged adapters {layer.merged_adapters}; unmerge them first "
-            "(model.unmerge_adapter())"
-        )
-    for inner, module in layer.named_modules():
-        if module is not layer and not f"{inner}.".startswith("base_layer."):
-            _check_part(name, inner, module)
+    base = layer.get_base_layer()
+    if kinds.get(type(layer)) is None or base is not layer.base_layer or kinds[type(layer)] != kind_of(base):
+        return f"layer {name!r} is {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}"
     variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
     variants = {adapter: variant for adapter, variant in variants.items() if variant not in PLAIN_VARIANTS}
     variants |= {adapter: "DoRA" for adapter, dora in layer.use_dora.items() if dora}
-    for adapter, variant in variants.items():
-        raise TypeError(f"one_pass: layer {name!r}, adapter {adapter!r}: {variant} is no plain LoRA")
+    return next((f"layer {name!r}, adapter {adapter!r} is {kind}" for adapter, kind in variants.items()), None)
+
+
+def _check_not_merged(layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if layer.merged_adapters:
+            raise ValueError(
+                f"one_pass: layer {name!r} has merged adapters {layer.merged_adapters}; unmerge them first "
+                "(model.unmerge_adapter())"
+            )
+
+
+def _check_peft_layer(name: str, layer) -> None:
+    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
+        raise TypeError(f"one_pass: layer {name!r} has a replaced forward or is parametrized, which would be skipped")
+    check_base_layer(name, layer.base_layer)
+    _check_not_merged({name: layer})
+    for inner, module in layer.named_modules():
+        if module is not layer and not f"{inner}.".startswith("base_layer."):
+            _check_part(name, inner, module)
 
 
 def _check_part(name: str, inner: str, part: nn.Module) -> None:

@@ -198,6 +198,8 @@ class OnePass(nn.Module):
     @property
     def engine(self) -> str:
         """Return the engine that runs the model in its present mode, "vmap" or "replay"."""
+        if self._model_copy.by_peft and self._asked == "auto":
+            return "replay"
         return self._engine.name(self._model_copy.training)
 
     def forward(

@@ -70,13 +70,13 @@ def _with_axis(result: Tensor | tuple, dim: int | tuple | None, level: int) -> T
     return result if dim is None else with_vmap_axis(result, dim, level)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  torch's own name
     """Run linear with the mapped axis among its rows, as one GEMM that includes the bias."""
     if is_mapped(weight) or is_mapped(bias):
-        return F.linear(x, weight, bias)
-    if not is_mapped(x):
-        return linear(x, weight, bias)
-    return on_physical_tensors(lambda _, dims, x: (linear(x.movedim(dims[0], 0), weight, bias), 0), x)
+        return F.linear(input, weight, bias)
+    if not is_mapped(input):
+        return linear(input, weight, bias)
+    return on_physical_tensors(lambda _, dims, x: (linear(x.movedim(dims[0], 0), weight, bias), 0), input)
 
 
 def _attention(*args, **kwargs) -> Tensor:
@@ -128,9 +128,9 @@ def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
     return on_physical_tensors(lambda _, dims, e: (torch.isin(e, test_elements, **kwargs), dims[0]), elements)
 
 
-def _group_norm(x: Tensor, *args, **kwargs) -> Tensor:
+def _group_norm(input: Tensor, *args, **kwargs) -> Tensor:  # noqa: A002  torch's own name
     """Run group_norm on a contiguous input: vmap cannot tell group_norm the layout of one with its channels last."""
-    return F.group_norm(x.contiguous() if is_mapped(x) else x, *args, **kwargs)
+    return F.group_norm(input.contiguous() if is_mapped(input) else input, *args, **kwargs)
 
 
 def _agreed(function: Callable) -> Callable:

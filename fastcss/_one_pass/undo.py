@@ -24,21 +24,26 @@ _NOT_ENTERED = (
 
 
 class Attributes:
-    """Holds the attributes and buffers of ``modules``, and searches them again only if one was set since."""
+    """Holds the attributes, buffers and hooks of ``modules``, and searches them again only if one was set since.
+
+    A model may put hooks on its own modules in its first call, as those of transformers do that return what is in them.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
         self._look()
 
     def _look(self) -> None:
-        dicts = [(vars(m), vars(m).copy(), m._buffers, m._buffers.copy()) for m in self._modules]
-        own = [a[name] for _, a, *_ in dicts for name in a.keys() - OF_EVERY_MODULE]
+        held = [d for m in self._modules for d in (vars(m), m._buffers)]
+        hooks = [d for m in self._modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        dicts = [(d, d.copy()) for d in (*held, *hooks)]
+        own = [a[name] for a in map(vars, self._modules) for name in a.keys() - OF_EVERY_MODULE]
         own = [value for value in own if isinstance(value, Tensor) or not isinstance(value, _NOT_ENTERED)]
-        views = [view for now, _, buffers, _ in dicts for d in (now, buffers) for view in (d.keys(), d.values())]
-        self._seen = Snapshot(views), dicts, own
+        views = [view for d in held for view in (d.keys(), d.values())]
+        self._seen = Snapshot([*views, *(d.values() for d in hooks)]), dicts, own
 
-    def now(self) -> tuple[list[tuple[dict, dict, dict, dict]], list]:
-        """Return for each module its attributes and buffers with a copy of both, and the values that may hold more."""
+    def now(self) -> tuple[list[tuple[dict, dict]], list]:
+        """Return each dict of these with a copy of it, and the values that may hold more."""
         if self._seen[0].differs():
             self._look()
         _, dicts, own = self._seen
@@ -48,7 +53,7 @@ class Attributes:
 class Undo:
     """Keeps the state of modules and of ``tensors`` (buffers, the inputs) as it is when a run begins.
 
-    It keeps the values of the ``attributes``, and the entries of lists, dicts, sets and objects in them. ``tensors``,
+    It keeps the values of the ``attributes`` and the hooks, and the entries of lists, dicts, sets and objects in them. ``tensors``,
     and the tensors in attributes that are not parameters, are copied at once if earlier runs wrote them (``known`` has
     their ids; None means all). The others are copied when ``before_write`` announces a write.
     """
@@ -89,8 +94,8 @@ class Undo:
     def changes(self) -> list[tuple]:
         """Return what was written or set since, with the new values; ``same_changes`` compares two such lists."""
         found = [(id(t), t.detach().clone()) for t in self.written()]
-        for place, (now, before, buffers_now, buffers) in enumerate(self._attributes):
-            found += _set_since((place, "attribute"), now, before) + _set_since((place, "buffer"), buffers_now, buffers)
+        for place, (now, before) in enumerate(self._attributes):
+            found += _set_since((place, "attribute"), now, before)
         for place, (now, before) in enumerate(self._contents):
             if len(now) != len(before):
                 found.append((place, len(now)))
@@ -106,9 +111,8 @@ class Undo:
         Raises:
             RuntimeError: a tensor was written without an announcement.
         """
-        for now, before, buffers_now, buffers in self._attributes:
+        for now, before in self._attributes:
             _restore(now, before)
-            _restore(buffers_now, buffers)
         for now, before in self._contents:
             now.clear()
             (now.extend if isinstance(now, (list, collections.deque)) else now.update)(before)

@@ -1,0 +1,52 @@
+"""Runs PEFT's own layers, each for the adapter of the present pass: kinds of adapters that have no layer of ours.
+
+Such a layer reads its active adapter at every call. In a runner's copy of a model that is the task of the thread's
+present pass, so nothing is switched, and the user's layers and what of them requires gradients stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+
+from torch import nn
+
+from .adapted_layer import Slots
+from .in_turn import InTurn
+from .peft_layers import tensors_of
+from .task_rules import Disagreement
+
+
+def run_in_turn(layer: nn.Module, names: Sequence[str], slots: Slots) -> None:
+    """Make ``layer``, a copy of one of PEFT's, run the adapter of the present pass."""
+    vars(layer).pop("_active_adapter", None)
+    layer.slots, layer.names = slots, tuple(names)
+    layer.own = frozenset(task for task, name in enumerate(names) if tensors_of(layer, name))
+    layer.__class__ = _class_in_turn(type(layer))
+
+
+@functools.cache
+def _class_in_turn(cls: type[nn.Module]) -> type[nn.Module]:
+    return types.new_class(cls.__name__, (PeftInTurn, cls), exec_body=lambda members: members.update(__module__=__name__))
+
+
+class PeftInTurn(InTurn):
+    """Stands before the class of one of PEFT's layers, whose active adapter is the task of the present pass."""
+
+    names: tuple[str, ...]
+    own: frozenset[int]  # the tasks that have weights here
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        if self.slots.axis is not None:
+            raise Disagreement(f"the model reads a part of {type(self).__name__} that each task has for itself")
+        present = [self.names[task] for task in self.slots.tasks]
+        known = getattr(self, "_adapters", None)  # of a wrapper, whose adapter is none where it has none
+        return present if known is None else [name for name in present if name in known]
+
+    def of_task(self, *args, **kwargs) -> object:
+        return super(InTurn, self).forward(*args, **kwargs)
+
+    def covers(self, tasks: tuple[int, ...]) -> bool:
+        return not self.own.isdisjoint(tasks)
