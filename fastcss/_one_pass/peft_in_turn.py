@@ -28,7 +28,7 @@ def run_in_turn(layer: nn.Module, names: Sequence[str], slots: Slots) -> None:
 
 @functools.cache
 def _class_in_turn(cls: type[nn.Module]) -> type[nn.Module]:
-    return types.new_class(cls.__name__, (PeftInTurn, cls), exec_body=lambda members: members.update(__module__=__name__))
+    return types.new_class(f"InTurn{cls.__name__}", (PeftInTurn, cls))
 
 
 class PeftInTurn(InTurn):

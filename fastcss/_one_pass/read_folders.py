@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._files import read_tensors
 from .pissa_olora import CONVERT, why_not_repeatable, with_taken_out
 from .read_adapters import Adapters, LoraWeights, check_base_layer, is_conv1d, kind_of
+from .read_saved import PREFIX, fits_still, taken_saved
 from .target_modules import targeted
 
 CALLER = "one_pass.from_directories"
@@ -25,7 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 # These options of a LoraConfig make an adapter more than x Aᵀ Bᵀ, or train something beside it.
 NOT_PLAIN_LORA = (
-    "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "target_parameters",
+    "use_dora", "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
     "layer_replication", "megatron_config",
 )  # fmt: skip
@@ -35,7 +36,7 @@ KNOWN = frozenset((
     "peft_version", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias",
     "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "runtime_config", "lora_bias", "ensure_weight_tying",
+    "runtime_config", "lora_bias", "ensure_weight_tying", "modules_to_save",
 ))  # fmt: skip
 
 DROPPED = (
@@ -59,7 +60,10 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
     adapters = Adapters.empty(names)
     for folder, adapter in zip(folders, names, strict=True):
         config = _read_config(folder)
-        layers = _by_layer(folder, read_tensors(folder / WEIGHTS_FILE, CALLER), model)
+        tensors = read_tensors(folder / WEIGHTS_FILE, CALLER)
+        for module, own in taken_saved(str(folder), config, tensors, model).items():
+            adapters.save(module, adapter, own)
+        layers = _by_layer(folder, tensors, model)
         _check_targets(folder, config, model, layers)
         for layer, parts in layers.items():
             weights = _fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
@@ -158,7 +162,6 @@ def _warn(message: str) -> None:
 
 # ----------------------------------------------------------------------------------------- adapter_model.safetensors
 
-PREFIX = "base_model.model."
 # Keys that were saved without PEFT's help contain the adapter's own name, as in its state_dict.
 _PAIR = re.compile(r"(?P<layer>.+?)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<layer>.+?)\.lora_embedding_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?")
@@ -208,7 +211,7 @@ def _check_not_lora(folder: Path, key: str, name: str, tensor: Tensor, model: nn
     own = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     mine = own.get(name.replace(".base_layer.", "."))
     if mine is None:
-        raise TypeError(f"{CALLER}: {folder}: {key!r} is no LoRA weight (modules_to_save?)")
+        raise TypeError(f"{CALLER}: {folder}: {key!r} is no LoRA weight, and of no module in its modules_to_save")
     if mine.shape != tensor.shape or not torch.equal(tensor.to(mine), mine.detach()):
         raise TypeError(
             f"{CALLER}: {folder}: {key!r} {list(tensor.shape)} differs from the model's own {list(mine.shape)}, which "
@@ -291,6 +294,10 @@ def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
             device = base.weight.device
             a, b, bias = (None if t is None else t.to(device) for t in (w.a, w.b, w.bias))
             again.add(layer, adapter, dataclasses.replace(w, a=a, b=b, bias=bias))
+    for name, own in adapters.saved.items():
+        for adapter, tensors in zip(adapters.names, own, strict=True):
+            if tensors is not None:
+                again.save(name, adapter, fits_still(name, adapter, tensors, modules.get(name)))
     return again
 
 

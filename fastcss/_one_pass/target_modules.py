@@ -1,4 +1,4 @@
-"""Finds the layers of a model that a saved LoraConfig names, by PEFT's rule."""
+"""Finds the layers of a model that a saved LoraConfig names, and the modules saved with them, by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,19 @@ def targeted(config: dict, model: nn.Module) -> list[str] | None:
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = _all_linear(config, model)
     names = [name for name, _ in model.named_modules() if name and not (excluded and _matches(excluded, name))]
+    whole = [re.compile(rf"(^|.*\.){entry}($|\..*)") for entry in config.get("modules_to_save") or ()]
+    names = [name for name in names if not any(pattern.match(name) for pattern in whole)]
     return [name for name in names if _matches(wanted, name) and _at_wanted_index(config, wanted, name)]
+
+
+def saved_whole(config: dict, model: nn.Module) -> list[str]:
+    """Return the names of the modules that PEFT saves whole with an adapter of this ``config``.
+
+    An entry of ``modules_to_save`` is the end of a name, and also of one that has no dot before it.
+    """
+    entries = tuple(config.get("modules_to_save") or ())
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return [name for name in names if entries and name.endswith(entries)]
 
 
 def _matches(wanted: str | Sequence[str], name: str) -> bool:

@@ -70,7 +70,7 @@ def _with_axis(result: Tensor | tuple, dim: int | tuple | None, level: int) -> T
     return result if dim is None else with_vmap_axis(result, dim, level)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002  torch's own name
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Run linear with the mapped axis among its rows, as one GEMM that includes the bias."""
     if is_mapped(weight) or is_mapped(bias):
         return F.linear(input, weight, bias)
@@ -128,7 +128,7 @@ def _isin(elements: Tensor, test_elements: Tensor, **kwargs) -> Tensor:
     return on_physical_tensors(lambda _, dims, e: (torch.isin(e, test_elements, **kwargs), dims[0]), elements)
 
 
-def _group_norm(input: Tensor, *args, **kwargs) -> Tensor:  # noqa: A002  torch's own name
+def _group_norm(input: Tensor, *args, **kwargs) -> Tensor:
     """Run group_norm on a contiguous input: vmap cannot tell group_norm the layout of one with its channels last."""
     return F.group_norm(input.contiguous() if is_mapped(input) else input, *args, **kwargs)
 

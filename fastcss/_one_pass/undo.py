@@ -53,9 +53,9 @@ class Attributes:
 class Undo:
     """Keeps the state of modules and of ``tensors`` (buffers, the inputs) as it is when a run begins.
 
-    It keeps the values of the ``attributes`` and the hooks, and the entries of lists, dicts, sets and objects in them. ``tensors``,
-    and the tensors in attributes that are not parameters, are copied at once if earlier runs wrote them (``known`` has
-    their ids; None means all). The others are copied when ``before_write`` announces a write.
+    It keeps the values of the ``attributes`` and the hooks, and the entries of lists, dicts, sets and objects in
+    attributes. ``tensors``, and the tensors in attributes that are not parameters, are copied at once if earlier runs
+    wrote them (``known`` has their ids; None means all). The others are copied when ``before_write`` announces a write.
     """
 
     def __init__(self, attributes: Attributes, tensors: Sequence[Tensor], known: set[int] | None) -> None:
