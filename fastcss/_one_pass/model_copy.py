@@ -78,6 +78,9 @@ class ModelCopy:
                 of_folders += [pair for one in built if one for pair in one[1]]
                 ours.fill(copy.of(module), [one and one[0] for one in built])
                 self._put(name, ours)
+        # What folders hold was converted to the dtype and device of these, which to() writes in place.
+        likes = [p for module, _ in of_folders for p in module._parameters.values() if p is not None]
+        self._likes = [(like, like.dtype, like.device) for like in likes]
         peft_layers = self._run_pefts_layers(model, copy, adapters)
         self.by_peft = adapters.by_peft
         # What only one task has is not shared by the passes, even if it does not depend on what they have computed.
@@ -152,6 +155,8 @@ class ModelCopy:
                 f"one_pass: layer {disabled!r} has its adapters switched off; call the runner outside of "
                 "disable_adapter(), or enable_adapters()"
             )
+        if any(like.dtype != dtype or like.device != device for like, dtype, device in self._likes):
+            return False
         return self._watch.is_as_built()
 
     def forget_changed_adapters(self) -> None:
