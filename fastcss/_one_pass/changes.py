@@ -50,6 +50,7 @@ class Watch:
         in_turn: the same of modules that run in turn, a task at a time.
         pairs: modules with their copies; their own attributes are watched, and what these hold.
         around: modules that contain ``model``.
+        modes: modules with others that follow only their train() and eval().
 
     Attributes:
         structure: the parts of the model that are compared by identity alone.
@@ -62,9 +63,10 @@ class Watch:
         in_turn: dict[str, tuple[nn.Module, nn.Module]],
         pairs: Sequence[tuple[nn.Module, nn.Module]],
         around: Iterable[nn.Module],
+        modes: Sequence[tuple[nn.Module, nn.Module]] = (),
     ) -> None:
         modules = [*model.modules(), *around]
-        self._adapted = [*layers.values(), *in_turn.values()]
+        self._adapted = [*modes, *layers.values(), *in_turn.values()]
         self._layers = {name: layer for name, (layer, _) in layers.items() if hasattr(layer, "lora_A")}
         switched = {name: layer for name, (layer, _) in in_turn.items() if hasattr(layer, "adapter_layer_names")}
         self._switched = self._layers | switched

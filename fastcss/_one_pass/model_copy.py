@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +32,8 @@ class ModelCopy:
     """Copies the structure of ``model``, shares its tensors, and follows later changes of the original.
 
     Args:
-        around: modules that contain ``model``; they are watched with it.
+        around: modules that contain ``model``, or that it is a twin of; they are watched with it.
+        twins: modules of the user with those of ``model`` that are their twins, and whose copies follow them.
 
     Attributes:
         model: the copy.
@@ -41,8 +43,13 @@ class ModelCopy:
         by_peft: why PEFT's own layers run, or None.
     """
 
-    def __init__(self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, adapters: Adapters, around: Iterable[nn.Module] = (), twins: Sequence[tuple] = ()
+    ) -> None:
         _warn_of_fused_encoders(model, adapters)
+        modes = _parts_of_twins(model, twins)
+        for theirs, part in modes:
+            part.training = theirs.training
         self.slots = Slots(uuid.uuid4().hex)
         self._attributes: Attributes | None = None
         copy, layers = StructuralCopy(model), {name: model.get_submodule(name) for name in adapters.layers}
@@ -100,7 +107,8 @@ class ModelCopy:
             if w is not None
             for t in (w.a, w.b)
         }
-        self._watch = Watch(model, pairs, saved | peft_layers, [*copy.pairs, *of_folders], around)
+        followed = [(theirs, copy.of(twin)) for theirs, twin in twins]
+        self._watch = Watch(model, pairs, saved | peft_layers, [*copy.pairs, *of_folders, *followed], around, modes)
         self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in copy.pairs if ours._buffers]
         self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         self._contents = Contents(self.adapter_tensors())
@@ -214,6 +222,18 @@ class ModelCopy:
         if self.hooked is not None:
             return f"{self.hooked or 'the model'} has hooks, which see the tensors of one adapter at a time"
         return None
+
+
+def _parts_of_twins(model: nn.Module, twins: Sequence[tuple]) -> list[tuple[nn.Module, nn.Module]]:
+    """Return what PEFT has put into ``model``, a twin, with the user's modules whose train() and eval() it follows."""
+    if not twins:
+        return []
+    theirs, pairs = dict(twins[0][0].named_modules()), []
+    for name, layer in model.named_modules():
+        for inner, part in layer.named_modules() if hasattr(layer, "adapter_layer_names") and name in theirs else ():
+            inside = re.sub(r"^(base_layer|original_module|modules_to_save\.[^.]+)\b", name, inner)
+            pairs.append((theirs.get(inside, theirs[name]), part))
+    return pairs
 
 
 def _warn_of_fused_encoders(model: nn.Module, adapters: Adapters) -> None:

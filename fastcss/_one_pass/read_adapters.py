@@ -94,7 +94,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
     """Return the base model inside ``model``, with its adapted layers in place, and its adapters."""
     try:
-        from peft import PeftModel
+        from peft import PeftMixedModel, PeftModel
         from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
     except ImportError as error:
         raise ImportError(
@@ -108,14 +108,15 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
         why = why_not_in_layers(adapter, config, kinds[adapter])
         if why:
             raise TypeError(f"one_pass: {why}")
-    for around in (model, model.base_model) if isinstance(model, PeftModel) else ():
+    is_peft = isinstance(model, (PeftModel, PeftMixedModel))
+    for around in (model, model.base_model) if is_peft else ():
         if _has_own_calls(around) or not type(around).forward.__module__.startswith("peft."):
             raise TypeError(
                 f"one_pass: the {type(around).__name__} around the model has hooks or a replaced forward, which one "
                 "pass would skip; hooks on the model itself (model.get_base_model()) and on the runner run"
             )
     # get_base_model() would fail if the active adapter was deleted.
-    base = model.base_model.model if isinstance(model, PeftModel) else model
+    base = model.base_model.model if is_peft else model
     layers = {name: module for name, module in base.named_modules() if is_peft_layer(module)}
     if not layers:
         raise ValueError(f"one_pass: {type(model).__name__} has no adapted layer; it wants a model with PEFT adapters")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._files import read_tensors
 from .pissa_olora import CONVERT, why_not_repeatable, with_taken_out
 from .read_adapters import Adapters, LoraWeights, check_base_layer, is_conv1d, kind_of
+from .read_by_peft import ByPeft
 from .read_saved import PREFIX, fits_still, taken_saved
 from .target_modules import targeted
 
@@ -44,8 +45,11 @@ DROPPED = (
 )
 
 
-def read_directories(model: nn.Module, directories: Sequence, names: Sequence[str] | None) -> Adapters:
-    """Read the adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled."""
+def read_directories(model: nn.Module, directories: Sequence, names: Sequence[str] | None) -> Adapters | ByPeft:
+    """Read the adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled.
+
+    PEFT itself reads them if one of them is of a kind that has no form here.
+    """
     folders = [Path(directory) for directory in directories]
     if not folders:
         raise ValueError(f"{CALLER}: wants at least one folder, got none")
@@ -55,11 +59,14 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
             raise ValueError(f"{CALLER}: layer {name!r} has adapters already; it wants the bare model")
+    configs = [_read_config(folder) for folder in folders]
+    by_peft = next(filter(None, map(_why_by_peft, folders, configs)), None)
+    if by_peft:
+        return ByPeft.read(folders, names, by_peft)
     modules = dict(model.named_modules())
     users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     adapters = Adapters.empty(names)
-    for folder, adapter in zip(folders, names, strict=True):
-        config = _read_config(folder)
+    for folder, adapter, config in zip(folders, names, configs, strict=True):
         tensors = read_tensors(folder / WEIGHTS_FILE, CALLER)
         for module, own in taken_saved(str(folder), config, tensors, model).items():
             adapters.save(module, adapter, own)
@@ -92,10 +99,7 @@ def _read_config(folder: Path) -> dict:
     if kind is None:
         raise ValueError(f"{CALLER}: {path} is no PEFT configuration: it has no peft_type")
     if kind != "LORA":
-        raise TypeError(f"{CALLER}: {folder} is a {kind} adapter; only LORA adapters run in one pass")
-    for option in NOT_PLAIN_LORA:
-        if config.get(option):
-            raise TypeError(f"{CALLER}: {folder} uses {option}; only plain LoRA runs in one pass")
+        return config
     why = why_not_repeatable(config.get("init_lora_weights"))
     if why:
         raise TypeError(f"{CALLER}: {folder}: init_lora_weights={config['init_lora_weights']!r} {why}")
@@ -103,6 +107,13 @@ def _read_config(folder: Path) -> dict:
     if unknown:
         _warn(f"{folder}: {CONFIG_FILE} has options that fastcss does not know and leaves out as PEFT would: {unknown}")
     return config
+
+
+def _why_by_peft(folder: Path, config: dict) -> str | None:
+    """Return why PEFT itself has to read the folder, or None."""
+    if config["peft_type"] != "LORA":
+        return f"{folder} is a {config['peft_type']} adapter"
+    return next((f"{folder} uses {option}" for option in NOT_PLAIN_LORA if config.get(option)), None)
 
 
 def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -> None:

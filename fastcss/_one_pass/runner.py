@@ -20,6 +20,7 @@ from .inputs_outputs import Inputs, task_axis_second
 from .model_copy import ModelCopy
 from .passes import Passes
 from .read_adapters import Adapters, check_global_hooks, read_peft
+from .read_by_peft import ByPeft
 from .read_folders import fitted_again, read_directories
 
 
@@ -108,7 +109,7 @@ class OnePass(nn.Module):
         return cls._made_of(model, read_directories(model, directories, names), engine, group_size, fuse, task_dim)
 
     @classmethod
-    def _made_of(cls, model: nn.Module, adapters: Adapters | None, *options: Any) -> OnePass:
+    def _made_of(cls, model: nn.Module, adapters: Adapters | ByPeft | None, *options: Any) -> OnePass:
         """Make a runner for the adapters in ``model``, or for ``adapters`` if the model is bare."""
         runner = cls.__new__(cls)
         nn.Module.__init__(runner)
@@ -118,7 +119,7 @@ class OnePass(nn.Module):
     def _begin(
         self,
         model: nn.Module,
-        adapters: Adapters | None,
+        adapters: Adapters | ByPeft | None,
         engine: str,
         group_size: int | None,
         fuse: bool | None,
@@ -142,19 +143,23 @@ class OnePass(nn.Module):
         Raises:
             TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
         """
-        base, adapters = self._read()
+        given = self._read()
         self._captures = Captures()
-        self._take(base, adapters)
+        self._take(*given)
 
-    def _read(self) -> tuple[nn.Module, Adapters]:
+    def _read(self) -> tuple[nn.Module, Adapters, list[tuple[nn.Module, nn.Module]]]:
+        """Return the model with its adapters, and what of ``self.model`` it is a twin of."""
         if self._given is None:
-            return read_peft(self.model)
+            return *read_peft(self.model), []
+        if isinstance(self._given, ByPeft):
+            return self._given.built_on(self.model)
         self._given = fitted_again(self.model, self._given)
-        return self.model, self._given
+        return self.model, self._given, []
 
-    def _take(self, base: nn.Module, adapters: Adapters) -> None:
+    def _take(self, base: nn.Module, adapters: Adapters, twins: list[tuple[nn.Module, nn.Module]]) -> None:
         inside = set(base.modules())
-        model_copy = ModelCopy(base, adapters, [module for module in self.model.modules() if module not in inside])
+        around = [module for module in self.model.modules() if module not in inside]
+        model_copy = ModelCopy(base, adapters, around, twins)
         fuse = model_copy.device.type == "cpu" if self._fuse is None else self._fuse
         # The adapted layers and the task rules already run linear layers on the faster GEMM.
         self.fusion: Fusion | None = fuse_modules(model_copy.model, linears=False) if fuse else None
@@ -167,13 +172,13 @@ class OnePass(nn.Module):
         check_global_hooks()
         if self._model_copy.follow():
             return
-        base, adapters = self._read()
+        base, adapters, twins = self._read()
         if adapters.names != self.adapters:
             raise RuntimeError(
                 f"one_pass: the model's adapters are {', '.join(adapters.names)} now, and the runner has "
                 f"{', '.join(self.adapters)}; runner.refresh() takes them over"
             )
-        self._take(base, adapters)
+        self._take(base, adapters, twins)
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError("one_pass: torch.nn.DataParallel cannot replicate a runner; use DistributedDataParallel")
