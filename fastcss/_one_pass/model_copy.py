@@ -112,6 +112,8 @@ class ModelCopy:
         self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in copy.pairs if ours._buffers]
         self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         self._contents = Contents(self.adapter_tensors())
+        self._made_of = Contents(adapters.made_of)
+        self._made_of.changed()
         self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
         self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
         self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
@@ -165,7 +167,7 @@ class ModelCopy:
             )
         if any(like.dtype != dtype or like.device != device for like, dtype, device in self._likes):
             return False
-        return self._watch.is_as_built()
+        return not self._made_of.changed() and self._watch.is_as_built()
 
     def forget_changed_adapters(self) -> None:
         """Drop the packs of adapters whose values have changed; on a GPU drop all, since comparing would stall it."""

@@ -57,12 +57,14 @@ class Adapters:
         saved: for every module that an adapter was saved with whole, each adapter's: the tensors of its state_dict
             from a folder, or True for a module in PEFT's wrapper; None if it has none.
         by_peft: why PEFT's own layers run, which then are all that runs of the adapters; None if there is no reason.
+        made_of: weights of the model that PEFT has made parts of the adapters of; other values want other adapters.
     """
 
     names: tuple[str, ...]
     layers: dict[str, list[LoraWeights | None]]
     saved: dict[str, list[dict[str, Tensor] | bool | None]] = dataclasses.field(default_factory=dict)
     by_peft: str | None = None
+    made_of: tuple[Tensor, ...] = ()
 
     @classmethod
     def empty(cls, names: Sequence[str]) -> Adapters:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import read_tensors
+from .peft_layers import is_peft_layer, tensors_of
 from .read_adapters import Adapters, read_peft
 from .structural_copy import StructuralCopy
 
@@ -60,6 +61,7 @@ class ByPeft:
 
         structure = StructuralCopy(model)
         twin, around = structure.of(model), None
+        in_folders: set[int] = set()
         theirs = _give_own_tensors(twin)
         kind = PeftModel if len({config.peft_type for config in self.configs}) == 1 else PeftMixedModel
         for name, folder, config, tensors in zip(self.names, self.folders, self.configs, self.tensors, strict=True):
@@ -72,7 +74,7 @@ class ByPeft:
                         around = kind(twin, config, name)
                     else:
                         around.add_adapter(name, config)
-                    _load(around, name, tensors, folder)
+                    in_folders |= _load(around, name, tensors, folder)
             except _LeftOutError as error:
                 raise ValueError(str(error)) from None
             except Exception as error:
@@ -82,6 +84,7 @@ class ByPeft:
                 ) from error
         _give_back(around, theirs)
         base, adapters = read_peft(around)
+        adapters = dataclasses.replace(adapters, made_of=_made_of(base, adapters.names, in_folders))
         return base, adapters, [(model, twin), *structure.pairs]
 
 
@@ -89,7 +92,8 @@ class _LeftOutError(ValueError):
     """Says that PEFT has not taken over a part of a folder."""
 
 
-def _load(around: nn.Module, name: str, tensors: dict[str, Tensor], folder: str) -> None:
+def _load(around: nn.Module, name: str, tensors: dict[str, Tensor], folder: str) -> set[int]:
+    """Load a folder's tensors; return the places in memory where they then are."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     set_peft_model_state_dict(around, dict(tensors), adapter_name=name)
@@ -102,6 +106,18 @@ def _load(around: nn.Module, name: str, tensors: dict[str, Tensor], folder: str)
             raise _LeftOutError(f"{where} has no place in the model, and PEFT would leave it out")
         if not torch.equal(tensors[key].to(loaded[key]), loaded[key]):
             raise _LeftOutError(f"{where} has other values when PEFT has loaded it")
+    return {tensor.data_ptr() for tensor in loaded.values()}
+
+
+def _made_of(base: nn.Module, names: Sequence[str], in_folders: set[int]) -> tuple[Tensor, ...]:
+    """Return the weights of layers in which adapters have tensors that no folder holds: PEFT may make them of these."""
+    found: list[Tensor] = []
+    for layer in base.modules():
+        if is_peft_layer(layer) and hasattr(layer, "get_base_layer"):
+            own = [tensor for name in names for tensor in tensors_of(layer, name) if tensor.numel()]
+            if any(tensor.data_ptr() not in in_folders for tensor in own):
+                found += layer.get_base_layer().parameters()
+    return tuple({id(tensor): tensor for tensor in found}.values())
 
 
 def _give_own_tensors(twin: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
