@@ -57,7 +57,11 @@ class Engine:
         if torch.compiler.is_exporting():
             return self._exported(replay)
         in_turn = self._runs_in_turn(copy, vmap)
-        result = replay() if in_turn else self._try(copy, inputs, vmap, replay, slots)
+        try:
+            result = replay() if in_turn else self._try(copy, inputs, vmap, replay, slots)
+        except BaseException:
+            copy.is_spoilt = copy.by_peft is not None
+            raise
         copy.give_back()
         return result
 

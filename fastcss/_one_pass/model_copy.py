@@ -25,7 +25,7 @@ from .peft_layers import tensors_of
 from .read_adapters import Adapters
 from .saved_modules import SavedModules, with_tensors
 from .structural_copy import StructuralCopy
-from .undo import Attributes, Undo
+from .undo import Attributes, Undo, restore
 
 
 class ModelCopy:
@@ -112,6 +112,11 @@ class ModelCopy:
         self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in copy.pairs if ours._buffers]
         self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         self._contents = Contents(self.adapter_tensors())
+        # Some of PEFT's layers put other parameters into the base layer for the time of a call.
+        by_peft = [ours._parameters for _, ours in copy.pairs] if self.by_peft else []
+        self._parameters = [(now, now.copy()) for now in by_peft]
+        self._set_parameters = Snapshot([now.values() for now in by_peft])
+        self.is_spoilt = False  # a run of PEFT's layers failed half-way
         self._made_of = Contents(adapters.made_of)
         self._made_of.changed()
         self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
@@ -165,7 +170,7 @@ class ModelCopy:
                 f"one_pass: layer {disabled!r} has its adapters switched off; call the runner outside of "
                 "disable_adapter(), or enable_adapters()"
             )
-        if any(like.dtype != dtype or like.device != device for like, dtype, device in self._likes):
+        if self.is_spoilt or any(like.dtype != dtype or like.device != device for like, dtype, device in self._likes):
             return False
         return not self._made_of.changed() and self._watch.is_as_built()
 
@@ -180,8 +185,16 @@ class ModelCopy:
                 layer.forget()
 
     def give_back(self) -> None:
-        """Give the original the buffers that a run has replaced; buffers written in place are shared already."""
-        if torch.compiler.is_compiling() or not self._set_buffers.differs():
+        """Give the original the buffers that a run has replaced; buffers written in place are shared already.
+
+        Parameters that PEFT's layers have replaced are those of the original again.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self._set_parameters.differs():
+            for now, before in self._parameters:
+                restore(now, before)
+        if not self._set_buffers.differs():
             return
         for theirs, ours in self._buffers:
             theirs.update((name, value) for name, value in ours.items() if value is not theirs.get(name))

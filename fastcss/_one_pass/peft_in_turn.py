@@ -20,9 +20,13 @@ from .task_rules import Disagreement
 
 def run_in_turn(layer: nn.Module, names: Sequence[str], slots: Slots) -> None:
     """Make ``layer``, a copy of one of PEFT's, run the adapter of the present pass."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     vars(layer).pop("_active_adapter", None)
     layer.slots, layer.names = slots, tuple(names)
     layer.own = frozenset(task for task, name in enumerate(names) if tensors_of(layer, name))
+    layer.skips_others = not isinstance(layer, (AuxiliaryTrainingWrapper, TrainableTokensLayer))
     layer.__class__ = _class_in_turn(type(layer))
 
 
@@ -36,14 +40,16 @@ class PeftInTurn(InTurn):
 
     names: tuple[str, ...]
     own: frozenset[int]  # the tasks that have weights here
+    skips_others: bool  # PEFT sets any adapter active here; where it does not, none is, for those without weights
 
     @property
     def _active_adapter(self) -> list[str]:
         if self.slots.axis is not None:
             raise Disagreement(f"the model reads a part of {type(self).__name__} that each task has for itself")
         present = [self.names[task] for task in self.slots.tasks]
-        known = getattr(self, "_adapters", None)  # of a wrapper, whose adapter is none where it has none
-        return present if known is None else [name for name in present if name in known]
+        if self.skips_others:
+            return present
+        return [name for name in present if self.names.index(name) in self.own]
 
     def of_task(self, *args, **kwargs) -> object:
         return super(InTurn, self).forward(*args, **kwargs)

@@ -60,7 +60,7 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
         if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
             raise ValueError(f"{CALLER}: layer {name!r} has adapters already; it wants the bare model")
     configs = [_read_config(folder) for folder in folders]
-    by_peft = next(filter(None, map(_why_by_peft, folders, configs)), None)
+    by_peft = next((why for pair in zip(folders, configs, strict=True) if (why := _why_by_peft(*pair, model))), None)
     if by_peft:
         return ByPeft.read(folders, names, by_peft)
     modules = dict(model.named_modules())
@@ -109,11 +109,16 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _why_by_peft(folder: Path, config: dict) -> str | None:
+def _why_by_peft(folder: Path, config: dict, model: nn.Module) -> str | None:
     """Return why PEFT itself has to read the folder, or None."""
     if config["peft_type"] != "LORA":
         return f"{folder} is a {config['peft_type']} adapter"
-    return next((f"{folder} uses {option}" for option in NOT_PLAIN_LORA if config.get(option)), None)
+    option = next((option for option in NOT_PLAIN_LORA if config.get(option)), None)
+    if option is not None:
+        return f"{folder} uses {option}"
+    layers = {name: model.get_submodule(name) for name in targeted(config, model) or ()}
+    other = next((name for name, layer in layers.items() if kind_of(layer) is None), None)
+    return other and f"{folder} has LoRA on {type(layers[other]).__name__} {other!r}"
 
 
 def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -> None:

@@ -112,7 +112,7 @@ class Undo:
             RuntimeError: a tensor was written without an announcement.
         """
         for now, before in self._attributes:
-            _restore(now, before)
+            restore(now, before)
         for now, before in self._contents:
             now.clear()
             (now.extend if isinstance(now, (list, collections.deque)) else now.update)(before)
@@ -154,7 +154,8 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor._base if tensor._is_view() else tensor
 
 
-def _restore(now: dict, before: dict) -> None:
+def restore(now: dict, before: dict) -> None:
+    """Give the dict ``now`` the entries of ``before``."""
     for name in now.keys() - before.keys():
         del now[name]
     for name, value in before.items():
