@@ -40,10 +40,10 @@ DAMAGES = {
     "pickle": (to_pickle, ValueError, "adapter_model.bin is a pickle"),
     "truncated": (truncate, ValueError, "no whole safetensors file"),
     "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "no PEFT configuration"),
-    "other type": (lambda f: edit_config(f, peft_type="IA3"), TypeError, "IA3 adapter"),
-    "dora": (lambda f: edit_config(f, use_dora=True), TypeError, "uses use_dora"),
+    "other type": (lambda f: edit_config(f, peft_type="IA3"), TypeError, "task2 is a IA3 adapter, which PEFT"),
+    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "lora_magnitude_vector' is not in the folder"),
     "no type": (lambda f: edit_config(f, peft_type=None), ValueError, "adapter_config.json.*no peft_type"),
-    "velora": (lambda f: edit_config(f, velora_config={"num_groups": 2}), TypeError, "uses velora_config"),
+    "velora": (lambda f: edit_config(f, velora_config={"num_groups": 2}), ValueError, "velora_embed' is not in the folder"),
     "biases": (
         lambda f: edit_tensors(f, lambda t: t | {f"{LAYER}.base_layer.bias": torch.ones(32)}),
         TypeError,
@@ -126,7 +126,7 @@ DAMAGES = {
             edit_tensors(f, lambda t: {k.replace("attention.q_proj", NORM): v for k, v in t.items()}),
         ),
         TypeError,
-        "layernorm_before' is LayerNorm",
+        "which PEFT does not load here: Target module LayerNorm",
     ),
 }  # fmt: skip
 
