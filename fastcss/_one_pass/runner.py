@@ -1,4 +1,4 @@
-"""Runs every LoRA adapter of a model in one pass over the model."""
+"""Runs every adapter of a model in one pass over the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .read_folders import fitted_again, read_directories
 
 
 class OnePass(nn.Module):
-    """Runs a model once for all of its LoRA adapters: each output equals the model's with that adapter alone.
+    """Runs a model once for all of its adapters: each output equals the model's with that adapter alone.
 
     The parts that no adapter has touched (everything before the first adapted layer, and every branch without one) are
     computed once for all adapters. The model is left as it is: the runner works on a copy of its structure that shares
@@ -36,9 +36,13 @@ class OnePass(nn.Module):
     one does. A forward hook sees one adapter's tensors at a time, so a model with the user's hooks runs as engine
     "replay".
 
+    Adapters are LoRA on Linear, Conv1D, Conv2d or Embedding, and may differ in rank, alpha and the layers they cover.
+    Modules that they were trained with whole (``modules_to_save``) and trainable tokens run in turn, a task at a time,
+    inside of the pass. Any other kind of adapter in a model's layers (DoRA, LoHa, IA3, OFT, …), and other layers under
+    LoRA, run by PEFT's own layers: the whole model then runs as engine "replay", with a warning.
+
     Args:
-        model: a PEFT model, or any module with PEFT's LoRA layers in it, on Linear, Conv1D, Conv2d or Embedding.
-            Adapters may differ in rank, alpha and the layers they cover.
+        model: a PEFT model, or any module with PEFT's layers in it.
         engine: "vmap" runs the adapters side by side under ``torch.vmap``; "replay" runs them in turn and repeats only
             what depends on the adapter, which works with any model; "auto" is "vmap", but falls back to "replay", with
             a warning, for a model that vmap refuses or that counts its calls. ``runner.engine`` says which of them
@@ -87,13 +91,15 @@ class OnePass(nn.Module):
         fuse: bool | None = None,
         task_dim: int = 0,
     ) -> OnePass:
-        """Make a runner for a bare model and adapters saved by PEFT, without PEFT.
+        """Make a runner for a bare model and adapters saved by PEFT, without PEFT if they are plain LoRA.
 
         Each adapter runs as ``PeftModel.from_pretrained(model, folder)`` runs it. It runs in float32, whatever dtype it
         was saved in (float64 beside float64 layers). A PiSSA or OLoRA adapter gives what it gives in PEFT beside the
         reduced base layer, though here the model stays as it is. A layer with several names goes by its first name
         alone. Keys may contain the adapter's own name. A warning names the layers that a folder's config targets but
-        the folder lacks, and the options that are not known.
+        the folder lacks, and the options that are not known. Modules saved whole have the dtype of the model's. If one
+        of the adapters is of another kind, or has trainable tokens, PEFT reads them all, around a twin of the model
+        that shares its tensors (while it reads, the model's weights are in memory twice).
 
         Args:
             model: the base model of the adapters.
@@ -103,8 +109,9 @@ class OnePass(nn.Module):
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a folder is incomplete, holds a pickle or weights that PEFT would
-                leave out, is no plain LoRA adapter, or belongs to another base model; the message names the file or
-                the layer.
+                leave out, belongs to another base model, or has PEFT change the base model; the message names the
+                file or the layer.
+            ImportError: the adapters want PEFT, and it is not installed.
         """
         return cls._made_of(model, read_directories(model, directories, names), engine, group_size, fuse, task_dim)
 
