@@ -54,9 +54,7 @@ class ModelCopy:
         self._attributes: Attributes | None = None
         copy, layers = StructuralCopy(model), {name: model.get_submodule(name) for name in adapters.layers}
         pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
-        saved = {
-            name: (model.get_submodule(name), SavedModules(adapters.names, self.slots)) for name in adapters.saved
-        }
+        saved = {name: (model.get_submodule(name), SavedModules(adapters.names, self.slots)) for name in adapters.saved}
         for name, layer in layers.items():
             if hasattr(layer, "base_layer"):
                 ours = adapted(copy.of(layer.base_layer), adapters.layers[name], self.slots)

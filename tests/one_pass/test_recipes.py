@@ -183,7 +183,9 @@ def test_training_reaches_the_modules_of_every_task(name):
     expected = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
     got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == expected.keys()
-    assert {f"task{t}" for t in range(3)} <= {part for key in got if "modules_to_save" in key for part in key.split(".")}
+    assert {f"task{t}" for t in range(3)} <= {
+        part for key in got if "modules_to_save" in key for part in key.split(".")
+    }
     for key, gradient in expected.items():
         torch.testing.assert_close(got[key], gradient, atol=1e-4, rtol=1e-4)
     for (key, mine), (_, theirs) in zip(model.named_buffers(), other.named_buffers(), strict=True):
