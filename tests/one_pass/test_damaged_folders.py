@@ -43,7 +43,9 @@ DAMAGES = {
     "other type": (lambda f: edit_config(f, peft_type="IA3"), TypeError, "task2 is a IA3 adapter, which PEFT"),
     "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "lora_magnitude_vector' is not in the folder"),
     "no type": (lambda f: edit_config(f, peft_type=None), ValueError, "adapter_config.json.*no peft_type"),
-    "velora": (lambda f: edit_config(f, velora_config={"num_groups": 2}), ValueError, "velora_embed' is not in the folder"),
+    "velora": (
+        lambda f: edit_config(f, velora_config={"num_groups": 2}), ValueError, "velora_embed' is not in the folder",
+    ),
     "biases": (
         lambda f: edit_tensors(f, lambda t: t | {f"{LAYER}.base_layer.bias": torch.ones(32)}),
         TypeError,
