@@ -34,17 +34,16 @@ class Attributes:
         self._look()
 
     def _look(self) -> None:
-        held = [d for m in self._modules for d in (vars(m), m._buffers)]
-        hooks = [d for m in self._modules for d in (m._forward_hooks, m._forward_pre_hooks)]
-        dicts = [(d, d.copy()) for d in (*held, *hooks)]
+        held = [d for m in self._modules for d in (vars(m), m._buffers, m._forward_hooks, m._forward_pre_hooks)]
+        dicts = [(d, d.copy()) for d in held]
         own = [a[name] for a in map(vars, self._modules) for name in a.keys() - OF_EVERY_MODULE]
         own = [value for value in own if isinstance(value, Tensor) or not isinstance(value, _NOT_ENTERED)]
-        views = [view for d in held for view in (d.keys(), d.values())]
-        self._seen = Snapshot([*views, *(d.values() for d in hooks)]), dicts, own
+        self._empty = [d for d in held if not d]
+        self._seen = Snapshot([view for d in held if d for view in (d.keys(), d.values())]), dicts, own
 
     def now(self) -> tuple[list[tuple[dict, dict]], list]:
         """Return each dict of these with a copy of it, and the values that may hold more."""
-        if self._seen[0].differs():
+        if any(self._empty) or self._seen[0].differs():
             self._look()
         _, dicts, own = self._seen
         return dicts, list(own)
