@@ -31,4 +31,4 @@ class FusedCopy:
         copy = StructuralCopy(self._module)
         self._fused = copy.of(self._module)
         fuse(self._fused)
-        self._watch = Watch(self._module, {}, copy.pairs, ())
+        self._watch = Watch(self._module, {}, {}, copy.pairs, ())

@@ -160,7 +160,7 @@ def test_not_finite(impl, case, name, bad, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @light(lambda layout, case: layout == "a slice" and case == "map")
-def test_strides(impl, layout, case, device, tolerances):
+def test_any_strides(impl, layout, case, device, tolerances):
     call = make(*CASES[case], device=device)
     call = call.having(**{name: calls.laid_out(tensor, LAYOUTS[layout]) for name, tensor in call.tensors.items()})
     assert_as_good_as_eager(call, impl, tolerances[torch.float32])
