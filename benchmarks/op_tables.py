@@ -142,8 +142,18 @@ def ops(rows: Sequence[dict]) -> str:
         ("`bi_attention`, 17,821 tokens, 20 words", "bi_attention/n17821-l20"),
         ("`window_attention`, all 12 layers of Swin-T", "window_attention/swin-t-800x1066"),
         ("Grounding DINO encoder, `fuse` on against off", "fuse/grounding-dino-480x640"),
+        *_measured(
+            rows,
+            ("`relative_attention`, SAM's map of 64×64, 12 heads", "relative_attention/global-64x64"),
+            ("SAM's image encoder, ViT-B, 1024², `fuse` on against off", "fuse/sam-vit-b-1024"),
+        ),
     ]
     return _ops(rows, lines, BESIDE_LITERAL)
+
+
+def _measured(rows: Sequence[dict], *lines: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Leave out the lines of cases that older rows do not have."""
+    return [line for line in lines if any(row["case"] == line[1] for row in rows)]
 
 
 def detector(rows: Sequence[dict]) -> str:
@@ -168,14 +178,14 @@ def detector(rows: Sequence[dict]) -> str:
         ("Grounding DINO encoder, `fuse`", "fuse/grounding-dino-480x640"),
     ]
     last = Point(rows, *lines[-1][1:])
-    sam = [
+    lines[-1:-1] = _measured(
+        rows,
         ("`relative_attention`, SAM's map of 64×64, 12 heads of 64", "relative_attention/global-64x64"),
         (BACKWARD, "relative_attention/global-64x64", "bwd"),
         ("… in windows of 14", "relative_attention/windows-14"),
         (BACKWARD, "relative_attention/windows-14", "bwd"),
         ("SAM's image encoder, ViT-B, 1024×1024, `fuse`", "fuse/sam-vit-b-1024"),
-    ]
-    lines[-1:-1] = [line for line in sam if any(row["case"] == line[1] for row in rows)]  # older rows have none
+    )
     whole, alone = ratio(last.times("eager")), ratio(last.times("eager") / last.times("attention only"))
     return (
         f"{_ops(rows, lines, columns, head='')}\n\n(Of the last line's {whole}, the attention ops alone are {alone}; "
