@@ -96,8 +96,8 @@ ONE_PASS = [
     Fault(
         "one-pass-merged-adapters-are-added-twice",
         "fastcss/_one_pass/read_adapters.py",
-        "    if layer.merged:\n",
-        "    if not layer:\n",
+        "        if layer.merged_adapters:\n",
+        "        if not layer:\n",
         "tests/one_pass/test_refusals.py",
     ),
     Fault(
