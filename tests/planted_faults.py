@@ -54,6 +54,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="only say whether each has its place, and run nothing")
     options = parser.parse_args()
     faults = [fault for fault in FAULTS if any(part in fault.name for part in options.name or [""])]
+    if not faults:
+        parser.error(f"no fault has {' or '.join(options.name)} in its name")
     lost = [f"{fault.name}: {reason}" for fault in faults if (reason := why_not(options.tree, fault))]
     print(*lost, sep="\n", end="\n" if lost else "")
     if options.list:
