@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from .._files import read_tensors
 from .peft_layers import is_peft_layer, tensors_of
 from .read_adapters import Adapters, read_peft
+from .read_saved import CALLER, WEIGHTS_FILE
 from .structural_copy import StructuralCopy
-
-CALLER = "one_pass.from_directories"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import re
 import warnings
 from collections import Counter
@@ -15,15 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .._files import read_tensors
-from .pissa_olora import CONVERT, why_not_repeatable, with_taken_out
-from .read_adapters import Adapters, LoraWeights, check_base_layer, is_conv1d, kind_of
+from .fit_layers import fit
+from .pissa_olora import CONVERT, why_not_repeatable
+from .read_adapters import Adapters, kind_of
 from .read_by_peft import ByPeft
-from .read_saved import PREFIX, fits_still, taken_saved
+from .read_saved import CALLER, CONFIG_FILE, PREFIX, WEIGHTS_FILE, taken_saved
 from .target_modules import targeted
-
-CALLER = "one_pass.from_directories"
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 # These options of a LoraConfig make an adapter more than x Aᵀ Bᵀ, or train something beside it.
 NOT_PLAIN_LORA = (
@@ -73,7 +68,7 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
         layers = _by_layer(folder, tensors, model)
         _check_targets(folder, config, model, layers)
         for layer, parts in layers.items():
-            weights = _fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
+            weights = fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
             if weights.taken_out and users[id(modules[layer].weight)] > 1:
                 init = config["init_lora_weights"]
                 raise TypeError(
@@ -248,86 +243,3 @@ def _why_not_there(layer: str, model: nn.Module) -> str:
         f"the model has no layer {layer!r}; the adapter belongs to another base model, or to this one in a release of "
         "transformers that names its layers otherwise"
     )
-
-
-# ------------------------------------------------------------------------------------------------------ one layer
-
-
-def _fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, layer: str) -> LoraWeights:
-    kind = kind_of(base)
-    if kind is None:
-        raise TypeError(
-            f"{CALLER}: {where} is {type(base).__name__}; LoRA on Linear, Conv1D, Conv2d and Embedding runs in one pass"
-        )
-    check_base_layer(layer, base)
-    if not {"a", "b"} <= tensors.keys():
-        raise ValueError(f"{CALLER}: {where} has only one half of its LoRA pair")
-    a, b, bias = tensors["a"], tensors["b"], tensors.get("bias")
-    if (bias is not None) != bool(config.get("lora_bias")):
-        held, said = "no bias" if bias is None else "a bias", bool(config.get("lora_bias"))
-        raise ValueError(f"{CALLER}: {where} holds {held} of B, but lora_bias is {said} in {CONFIG_FILE}")
-    if not a.numel() or not b.numel():
-        raise ValueError(
-            f"{CALLER}: {where} is empty, {list(a.shape)} and {list(b.shape)}: saved from a sharded model (DeepSpeed "
-            "ZeRO-3, FSDP) without gathering its weights"
-        )
-    rank = a.shape[0]
-    wanted_a, wanted_b = _shapes(kind, base, rank)
-    if tuple(a.shape) != wanted_a or tuple(b.shape) not in wanted_b or (bias is not None and bias.shape != b.shape[:1]):
-        raise ValueError(
-            f"{CALLER}: {where} wants A {list(wanted_a)} and B {' or '.join(str(list(w)) for w in wanted_b)} at rank "
-            f"{rank}, the folder holds {list(a.shape)} and {list(b.shape)}; the adapter belongs to another base model"
-        )
-    if rank != _of_pattern(config.get("rank_pattern"), layer, config.get("r", 8)):
-        raise ValueError(f"{CALLER}: {where} is of rank {rank}, its {CONFIG_FILE} (r, rank_pattern) says another")
-    alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    # PEFT loads adapters in float32, whatever was saved, and beside a float64 layer in float64.
-    dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-    a, b, bias = (None if tensor is None else tensor.to(base.weight.device, dtype) for tensor in (a, b, bias))
-    weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)))
-    try:
-        return with_taken_out(weights, base, config.get("init_lora_weights"))
-    except TypeError as error:
-        raise TypeError(f"{CALLER}: {where} has {error}") from error
-
-
-def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
-    """Fit adapters that were read from folders to ``model`` as it is now, on its device."""
-    modules, again = dict(model.named_modules()), Adapters.empty(adapters.names)
-    for layer, weights in adapters.layers.items():
-        base = modules.get(layer)
-        kind = None if base is None else kind_of(base)
-        if kind is None:
-            raise ValueError(f"one_pass: the model has no layer {layer!r} any more that its adapters fit")
-        check_base_layer(layer, base)
-        for adapter, w in zip(adapters.names, weights, strict=True):
-            if w is None:
-                continue
-            wanted_a, (wanted_b, *_) = _shapes(kind, base, w.a.shape[0])
-            if w.a.shape != wanted_a or w.b.shape[0] != wanted_b[0]:
-                raise ValueError(f"one_pass: layer {layer!r} has another size now, which {adapter!r} does not fit")
-            device = base.weight.device
-            a, b, bias = (None if t is None else t.to(device) for t in (w.a, w.b, w.bias))
-            again.add(layer, adapter, dataclasses.replace(w, a=a, b=b, bias=bias))
-    for name, own in adapters.saved.items():
-        for adapter, tensors in zip(adapters.names, own, strict=True):
-            if tensors is not None:
-                again.save(name, adapter, fits_still(name, adapter, tensors, modules.get(name)))
-    return again
-
-
-def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Return the shape of A, and the shapes that B may have."""
-    if kind == "embedding":
-        return (rank, base.num_embeddings), ((base.embedding_dim, rank),)
-    if kind == "conv2d":  # peft before 0.16 has a dense B beside grouped convolutions too
-        inner = dict.fromkeys((rank // base.groups if rank % base.groups == 0 else rank, rank))
-        return (rank, base.in_channels, *base.kernel_size), tuple((base.out_channels, r, 1, 1) for r in inner)
-    width_out, width_in = base.weight.shape[::-1] if is_conv1d(base) else base.weight.shape
-    return (rank, width_in), ((width_out, rank),)
-
-
-def _of_pattern(patterns: dict | None, layer: str, default: float) -> float:
-    """Apply PEFT's rank_pattern/alpha_pattern rule: the first pattern wins that is the layer's name or its end."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .target_modules import saved_whole
 
 CALLER = "one_pass.from_directories"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 

@@ -16,12 +16,13 @@ from .._fuse.fusion import Fusion, fuse_modules
 from .call_arguments import check_adapters, check_group_size, check_per_adapter, check_route, check_task_dim
 from .cuda_graphs import Captures
 from .engine import Engine
+from .fit_layers import fitted_again
 from .inputs_outputs import Inputs, task_axis_second
 from .model_copy import ModelCopy
 from .passes import Passes
 from .read_adapters import Adapters, check_global_hooks, read_peft
 from .read_by_peft import ByPeft
-from .read_folders import fitted_again, read_directories
+from .read_folders import read_directories
 
 
 class OnePass(nn.Module):

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from .._files import read_tensors, standing_folder, whole_file, whole_folder
-from .._one_pass.read_folders import CONFIG_FILE, WEIGHTS_FILE
+from .._one_pass.read_saved import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import cast, check_dtype, check_tensors, empty, load_pretrained, save_pretrained
 from .class_detector import ClassDetector
 from .decouplecss import DecoupleCSS

@@ -102,7 +102,7 @@ ONE_PASS = [
     ),
     Fault(
         "one-pass-rslora-is-scaled-by-its-rank",
-        "fastcss/_one_pass/read_folders.py",
+        "fastcss/_one_pass/fit_layers.py",
         'math.sqrt(rank) if config.get("use_rslora") else rank',
         "rank",
         "tests/one_pass/test_folders.py",
