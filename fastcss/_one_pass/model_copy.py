@@ -13,18 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .._ops.fingerprint import Contents
-from .adapted_kinds import adapted
 from .adapted_layer import Adapted, Slots
+from .build_copy import BuiltCopy, build_copy
 from .changes import Snapshot, Watch
 from .checkpointing import bind_checkpoints
-from .hooks import has_own_hooks, take_hooks
+from .hooks import has_own_hooks
 from .in_turn import InTurn
 from .inputs_outputs import Inputs
-from .peft_in_turn import run_in_turn
 from .peft_layers import tensors_of
 from .read_adapters import Adapters
-from .saved_modules import SavedModules, with_tensors
-from .structural_copy import StructuralCopy
 from .undo import Attributes, Undo, restore
 
 
@@ -51,88 +48,47 @@ class ModelCopy:
         for theirs, part in modes:
             part.training = theirs.training
         self.slots = Slots(uuid.uuid4().hex)
+        built = build_copy(model, adapters, self.slots)
+        self.model, self.by_peft = built.model, adapters.by_peft
+        self._layers = [ours for _, ours in built.layers.values()]
+        self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
         self._attributes: Attributes | None = None
-        copy, layers = StructuralCopy(model), {name: model.get_submodule(name) for name in adapters.layers}
-        pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
-        saved = {name: (model.get_submodule(name), SavedModules(adapters.names, self.slots)) for name in adapters.saved}
-        for name, layer in layers.items():
-            if hasattr(layer, "base_layer"):
-                ours = adapted(copy.of(layer.base_layer), adapters.layers[name], self.slots)
-                copy.replace(layer, ours)
-                pairs[name] = layer, ours
-        for wrapper, ours in saved.values():
-            if hasattr(wrapper, "modules_to_save"):
-                copy.replace(wrapper, ours)
-        self.model = copy.of(model)
-        for name, layer in layers.items():
-            if name in pairs:
-                take_hooks(layer, pairs[name][1], copy)
-            else:  # A bare layer is adapted under the name that an adapter gives it, and stays bare under other names.
-                ours = adapted(copy.of(layer), adapters.layers[name], self.slots)
-                self._put(name, ours)
-                pairs[name] = layer, ours
-        of_folders: list[tuple[nn.Module, nn.Module]] = []  # modules with the copies that adapters of folders have
-        for name, (module, ours) in saved.items():
-            if hasattr(module, "modules_to_save"):
-                held = module.modules_to_save
-                own = [copy.of(held[adapter]) if adapter in held else None for adapter in adapters.names]
-                ours.fill(copy.of(module.original_module), own)
-                take_hooks(module, ours, copy)
-            else:
-                built = [None if own is None else with_tensors(module, own) for own in adapters.saved[name]]
-                of_folders += [pair for one in built if one for pair in one[1]]
-                ours.fill(copy.of(module), [one and one[0] for one in built])
-                self._put(name, ours)
-        # What folders hold was converted to the dtype and device of these, which to() writes in place.
-        likes = [p for module, _ in of_folders for p in module._parameters.values() if p is not None]
-        self._likes = [(like, like.dtype, like.device) for like in likes]
-        peft_layers = self._run_pefts_layers(model, copy, adapters)
-        self.by_peft = adapters.by_peft
-        # What only one task has is not shared by the passes, even if it does not depend on what they have computed.
+        self._hold_what_tasks_own(built, adapters)
+        followed = [(theirs, built.structure.of(twin)) for theirs, twin in twins]
+        pairs = [*built.structure.pairs, *built.of_folders, *followed]
+        self._watch = Watch(model, built.layers, built.saved | built.in_turn, pairs, around, modes)
+        self._remember(built, adapters)
+
+    def _hold_what_tasks_own(self, built: BuiltCopy, adapters: Adapters) -> None:
+        """Note which tensors are one task's: passes do not share these, nor what only they depend on."""
         self._of_task: dict[int, list[Tensor]] = {task: [] for task in range(len(adapters.names))}
-        for _, ours in saved.values():
-            for task, tensors in self._of_task.items():
-                tensors += ours.tensors(task)
-        for layer, _ in peft_layers.values():
-            for task, tensors in self._of_task.items():
-                tensors += tensors_of(layer, adapters.names[task])
+        for task, name in enumerate(adapters.names):
+            for _, ours in built.saved.values():
+                self._of_task[task] += ours.tensors(task)
+            for layer, _ in built.in_turn.values():
+                self._of_task[task] += tensors_of(layer, name)
         self._own = {id(tensor) for tensors in self._of_task.values() for tensor in tensors}
-        self._layers = [ours for _, ours in pairs.values()]
-        self.reads = {
-            id(t): name
-            for name, weights in adapters.layers.items()
-            for w in weights
-            if w is not None
-            for t in (w.a, w.b)
-        }
-        followed = [(theirs, copy.of(twin)) for theirs, twin in twins]
-        self._watch = Watch(model, pairs, saved | peft_layers, [*copy.pairs, *of_folders, *followed], around, modes)
-        self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in copy.pairs if ours._buffers]
-        self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
+        held = ((name, w) for name, weights in adapters.layers.items() for w in weights if w is not None)
+        self.reads = {id(tensor): name for name, w in held for tensor in (w.a, w.b)}
+
+    def _remember(self, built: BuiltCopy, adapters: Adapters) -> None:
+        """Remember what later calls compare: the values of adapters, and what runs and the user may replace."""
         self._contents = Contents(self.adapter_tensors())
+        self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
+        self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
+        self._made_of = Contents(adapters.made_of)
+        self._made_of.changed()
+        # What folders hold was converted to the dtype and device of these, which to() writes in place.
+        likes = [p for module, _ in built.of_folders for p in module._parameters.values() if p is not None]
+        self._likes = [(like, like.dtype, like.device) for like in likes]
+        pairs = built.structure.pairs
+        self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in pairs if ours._buffers]
+        self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         # Some of PEFT's layers put other parameters into the base layer for the time of a call.
-        by_peft = [ours._parameters for _, ours in copy.pairs] if self.by_peft else []
+        by_peft = [ours._parameters for _, ours in pairs] if self.by_peft else []
         self._parameters = [(now, now.copy()) for now in by_peft]
         self._set_parameters = Snapshot([now.values() for now in by_peft])
         self.is_spoilt = False  # a run of PEFT's layers failed half-way
-        self._made_of = Contents(adapters.made_of)
-        self._made_of.changed()
-        self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
-        self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
-        self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
-
-    def _put(self, name: str, ours: nn.Module) -> None:
-        parent, _, child = name.rpartition(".")
-        self.model.get_submodule(parent)._modules[child] = ours
-
-    def _run_pefts_layers(self, model: nn.Module, copy: StructuralCopy, adapters: Adapters) -> dict[str, tuple]:
-        """Let those layers of PEFT that have no form here run in turn; return them by name, with their copies."""
-        replaced = (Adapted, SavedModules)
-        left = {n: m for n, m in model.named_modules() if hasattr(m, "adapter_layer_names")}
-        pairs = {n: (m, copy.of(m)) for n, m in left.items() if not isinstance(copy.of(m), replaced)}
-        for _, ours in pairs.values():
-            run_in_turn(ours, adapters.names, self.slots)
-        return pairs
 
     @property
     def training(self) -> bool:
