@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
+import concurrent.futures
+import functools
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 
+import memory_child
 import pytest
 import torch
 from calls import Call, normal
@@ -213,29 +216,18 @@ def raw(name: str, impl: str) -> Callable:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-_MEMORY = """
-import torch
-from fastcss import ops
-
-def status(field):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
-
-torch.manual_seed(0)
-{prepare}
-def run({arguments}):
-    {run}
-run({small})
-before = status("VmRSS")
-kept = run({large})
-print(status("VmHWM") - before - sum(t.nbytes for t in kept))
-"""
-
 
 def extra_memory(**parts: str) -> int:
     """Most bytes a process of its own held during a call beyond its inputs and results, by what the system says."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    printed = subprocess.run(
-        [sys.executable, "-c", _MEMORY.format(**parts)], capture_output=True, text=True, check=True
-    )
-    return int(printed.stdout)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=_imported()) as pool:
+        return pool.submit(memory_child.extra_memory, **parts).result()
+
+
+@functools.cache
+def _imported() -> multiprocessing.context.BaseContext:
+    """A process that has imported torch and done nothing: children of it need not import it for two seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastcss.ops"])
+    return context
