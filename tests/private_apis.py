@@ -6,6 +6,7 @@ Another version may have it elsewhere or not at all: look here first when you ch
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import inspect
 from pathlib import Path
@@ -28,13 +29,14 @@ def device_guards() -> ctypes.Array:
 
 
 def mend_triton_interpreter() -> None:
-    """Give Triton's interpreter what a GPU does, and a third of its time.
+    """Give Triton's interpreter what a GPU does, and a fifth of its time.
 
     - NumPy 2.4 refuses the int() of an array [1] that 3.6 takes (triton issue 9171, mended in 3.7).
     - A float32 becomes a bfloat16 by cutting it off, up to 3.9; a GPU rounds to nearest.
     - Masks of integers are taken, as 3.9 and a GPU do not.
     - Two thirds of its time is what it makes again and again: the language's functions its own at every call of a
       function from a kernel, and for every value a table of types, its shape, the constants in it and their text.
+    - A third of the rest is a look for overflows of integers, whose outcome it drops unless it debugs.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -90,6 +92,9 @@ def mend_triton_interpreter() -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         *_, self.shape, self.numel = known(tuple(type.shape.values) if type.is_block() else ())
 
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
     core.tuple.__eq__ = lambda self, other: core.constexpr(True) if other is self else equal_tuples(self, other)
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patch_lang_tensor, cast_impl

@@ -1,5 +1,6 @@
 // The fibers behind cuda_runtime.h of this folder, and a launch by name for callers that have no compiler.
 #include <dlfcn.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -25,8 +26,9 @@ constexpr size_t kStack = 128 * 1024;
 constexpr unsigned kMostThreads = 1024;
 
 struct Fiber {
-  ucontext_t context;
-  bool ended;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it goes on
+  bool begun, ended;
 };
 
 struct Meeting {  // of a warp's lanes or of a block's threads
@@ -40,15 +42,15 @@ std::vector<char> stacks(kMostThreads* kStack);
 std::vector<Fiber> fibers(kMostThreads);
 std::vector<Meeting> warps(kMostThreads / kWarp);
 Meeting whole;
-ucontext_t scheduler;
+jmp_buf scheduler;
 const std::function<void()>* body;
 std::string failure;
 bool progress;
 int order;  // 0: ascending, 1: descending, others: shuffled with that seed
 
+// _setjmp and _longjmp leave the signal mask alone, which takes swapcontext two system calls a turn.
 void yield() {
-  const unsigned own = current.thread.x;
-  swapcontext(&fibers[own].context, &scheduler);
+  if (_setjmp(fibers[current.thread.x].place) == 0) _longjmp(scheduler, 1);
   if (!failure.empty()) throw std::runtime_error("stopped");
 }
 
@@ -84,7 +86,15 @@ void enter() {
     if (failure.empty()) failure = error.what();
   }
   fibers[own].ended = progress = true;
-  swapcontext(&fibers[own].context, &scheduler);
+  _longjmp(scheduler, 1);
+}
+
+// The fiber until it waits or ends. Not inlined: no variable of the caller is touched between _setjmp and _longjmp.
+__attribute__((noinline)) void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
 }
 
 // Each lane until it waits, in the order of the warps; returns how many have ended.
@@ -93,7 +103,7 @@ unsigned resume_warp(unsigned warp) {
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const unsigned i = warp * kWarp + (order == 1 ? kWarp - 1 - lane : lane);
     current.thread = dim3(i, 0, 0);
-    if (!fibers[i].ended) swapcontext(&scheduler, &fibers[i].context);
+    if (!fibers[i].ended) resume(fibers[i]);
     ended += fibers[i].ended;
   }
   return ended;
@@ -111,7 +121,7 @@ void run_block(unsigned threads) {
   if (order > 1) std::shuffle(turns.begin(), turns.end(), std::minstd_rand(order + current.block.x));
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    fiber.ended = false;
+    fiber.begun = fiber.ended = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks.data() + i * kStack;
     fiber.context.uc_stack.ss_size = kStack;
