@@ -13,6 +13,9 @@ from fastcss._dispatch import backends
 
 from .measure import times_ms
 
+#: Bytes, more than any cache holds.
+COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -31,10 +34,9 @@ def measured_limits(device: str, dtype: torch.dtype) -> Limits:
     """Measure the best of some GEMM sizes and of some copies, once per run."""
     sizes = (4096, 8192) if device == "cuda" else (768, 2048)
     gemm = max(2 * n**3 / _best_seconds(step, device) for n in sizes for step in _gemms(n, device, dtype))
-    copied = (1 << 30) if device == "cuda" else (256 << 20)
-    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    source = torch.zeros(COPIED[device], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    copy = 2 * copied / _best_seconds(lambda: target.copy_(source), device)
+    copy = 2 * COPIED[device] / _best_seconds(lambda: target.copy_(source), device)
     return Limits(gemm, copy)
 
 
