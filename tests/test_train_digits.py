@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -90,11 +88,11 @@ def test_what_is_good_enough(joint, ours, forgotten, good):
 
 def test_runs_from_the_kept_models(tmp_path):
     """Every method must run in a process of its own, and a second call only read what is there."""
-    command = [sys.executable, "-m", "benchmarks.train_digits", "--runs", tmp_path / "runs", "--out", tmp_path / "rows"]
-    command += ["--settings", "5-5", "--seeds", "0", "--epochs", "1", "--train-scenes", "8", "--test-scenes", "2"]
-    command += ["--cases", "paper", "decouplecss-5-5-0", "naive", "joint"]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode in (0, 1), first.stderr
+    arguments = ["--runs", tmp_path / "runs", "--out", tmp_path / "rows", "--settings", "5-5", "--seeds", "0"]
+    arguments += ["--epochs", "1", "--train-scenes", "8", "--test-scenes", "2"]
+    arguments = [str(argument) for argument in (*arguments, "--cases", "paper", "decouplecss-5-5-0", "naive", "joint")]
+    first = train_digits.main(arguments)
+    assert first in (0, 1)
     written = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     names = ["paper-5-5-0", "decouplecss-5-5-0", "naive-5-5-0", "joint-0"]
     written.sort(key=lambda row: names.index(row["run"]))  # as they were finished
@@ -110,8 +108,7 @@ def test_runs_from_the_kept_models(tmp_path):
     losses = [[task["loss"]["tokens"] for task in row["tasks"]] for row in (paper, ours)]
     assert [any(of) for of in losses] == [False, True]
     assert all(0 <= row["all"] <= 1 for row in written)
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == first.returncode
+    assert train_digits.main([*arguments, "--jobs", "1"]) == first
     reread = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     reread.sort(key=lambda row: names.index(row["run"]))
     assert [row | {"date": None} for row in reread] == [row | {"date": None} for row in written]

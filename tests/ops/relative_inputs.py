@@ -28,7 +28,7 @@ CASES = {  # B, H, W, heads, D, window
     "window 2": (3, 4, 6, 1, 5, 2),
     "to fill below": (2, 5, 6, 2, 5, 3),
     "to fill at the right": (1, 6, 5, 3, 5, 3),
-    "to fill both": (3, 5, 7, 2, 16, 4),
+    "to fill both": (1, 5, 7, 2, 16, 4),
     "of one row": (1, 1, 7, 2, 5, 3),
     "smaller than the window": (2, 3, 4, 2, 5, 7),
     "one token in a window": (1, 1, 1, 2, 8, 3),

@@ -103,7 +103,7 @@ def test_scale(impl, scale, device, tolerances):
 def test_large_scores(impl, dtype, case, device, tolerances):
     """In every order of summation the scores are exact: what they would lose, an exponential makes the whole error
     of."""
-    call = make(*CASES[case], dtype=dtype, device=device)
+    call = make(3, *CASES[case][1:], dtype=dtype, device=device)
     whole = {name: (8 * call.tensors[name]).round() for name in ("q", "rel_h", "rel_w")}
     quarters = {name: (4 * call.tensors[name]).round() / 4 for name in ("k", "pad_key")}
     assert_as_good_as_eager(call.having(**whole, **quarters, scale=0.25), impl, tolerances[dtype])
@@ -138,7 +138,7 @@ def test_not_finite(impl, case, name, bad, device):
     In the literal code also queries that are thrown away read it, 0 times what is not finite, and so gradients are NaN
     that need not be.
     """
-    call = make(*CASES[case], device=device)
+    call = make(2, *CASES[case][1:], device=device)
     if case == "map" and name in PADS:
         assert torch.equal(call(impl)[0], call.having(**{name: call.tensors[name] * bad})(impl)[0])
         return
