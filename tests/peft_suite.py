@@ -42,7 +42,10 @@ import peft_outcomes  # noqa: E402
 NOT_CALLED = ("datasets", "diffusers")
 #: The shape of a sample, where PEFT's input [9, 10] is not nine of them: its models of convolutions reshape it.
 SAMPLES = {"Conv2d": (45,), "Conv2d1x1": (9,), "Conv2d2": (9, 10), "Conv3d": (5, 3, 3, 3)}
-WAYS = ("live", "route", "folder", "train")
+WAYS = {"live": "a call", "route": "`route=`", "folder": "from folders", "train": "gradients"}
+KINDS = ("exact", "refused", "peft", "alike", "wrong")
+#: Where the sources go that pip downloads.
+SOURCES = ROOT / "build" / "peft-suite"
 
 
 class Case(NamedTuple):
@@ -144,29 +147,33 @@ def run(case: Case) -> dict[str, peft_outcomes.Outcome]:
         return {
             "live": live,
             "route": peft_outcomes.with_a_route(model, case.samples),
-            "folder": peft_outcomes.from_folders(bare, model, case.given, Path(folder)),
+            "folder": peft_outcomes.from_folders(bare, [model], case.given, Path(folder)),
             "train": peft_outcomes.in_training(model, case.given),
         }
+
+
+def results(sources: Path, only: str = "") -> Iterator[tuple[Case, dict[str, peft_outcomes.Outcome]]]:
+    """Run the configurations with ``only`` in their name."""
+    sources.mkdir(parents=True, exist_ok=True)
+    for case in cases(download(sources)):
+        if only.lower() in case.name.lower():
+            yield case, run(case)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="configurations with this in their name")
-    parser.add_argument("--sources", type=Path, default=ROOT / "build" / "peft-suite", help="where PEFT's sources go")
+    parser.add_argument("--sources", type=Path, default=SOURCES, help="where PEFT's sources go")
     options = parser.parse_args()
-    options.sources.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Counter] = {way: Counter() for way in WAYS}
-    for case in cases(download(options.sources)):
-        if options.only.lower() not in case.name.lower():
-            continue
-        outcomes = run(case)
+    for case, outcomes in results(options.sources, options.only):
         for way, outcome in outcomes.items():
             counts[way][outcome.kind] += 1
             if outcome.kind != "exact":
                 print(f"{outcome.kind:7}  {way:6}  {case.name}: {outcome.said}", flush=True)
     print(f"\npeft {importlib.metadata.version('peft')}, {sum(counts['live'].values())} configurations")
     for way, found in counts.items():
-        print(f"{way:6}", *(f"{kind} {found[kind]}" for kind in ("exact", "refused", "peft", "alike", "wrong")), sep="  ")
+        print(f"{way:6}", *(f"{kind} {found[kind]}" for kind in KINDS), sep="  ")
     sys.exit(any(found["wrong"] + found["alike"] for found in counts.values()))
 
 

@@ -61,7 +61,7 @@ def test_a_tuner_runs_as_in_peft(kind, tmp_path):
     outcomes = {
         "live": peft_outcomes.in_one_call(model, given),
         "route": peft_outcomes.with_a_route(model, given),
-        "folder": peft_outcomes.from_folders(bare, model, given, tmp_path),
+        "folder": peft_outcomes.from_folders(bare, [model], given, tmp_path),
         "train": peft_outcomes.in_training(model, given),
     }
     assert {way: outcome.kind for way, outcome in outcomes.items()} == dict.fromkeys(outcomes, "exact"), outcomes
