@@ -94,6 +94,7 @@ def adalora(model: Model, task: int) -> peft.PeftConfig:
 RECIPES: dict[str, Make] = {
     "LoRA": lora(),
     "LoRA, head saved whole": head,
+    "LoRA, all linear layers": lambda _, task: peft.LoraConfig(r=2 + task, target_modules="all-linear"),
     "LoRA, biases": lora(bias="lora_only"),
     "rsLoRA": lora(use_rslora=True),
     "DoRA": lora(use_dora=True),

@@ -101,6 +101,15 @@ def from_folders(bare: nn.Module, models: Sequence[nn.Module], given: dict, fold
 def in_training(model: nn.Module, given: dict) -> Outcome:
     """Compare the gradients that every adapter gets of the sum of all outputs' squares, in the model's present mode."""
     adapters = list(model.peft_config)
+    trained = set()
+    for adapter in adapters:
+        model.set_adapter(adapter)
+        trained |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def train_all(of: nn.Module) -> None:
+        """Do what set_requires_grad(adapters) does, which before peft 0.21 misses what lies outside of the layers."""
+        for name, parameter in of.named_parameters():
+            parameter.requires_grad_(name in trained)
 
     def gradients(of: nn.Module, outputs: list) -> list[Tensor]:
         sum(tensor.square().sum() for tensor in tensors(outputs) if tensor.is_floating_point()).backward()
@@ -111,13 +120,13 @@ def in_training(model: nn.Module, given: dict) -> Outcome:
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
         for adapter in adapters:
             copied.set_adapter(adapter)
-            copied.set_requires_grad(adapters)
+            train_all(copied)
             outputs.append(copied(**inputs))
         return gradients(copied, outputs)
 
     def got() -> tuple[str, list[Tensor]]:
         copied = copy.deepcopy(model)
-        copied.set_requires_grad(adapters)
+        train_all(copied)
         runner = fastcss.one_pass(copied)
         outputs = runner(**given)
         return runner.engine, gradients(copied, [outputs])
