@@ -2,28 +2,46 @@
 
 namespace fastcss::cpu {
 
+constexpr int64_t kFewRows = 12;
+
 void LoraGemm::plan() {
   const int64_t total = fan == Fan::kEach ? slots * M : M;
   panels_a_slot = fan == Fan::kEach && M < height ? 0 : ceil_div(M, height);
   panels = fan == Fan::kEach && panels_a_slot ? slots * panels_a_slot : ceil_div(total, height);
+  find_used();
+  const bool stack = stacked && fan == Fan::kOut;
   int64_t columns = 0, factors = 0;
-  b_first.assign(ranks + 1, 0);
-  for (const Adapter& t : adapter) {
+  for (int64_t s = 0; s < slots; ++s) {
+    const Adapter& t = adapter[s];
+    if (stack) row_scale.insert(row_scale.end(), t.rank, scale[s]);
     hidden_first.push_back(fan == Fan::kEach ? 0 : columns);
     factor_first.push_back(fan == Fan::kEach ? 0 : factors);
     columns = fan == Fan::kEach ? std::max(columns, t.rank) : columns + t.rank;
     factors = fan == Fan::kEach ? words_of(columns) : factors + words_of(t.rank);
     widest = std::max(widest, t.rank);
-    if (t.rank && std::none_of(used.begin(), used.end(), [&](const Adapter& u) { return u.first == t.first; })) {
-      used.push_back(t);
-      b_first[t.first] = b_words;
-      b_words += words_of(t.rank);
-    }
   }
   // pack() writes up to kLanes floats past the end.
   rows_size = words * height + kLanes;
   hidden_size = columns * height + (pairs ? height : 0);  // and a row of zeros for a widest rank that is odd
   factors_size = pairs ? factors * height + kLanes : 0;
+}
+
+// Lists the adapters that some slot has, by their first rows.
+void LoraGemm::find_used() {
+  std::vector<int64_t> order;
+  for (int64_t s = 0; s < slots; ++s)
+    if (adapter[s].rank) order.push_back(s);
+  const auto rows_of = [&](int64_t s) { return std::pair(adapter[s].first, adapter[s].rank); };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t s, int64_t t) { return rows_of(s) < rows_of(t); });
+  used_of.assign(slots, 0);
+  for (const int64_t s : order) {
+    if (used.empty() || !(used.back() == adapter[s])) {
+      used.push_back(adapter[s]);
+      b_first.push_back(b_words);
+      b_words += words_of(adapter[s].rank);
+    }
+    used_of[s] = static_cast<int64_t>(used.size()) - 1;
+  }
 }
 
 LoraGemm::Segments LoraGemm::segments(int64_t panel) const {
@@ -47,20 +65,27 @@ void LoraGemm::keep(const float* sums, int64_t first, int cols, const Segment& s
   float* later = hidden ? hidden + hidden_slot[s.slot] + s.row * hidden_ld + column - hidden_first[s.slot] : nullptr;
   for (int j = 0; j < cols; ++j)
     for (int i = 0; i < s.count; ++i) {
-      const float h = sums[i * kCols + j] * scale[first + j];
+      const float h = sums[i * kCols + j] * (row_scale.empty() ? scale[s.slot] : row_scale[first + j]);
       to[j * height + i] = h;
       if (later) later[i * hidden_ld + j] = h;
     }
 }
 
-void LoraGemm::shrink(int64_t first, int64_t rank, const Segment& s, Panel panel, int64_t column) const {
+void LoraGemm::shrink(Adapter t, const float* packed, const Segment& s, Panel panel, int64_t column) const {
   alignas(64) float sums[kMaxRows * kCols];
   alignas(64) const float zeros[kCols] = {};
-  for (int64_t c = 0; c < rank; c += kCols) {
-    const int cols = static_cast<int>(std::min<int64_t>(kCols, rank - c));
-    wide(s.count, cols, words, panel.rows + s.lane, a_panels[first] + c * words, kCols, zeros, 0, sums, kCols);
-    keep(sums, first + c, cols, s, panel, column + c);
+  for (int64_t c = 0; c < t.rank; c += kCols) {
+    const int cols = static_cast<int>(std::min<int64_t>(kCols, t.rank - c));
+    if (in_place)
+      few_rows(s.count, cols, K, panel.rows + s.lane, height, a.at(t.first + c, 0), zeros, 0, sums, kCols);
+    else
+      wide(s.count, cols, words, panel.rows + s.lane, packed + c * words, kCols, zeros, 0, sums, kCols);
+    keep(sums, t.first + c, cols, s, panel, column + c);
   }
+}
+
+void LoraGemm::shrink_slot(int64_t slot, const Segment& s, Panel panel, int64_t column) const {
+  if (adapter[slot].rank) shrink(adapter[slot], in_place ? nullptr : a_panels[used_of[slot]], s, panel, column);
 }
 
 // Rounds the hidden activations to pairs of bfloat16; each slot's begin at a new word.
@@ -86,22 +111,20 @@ void LoraGemm::prepare(int64_t panel, Panel to, float* scratch) const {
   if (fan == Fan::kEach) {
     // Slots that share a panel lie one after the other.
     pack(to.rows, height, parts.rows, K, rows.at(whole.row, 0).offset(whole.slot * rows_slot), pairs);
-    for (const Segment& s : parts) shrink(adapter[s.slot].first, adapter[s.slot].rank, s, to, 0);
+    for (const Segment& s : parts) shrink_slot(s.slot, s, to, 0);
     round_hidden(parts, to);
   } else if (fan == Fan::kOut) {
     pack(to.rows, height, whole.count, K, rows.at(whole.row, 0), pairs);
     if (stacked)
-      shrink(0, ranks, whole, to, 0);
+      shrink({0, ranks}, a_panels[0], whole, to, 0);
     else
-      for (int64_t t = 0; t < slots; ++t)
-        shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, to, hidden_first[t]);
+      for (int64_t t = 0; t < slots; ++t) shrink_slot(t, {t, whole.row, 0, whole.count}, to, hidden_first[t]);
     round_hidden(parts, to);
   } else {
     for (int64_t t = 0; t < slots; ++t) {
       float* packed = t == 0 ? to.rows : scratch;
       pack(packed, height, whole.count, K, rows.at(whole.row, 0).offset(t * rows_slot));
-      shrink(adapter[t].first, adapter[t].rank, {t, whole.row, 0, whole.count}, {packed, to.hidden, to.factors},
-             hidden_first[t]);
+      shrink_slot(t, {t, whole.row, 0, whole.count}, {packed, to.hidden, to.factors}, hidden_first[t]);
       if (t > 0) add(to.rows, packed, K * height);
     }
   }
@@ -115,7 +138,8 @@ void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* ba
   const auto parts = segments(panel);
 
   const auto b_at = [&](int64_t t) {
-    return b_rows.data + (b_rows.packed ? b_first[adapter[t].first] : adapter[t].first) * b_rows.ld;
+    if (adapter[t].rank == 0) return b_rows.data;
+    return b_rows.data + (b_rows.packed ? b_first[used_of[t]] : adapter[t].first) * b_rows.ld;
   };
   // base + hidden · B for one slot's rows, written to `slot` of out
   const auto add_adapter = [&](const Segment& s, int64_t t, int64_t slot) {
@@ -147,13 +171,13 @@ void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* ba
 void LoraGemm::pack_column_panel(int64_t c, float* weight_panel, float* b_panel) const {
   const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
   pack(weight_panel, kCols, cols, K, weight.at(c * kCols, 0), pairs);
-  pack_b(c, b_panel);
+  if (!reads_b_in_place(cols)) pack_b(c, b_panel);
 }
 
 void LoraGemm::pack_b(int64_t c, float* b_panel) const {
   const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
-  for (const Adapter& t : used)
-    pack(b_panel + b_first[t.first] * kCols, kCols, cols, t.rank, b.at(c * kCols, t.first), pairs);
+  for (size_t u = 0; u < used.size(); ++u)
+    pack(b_panel + b_first[u] * kCols, kCols, cols, used[u].rank, b.at(c * kCols, used[u].first), pairs);
 }
 
 // Serves so few rows that reading W, A and B is most of the work: they are read from memory as they are, not packed.
@@ -207,9 +231,14 @@ void LoraGemm::run_few() {
 void LoraGemm::run() {
   plan();
   const bool float_rows = weight.dtype == DType::f32 && a.dtype == DType::f32 && b.dtype == DType::f32;
-  if (panels == 1 && fan != Fan::kIn && float_rows && weight.k_stride == 1 && a.k_stride == 1) return run_few();
+  const bool may_be_in_place = fan != Fan::kIn && float_rows && a.k_stride == 1;
+  if (panels == 1 && may_be_in_place && weight.k_stride == 1) return run_few();
+  // An adapter that few rows run through is read once or twice, which packing it would cost, too.
+  in_place = may_be_in_place && fan == Fan::kEach && slots * M <= kFewRows * static_cast<int64_t>(used.size());
   // Adapters whose A is packed together: all of them, or one by one.
-  const auto groups = stacked && fan == Fan::kOut ? std::vector<Adapter>{{0, ranks}} : used;
+  const auto groups = stacked && fan == Fan::kOut ? std::vector<Adapter>{{0, ranks}}
+                      : in_place                  ? std::vector<Adapter>{}
+                                                  : used;
 
   const int64_t column_panels = out ? ceil_div(N, kCols) : 0;
   const int64_t threads = torch::stable::get_num_threads();
@@ -231,10 +260,9 @@ void LoraGemm::run() {
   float* columns_packed = a_packed + a_size;
   float* panels_packed = columns_packed + (prepacked ? column_panels * column_size : 0);
 
-  a_panels.assign(ranks + 1, nullptr);
   std::vector<std::pair<Adapter, float*>> a_jobs;  // a panel of A, and where it goes
   for (const Adapter& g : groups) {
-    a_panels[g.first] = a_packed;
+    a_panels.push_back(a_packed);
     for (int64_t c = 0; c < g.rank; c += kCols, a_packed += kCols * words)
       a_jobs.push_back({{g.first + c, std::min<int64_t>(kCols, g.rank - c)}, a_packed});
   }
@@ -256,7 +284,10 @@ void LoraGemm::run() {
     float* to = direct ? static_cast<float*>(out) + at : base;
     wide(parts.rows, cols, words, from.rows, weight_panel, kCols, &bias[c * kCols], 0, to, direct ? N : kCols);
     if (direct) return;
-    expand(p, from, c, base, {weight_panel + weight_size, kCols, true});
+    if (reads_b_in_place(cols))
+      expand(p, from, c, base, {static_cast<const float*>(b.at(c * kCols, 0).data), b.k_stride, false});
+    else
+      expand(p, from, c, base, {weight_panel + weight_size, kCols, true});
   };
   const auto panel_at = [&](float* start, int64_t i) {
     float *rows_at = start + i * panel_size, *hidden_at = rows_at + rows_size;

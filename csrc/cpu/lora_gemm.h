@@ -20,6 +20,7 @@ enum class Fan {
 
 struct Adapter {
   int64_t first, rank;  // its rows of the packed A and B
+  bool operator==(const Adapter&) const = default;
 };
 
 struct LoraProblem {
@@ -32,7 +33,7 @@ struct LoraProblem {
   int64_t ranks;                 // Σr
   std::vector<Adapter> adapter;  // of each slot; rank 0 where it has none
   bool stacked;                  // the slots are all adapters in packed order, so kOut shrinks them in one GEMM
-  std::vector<float> scale;      // [Σr], its adapter's scale for every packed row
+  std::vector<float> scale;      // of each slot
   std::vector<float> bias;       // [N rounded up to kCols], zeros for none
   void* out;                     // contiguous [slots, M, N] (kIn: [M, N]); nullptr: only `hidden` is wanted
   DType out_dtype;
@@ -70,10 +71,13 @@ class LoraGemm : LoraProblem {
   };
 
   void plan();
+  void find_used();
+  bool reads_b_in_place(int cols) const { return in_place && b.lane_stride == 1 && cols == kCols; }
   void run_few();
   Segments segments(int64_t panel) const;
   void prepare(int64_t panel, Panel to, float* scratch) const;
-  void shrink(int64_t first, int64_t rank, const Segment& s, Panel panel, int64_t column) const;
+  void shrink(Adapter t, const float* packed, const Segment& s, Panel panel, int64_t column) const;
+  void shrink_slot(int64_t slot, const Segment& s, Panel panel, int64_t column) const;
   void round_hidden(const Segments& parts, Panel panel) const;
   void keep(const float* sums, int64_t first, int cols, const Segment& s, Panel panel, int64_t column) const;
   void expand(int64_t panel, Panel from, int64_t column_panel, float* base, BRows b_rows) const;
@@ -90,12 +94,15 @@ class LoraGemm : LoraProblem {
   int64_t panels, panels_a_slot;                 // panels_a_slot 0: short slots share panels
   int64_t rows_size, hidden_size, factors_size;  // floats of a Panel
   int64_t widest = 0;                            // rank
+  bool in_place = false;                         // A and B are read where they are, not packed
   std::vector<Adapter> used;                     // every adapter of some slot, once
+  std::vector<int64_t> used_of;                  // by slot: its place in `used`, if its rank is not 0
+  std::vector<float> row_scale;                  // [Σr] of a stack, else empty
   std::vector<int64_t> hidden_first;             // hidden column of each slot
   std::vector<int64_t> factor_first;             // its first word among the factors
-  std::vector<int64_t> b_first;                  // by packed row: its adapter's first word of a packed panel of B
+  std::vector<int64_t> b_first;                  // of each used adapter: its first word of a packed panel of B
   int64_t b_words = 0;                           // of a packed panel of B
-  std::vector<const float*> a_panels;            // by packed row: where that row's adapter (or the stack) starts
+  std::vector<const float*> a_panels;            // of each used adapter (or the stack): where its packed A starts
 };
 
 }  // namespace fastcss::cpu

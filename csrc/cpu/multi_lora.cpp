@@ -16,7 +16,7 @@ struct Route {
   std::vector<Adapter> adapter;  // of each slot
   std::vector<int64_t> slot_adapter;
   std::vector<Adapter> all;
-  std::vector<float> scale;  // of each packed row
+  std::vector<float> scale;  // of each slot
   std::vector<int64_t> hidden_slot;
   int64_t hidden_ld, ranks = 0;
 };
@@ -35,7 +35,6 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
     STD_TORCH_CHECK(first == r.ranks && end >= first && end - first <= max_rank,
                     "multi_lora: offsets must be the running ", "sum of the ranks, none above max_rank ", max_rank);
     r.all.push_back({first, end - first});
-    r.scale.insert(r.scale.end(), end - first, scale[t * scales.stride(0)]);
     r.ranks = end;
   }
   r.hidden_ld = index ? max_rank : r.ranks;
@@ -50,6 +49,7 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
     }
     r.slot_adapter.push_back(t);
     r.adapter.push_back(t < 0 ? Adapter{0, 0} : r.all[t]);
+    r.scale.push_back(t < 0 ? 0.f : scale[t * scales.stride(0)]);
     r.hidden_slot.push_back(index ? s * rows * max_rank : r.all[t].first);
   }
   return r;
