@@ -14,13 +14,14 @@ class PackedLora:
     """Holds T LoRA adapters of one linear layer, packed row by row.
 
     Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. An adapter of rank 0 does not touch
-    this layer.
+    this layer. The rows may also lie anywhere in larger ``a`` and ``b``, for inference: adapter ``t`` then owns the rows
+    ``offsets[t, 0]:offsets[t, 1]``, and one whose first row is -1 is not there and cannot be run.
 
     Attributes:
         a: ``[sum(ranks), K]``, the down projections, with one row per rank.
         b: ``[sum(ranks), N]``, the up projections *transposed*: row ``i`` is column ``i`` of PEFT's ``lora_B.weight``.
         ranks: the T true ranks.
-        offsets: int32 ``[T + 1]`` on ``a.device``, the running sum of the ranks.
+        offsets: int32 ``[T + 1]`` on ``a.device``, the running sum of the ranks; or ``[T, 2]``, first row and end.
         scales: float32 ``[T]`` on ``a.device``, ``alpha / rank`` of each adapter.
     """
 
@@ -76,15 +77,34 @@ class PackedLora:
     def max_rank(self) -> int:
         return max(self.ranks)
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Return ``a`` as ``[T, max_rank, K]`` and ``b`` as ``[T, max_rank, N]``; zeros fill the lower ranks up."""
+    @property
+    def has_sound_ranks(self) -> bool:
+        """Tell whether ``ranks`` is a tuple of at least one whole number, none below 0."""
+        ranks = self.ranks
+        return isinstance(ranks, tuple) and bool(ranks) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+
+    @property
+    def has_spans(self) -> bool:
+        """Tell whether the adapters' rows lie anywhere in ``a`` and ``b``."""
+        return self.offsets.dim() == 2
+
+    @property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """Return the first row of each adapter and the row after its last, [T] each."""
+        return self.offsets.unbind(1) if self.has_spans else (self.offsets[:-1], self.offsets[1:])
+
+    def padded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``a`` as ``[T, max_rank, K]`` and ``b`` as ``[T, max_rank, N]``; zeros fill the lower ranks up.
+
+        With ``index`` [S] only those of the adapters in it are copied, ``[S, max_rank, ·]``; -1 gives zeros.
+        """
         T, R = self.num_adapters, self.max_rank
-        if min(self.ranks) == R:
+        if index is None and not self.has_spans and min(self.ranks) == R:
             return self.a.unflatten(0, (T, R)), self.b.unflatten(0, (T, R))
-        column = torch.arange(R, device=self.offsets.device)
-        start, end = self.offsets[:-1, None], self.offsets[1:, None]
-        missing = self.a.shape[0]  # this row of zeros is appended below
-        rows = torch.where(start + column < end, start + column, missing)  # [T, R]
-        a = torch.nn.functional.pad(self.a, (0, 0, 0, 1))[rows]
-        b = torch.nn.functional.pad(self.b, (0, 0, 0, 1))[rows]
-        return a, b
+        start, end = self.spans if index is None else (bound[index] for bound in self.spans)
+        row = start[:, None] + torch.arange(R, device=self.offsets.device)
+        inside = row < end[:, None]
+        if index is not None:
+            inside = inside & (index >= 0)[:, None]
+        row = torch.where(inside, row, 0)  # [T, R]
+        return torch.where(inside[..., None], self.a[row], 0), torch.where(inside[..., None], self.b[row], 0)

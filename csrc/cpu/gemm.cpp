@@ -91,7 +91,53 @@ FASTCSS_INLINE void few_body(int lanes, int64_t k, const float* a, int panel, co
     for (int v = 0; v < kVecs; ++v) store(c_out + i * ld_out + v * kWide, total[i][v]);
 }
 
+constexpr int64_t kStrip = 1024;  // columns whose sums stay in the L1 cache
+
+// sum [columns rounded up to V] += Σ factor · row of b, over consecutive rows
+template <class V, class... Factor>
+FASTCSS_INLINE void join_terms(float* sum, int64_t columns, const float* b, int64_t ldb, Factor... factor) {
+  constexpr int kWide = kLanesIn<V>;
+  int64_t c = 0;
+  for (; c + kWide <= columns; c += kWide) {
+    V total = load<V>(sum + c);
+    const float* at = b + c;
+    ((total = multiply_add(total, factor, load<V>(at)), at += ldb), ...);
+    store(sum + c, total);
+  }
+  if (c == columns) return;
+  V total = load<V>(sum + c);
+  const float* at = b + c;
+  ((total = multiply_add(total, factor, load<V>(at, static_cast<int>(columns - c))), at += ldb), ...);
+  store(sum + c, total);
+}
+
 }  // namespace
+
+void few_terms(int rows, int64_t columns, int64_t k, const float* a, int panel, const float* b, int64_t ldb, float* out,
+               int64_t ld_out) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    alignas(64) float sums[kMaxRows * kStrip];
+    for (int64_t first = 0; first < columns; first += kStrip) {
+      const int64_t width = std::min(kStrip, columns - first);
+      for (int64_t block = 0; block < k; block += kDepth) {
+        const int64_t end = std::min(k, block + kDepth);
+        for (int i = 0; i < rows; ++i) std::fill_n(sums + i * kStrip, (width + kLanes - 1) / kLanes * kLanes, 0.f);
+        int64_t term = block;
+        for (; term + 4 <= end; term += 4)  // four join a sum for each time that it is read and written
+          for (int i = 0; i < rows; ++i) {
+            const float* t = a + term * panel + i;
+            join_terms<V>(sums + i * kStrip, width, b + term * ldb + first, ldb, t[0] - V{}, t[panel] - V{},
+                          t[2 * panel] - V{}, t[3 * panel] - V{});
+          }
+        for (; term < end; ++term)
+          for (int i = 0; i < rows; ++i)
+            join_terms<V>(sums + i * kStrip, width, b + term * ldb + first, ldb, a[term * panel + i] - V{});
+        for (int i = 0; i < rows; ++i)
+          for (int64_t c = 0; c < width; ++c) out[i * ld_out + first + c] += sums[i * kStrip + c];
+      }
+    }
+  });
+}
 
 void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
               float* c_out, int64_t ld_out) {

@@ -2,7 +2,7 @@
 
 namespace fastcss::cpu {
 
-constexpr int64_t kFewRows = 12;
+constexpr int64_t kFewRows = 12;  // on average for an adapter, for which packing it would cost more than it saves
 
 void LoraGemm::plan() {
   const int64_t total = fan == Fan::kEach ? slots * M : M;
@@ -84,6 +84,14 @@ void LoraGemm::shrink(Adapter t, const float* packed, const Segment& s, Panel pa
   }
 }
 
+// Fetches what few_rows() reads first.
+void LoraGemm::prefetch_a(int64_t slot) const {
+  if (!in_place) return;
+  for (int64_t r = 0; r < adapter[slot].rank; ++r)
+    for (int64_t k = 0; k < std::min<int64_t>(K, 4 * kLanes); k += kLanes)
+      __builtin_prefetch(a.at(adapter[slot].first + r, k).data);
+}
+
 void LoraGemm::shrink_slot(int64_t slot, const Segment& s, Panel panel, int64_t column) const {
   if (adapter[slot].rank) shrink(adapter[slot], in_place ? nullptr : a_panels[used_of[slot]], s, panel, column);
 }
@@ -111,7 +119,10 @@ void LoraGemm::prepare(int64_t panel, Panel to, float* scratch) const {
   if (fan == Fan::kEach) {
     // Slots that share a panel lie one after the other.
     pack(to.rows, height, parts.rows, K, rows.at(whole.row, 0).offset(whole.slot * rows_slot), pairs);
-    for (const Segment& s : parts) shrink_slot(s.slot, s, to, 0);
+    for (int i = 0; i < parts.size; ++i) {
+      if (i + 1 < parts.size) prefetch_a(parts.of[i + 1].slot);
+      shrink_slot(parts.of[i].slot, parts.of[i], to, 0);
+    }
     round_hidden(parts, to);
   } else if (fan == Fan::kOut) {
     pack(to.rows, height, whole.count, K, rows.at(whole.row, 0), pairs);
@@ -168,10 +179,20 @@ void LoraGemm::expand(int64_t panel, Panel from, int64_t column_panel, float* ba
   }
 }
 
+// Adds each slot's hidden · B to the base in `out`, a slot after the other, so that each B is read in one go.
+void LoraGemm::expand_in_place(int64_t panel, Panel from) const {
+  for (const Segment& s : segments(panel)) {
+    const Adapter t = adapter[s.slot];
+    float* to = static_cast<float*>(out) + (s.slot * M + s.row) * N;
+    few_terms(s.count, N, t.rank, from.factors + s.lane, height, static_cast<const float*>(b.at(0, t.first).data),
+              b.k_stride, to, N);
+  }
+}
+
 void LoraGemm::pack_column_panel(int64_t c, float* weight_panel, float* b_panel) const {
   const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
   pack(weight_panel, kCols, cols, K, weight.at(c * kCols, 0), pairs);
-  if (!reads_b_in_place(cols)) pack_b(c, b_panel);
+  if (!in_place) pack_b(c, b_panel);
 }
 
 void LoraGemm::pack_b(int64_t c, float* b_panel) const {
@@ -234,7 +255,7 @@ void LoraGemm::run() {
   const bool may_be_in_place = fan != Fan::kIn && float_rows && a.k_stride == 1;
   if (panels == 1 && may_be_in_place && weight.k_stride == 1) return run_few();
   // An adapter that few rows run through is read once or twice, which packing it would cost, too.
-  in_place = may_be_in_place && fan == Fan::kEach && slots * M <= kFewRows * static_cast<int64_t>(used.size());
+  in_place = may_be_in_place && fan == Fan::kEach && b.lane_stride == 1 && b_words && slots * M <= kFewRows * static_cast<int64_t>(used.size());
   // Adapters whose A is packed together: all of them, or one by one.
   const auto groups = stacked && fan == Fan::kOut ? std::vector<Adapter>{{0, ranks}}
                       : in_place                  ? std::vector<Adapter>{}
@@ -251,7 +272,7 @@ void LoraGemm::run() {
   const bool prepacked = blocks > 1;            // else a weight panel is used once, by the thread that packs it
 
   // Everything the threads share: packed A, packed W and B, and all panels where they are not streamed.
-  const int64_t weight_size = words * kCols, b_size = b_words * kCols, column_size = weight_size + b_size;
+  const int64_t weight_size = words * kCols, b_size = in_place ? 0 : b_words * kCols, column_size = weight_size + b_size;
   int64_t a_size = 0;
   for (const Adapter& g : groups) a_size += ceil_div(g.rank, kCols) * kCols * words;
   const int64_t panel_size = rows_size + hidden_size + factors_size;
@@ -278,16 +299,15 @@ void LoraGemm::run() {
     alignas(64) float base[kMaxRows * kCols];
     const int cols = static_cast<int>(std::min<int64_t>(kCols, N - c * kCols));
     const auto parts = segments(p);
-    const bool direct = b_words == 0 && parts.size == 1 && (fan != Fan::kOut || slots == 1) &&
-                        out_dtype == DType::f32 && cols % kLanes == 0;  // nothing to add: the base is the result
+    // Nothing is added here: the base is the result.
+    const bool alone = b_words == 0 && parts.size == 1 && (fan != Fan::kOut || slots == 1);
+    const bool direct = (alone || in_place) && out_dtype == DType::f32 && cols % kLanes == 0;
     const int64_t at = (parts.of[0].slot * M + parts.of[0].row) * N + c * kCols;
     float* to = direct ? static_cast<float*>(out) + at : base;
     wide(parts.rows, cols, words, from.rows, weight_panel, kCols, &bias[c * kCols], 0, to, direct ? N : kCols);
     if (direct) return;
-    if (reads_b_in_place(cols))
-      expand(p, from, c, base, {static_cast<const float*>(b.at(c * kCols, 0).data), b.k_stride, false});
-    else
-      expand(p, from, c, base, {weight_panel + weight_size, kCols, true});
+    if (in_place) return write(static_cast<float*>(out) + at, out_dtype, N, parts.rows, cols, base);
+    expand(p, from, c, base, {weight_panel + weight_size, kCols, true});
   };
   const auto panel_at = [&](float* start, int64_t i) {
     float *rows_at = start + i * panel_size, *hidden_at = rows_at + rows_size;
@@ -300,6 +320,7 @@ void LoraGemm::run() {
       for (int64_t p = 0; p < count; ++p) prepare(first + p, panel_at(local, p), panel_at(local, block).rows);
       for (int64_t c = 0; c < column_panels; ++c)
         for (int64_t p = 0; p < count; ++p) compute(first + p, panel_at(local, p), c, columns_packed + c * column_size);
+      for (int64_t p = 0; in_place && p < count; ++p) expand_in_place(first + p, panel_at(local, p));
     });
   } else {
     parallel(panels, [&](int64_t p) { prepare(p, panel_at(panels_packed, p), local_workspace.get(rows_size)); });
@@ -310,6 +331,7 @@ void LoraGemm::run() {
       for (int64_t p = first; p < std::min(first + block, panels); ++p)
         compute(p, panel_at(panels_packed, p), c, columns);
     });
+    if (in_place && out) parallel(panels, [&](int64_t p) { expand_in_place(p, panel_at(panels_packed, p)); });
   }
 }
 

@@ -72,15 +72,16 @@ class LoraGemm : LoraProblem {
 
   void plan();
   void find_used();
-  bool reads_b_in_place(int cols) const { return in_place && b.lane_stride == 1 && cols == kCols; }
   void run_few();
   Segments segments(int64_t panel) const;
   void prepare(int64_t panel, Panel to, float* scratch) const;
   void shrink(Adapter t, const float* packed, const Segment& s, Panel panel, int64_t column) const;
+  void prefetch_a(int64_t slot) const;
   void shrink_slot(int64_t slot, const Segment& s, Panel panel, int64_t column) const;
   void round_hidden(const Segments& parts, Panel panel) const;
   void keep(const float* sums, int64_t first, int cols, const Segment& s, Panel panel, int64_t column) const;
   void expand(int64_t panel, Panel from, int64_t column_panel, float* base, BRows b_rows) const;
+  void expand_in_place(int64_t panel, Panel from) const;
   void pack_column_panel(int64_t c, float* weight_panel, float* b_panel) const;
   void pack_b(int64_t c, float* b_panel) const;
   int64_t words_of(int64_t terms) const { return pairs ? ceil_div(terms, 2) : terms; }

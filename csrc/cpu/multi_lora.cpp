@@ -21,21 +21,23 @@ struct Route {
   int64_t hidden_ld, ranks = 0;
 };
 
-Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Tensor>& index, int64_t rows,
-            int64_t max_rank) {
+Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Tensor>& index, int64_t rows_of_a,
+            int64_t rows, int64_t max_rank) {
   Route r;
   const int64_t count = scales.size(0);
   const auto* offset = static_cast<const int32_t*>(offsets.const_data_ptr());
   const auto* scale = static_cast<const float*>(scales.const_data_ptr());
-  STD_TORCH_CHECK(offsets.size(0) == count + 1 && offsets.scalar_type() == ScalarType::Int &&
-                      scales.scalar_type() == ScalarType::Float,
-                  "multi_lora: offsets must be int32 [T + 1] and scales float32 [T]");
+  const bool spans = offsets.dim() == 2;  // [T, 2]: the rows of each adapter, anywhere in a and b
+  STD_TORCH_CHECK((spans ? offsets.size(0) == count && offsets.size(1) == 2 : offsets.size(0) == count + 1) &&
+                      offsets.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::Float,
+                  "multi_lora: offsets must be int32 [T + 1] or [T, 2], and scales float32 [T]");
+  const int64_t to_end = offsets.stride(spans ? 1 : 0);
   for (int64_t t = 0; t < count; ++t) {
-    const int64_t first = offset[t * offsets.stride(0)], end = offset[(t + 1) * offsets.stride(0)];
-    STD_TORCH_CHECK(first == r.ranks && end >= first && end - first <= max_rank,
-                    "multi_lora: offsets must be the running ", "sum of the ranks, none above max_rank ", max_rank);
+    const int64_t first = offset[t * offsets.stride(0)], end = offset[t * offsets.stride(0) + to_end];
+    STD_TORCH_CHECK(spans || (first == r.ranks && end >= first && end - first <= max_rank),
+                    "multi_lora: offsets must be the running sum of the ranks, none above max_rank ", max_rank);
     r.all.push_back({first, end - first});
-    r.ranks = end;
+    r.ranks = spans ? rows_of_a : end;
   }
   r.hidden_ld = index ? max_rank : r.ranks;
   const int64_t slots = index ? index->size(0) : count;
@@ -48,6 +50,9 @@ Route route(const Tensor& offsets, const Tensor& scales, const std::optional<Ten
       STD_TORCH_CHECK(t >= -1 && t < count, "multi_lora: index must be in [-1, ", count, "), got ", t);
     }
     r.slot_adapter.push_back(t);
+    STD_TORCH_CHECK(t < 0 || (r.all[t].first >= 0 && r.all[t].rank >= 0 && r.all[t].rank <= max_rank &&
+                              r.all[t].first + r.all[t].rank <= rows_of_a),
+                    "multi_lora: adapter ", t, " has no rows in a and b, or more than max_rank ", max_rank);
     r.adapter.push_back(t < 0 ? Adapter{0, 0} : r.all[t]);
     r.scale.push_back(t < 0 ? 0.f : scale[t * scales.stride(0)]);
     r.hidden_slot.push_back(index ? s * rows * max_rank : r.all[t].first);
@@ -103,7 +108,7 @@ std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight,
   const Tensor x = even_rows(x_any);
   const bool shared = x.dim() == 2;
   const int64_t rows = x.size(x.dim() - 2), N = weight.size(0);
-  const Route r = route(offsets, scales, index, rows, max_rank);
+  const Route r = route(offsets, scales, index, a.size(0), rows, max_rank);
   const int64_t slots = static_cast<int64_t>(r.adapter.size());
   STD_TORCH_CHECK(a.size(0) == r.ranks && b.size(0) == r.ranks && b.size(1) == N && a.size(1) == weight.size(1) &&
                       x.size(x.dim() - 1) == weight.size(1) && (!bias || bias->size(0) == N),
@@ -111,7 +116,7 @@ std::tuple<Tensor, Tensor> multi_lora(const Tensor& x_any, const Tensor& weight,
   STD_TORCH_CHECK(shared || x.size(0) == slots, "multi_lora: x must have one slot for each of ", slots, " adapters");
 
   LoraProblem g = problem(shared ? Fan::kOut : Fan::kEach, r, x, matrix(weight, 0, 1, kOp), N, matrix(a, 0, 1, kOp),
-                          matrix(b, 1, 0, kOp), !index.has_value());
+                          matrix(b, 1, 0, kOp), !index.has_value() && offsets.dim() == 1);
   Tensor y = torch::stable::new_empty(x, shape({slots, rows, N}));
   Tensor h = save_h ? hidden_like(x, r, index.has_value(), rows, max_rank)
                     : torch::stable::new_empty(x, shape({0}), ScalarType::Float);
@@ -182,14 +187,15 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(const Tensor& dy_any, con
   const Tensor dy = even_rows(dy_any);
   const bool shared = x.dim() == 2, indexed = index.has_value();
   const int64_t M = dy.size(1), N = dy.size(2), K = weight.size(1);
-  const Route r = route(offsets, scales, index, M, max_rank);
+  const Route r = route(offsets, scales, index, a.size(0), M, max_rank);
   const int64_t slots = static_cast<int64_t>(r.adapter.size());
 
+  STD_TORCH_CHECK(!need_dlora || offsets.dim() == 1, "multi_lora: adapters given by spans [T, 2] get no gradients");
   // dx = dy W + g A with g = scale · dy Bᵀ: the same GEMM, W and the adapters turned round.
   Tensor dx = need_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, shape({0}));
   Tensor g = torch::stable::new_empty(x, shape({0}), ScalarType::Float);
   LoraProblem input = problem(shared ? Fan::kIn : Fan::kEach, r, dy, matrix(weight, 1, 0, kOp), K, matrix(b, 0, 1, kOp),
-                              matrix(a, 1, 0, kOp), !indexed);
+                              matrix(a, 1, 0, kOp), !indexed && offsets.dim() == 1);
   if (need_dx && shared && slots == 0) torch::stable::zero_(dx);
   if (need_dx) input.out = dx.mutable_data_ptr();
   if (need_dlora) {

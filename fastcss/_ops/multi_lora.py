@@ -71,9 +71,25 @@ def multi_lora(
         room = reference if impl == "reference" else composed
         y = room.multi_lora(rows, weight, bias, lora, index)
     else:
+        if lora.has_spans and impl != "cpu":
+            lora, index = _gathered(lora, index)
         pack = (lora.a, lora.b, lora.offsets, lora.scales)
         y = FORWARD[impl](rows, weight, bias, *pack, index, lora.max_rank, False)[0]
     return y if len(inner) == 1 else y.reshape(y.shape[0], *inner, y.shape[-1])
+
+
+def _gathered(lora: PackedLora, index: Tensor | None) -> tuple[PackedLora, Tensor]:
+    """Copy the slots' adapters out of the spans, which the C++ kernel alone reads; → their pack, and its index."""
+    if index is None:
+        index = torch.arange(lora.num_adapters, device=lora.a.device)
+    slots, rank = index.shape[0], lora.max_rank
+    a, b = (padded.flatten(0, 1) for padded in lora.padded(index))
+    offsets = torch.arange(0, slots * rank + 1, max(rank, 1), dtype=torch.int32, device=a.device)[: slots + 1]
+    known = (index >= 0) & (index < lora.num_adapters)
+    scales = lora.scales[torch.where(known, index, 0)]
+    place = torch.arange(slots, dtype=index.dtype, device=a.device)
+    # A wrong index stays one, for the kernel to make rows of NaN of.
+    return PackedLora(a, b, (rank,) * slots, offsets, scales), torch.where(known, place, torch.where(index < 0, index, slots))
 
 
 class MultiLora(torch.autograd.Function):
@@ -114,7 +130,7 @@ def _vmap(op: Callable, batch: int, in_dims: tuple, arguments: tuple) -> tuple:
     moved = [v.movedim(dim, 0) if dim is not None else v for v, dim in zip(arguments, in_dims, strict=True)]
     x, weight, bias, a, b, offsets, scales, index, *rest = moved
     x_mapped, base_mapped, pack_mapped = mapped[0], any(mapped[1:3]), mapped[3] or mapped[4] or mapped[6]
-    if base_mapped or mapped[5] or (pack_mapped and index is not None):
+    if base_mapped or mapped[5] or (pack_mapped and (index is not None or offsets.dim() == 2)):
         calls = [op(*(v[i] if m else v for v, m in zip(moved, mapped, strict=True)))[0] for i in range(batch)]
         return (torch.stack(calls), x.new_empty(0, dtype=torch.float32)), (0, None)
 
@@ -159,7 +175,7 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
     wanted = {"shared": "[*, K]", "diverged": "[T, *, K]", "routed": "[S, *, K]"}[mode]
     given = {"x": (x, wanted), "weight": (weight, "[N, K]"), "bias": (bias, "[N]"), "index": (index, "[S]")}
     given |= {"lora.a": (lora.a, "[Σr, K]"), "lora.b": (lora.b, "[Σr, N]")}
-    given |= {"lora.offsets": (lora.offsets, "[T + 1]"), "lora.scales": (lora.scales, "[T]")}
+    given |= {"lora.offsets": (lora.offsets, "[T + 1] or [T, 2]"), "lora.scales": (lora.scales, "[T]")}
     for name, (tensor, shape) in given.items():
         if tensor is not None or name not in ("bias", "index"):
             check_tensor("multi_lora", name, tensor, shape)
@@ -173,7 +189,7 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
         raise ValueError(
             f"multi_lora: x must be [T, *, K] with T = {lora.num_adapters} in mode 'diverged', got {list(x.shape)}"
         )
-    (outputs, inputs), rows = weight.shape, sum(lora.ranks)
+    (outputs, inputs), rows = weight.shape, lora.a.shape[0] if lora.has_spans else sum(lora.ranks)
     if lora.a.shape != (rows, inputs) or lora.b.shape != (rows, outputs):
         raise ValueError(
             f"multi_lora: lora must fit weight {list(weight.shape)} = [N, K]: wants a [Σr, {weight.shape[1]}] and "
@@ -206,16 +222,19 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
 
 
 def _check_ranks(lora: PackedLora) -> None:
-    ranks, count = lora.ranks, lora.num_adapters if isinstance(lora.ranks, tuple) else 0
-    if count == 0 or not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
-        raise TypeError(f"multi_lora: lora.ranks must be a tuple of one rank or more, got {ranks!r}")
+    if not lora.has_sound_ranks:
+        raise TypeError(f"multi_lora: lora.ranks must be a tuple of one rank or more, got {lora.ranks!r}")
+    count = lora.num_adapters
+    spans = lora.offsets.dim() == 2
     for name, tensor, dtype, size in (
-        ("lora.offsets", lora.offsets, torch.int32, count + 1),
-        ("lora.scales", lora.scales, torch.float32, count),
+        ("lora.offsets", lora.offsets, torch.int32, (count, 2) if spans else (count + 1,)),
+        ("lora.scales", lora.scales, torch.float32, (count,)),
     ):
-        if tensor.dtype != dtype or tensor.shape != (size,):
+        if tensor.dtype != dtype or tensor.shape != size:
             got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"multi_lora: {name} must be {dtype} [{size}] for {count} adapters, got {got}")
+            raise ValueError(f"multi_lora: {name} must be {dtype} {list(size)} for {count} adapters, got {got}")
+    if spans and (lora.a.requires_grad or lora.b.requires_grad) and torch.is_grad_enabled():
+        raise ValueError("multi_lora: lora.a and lora.b must not require gradients where lora.offsets are [T, 2]")
 
 
 def _check_index_range(index: Tensor, num_adapters: int) -> None:

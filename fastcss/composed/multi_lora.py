@@ -13,16 +13,17 @@ def multi_lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora,
     base = torch.nn.functional.linear(x, weight, bias)  # [(S,) M, N]
     if lora.max_rank == 0:
         return base.expand(lora.num_adapters, *base.shape).clone() if base.dim() == 2 else base
-    a, b = (padded.to(x.dtype) for padded in lora.padded())  # [T, R, K], [T, R, N]
     scales = lora.scales.to(x.dtype)
-    if index is not None:
-        # Index -1 takes an adapter of zeros, put after the last. A wrong index takes it too, with a scale that makes
-        # its rows NaN, since only the caller can refuse the index without a stall.
-        count = lora.num_adapters
-        wrong = (index < -1) | (index >= count)
-        index = torch.where(wrong | (index == -1), count, index)
-        a, b = (torch.nn.functional.pad(v, (0, 0, 0, 0, 0, 1))[index] for v in (a, b))  # [S, R, ·]
-        scales = torch.where(wrong, torch.nan, torch.nn.functional.pad(scales, (0, 1))[index])
+    if index is None:
+        a, b = lora.padded()  # [T, R, K], [T, R, N]
+    else:
+        # A wrong index takes zeros, as -1 does, with a scale that makes its rows NaN: only the caller can refuse the
+        # index without a stall.
+        known = (index >= 0) & (index < lora.num_adapters)
+        wrong, index = ~known & (index != -1), torch.where(known, index, -1)
+        a, b = lora.padded(index)  # [S, R, ·]
+        scales = torch.where(wrong, torch.nan, scales[index])
+    a, b = a.to(x.dtype), b.to(x.dtype)
     if x.dim() == 2:
         hidden = (x @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2]).transpose(0, 1)  # [S, M, R]
         base = base.expand(a.shape[0], *base.shape)

@@ -16,7 +16,7 @@ def multi_lora(x: Tensor, weight: Tensor, bias: Tensor | None, lora: PackedLora,
         x_s = x if x.dim() == 2 else x[s]
         y = torch.nn.functional.linear(x_s, weight, bias)
         if t >= 0:
-            rows = slice(sum(lora.ranks[:t]), sum(lora.ranks[: t + 1]))
+            rows = slice(*(int(bound[t]) for bound in lora.spans))
             a, b = lora.a[rows].to(x.dtype), lora.b[rows].to(x.dtype)
             y = y + (x_s @ a.t()) @ b * lora.scales[t].to(x.dtype)
         outputs.append(y)
