@@ -83,13 +83,13 @@ def _gathered(lora: PackedLora, index: Tensor | None) -> tuple[PackedLora, Tenso
     if index is None:
         index = torch.arange(lora.num_adapters, device=lora.a.device)
     slots, rank = index.shape[0], lora.max_rank
-    a, b = (padded.flatten(0, 1) for padded in lora.padded(index))
-    offsets = torch.arange(0, slots * rank + 1, max(rank, 1), dtype=torch.int32, device=a.device)[: slots + 1]
     known = (index >= 0) & (index < lora.num_adapters)
-    scales = lora.scales[torch.where(known, index, 0)]
+    a, b = (padded.flatten(0, 1) for padded in lora.padded(torch.where(known, index, -1)))
+    offsets = torch.arange(slots + 1, dtype=torch.int32, device=a.device) * rank
     place = torch.arange(slots, dtype=index.dtype, device=a.device)
-    # A wrong index stays one, for the kernel to make rows of NaN of.
-    return PackedLora(a, b, (rank,) * slots, offsets, scales), torch.where(known, place, torch.where(index < 0, index, slots))
+    # A wrong index stays one: the kernel makes rows of NaN of it.
+    index, scales = torch.where(known, place, torch.where(index < 0, index, slots)), lora.scales[index.clamp(0, lora.num_adapters - 1)]
+    return PackedLora(a, b, (rank,) * slots, offsets, scales), index
 
 
 class MultiLora(torch.autograd.Function):
