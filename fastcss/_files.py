@@ -89,18 +89,24 @@ def read_tensors(path: Path, caller: str) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        for pickle in (path.with_suffix(suffix) for suffix in (".bin", ".pt", ".pth")):
-            if pickle.is_file():
-                raise ValueError(
-                    f"{caller}: {pickle} is a pickle, and loading it would run any code in it; save it as safetensors "
-                    "(peft's and transformers' save_pretrained do by default)"
-                )
-        raise FileNotFoundError(f"{caller}: {path} is missing")
+    check_is_there(path, caller)
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{caller}: {path} is no whole safetensors file: {error}") from error
+
+
+def check_is_there(path: Path, caller: str) -> None:
+    """Raise, as ``read_tensors`` does, if ``path`` is missing or there is a pickle in its place."""
+    if path.is_file():
+        return
+    for pickle in (path.with_suffix(suffix) for suffix in (".bin", ".pt", ".pth")):
+        if pickle.is_file():
+            raise ValueError(
+                f"{caller}: {pickle} is a pickle, and loading it would run any code in it; save it as safetensors "
+                "(peft's and transformers' save_pretrained do by default)"
+            )
+    raise FileNotFoundError(f"{caller}: {path} is missing")
 
 
 def _new(path: Path) -> Path:

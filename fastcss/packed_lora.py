@@ -14,8 +14,8 @@ class PackedLora:
     """Holds T LoRA adapters of one linear layer, packed row by row.
 
     Adapter ``t`` owns the rows ``offsets[t]:offsets[t + 1]`` of ``a`` and ``b``. An adapter of rank 0 does not touch
-    this layer. The rows may also lie anywhere in larger ``a`` and ``b``, for inference: adapter ``t`` then owns the rows
-    ``offsets[t, 0]:offsets[t, 1]``, and one whose first row is -1 is not there and cannot be run.
+    this layer. For inference, the rows may also lie anywhere in larger ``a`` and ``b``: adapter ``t`` then owns the
+    rows ``offsets[t, 0]:offsets[t, 1]``, and one whose first row is -1 is not there and cannot be run.
 
     Attributes:
         a: ``[sum(ranks), K]``, the down projections, with one row per rank.

@@ -19,7 +19,9 @@ from .read_adapters import LoraWeights, is_conv1d, kind_of
 
 
 def adapted(base: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> Adapted:
-    """Make the layer that replaces ``base`` with its ``adapters``."""
+    """Make the layer that replaces ``base`` with its ``adapters``; those of a pool bring their own."""
+    if hasattr(adapters, "over"):
+        return adapters.over(base, slots)
     kind = {"linear": AdaptedLinear, "conv2d": AdaptedConv2d, "embedding": AdaptedEmbedding}[kind_of(base)]
     return kind(base, adapters, slots)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,14 +45,39 @@ def check_task_dim(dim: int) -> int:
     return dim
 
 
-def check_route(route: Tensor, adapters: object, per_adapter: object, names: tuple[str, ...]) -> Tensor:
+def check_route(
+    route: Tensor | Sequence[str | None],
+    adapters: object,
+    per_adapter: object,
+    names: tuple[str, ...],
+    device: torch.device,
+) -> Tensor:
+    """Return the place in ``names`` of each sample's adapter, -1 for none."""
     if adapters is not None:
         raise ValueError("one_pass: adapters and route exclude each other")
     if per_adapter:
         raise ValueError("one_pass: per_adapter and route exclude each other")
+    if isinstance(route, (list, tuple)):
+        return torch.tensor(places(route, {name: t for t, name in enumerate(names)}, "one_pass"), device=device)
     if not isinstance(route, Tensor) or route.dtype not in (torch.int32, torch.int64) or route.dim() != 1:
         got = f"{route.dtype} {list(route.shape)}" if isinstance(route, Tensor) else type(route).__name__
-        raise TypeError(f"one_pass: route must be an int32 or int64 tensor [B], got {got}")
+        raise TypeError(f"one_pass: route must be a list of names, or an int32 or int64 tensor [B], got {got}")
     if route.device.type == "cpu" and len(route) and not -1 <= route.min() <= route.max() < len(names):
         raise IndexError(f"one_pass: route must hold places of {len(names)} adapters, or -1, got {route.tolist()}")
     return route
+
+
+def places(route: Sequence[str | None], known: Mapping[str, int], caller: str) -> list[int]:
+    """Return the place of each name in ``route``, -1 for None."""
+    found = [-1 if name is None else known.get(name, len(known)) if isinstance(name, str) else None for name in route]
+    for entry, (name, place) in enumerate(zip(route, found, strict=True)):
+        if place is None:
+            raise TypeError(f"{caller}: route must hold adapters' names, or None, got {name!r} for sample {entry}")
+        if place == len(known):
+            raise KeyError(f"{caller}: no adapter {name!r}; {_near(name, known)}")
+    return found
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3) or list(known)[:3]
+    return f"there are {', '.join(near)}{', …' if len(list(known)) > len(near) else ''}"

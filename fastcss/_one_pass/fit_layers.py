@@ -16,6 +16,20 @@ from .read_saved import CALLER, CONFIG_FILE, fits_still
 
 def fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, layer: str) -> LoraWeights:
     """Make of one layer's ``tensors`` what the pass runs; refuse what does not fit ``base``, which is at ``where``."""
+    scale = scale_of(where, base, tensors, config, layer)
+    # PEFT loads adapters in float32, whatever was saved, and beside a float64 layer in float64.
+    dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+    a, b, bias = (tensors.get(part) for part in ("a", "b", "bias"))
+    a, b, bias = (None if tensor is None else tensor.to(base.weight.device, dtype) for tensor in (a, b, bias))
+    weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)))
+    try:
+        return with_taken_out(weights, base, config.get("init_lora_weights"))
+    except TypeError as error:
+        raise TypeError(f"{CALLER}: {where} has {error}") from error
+
+
+def scale_of(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, layer: str) -> float:
+    """Return the scale of one layer's adapter; refuse ``tensors`` that do not fit ``base``, by their shapes alone."""
     kind = kind_of(base)
     if kind is None:
         raise TypeError(
@@ -43,15 +57,7 @@ def fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, l
     if rank != _of_pattern(config.get("rank_pattern"), layer, config.get("r", 8)):
         raise ValueError(f"{CALLER}: {where} is of rank {rank}, its {CONFIG_FILE} (r, rank_pattern) says another")
     alpha = _of_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    # PEFT loads adapters in float32, whatever was saved, and beside a float64 layer in float64.
-    dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-    a, b, bias = (None if tensor is None else tensor.to(base.weight.device, dtype) for tensor in (a, b, bias))
-    weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)))
-    try:
-        return with_taken_out(weights, base, config.get("init_lora_weights"))
-    except TypeError as error:
-        raise TypeError(f"{CALLER}: {where} has {error}") from error
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:

@@ -54,8 +54,8 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
             raise ValueError(f"{CALLER}: layer {name!r} has adapters already; it wants the bare model")
-    configs = [_read_config(folder) for folder in folders]
-    by_peft = next((why for pair in zip(folders, configs, strict=True) if (why := _why_by_peft(*pair, model))), None)
+    configs = [read_config(folder) for folder in folders]
+    by_peft = next((why for pair in zip(folders, configs, strict=True) if (why := why_by_peft(*pair, model))), None)
     if by_peft:
         return ByPeft.read(folders, names, by_peft)
     modules = dict(model.named_modules())
@@ -65,8 +65,8 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
         tensors = read_tensors(folder / WEIGHTS_FILE, CALLER)
         for module, own in taken_saved(str(folder), config, tensors, model).items():
             adapters.save(module, adapter, own)
-        layers = _by_layer(folder, tensors, model)
-        _check_targets(folder, config, model, layers)
+        layers = by_layer(folder, tensors, model)
+        check_targets(folder, config, model, layers)
         for layer, parts in layers.items():
             weights = fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
             if weights.taken_out and users[id(modules[layer].weight)] > 1:
@@ -82,7 +82,7 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
 # ----------------------------------------------------------------------------------------------- adapter_config.json
 
 
-def _read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{CALLER}: {path} is missing; a PEFT adapter folder holds it")
@@ -104,7 +104,7 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _why_by_peft(folder: Path, config: dict, model: nn.Module) -> str | None:
+def why_by_peft(folder: Path, config: dict, model: nn.Module) -> str | None:
     """Return why PEFT itself has to read the folder, or None."""
     if config["peft_type"] != "LORA":
         return f"{folder} is a {config['peft_type']} adapter"
@@ -116,7 +116,7 @@ def _why_by_peft(folder: Path, config: dict, model: nn.Module) -> str | None:
     return other and f"{folder} has LoRA on {type(layers[other]).__name__} {other!r}"
 
 
-def _check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -> None:
+def check_targets(folder: Path, config: dict, model: nn.Module, layers: dict) -> None:
     """Compare the layers that the folder has weights for with those that its own config names."""
     names = targeted(config, model)
     if names is None:
@@ -179,7 +179,7 @@ _EMBEDDING = re.compile(r"(?P<layer>.+?)\.lora_embedding_(?P<part>[AB])(?:\.(?P<
 WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP", "module.": "DistributedDataParallel"}
 
 
-def _by_layer(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
+def by_layer(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Group tensors by layer → {"a", "b", "bias"}; keys look like ``base_model.model.encoder.query.lora_A.weight``."""
     modules = dict(model.named_modules())
     layers: dict[str, dict[str, Tensor]] = {}

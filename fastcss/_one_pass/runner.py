@@ -132,7 +132,7 @@ class OnePass(RunnerModule):
         self,
         *args: Any,
         adapters: Sequence[str] | None = None,
-        route: Tensor | None = None,
+        route: Tensor | Sequence[str | None] | None = None,
         per_sample: Sequence[str] | None = None,
         per_adapter: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
@@ -142,8 +142,9 @@ class OnePass(RunnerModule):
         Args:
             *args, **kwargs: what the model takes.
             adapters: names of the adapters to run, in the order wanted; by default all.
-            route: int32 or int64 ``[B]``, instead of ``adapters``: for each sample of the batch, the index of its
-                adapter in ``runner.adapters``, or -1 for the bare model. Each sample runs as a batch of one.
+            route: instead of ``adapters``, the name of its adapter for each of the B samples of the batch, or None for
+                the bare model: ``["cat", None, "dog"]``. Or int32 or int64 ``[B]``: places in ``runner.adapters``,
+                and -1. Each sample runs as a batch of one.
             per_sample: with ``route``, names of all inputs that hold one entry per sample: tensors with one row per
                 sample (or several, one after the other), or lists of length B. None guesses: tensors and lists of
                 length B. The guess is checked once for every kind of batch: the bare model must give the same for a
@@ -168,7 +169,7 @@ class OnePass(RunnerModule):
             )
         self._follow()
         if route is not None:
-            route = check_route(route, adapters, per_adapter, self.adapters)
+            route = check_route(route, adapters, per_adapter, self.adapters, self._model_copy.device)
             self._warn_of_untrained(range(len(self.adapters)))
             return self._routed(route, Inputs(args, kwargs), per_sample)
         if per_sample is not None:

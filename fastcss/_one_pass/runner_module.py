@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -18,10 +18,16 @@ from .fit_layers import fitted_again
 from .model_copy import ModelCopy
 from .passes import Passes
 from .read_adapters import Adapters, check_global_hooks, read_peft
-from .read_by_peft import ByPeft
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class BuiltOn(Protocol):
+    """Holds adapters that are built on a model anew whenever it has changed."""
+
+    def built_on(self, model: nn.Module) -> tuple[nn.Module, Adapters, list[tuple[nn.Module, nn.Module]]]:
+        """Return the model with the adapters, and what of the user's ``model`` it is a twin of."""
 
 
 class RunnerModule(nn.Module):
@@ -31,7 +37,7 @@ class RunnerModule(nn.Module):
     fusion: Fusion | None
 
     @classmethod
-    def _made_of(cls, model: nn.Module, adapters: Adapters | ByPeft | None, *options: Any) -> Self:
+    def _made_of(cls, model: nn.Module, adapters: Adapters | BuiltOn | None, *options: Any) -> Self:
         """Make a runner for the adapters in ``model``, or for ``adapters`` if the model is bare."""
         runner = cls.__new__(cls)
         nn.Module.__init__(runner)
@@ -41,7 +47,7 @@ class RunnerModule(nn.Module):
     def _begin(
         self,
         model: nn.Module,
-        adapters: Adapters | ByPeft | None,
+        adapters: Adapters | BuiltOn | None,
         engine: str,
         group_size: int | None,
         fuse: bool | None,
@@ -67,7 +73,7 @@ class RunnerModule(nn.Module):
         """Return the model with its adapters, and what of ``self.model`` it is a twin of."""
         if self._given is None:
             return *read_peft(self.model), []
-        if isinstance(self._given, ByPeft):
+        if not isinstance(self._given, Adapters):
             return self._given.built_on(self.model)
         self._given = fitted_again(self.model, self._given)
         return self.model, self._given, []

@@ -88,7 +88,10 @@ def _gathered(lora: PackedLora, index: Tensor | None) -> tuple[PackedLora, Tenso
     offsets = torch.arange(slots + 1, dtype=torch.int32, device=a.device) * rank
     place = torch.arange(slots, dtype=index.dtype, device=a.device)
     # A wrong index stays one: the kernel makes rows of NaN of it.
-    index, scales = torch.where(known, place, torch.where(index < 0, index, slots)), lora.scales[index.clamp(0, lora.num_adapters - 1)]
+    index, scales = (
+        torch.where(known, place, torch.where(index < 0, index, slots)),
+        lora.scales[index.clamp(0, lora.num_adapters - 1)],
+    )
     return PackedLora(a, b, (rank,) * slots, offsets, scales), index
 
 
