@@ -102,8 +102,8 @@ def test_bad_routes():
             runner(**given, route=torch.tensor([0, wrong]))
     with pytest.raises(ValueError, match="route has 3 entries"):
         runner(**given, route=torch.tensor([0, 1, 1]))
-    for route in ([0, 1], torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):
-        with pytest.raises(TypeError, match="route must be an int32 or int64 tensor"):
+    for route in (torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), "task0"):
+        with pytest.raises(TypeError, match="route must be a list of names, or an int32 or int64 tensor"):
             runner(**given, route=route)
 
 
