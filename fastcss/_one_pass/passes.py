@@ -28,6 +28,10 @@ class Passes:
         self._axes: dict[tuple, Axes] = {}  # the keys are training mode and the kind of batch
         self._widest: dict[tuple, int] = {}  # input shapes → bytes of the widest tensor of one task
 
+    def forget_adapters(self) -> None:
+        """Forget what was measured with adapters that are others now; where outputs have their batch stays."""
+        self._widest.clear()
+
     # --------------------------------------------------------------------------------- every task on the same input
 
     def side_by_side(self, tasks: tuple[int, ...], size: int | None, inputs: Inputs) -> object:
@@ -80,11 +84,14 @@ class Passes:
         return samples, self._axes[key]
 
     def _measured(self, samples: Samples) -> Axes:
-        """Measure the output axes with the bare model, then restore it; check guesses in eval mode, without dropout."""
+        """Measure the output axes with the bare model, then restore it and what it draws from.
+
+        Guesses are checked in eval mode, without dropout.
+        """
         training = [module for module in self._model.modules() if module.training]
         with (
             torch.no_grad(),
-            torch.random.fork_rng(enabled=bool(training)),
+            torch.random.fork_rng(),
             self._copy.undoing(samples.inputs, None) as undo,
         ):
             try:
