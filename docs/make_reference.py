@@ -130,11 +130,29 @@ def _describe(entry: Entry) -> Iterable[str]:
         yield _fence("python", _signature(entry))
         yield from _sections(_docstring(entry.node))
     yield f"[{where}](../../{where})"
-    for method in entry.node.body if isinstance(entry.node, ast.ClassDef) else ():
-        if isinstance(method, ast.FunctionDef) and _is_public(method.name) and _docstring(method):
+    for method, lines in _methods(entry):
+        if _is_public(method.name) and _docstring(method):
             yield f"### `{entry.name}.{method.name}`"
-            yield _fence("python", _header(method, entry.lines))
+            yield _fence("python", _header(method, lines))
             yield from _sections(_docstring(method))
+
+
+def _methods(entry: Entry) -> Iterable[tuple[ast.FunctionDef, list[str]]]:
+    """Yield a class's methods, and those that it has from classes of files beside its own, with the files' lines."""
+    if not isinstance(entry.node, ast.ClassDef):
+        return
+    yield from ((node, entry.lines) for node in entry.node.body if isinstance(node, ast.FunctionDef))
+    own = {node.name for node in entry.node.body if isinstance(node, ast.FunctionDef)}
+    files = {
+        name.name: entry.path.with_name(f"{node.module}.py")
+        for node in _parsed(entry.path).body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        for name in node.names
+    }
+    for base in entry.node.bases:
+        if isinstance(base, ast.Name) and files.get(base.id, entry.path) != entry.path:
+            of_base = _methods(_entry(base.id, files[base.id]))
+            yield from ((method, lines) for method, lines in of_base if method.name not in own)
 
 
 def _signature(entry: Entry) -> str:

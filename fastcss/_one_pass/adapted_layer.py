@@ -77,13 +77,23 @@ class Slots(threading.local):
             self.tasks, self.axis, self.routed, self.rules, self.running = before
 
 
+def _are_none(adapters: Sequence[LoraWeights | None]) -> bool:
+    return len(adapters) > 0 and all(weights is None for weights in adapters)
+
+
 class Adapted(nn.Module):
-    """Runs a base layer with T adapters; a subclass says how several run on one input, or on one input each."""
+    """Runs a base layer with T adapters; a subclass says how several run on one input, or on one input each.
+
+    ``is_idle`` says that none of the adapters covers the layer.
+    """
+
+    _packs: dict[tuple[int, ...], tuple[object, int]]  # tasks → the pack, and how many ranks it copied
 
     def __init__(self, base_layer: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slots) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = list(adapters)  # a plain list, so that the parameters still belong to the user's model
+        self.is_idle = _are_none(adapters)
         self.slots = slots
         self.training = base_layer.training
         self.forget()
@@ -107,7 +117,7 @@ class Adapted(nn.Module):
 
     def _fold(self, size: int, dims: tuple, x: Tensor, axis: Tensor) -> tuple[Tensor, int | None]:
         slots, dim = self.slots, dims[0]
-        if slots.routed:
+        if slots.routed and not self.is_idle:
             return self.routed(x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0), axis), 0
         if not self._covered(slots.tasks):
             return self._bare(x, dim)
@@ -160,9 +170,15 @@ class Adapted(nn.Module):
     def _trains(self, tasks: tuple[int, ...]) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors(tasks))
 
+    def take(self, adapters: Sequence[LoraWeights | None]) -> None:
+        """Run these adapters from now on."""
+        vars(self).update(adapters=list(adapters), is_idle=_are_none(adapters))
+        self.forget()
+
     def forget(self) -> None:
         """Drop all packs, because the adapters' values have changed."""
-        self._packs: dict[tuple[int, ...], tuple[object, int]] = {}  # tasks → the pack, and how many ranks it copied
+        # nn.Module's own way to set an attribute takes longer than all else here.
+        vars(self)["_packs"] = {}
 
     def _keep(self, packs: dict, tasks: tuple[int, ...]) -> tuple[object, int]:
         """Make the pack of ``tasks`` and keep it.

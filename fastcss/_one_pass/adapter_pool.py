@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .call_arguments import places
+from .lineup import Lineup
 from .pool_arena import Arena
 from .pool_files import POOL, AdapterFile, Reader
 from .pooled_layers import Paged
@@ -95,7 +96,7 @@ class AdapterPool(nn.Module):
 
     def _build(self, files: list[AdapterFile]) -> None:
         given = PooledAdapters(self.adapters, self.model, files, self.budget)
-        runner = OnePass._made_of(self.model, given, self._options["engine"], None, self._options["fuse"], 0)
+        runner = OnePass._made_of(self.model, Lineup.of_folders(given), self._options["engine"], None, self._options["fuse"], 0)
         # Not registered: parameters() and state_dict() are the model's alone. Set at once, for calls of other threads.
         self.__dict__["_state"] = given, runner
 

@@ -61,10 +61,14 @@ def scale_of(where: str, base: nn.Module, tensors: dict[str, Tensor], config: di
 
 
 def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
-    """Fit adapters that were read from folders to ``model`` as it is now, on its device."""
+    """Fit adapters that were read from folders to ``model`` as it is now, on its device.
+
+    The model's own adapters may be on its layers, too.
+    """
     modules, again = dict(model.named_modules()), Adapters.empty(adapters.names)
     for layer, weights in adapters.layers.items():
         base = modules.get(layer)
+        base = getattr(base, "base_layer", base)
         kind = None if base is None else kind_of(base)
         if kind is None:
             raise ValueError(f"one_pass: the model has no layer {layer!r} any more that its adapters fit")

@@ -33,6 +33,7 @@ class ModelCopy:
         twins: modules of the user with those of ``model`` that are their twins, and whose copies follow them.
 
     Attributes:
+        original: what is copied.
         model: the copy.
         slots: what the adapted layers in it compute in this thread's current call.
         reads: id of each adapter's tensor → the name of its layer.
@@ -49,8 +50,9 @@ class ModelCopy:
             part.training = theirs.training
         self.slots = Slots(uuid.uuid4().hex)
         built = build_copy(model, adapters, self.slots)
-        self.model, self.by_peft = built.model, adapters.by_peft
-        self._layers = [ours for _, ours in built.layers.values()]
+        self.original, self.model, self.by_peft = model, built.model, adapters.by_peft
+        self._names, self._layers = tuple(built.layers), [ours for _, ours in built.layers.values()]
+        self._runs_in_turn, self._is_bound = bool(built.saved or built.in_turn), False
         self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
         self._attributes: Attributes | None = None
         self._hold_what_tasks_own(built, adapters)
@@ -68,14 +70,18 @@ class ModelCopy:
             for layer, _ in built.in_turn.values():
                 self._of_task[task] += tensors_of(layer, name)
         self._own = {id(tensor) for tensors in self._of_task.values() for tensor in tensors}
-        held = ((name, w) for name, weights in adapters.layers.items() for w in weights if w is not None)
-        self.reads = {id(tensor): name for name, w in held for tensor in (w.a, w.b)}
+
+    def _remember_lora(self) -> None:
+        """Remember which tensors the adapted layers read; later calls compare their values."""
+        named = zip(self._names, self._layers, strict=True)
+        held = [(tensor, name, layer) for name, layer in named for tensor in layer.tensors()]
+        self.reads = {id(tensor): name for tensor, name, _ in held}
+        self._contents, self._layer_of = Contents([tensor for tensor, *_ in held]), [layer for *_, layer in held]
+        self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
 
     def _remember(self, built: BuiltCopy, adapters: Adapters) -> None:
         """Remember what later calls compare: the values of adapters, and what runs and the user may replace."""
-        self._contents = Contents(self.adapter_tensors())
-        self._layer_of = [layer for layer in self._layers for _ in layer.tensors()]
-        self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
+        self._remember_lora()
         self._made_of = Contents(adapters.made_of)
         self._made_of.changed()
         # What folders hold was converted to the dtype and device of these, which to() writes in place.
@@ -127,6 +133,32 @@ class ModelCopy:
         if self.is_spoilt or any(like.dtype != dtype or like.device != device for like, dtype, device in self._likes):
             return False
         return not self._made_of.changed() and self._watch.is_as_built()
+
+    def can_take(self, adapters: Adapters) -> bool:
+        """Tell whether ``adapters`` can run without a new copy, as plain LoRA on the layers that are adapted now."""
+        if self.by_peft or adapters.by_peft or adapters.saved or self._runs_in_turn or self._is_bound:
+            return False
+        return adapters.layers.keys() == set(self._names)
+
+    def take(self, adapters: Adapters) -> None:
+        """Let the adapted layers run ``adapters`` from now on, which ``can_take`` has allowed."""
+        for name, layer in zip(self._names, self._layers, strict=True):
+            layer.take(adapters.layers[name])
+        self._of_task = {task: [] for task in range(len(adapters.names))}
+        self._remember_lora()
+
+    @property
+    def lora_layers(self) -> dict[str, nn.Module]:
+        """Return PEFT's LoRA layers that adapted layers run for, by name."""
+        return self._watch.layers
+
+    def came_and_went(self) -> tuple[set[str], set[str]] | None:
+        """Return the adapters that PEFT's layers have got and lost; None if that cannot be told or is not all there."""
+        return None if self._runs_in_turn else self._watch.came_and_went()
+
+    def saw(self, came: Iterable[str], gone: Iterable[str]) -> None:
+        """Watch PEFT's layers from now on as they are, with what ``came_and_went`` has found."""
+        self._watch.take(came, gone)
 
     def forget_changed_adapters(self) -> None:
         """Drop the packs of adapters whose values have changed; on a GPU drop all, since comparing would stall it."""
@@ -184,6 +216,7 @@ class ModelCopy:
         for name, module in self.model.named_modules() if self.training else ():
             if getattr(module, "gradient_checkpointing", False):
                 bind_checkpoints(self.model, self.slots)
+                self._is_bound = True  # backward passes to come compute again with the adapters as they are now
                 return f"{name or 'the model'} has gradient checkpointing on, which computes again outside of vmap"
             counts = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
             if counts and module.training:

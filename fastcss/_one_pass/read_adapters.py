@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from .peft_layers import adapters_in, is_peft_layer, why_not_in_layers
 
 # These variants of PEFT differ in how an adapter is initialised and which part of it trains, not in what it computes.
 PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
+_PAIRS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 GLOBAL_HOOKS = (
@@ -148,6 +149,25 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
     return base, adapters
 
 
+def read_adapter(layers: Mapping[str, nn.Module], adapter: str) -> Adapters | None:
+    """Read one adapter from PEFT's LoRA layers, all else in which was read before; None if it is no plain LoRA."""
+    found = Adapters.empty([adapter])
+    for name, layer in layers.items():
+        holders = {inner: holder for inner, holder in layer._modules.items() if inner != "base_layer"}
+        if not any(adapter in holders[part] for part in _PAIRS):
+            continue
+        _check_whole(name, layer, adapter, [adapter])
+        variant = layer.lora_variant.get(adapter)
+        if layer.use_dora.get(adapter) or not (variant is None or type(variant).__name__ in PLAIN_VARIANTS):
+            return None
+        parts = ((inner, holder._modules.get(adapter)) for inner, holder in holders.items())
+        for inner, part in parts:
+            if part is not None:
+                _check_part(name, f"{inner}.{adapter}", part)
+        found.layers[name] = [_read_peft_layer(layer, adapter)]
+    return found if found.layers else None
+
+
 def check_global_hooks() -> None:
     """Raise if a global hook is set that is not torch's own (its counter of FLOPs, its profilers)."""
     for hooks in map(torch.nn.modules.module.__dict__.get, GLOBAL_HOOKS):
@@ -159,8 +179,7 @@ def check_global_hooks() -> None:
 
 
 def _adapters_of(layer) -> list[str]:
-    parts = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    return list(dict.fromkeys(adapter for part in parts for adapter in getattr(layer, part, ())))
+    return list(dict.fromkeys(adapter for part in _PAIRS for adapter in getattr(layer, part, ())))
 
 
 def _check_whole(name: str, layer, adapter: str, names: Sequence[str]) -> None:
@@ -216,7 +235,7 @@ def _check_part(name: str, inner: str, part: nn.Module) -> None:
             f"one_pass: layer {name!r}: its {inner} has hooks or a replaced forward, which one pass would skip; "
             "hooks on the layer itself run"
         )
-    if parametrize.is_parametrized(part):
+    if "parametrizations" in part._modules and parametrize.is_parametrized(part):
         raise TypeError(
             f"one_pass: layer {name!r}: its {inner} is parametrized ({type(part).__name__}), which one pass would read "
             "only once; remove_parametrizations first"
@@ -227,7 +246,8 @@ def _check_part(name: str, inner: str, part: nn.Module) -> None:
 
 def _has_own_calls(module: nn.Module) -> bool:
     """Tell whether a call of ``module`` does more than its class says."""
-    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS)
+    held = vars(module)
+    return "forward" in held or any(map(held.get, HOOKS))
 
 
 def _read_peft_layer(layer, adapter: str) -> LoraWeights:

@@ -49,6 +49,15 @@ class ByPeft:
         tensors = tuple(read_tensors(folder / WEIGHTS_FILE, CALLER) for folder in folders)
         return cls(tuple(names), tuple(map(str, folders)), configs, tensors)
 
+    def of(self, names: Sequence[str]) -> ByPeft:
+        """Return the adapters ``names``, in this order."""
+        places = list(map(self.names.index, names))
+        return ByPeft(*(tuple(getattr(self, f.name)[p] for p in places) for f in dataclasses.fields(self)))
+
+    def and_then(self, other: ByPeft) -> ByPeft:
+        """Return these adapters, then ``other``'s."""
+        return ByPeft(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+
     def built_on(self, model: nn.Module) -> tuple[nn.Module, Adapters, list[tuple[nn.Module, nn.Module]]]:
         """Return a twin of ``model`` with the adapters in it, as ``read_peft`` does, and the pairs of their modules.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .._files import read_tensors
 from .fit_layers import fit
+from .named_model import NamedModel
 from .pissa_olora import CONVERT, why_not_repeatable
 from .read_adapters import Adapters, kind_of
 from .read_by_peft import ByPeft
@@ -40,10 +40,12 @@ DROPPED = (
 )
 
 
-def read_directories(model: nn.Module, directories: Sequence, names: Sequence[str] | None) -> Adapters | ByPeft:
+def read_directories(
+    model: nn.Module | NamedModel, directories: Sequence, names: Sequence[str] | None, by_peft: str | None = None
+) -> Adapters | ByPeft:
     """Read the adapters of PEFT folders for ``model``, whose layers they must fit. Nothing is unpickled.
 
-    PEFT itself reads them if one of them is of a kind that has no form here.
+    PEFT itself reads them if there is a reason, ``by_peft``, or if one of them is of a kind that has no form here.
     """
     folders = [Path(directory) for directory in directories]
     if not folders:
@@ -51,17 +53,17 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
     names = [folder.name for folder in folders] if names is None else list(names)
     if len(names) != len(folders) or len(set(names)) != len(names):
         raise ValueError(f"{CALLER}: wants {len(folders)} different adapter names, got {names}")
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A"):
-            raise ValueError(f"{CALLER}: layer {name!r} has adapters already; it wants the bare model")
+    model = NamedModel.of(model)
+    if model.adapted_layer is not None:
+        raise ValueError(f"{CALLER}: layer {model.adapted_layer!r} has adapters already; it wants the bare model")
     configs = [read_config(folder) for folder in folders]
-    by_peft = next((why for pair in zip(folders, configs, strict=True) if (why := why_by_peft(*pair, model))), None)
+    pairs = list(zip(folders, configs, strict=True))
+    by_peft = by_peft or next(filter(None, (why_by_peft(*pair, model) for pair in pairs)), None)
     if by_peft:
         return ByPeft.read(folders, names, by_peft)
     modules = dict(model.named_modules())
-    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     adapters = Adapters.empty(names)
-    for folder, adapter, config in zip(folders, names, configs, strict=True):
+    for folder, config, adapter in zip(folders, configs, names, strict=True):
         tensors = read_tensors(folder / WEIGHTS_FILE, CALLER)
         for module, own in taken_saved(str(folder), config, tensors, model).items():
             adapters.save(module, adapter, own)
@@ -69,7 +71,7 @@ def read_directories(model: nn.Module, directories: Sequence, names: Sequence[st
         check_targets(folder, config, model, layers)
         for layer, parts in layers.items():
             weights = fit(f"{folder}: layer {layer!r}", modules[layer], parts, config, layer)
-            if weights.taken_out and users[id(modules[layer].weight)] > 1:
+            if weights.taken_out and model.users[id(modules[layer].weight)] > 1:
                 init = config["init_lora_weights"]
                 raise TypeError(
                     f"{CALLER}: {folder}: layer {layer!r} was initialised by {init}, which changes the weight that it "

@@ -16,8 +16,10 @@ PREFIX = "base_model.model."
 
 def taken_saved(folder: str, config: dict, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, dict]:
     """Take the modules saved whole out of ``tensors``; return the tensors of each by their names in its state_dict."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     names = saved_whole(config, model)
+    if not names:
+        return {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     copies = Counter(id(module) for module in modules.values())
     for name in names:
         inside = next((other for other in names if name.startswith(f"{other}.")), None)

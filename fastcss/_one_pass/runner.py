@@ -11,22 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from .call_arguments import check_adapters, check_per_adapter, check_route
+from .coming_adapters import ComingAdapters
 from .inputs_outputs import Inputs, task_axis_second
+from .lineup import Lineup
 from .read_folders import read_directories
-from .runner_module import RunnerModule
 
 
-class OnePass(RunnerModule):
+class OnePass(ComingAdapters):
     """Runs a model once for all of its adapters: each output equals the model's with that adapter alone.
 
     The parts that no adapter has touched (everything before the first adapted layer, and every branch without one) are
     computed once for all adapters. The model is left as it is: the runner works on a copy of its structure that shares
     its tensors. Each call follows the model: new values of weights and adapters, however written; other parameters,
     buffers, modules, attributes, hooks, scales, dtypes and devices; train() and eval(). The runner refuses merged
-    adapters and those switched off. It also refuses adapters that were added or removed, until ``refresh`` takes them
-    over. Training through the runner reaches every adapter that requires gradients; by PEFT's default only the active
-    one does. A forward hook sees one adapter's tensors at a time, so a model with the user's hooks runs as engine
-    "replay".
+    adapters and those switched off. It also refuses adapters that the model has got or lost, until ``add``, ``remove``
+    or ``refresh`` takes them over. Training through the runner reaches every adapter that requires gradients; by PEFT's
+    default only the active one does. A forward hook sees one adapter's tensors at a time, so a model with the user's
+    hooks runs as engine "replay".
 
     Adapters are LoRA on Linear, Conv1D, Conv2d or Embedding, and may differ in rank, alpha and the layers they cover.
     Modules that they were trained with whole (``modules_to_save``) and trainable tokens run in turn, a task at a time,
@@ -69,7 +70,7 @@ class OnePass(RunnerModule):
         task_dim: int = 0,
     ) -> None:
         super().__init__()
-        self._begin(model, None, engine, group_size, fuse, task_dim)
+        self._begin(model, Lineup(of_model=True), engine, group_size, fuse, task_dim)
 
     @classmethod
     def from_directories(
@@ -105,7 +106,8 @@ class OnePass(RunnerModule):
                 file or the layer.
             ImportError: the adapters want PEFT, and it is not installed.
         """
-        return cls._made_of(model, read_directories(model, directories, names), engine, group_size, fuse, task_dim)
+        lineup = Lineup.of_folders(read_directories(model, directories, names))
+        return cls._made_of(model, lineup, engine, group_size, fuse, task_dim)
 
     def refresh(self) -> None:
         """Take over the model as it is now, with adapters that were added, removed or reordered.
@@ -115,7 +117,8 @@ class OnePass(RunnerModule):
         Raises:
             TypeError, ValueError: a layer or an adapter that cannot run in one pass, named in the message.
         """
-        self._renew()
+        with self._calls.change():
+            self._renew(self._lineup.all_of_model())
 
     def __repr__(self) -> str:
         model = type(self._model_copy.model).__name__
@@ -167,19 +170,20 @@ class OnePass(RunnerModule):
             return torch.compiler.disable(self.forward)(
                 *args, adapters=adapters, route=route, per_sample=per_sample, per_adapter=per_adapter, **kwargs
             )
-        self._follow()
-        if route is not None:
-            route = check_route(route, adapters, per_adapter, self.adapters, self._model_copy.device)
-            self._warn_of_untrained(range(len(self.adapters)))
-            return self._routed(route, Inputs(args, kwargs), per_sample)
-        if per_sample is not None:
-            raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
-        tasks = check_adapters(adapters, self.adapters)
-        if per_adapter:
-            kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
-        self._warn_of_untrained(tasks)
-        captured = self._captures.find(tasks, self._model_copy, args, kwargs)
-        return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
+        with self._calls.call():
+            self._follow()
+            if route is not None:
+                route = check_route(route, adapters, per_adapter, self.adapters, self._model_copy.device)
+                self._warn_of_untrained(range(len(self.adapters)))
+                return self._routed(route, Inputs(args, kwargs), per_sample)
+            if per_sample is not None:
+                raise ValueError("one_pass: per_sample says what route cuts, and there is no route")
+            tasks = check_adapters(adapters, self.adapters)
+            if per_adapter:
+                kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
+            self._warn_of_untrained(tasks)
+            captured = self._captures.find(tasks, self._model_copy, args, kwargs)
+            return captured() if captured else self._all_tasks(tasks, *args, **kwargs)
 
     def _routed(self, route: Tensor, inputs: Inputs, per_sample: Sequence[str] | None) -> Any:
         passes = self._passes
@@ -217,12 +221,13 @@ class OnePass(RunnerModule):
             RuntimeError: the model or an input is not on a CUDA device, the model has hooks, or it does what no graph
                 can hold.
         """
-        self._follow()
-        tasks = check_adapters(adapters, self.adapters)
-        if per_adapter:
-            kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
-        call = functools.partial(self._all_tasks, tasks)
-        self._captures.add(tasks, self._model_copy, call, fixed, args, kwargs)
+        with self._calls.call():
+            self._follow()
+            tasks = check_adapters(adapters, self.adapters)
+            if per_adapter:
+                kwargs["per_adapter"] = check_per_adapter(per_adapter, kwargs, len(tasks))
+            call = functools.partial(self._all_tasks, tasks)
+            self._captures.add(tasks, self._model_copy, call, fixed, args, kwargs)
 
     def _all_tasks(
         self, tasks: tuple[int, ...], *args: Any, per_adapter: dict[str, Tensor] | None = None, **kwargs: Any

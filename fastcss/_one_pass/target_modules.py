@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -23,10 +23,12 @@ def targeted(config: dict, model: nn.Module) -> list[str] | None:
         return None
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = _all_linear(config, model)
-    names = [name for name, _ in model.named_modules() if name and not (excluded and _matches(excluded, name))]
+    matches = _matcher(excluded) if excluded else lambda _: False
+    names = [name for name, _ in model.named_modules() if name and not matches(name)]
     whole = [re.compile(rf"(^|.*\.){entry}($|\..*)") for entry in config.get("modules_to_save") or ()]
     names = [name for name in names if not any(pattern.match(name) for pattern in whole)]
-    return [name for name in names if _matches(wanted, name) and _at_wanted_index(config, wanted, name)]
+    names = list(filter(_matcher(wanted), names))
+    return [name for name in names if _at_wanted_index(config, wanted, name)]
 
 
 def saved_whole(config: dict, model: nn.Module) -> list[str]:
@@ -35,14 +37,16 @@ def saved_whole(config: dict, model: nn.Module) -> list[str]:
     An entry of ``modules_to_save`` is the end of a name, and also of one that has no dot before it.
     """
     entries = tuple(config.get("modules_to_save") or ())
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return [name for name in names if entries and name.endswith(entries)]
+    if not entries:
+        return []
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(entries)]
 
 
-def _matches(wanted: str | Sequence[str], name: str) -> bool:
+def _matcher(wanted: str | Sequence[str]) -> Callable[[str], object]:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
+        return re.compile(wanted).fullmatch
+    whole, ends = frozenset(wanted), tuple(f".{entry}" for entry in wanted)
+    return lambda name: name in whole or name.endswith(ends)
 
 
 def _at_wanted_index(config: dict, wanted: str | Sequence[str], name: str) -> bool:
