@@ -36,6 +36,10 @@ def one_pass_and_fuse(model: nn.Module, picture: Tensor, folder: Path) -> None:
     runner.forward(picture, route=[0, -1])  # type: ignore[arg-type]
     read = fastcss.one_pass.from_directories(model, [folder, "runs/task1"], names=["a", "b"])
     assert_type(read.refresh(), None)
+    assert_type(read.add(folder, name="c"), None)
+    read.swap("c", "runs/task2")
+    read.set_scale("c", "half")  # type: ignore[arg-type]
+    read.remove(0)  # type: ignore[arg-type]
     fastcss.one_pass.from_directories(model, [folder], ["a"])  # type: ignore[call-arg]
     fastcss.one_pass(model, "vmap")  # type: ignore[call-arg]
     fastcss.one_pass(model, group_size="all")  # type: ignore[arg-type]

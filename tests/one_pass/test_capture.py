@@ -130,18 +130,14 @@ def test_replays_with_a_text_that_changes(fuse, place, replaying):
     assert not torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize(
-    "change", [lambda r: r.remove("task0"), lambda r: r.set_scale("task0", 3.0)], ids=["remove", "set_scale"]
-)
-def test_graphs_of_other_adapters_are_forgotten(change, place):
-    """After a removal another adapter stands in its place, and a scale is a constant of the graph."""
-    runner, example = fastcss.one_pass(adapted(place, 3)), given(place)
-    runner.capture(**example, adapters=["task0"])
-    change(runner)
-    name = runner.adapters[0]
+def test_graphs_of_another_scale_are_forgotten(place):
+    """A scale is a constant of the graph, and changes no tensor that the graph reads."""
+    runner, example = fastcss.one_pass(adapted(place)), given(place)
+    runner.capture(**example)
+    runner.set_scale("task0", 3.0)
     with torch.no_grad():
-        got = leaves(runner(**example, adapters=[name]))
-    assert_same_bits(got, [leaf[:1] for leaf in eager(runner, {**example, "adapters": [name]})])
+        got = leaves(runner(**example))
+    assert_same_bits(got, eager(runner, example))
 
 
 @FUSED
