@@ -96,7 +96,9 @@ class AdapterPool(nn.Module):
 
     def _build(self, files: list[AdapterFile]) -> None:
         given = PooledAdapters(self.adapters, self.model, files, self.budget)
-        runner = OnePass._made_of(self.model, Lineup.of_folders(given), self._options["engine"], None, self._options["fuse"], 0)
+        runner = OnePass._made_of(
+            self.model, Lineup.of_folders(given), self._options["engine"], None, self._options["fuse"], 0
+        )
         # Not registered: parameters() and state_dict() are the model's alone. Set at once, for calls of other threads.
         self.__dict__["_state"] = given, runner
 
