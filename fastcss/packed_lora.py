@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -75,13 +76,16 @@ class PackedLora:
 
     @property
     def max_rank(self) -> int:
-        return max(self.ranks)
+        return _counted(self.ranks)[0]
+
+    @property
+    def total_rank(self) -> int:
+        return _counted(self.ranks)[1]
 
     @property
     def has_sound_ranks(self) -> bool:
         """Tell whether ``ranks`` is a tuple of at least one whole number, none below 0."""
-        ranks = self.ranks
-        return isinstance(ranks, tuple) and bool(ranks) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+        return isinstance(self.ranks, tuple) and _counted(self.ranks)[2]
 
     @property
     def has_spans(self) -> bool:
@@ -108,3 +112,21 @@ class PackedLora:
             inside = inside & (index >= 0)[:, None]
         row = torch.where(inside, row, 0)  # [T, R]
         return torch.where(inside[..., None], self.a[row], 0), torch.where(inside[..., None], self.b[row], 0)
+
+
+def _counted(ranks: tuple[int, ...]) -> tuple[int, int, bool]:
+    """Return the largest rank, their sum, and whether they are whole numbers, at least one, none below 0."""
+    if len(ranks) < MANY or torch.compiler.is_compiling():
+        return _count(ranks)
+    return _kept_count(ranks)
+
+
+def _count(ranks: tuple[int, ...]) -> tuple[int, int, bool]:
+    if not ranks or not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
+        return 0, 0, False
+    return max(ranks), sum(ranks), True
+
+
+# Every call of multi_lora asks for it, which a thousand ranks would make slower by a tenth.
+MANY = 64
+_kept_count = functools.lru_cache(maxsize=64)(_count)

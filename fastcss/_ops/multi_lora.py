@@ -192,7 +192,7 @@ def _check(x: Tensor, weight: Tensor, lora: PackedLora, bias: Tensor | None, mod
         raise ValueError(
             f"multi_lora: x must be [T, *, K] with T = {lora.num_adapters} in mode 'diverged', got {list(x.shape)}"
         )
-    (outputs, inputs), rows = weight.shape, lora.a.shape[0] if lora.has_spans else sum(lora.ranks)
+    (outputs, inputs), rows = weight.shape, lora.a.shape[0] if lora.has_spans else lora.total_rank
     if lora.a.shape != (rows, inputs) or lora.b.shape != (rows, outputs):
         raise ValueError(
             f"multi_lora: lora must fit weight {list(weight.shape)} = [N, K]: wants a [Σr, {weight.shape[1]}] and "

@@ -45,9 +45,11 @@ def test_rows_anywhere_give_what_packed_rows_give(impl, mode, device):
     got = multi_lora(x, inputs.weight, scattered(inputs), inputs.bias, **options)
     (wanted,), (gradient,) = (torch.autograd.grad(y, x, torch.ones_like(y)) for y in (want, got))
     if impl == "triton":  # whose ranks are padded here
-        torch.testing.assert_close(got, want), torch.testing.assert_close(gradient, wanted)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradient, wanted)
     else:
-        assert torch.equal(got, want) and torch.equal(gradient, wanted)
+        assert torch.equal(got, want)
+        assert torch.equal(gradient, wanted)
 
 
 def test_rows_anywhere_that_cannot_run():
@@ -63,11 +65,11 @@ def test_rows_anywhere_that_cannot_run():
         multi_lora(inputs.x, inputs.weight, dataclasses.replace(lora, offsets=gone), index=inputs.index, **options)
     with pytest.raises(IndexError, match="index must be in"):
         multi_lora(inputs.x, inputs.weight, lora, index=torch.tensor([0, 5, 1]), **options)
+    wrong = dataclasses.replace(lora, offsets=lora.offsets[:4])
     with pytest.raises(ValueError, match=r"lora.offsets must be torch.int32 \[5, 2\] for 5 adapters"):
-        wrong = dataclasses.replace(lora, offsets=lora.offsets[:4])
         multi_lora(inputs.x, inputs.weight, wrong, index=inputs.index, **options)
+    trained = dataclasses.replace(lora, a=lora.a.clone().requires_grad_())
     with pytest.raises(ValueError, match="must not require gradients"):
-        trained = dataclasses.replace(lora, a=lora.a.clone().requires_grad_())
         multi_lora(inputs.x, inputs.weight, trained, index=inputs.index, **options)
 
 
