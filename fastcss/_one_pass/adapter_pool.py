@@ -57,9 +57,10 @@ class AdapterPool(nn.Module):
     Source: the unified paging of S-LoRA (Sheng et al. 2023).
 
     Example:
+        >>> folders = ["runs/task0", "runs/task1", "runs/task2"]
         >>> pool = fastcss.AdapterPool(model, folders, budget=2 * 2**30)
-        >>> pool(pixel_values=images, route=["cat", None, "dog"]).logits  # [3, …]: one adapter a sample, or none
-        >>> pool.prefetch(["bird", "dog"])  # reads what the next batch wants, beside the present one
+        >>> pool(pixel_values=batch, route=["task1", None, "task0"]).last_hidden_state.shape  # [B, N, C]
+        >>> pool.prefetch(["task2"])  # reads what the next batch wants, in a thread beside this one
     """
 
     def __init__(
