@@ -54,10 +54,10 @@ of ConvNeXt `pwconv1` and `pwconv2`, of SAM `qkv`."""
 CONFIGURATIONS = """\
 ## PEFT's own tests
 
-The configurations of PEFT's tests of custom models and of vision models, as its source distribution {} holds them, on
-the models that PEFT tests them with: `python tests/peft_suite.py`. Each with two adapters of random weights, or the
-two that PEFT's test names. Gradients are those of eval mode, since PEFT's models drop at random. What is not exact is
-listed below the table."""
+The configurations of PEFT's tests of custom models and of vision models, as its source distribution {} holds them,
+on the models that PEFT tests them with: `python tests/peft_suite.py`. Each has two adapters of random weights, the two
+that PEFT's test names or one twice. Gradients are those of eval mode, since PEFT's models drop at random. What is not
+exact is listed below the table."""
 WAYS = {
     "call": "a call",
     "route": "`route=`",
@@ -171,14 +171,16 @@ def recipes(processes: int) -> Iterator[str]:
 def configurations(sources: Path) -> Iterator[str]:
     """Yield the part of the page on PEFT's own configurations."""
     counts: dict[str, Counter] = {}
-    notes: list[str] = []
+    notes: dict[str, list[str]] = {}
     for case, found in peft_suite.results(sources):
         tuner = case.configs()[0].peft_type.value
         counts.setdefault(tuner, Counter())["all"] += 1
         for way, outcome in found.items():
             counts[tuner][way, outcome.kind] += 1
             if outcome.kind != "exact":
-                notes.append(f"- {case.name}, {peft_suite.WAYS[way]}, {SAID[outcome.kind]}: `{outcome.said}`")
+                notes.setdefault(f"{SAID[outcome.kind]}, `{outcome.said}`", []).append(
+                    f"{case.name} ({peft_suite.WAYS[way]})"
+                )
     rows = []
     for tuner, of in sorted(counts.items()):
         cells = [
@@ -186,7 +188,7 @@ def configurations(sources: Path) -> Iterator[str]:
         ]
         rows.append(line(tuner, [str(of["all"]), *cells]))
     yield "\n".join([line("tuner", ["configurations", *peft_suite.WAYS.values()]), line("---", ["---"] * 5), *rows])
-    yield "\n".join(notes)
+    yield "\n".join(f"- {said}: {'; '.join(names)}" for said, names in notes.items())
 
 
 def main() -> None:
