@@ -7,24 +7,24 @@ namespace {
 template <int ROWS, int VECS>
 FASTCSS_TARGET("arch=x86-64-v4")
 void tile_v4(FASTCSS_TILE_ARGS) {  // 12 × 2 of 32 zmm registers
-  tile_body<Vec, ROWS, VECS, 12>(k, a, b, ldb, c_in, ld_in, c_out, ld_out);
+  tile_body<Vec, ROWS, VECS, 12>(k, a, b, ldb, c_in, ld_in, c_out, ld_out, ahead);
 }
 template <int ROWS, int VECS>
 FASTCSS_TARGET("arch=x86-64-v3")
 void tile_v3(FASTCSS_TILE_ARGS) {  // 6 × 2 of 16 ymm registers, kLanes columns at a time
   for (int v = 0; v < VECS; ++v)
-    tile_body<Vec8, ROWS, 2, 6>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
+    tile_body<Vec8, ROWS, 2, 6>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out, ahead);
 }
 template <int ROWS, int VECS>
 FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
 void tile_pairs(FASTCSS_TILE_ARGS) {
-  tile_body<Vec, ROWS, VECS, 12, multiply_add_pairs>(k, a, b, ldb, c_in, ld_in, c_out, ld_out);
+  tile_body<Vec, ROWS, VECS, 12, multiply_add_pairs>(k, a, b, ldb, c_in, ld_in, c_out, ld_out, ahead);
 }
 #endif
 template <int ROWS, int VECS>
 void tile_baseline(FASTCSS_TILE_ARGS) {  // 2 × 4 of 16 xmm registers, kLanes columns at a time
   for (int v = 0; v < VECS; ++v)
-    tile_body<Vec4, ROWS, 4, 2>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out);
+    tile_body<Vec4, ROWS, 4, 2>(k, a, b + v * kLanes, ldb, c_in + v * kLanes, ld_in, c_out + v * kLanes, ld_out, ahead);
 }
 
 #define FASTCSS_TILES_2(f, r) \

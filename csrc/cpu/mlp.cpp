@@ -1,45 +1,94 @@
 // fastcss::mlp.cpu: x + W₂ gelu(W₁ norm(x) + b₁) + b₂, a block of rows at a time. What lies between the two products,
-// in a transformer four times as wide as x, stays in the cache.
+// in a transformer four times as wide as x, stays in the second-level cache.
+//
+// Rows of x are on the SIMD lanes: what the first product gives is then what the second one reads, without a transpose.
+// float32 is computed as it is. bfloat16 is read as pairs, norm and GELU are float32, the normalized rows and the
+// hidden activations are rounded once, and all sums are float32.
 
 #include <cmath>
 #include <optional>
 #include <vector>
 
-#include "gemm.h"
 #include "parallel.h"
+#include "rows.h"
 #include "tensors.h"
-#include "vector_math.h"
+#include "vector_math_v4.h"
 
 namespace fastcss::cpu {
 namespace {
 
 constexpr const char* kOp = "mlp";
+constexpr int64_t kChunk = 504;  // words of hidden units at a time: whole panels of any kernel().rows
 
-// A weight [N, K] packed by columns of the product, and its bias.
-struct Layer {
-  int64_t N, K;
-  const float* packed;      // [column panels][K][kCols]
-  std::vector<float> bias;  // [N rounded up to kCols], zeros for none
+// ---- GELU ----------------------------------------------------------------------------------------------------------
 
-  int64_t panels() const { return ceil_div(N, kCols); }
-  int columns(int64_t c) const { return static_cast<int>(std::min<int64_t>(kCols, N - c * kCols)); }
+// x Φ(x) by erfc(z) for z = |x|/√2, relative error 1.2e-7 (Numerical Recipes, "erfcc").
+struct Gelu {
+  template <class V>
+  static FASTCSS_INLINE V of(V x) {
+    const V size = x < 0.f ? -x : x;
+    const V t = MathOf<V>::reciprocal(MathOf<V>::at_most(size * 0.35355339f + 1.f, 1e30f));
+    V p = t * 0.17087277f - 0.82215223f;
+    p = p * t + 1.48851587f;
+    p = p * t - 1.13520398f;
+    p = p * t + 0.27886807f;
+    p = p * t - 0.18628806f;
+    p = p * t + 0.09678418f;
+    p = p * t + 0.37409196f;
+    p = p * t + 1.00002368f;
+    p = p * t - 1.26551223f;
+    const V below = 0.5f * t * MathOf<V>::exp_negative(p - 0.5f * size * size);  // Φ(−|x|)
+    return x * (x < 0.f ? below : 1.f - below);
+  }
 };
 
-int64_t packed_size(const Tensor& weight) { return ceil_div(weight.size(0), kCols) * kCols * weight.size(1); }
-
-Layer packed_layer(const Tensor& weight, const std::optional<Tensor>& bias, float* to) {
-  Layer layer{weight.size(0), weight.size(1), to, {}};
-  layer.bias.resize(layer.panels() * kCols);
-  parallel(layer.panels(), [&](int64_t c) {
-    const int cols = layer.columns(c);
-    pack(to + c * layer.K * kCols, kCols, cols, layer.K, matrix(weight, 0, 1, kOp).at(c * kCols, 0));
-    if (bias) pack(&layer.bias[c * kCols], kCols, cols, 1, matrix(*bias, 0, 0, kOp).at(c * kCols, 0));
+// hidden [units][kCols] = gelu(sums [units][kCols] + bias [units]) over the first `lanes`
+void activate(const float* sums, const float* bias, int units, int lanes, float* hidden) {
+  on_widest([=]<class V>() FASTCSS_LOOP {
+    for (int i = 0; i < units; ++i)
+      for (int lane = 0; lane < lanes; lane += kLanesIn<V>)
+        store(hidden + i * kCols + lane, Gelu::of(load<V>(sums + i * kCols + lane) + bias[i]));
   });
-  return layer;
 }
 
+#if defined(__x86_64__)
+// The same with relative error 1e-4: it is rounded to bfloat16, by 2⁻⁹. Φ(−|x|) = t 2^(p(t) − x²/2 log₂e) with p fitted
+// to the largest relative error up to |x| = 13.5.
+struct RoughGelu {
+  static FASTCSS_V4 inline Vec of(Vec x) {
+    const Vec size = x < 0.f ? -x : x;
+    const Vec t = reciprocal14(size * 0.25f + 1.f);
+    Vec p = -t * 0.59403467f + 1.2434704f;
+    p = p * t + 0.12036246f;
+    p = p * t + 1.5672654f;
+    p = p * t - 3.3369873f;
+    const Vec power = at_least_least(p - 0.5f * kLog2e * size * size), whole = nearest(power), r = power - whole;
+    Vec e = r * 0.05500892922282219f + 0.2422109693288803f;
+    e = e * r + 0.6932829022407532f;
+    const Vec below = t * times_power(e * r + 1.f, whole);
+    return x * (x < 0.f ? below : 1.f - below);
+  }
+};
+
+// The same into words of two units: hidden [⌈units / 2⌉][kCols]
+void activate_pairs(const float* sums, const float* bias, int units, int lanes, float* hidden) {
+  on_pairs([=]<class V>() FASTCSS_LOOP {
+    const auto unit = [=](int i, int lane) FASTCSS_LOOP {
+      return i < units ? RoughGelu::of(load<V>(sums + i * kCols + lane) + bias[i]) : V{};
+    };
+    for (int i = 0; i < units; i += 2)
+      for (int lane = 0; lane < lanes; lane += kLanes)
+        store(hidden + i / 2 * kCols + lane, join_pairs(unit(i, lane), unit(i + 1, lane)));
+  });
+}
+#else
+constexpr auto activate_pairs = activate;  // there are no pairs
+#endif
+
+// ---- norm and residual ---------------------------------------------------------------------------------------------
+
 struct Norm {
-  const float *weight, *bias;
+  std::vector<float> weight, bias;
   float eps;
 };
 
@@ -50,10 +99,11 @@ FASTCSS_INLINE float sum_of(V v) {
   return sum;
 }
 
-void normalize(const float* x, int64_t n, Norm norm, float* out) {
-  on_widest([=]<class V>() FASTCSS_LOOP {
+template <class T>
+void normalize(const float* x, const Norm& norm, T* out) {
+  on_widest([&]<class V>() FASTCSS_LOOP {
     constexpr int64_t kWide = kLanesIn<V>;
-    const int64_t whole = n / kWide * kWide;
+    const int64_t n = static_cast<int64_t>(norm.weight.size()), whole = n / kWide * kWide;
     V sums{}, squares{};
     for (int64_t i = 0; i < whole; i += kWide) sums += load<V>(x + i);
     float sum = sum_of(sums), square = 0;
@@ -66,99 +116,218 @@ void normalize(const float* x, int64_t n, Norm norm, float* out) {
     square = sum_of(squares);
     for (int64_t i = whole; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
     const float scale = 1.f / std::sqrt(square / n + norm.eps);
+    const auto normalized = [&](V v, V weight, V bias) FASTCSS_LOOP { return (v - mean) * scale * weight + bias; };
+    const float *weight = norm.weight.data(), *bias = norm.bias.data();
     for (int64_t i = 0; i < whole; i += kWide)
-      store(out + i, (load<V>(x + i) - mean) * scale * load<V>(norm.weight + i) + load<V>(norm.bias + i));
-    for (int64_t i = whole; i < n; ++i) out[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+      store(out + i, normalized(load<V>(x + i), load<V>(weight + i), load<V>(bias + i)));
+    if (const int64_t rest = n - whole)
+      store(out + whole,
+            normalized(load<V>(x + whole, rest), load<V>(weight + whole, rest), load<V>(bias + whole, rest)), rest);
   });
 }
 
-// erfc(z) for z ≥ 0: relative error 1.2e-7 (Numerical Recipes, "erfcc").
-template <class V>
-FASTCSS_INLINE V erfc(V z) {
-  const V t = 1.f / (1.f + 0.5f * z);
-  V p = t * 0.17087277f - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  return t * exp_negative(p - z * z);
-}
-
-void gelu(float* x, int64_t n) {  // n is a multiple of kCols
+// out [rows][n] = x + bias + sums [n][kCols], whose rows are on the lanes
+template <class T>
+void add_to_rows(const T* x, const float* bias, const float* sums, int rows, int64_t n, T* out) {
   on_widest([=]<class V>() FASTCSS_LOOP {
-    for (int64_t i = 0; i < n; i += kLanesIn<V>) {
-      const V v = load<V>(x + i);
-      const V below = 0.5f * erfc<V>((v < 0.f ? -v : v) * 0.70710678f);  // Φ(−|x|)
-      store(x + i, v * (v < 0.f ? below : 1.f - below));
-    }
+    constexpr int kWide = kLanesIn<V>;
+    for (int64_t column = 0; column < n; column += kWide)
+      for (int row = 0; row < rows; row += kWide) {
+        const int64_t count = std::min<int64_t>(kWide, n - column);
+        V block[kWide];
+#pragma GCC unroll 16
+        for (int j = 0; j < kWide; ++j) block[j] = j < count ? load<V>(sums + (column + j) * kCols + row) : V{};
+        transpose(block);
+        const V shift = count == kWide ? load<V>(bias + column) : load<V>(bias + column, count);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWide; ++i) {
+          if (row + i == rows) break;
+          const int64_t at = (row + i) * n + column;
+          if (count == kWide)
+            store(out + at, load<V>(x + at) + (block[i] + shift));
+          else
+            store(out + at, load<V>(x + at, count) + (block[i] + shift), count);
+        }
+      }
   });
 }
 
-FASTCSS_CLONES void add_rows(const float* x, const float* tile, int rows, int cols, int64_t ld, float* out) {
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < cols; ++j) out[i * ld + j] = x[i * ld + j] + tile[i * kCols + j];
+// ---- the products --------------------------------------------------------------------------------------------------
+
+std::vector<float> as_float(const Tensor& t) {
+  std::vector<float> values(t.numel());
+  read_row(values.data(), matrix(t, 0, 0, kOp), t.numel());
+  return values;
+}
+
+// A weight [N, K] packed as rows of a product, in chunks of its terms, and its bias.
+class Layer {
+ public:
+  Layer(const Tensor& weight, const std::optional<Tensor>& bias, bool pairs, int64_t chunk)
+      : bias(bias ? as_float(*bias) : std::vector<float>(weight.size(0))),
+        weight_(matrix(weight, 0, 1, kOp)),
+        rows_(weight.size(0)),
+        terms_(weight.size(1)),
+        chunk_(chunk),
+        pairs_(pairs) {}
+
+  const std::vector<float> bias;
+
+  int64_t panels() const { return ceil_div(rows_, kernel().rows); }
+  int rows(int64_t p) const { return static_cast<int>(std::min<int64_t>(kernel().rows, rows_ - p * kernel().rows)); }
+  int64_t chunks() const { return std::max<int64_t>(1, ceil_div(terms_, chunk_)); }
+  int64_t terms(int64_t chunk) const { return std::min(chunk_, terms_ - chunk * chunk_); }
+  int64_t words(int64_t chunk) const { return ceil_div(terms(chunk), 1 + pairs_); }
+  const float* panel(int64_t chunk, int64_t p) const { return packed_ + (chunk * panels() + p) * panel_size(); }
+
+  int64_t panel_size() const { return words(0) * kernel().rows + kLanes; }  // pack() writes whole vectors
+  int64_t packed_size() const { return chunks() * panels() * panel_size(); }
+  void pack(float* to) {
+    packed_ = to;
+    parallel(panels(), [&](int64_t p) {
+      for (int64_t c = 0; c < chunks(); ++c)
+        cpu::pack(to + (c * panels() + p) * panel_size(), kernel().rows, rows(p), terms(c),
+                  weight_.at(p * kernel().rows, c * chunk_), pairs_);
+    });
+  }
+
+ private:
+  Matrix weight_;
+  int64_t rows_, terms_, chunk_;
+  bool pairs_;
+  const float* packed_ = nullptr;
+};
+
+class Mlp {
+ public:
+  Mlp(int64_t rows, DType dtype, const Norm& norm, const Layer& first, const Layer& second)
+      : M(rows),
+        K(static_cast<int64_t>(norm.weight.size())),
+        dtype_(dtype),
+        norm_(norm),
+        first_(first),
+        second_(second) {}
+
+  void run(const void* x, void* out) const {
+    const int64_t panels = ceil_div(M, kCols), threads = torch::stable::get_num_threads();
+    const int64_t most = std::max<int64_t>(1, kCached / panel_size());
+    const int64_t blocks = std::min(panels, ceil_div(ceil_div(panels, most), threads) * threads);
+    parallel(blocks, [&](int64_t b) {
+      const int64_t first = panels * b / blocks, last = panels * (b + 1) / blocks;
+      block(first, last - first, x, out);
+    });
+  }
+
+ private:
+  static constexpr int64_t kCached = 220 << 10;  // floats of a block, most of a second-level cache of 1 MiB
+
+  struct Panel {      // kCols rows of x
+    int rows, lanes;  // lanes: of the vectors that hold them
+    float* normed;    // [word of K][kCols]
+    float* hidden;    // [word of a chunk][kCols]
+    float* sums;      // [K][kCols]
+  };
+  int64_t normed_size() const { return first_.words(0) * kCols + kLanes; }
+  int64_t hidden_size() const { return second_.words(0) * kCols; }
+  int64_t panel_size() const { return normed_size() + hidden_size() + K * kCols; }
+
+  void block(int64_t first, int64_t count, const void* x, void* out) const {
+    const int64_t width = size_of(dtype_) * K;
+    float* memory = local_workspace.get(count * panel_size() + kLanes * K + K);
+    std::vector<Panel> panels;
+    for (int64_t p = first; p < first + count; ++p, memory += panel_size()) {
+      const int rows = static_cast<int>(std::min<int64_t>(kCols, M - p * kCols));
+      panels.push_back({rows, rows > kLanes ? kCols : kLanes, memory, memory + normed_size(),
+                        memory + normed_size() + hidden_size()});
+    }
+    for (int64_t p = 0; p < count; ++p)
+      read(static_cast<const char*>(x) + (first + p) * kCols * width, panels[p], memory);
+    for (int64_t chunk = 0; chunk < second_.chunks(); ++chunk) multiply(chunk, panels);
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = (first + p) * kCols * width;
+      write(static_cast<const char*>(x) + at, panels[p], static_cast<char*>(out) + at);
+    }
+  }
+  void read(const char* x, const Panel& panel, float* scratch) const;
+  void multiply(int64_t chunk, const std::vector<Panel>& panels) const;
+  void write(const char* x, const Panel& panel, char* out) const;
+
+  const int64_t M, K;
+  const DType dtype_;
+  const Norm& norm_;
+  const Layer &first_, &second_;
+};
+
+void Mlp::read(const char* x, const Panel& panel, float* scratch) const {
+  float *row = scratch, *normalized = row + K;
+  for (int first = 0; first < panel.rows; first += kLanes) {
+    const int rows = std::min(kLanes, panel.rows - first);
+    for (int i = 0; i < rows; ++i) {
+      read_row(row, Matrix{x, dtype_, K, 1}.at(first + i, 0), K);
+      if (dtype_ == DType::f32)
+        normalize(row, norm_, normalized + i * K);
+      else
+        normalize(row, norm_, reinterpret_cast<BFloat16*>(normalized) + i * K);
+    }
+    pack(panel.normed + first, kCols, rows, K, Matrix{normalized, dtype_, K, 1}, dtype_ == DType::bf16);
+  }
+}
+
+void Mlp::multiply(int64_t chunk, const std::vector<Panel>& panels) const {
+  const bool pairs = dtype_ == DType::bf16;
+  const Kernel& tile = pairs ? *pair_kernel() : kernel();
+  const int64_t units = kChunk * (1 + pairs), first_panel = chunk * units / tile.rows;
+  alignas(64) static const float zeros[kCols] = {};
+  alignas(64) float sums[kMaxRows * kCols];
+  const int64_t words = second_.words(chunk), end = std::min(first_panel + units / tile.rows, first_.panels());
+  // While the first panel of rows meets a packed panel of a weight, the next one is fetched.
+  const auto ahead = [&](const Layer& layer, const Panel& panel) {
+    return &panel == &panels.front() ? layer.panel_size() : 0;
+  };
+  for (int64_t p = first_panel; p < end; ++p)
+    for (const Panel& panel : panels) {
+      const int rows = first_.rows(p);
+      tile(rows, panel.lanes, first_.words(0), first_.panel(0, p), panel.normed, kCols, zeros, 0, sums, kCols,
+           ahead(first_, panel));
+      float* hidden = panel.hidden + (p - first_panel) * tile.rows / (1 + pairs) * kCols;
+      (pairs ? activate_pairs : activate)(sums, &first_.bias[p * tile.rows], rows, panel.lanes, hidden);
+    }
+  for (int64_t p = 0; p < second_.panels(); ++p)
+    for (const Panel& panel : panels) {
+      float* to = panel.sums + p * tile.rows * kCols;
+      tile(second_.rows(p), panel.lanes, words, second_.panel(chunk, p), panel.hidden, kCols, chunk ? to : zeros,
+           chunk ? kCols : 0, to, kCols, ahead(second_, panel));
+    }
+}
+
+void Mlp::write(const char* x, const Panel& panel, char* out) const {
+  const float* bias = second_.bias.data();
+  if (dtype_ == DType::f32)
+    add_to_rows(reinterpret_cast<const float*>(x), bias, panel.sums, panel.rows, K, reinterpret_cast<float*>(out));
+  else
+    add_to_rows(reinterpret_cast<const BFloat16*>(x), bias, panel.sums, panel.rows, K,
+                reinterpret_cast<BFloat16*>(out));
 }
 
 Tensor mlp(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, const Tensor& weight1,
            const std::optional<Tensor>& bias1, const Tensor& weight2, const std::optional<Tensor>& bias2) {
   const int64_t M = x.size(0), K = x.size(1), H = weight1.size(0);
-  for (const Tensor* t : {&x, &norm_weight, &norm_bias, &weight1, &weight2})
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "mlp: the tensors must be float32");
-  STD_TORCH_CHECK(x.is_contiguous() && norm_weight.is_contiguous() && norm_bias.is_contiguous(),
-                  "mlp: x and the norm must be contiguous");
+  const DType dtype = dtype_of(x, kOp);
+  const bool pairs = dtype == DType::bf16;
+  STD_TORCH_CHECK(dtype == DType::f32 || (pairs && pair_kernel() != nullptr),
+                  "mlp: the tensors must be float32, or bfloat16 on a CPU with AVX512-BF16");
+  for (const Tensor* t : {&norm_weight, &norm_bias, &weight1, &weight2, bias1 ? &*bias1 : &x, bias2 ? &*bias2 : &x})
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "mlp: the tensors must have one dtype");
+  STD_TORCH_CHECK(x.is_contiguous(), "mlp: x must be contiguous");
   STD_TORCH_CHECK(norm_weight.numel() == K && norm_bias.numel() == K && weight1.size(1) == K && weight2.size(0) == K &&
                       weight2.size(1) == H && (!bias1 || bias1->numel() == H) && (!bias2 || bias2->numel() == K),
                   "mlp: x, the norm and the layers do not fit together");
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  const float* in = static_cast<const float*>(x.const_data_ptr());
-  float* out = static_cast<float*>(y.mutable_data_ptr());
-  const Norm norm{static_cast<const float*>(norm_weight.const_data_ptr()),
-                  static_cast<const float*>(norm_bias.const_data_ptr()), static_cast<float>(eps)};
-
-  float* weights = shared_workspace.get(packed_size(weight1) + packed_size(weight2));
-  const Layer first = packed_layer(weight1, bias1, weights);
-  const Layer second = packed_layer(weight2, bias2, weights + packed_size(weight1));
-
-  const Kernel& kernel_of = kernel();
-  const int height = kernel_of.rows;
-  // pack() writes up to kLanes floats past the end.
-  const int64_t rows_size = K * height + kLanes, hidden_size = H * height + kLanes;
-  // The normalized panels of a block share the L2 cache; a packed column panel meets all of them.
-  const int64_t panels = ceil_div(M, height), threads = torch::stable::get_num_threads();
-  const int64_t most = std::clamp<int64_t>((512 << 10) / (rows_size * 4), 1, 32);
-  const int64_t block = std::clamp<int64_t>(ceil_div(panels, 2 * threads), 1, most);
-  parallel(ceil_div(panels, block), [&](int64_t b) {
-    const int64_t start = b * block, count = std::min(block, panels - start);
-    float* rows = local_workspace.get(block * (rows_size + hidden_size) + K * height);
-    float *hidden = rows + block * rows_size, *normalized = hidden + block * hidden_size;
-    alignas(64) float tile[kMaxRows * kCols];
-    const auto rows_of = [&](int64_t p) { return static_cast<int>(std::min<int64_t>(height, M - p * height)); };
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t row = (start + p) * height;
-      for (int i = 0; i < rows_of(start + p); ++i) normalize(in + (row + i) * K, K, norm, normalized + i * K);
-      pack(rows + p * rows_size, height, rows_of(start + p), K, Matrix{normalized, DType::f32, K, 1});
-    }
-    for (int64_t c = 0; c < first.panels(); ++c)
-      for (int64_t p = 0; p < count; ++p) {
-        const int n = rows_of(start + p), cols = first.columns(c);
-        kernel_of(n, cols, K, rows + p * rows_size, first.packed + c * K * kCols, kCols, &first.bias[c * kCols], 0,
-                  tile, kCols);
-        gelu(tile, n * kCols);
-        pack(hidden + p * hidden_size + c * kCols * height, height, n, cols, Matrix{tile, DType::f32, kCols, 1});
-      }
-    for (int64_t c = 0; c < second.panels(); ++c)
-      for (int64_t p = 0; p < count; ++p) {
-        const int n = rows_of(start + p), cols = second.columns(c);
-        kernel_of(n, cols, H, hidden + p * hidden_size, second.packed + c * H * kCols, kCols, &second.bias[c * kCols],
-                  0, tile, kCols);
-        const int64_t at = (start + p) * height * K + c * kCols;
-        add_rows(in + at, tile, n, cols, K, out + at);
-      }
-  });
+  const Norm norm{as_float(norm_weight), as_float(norm_bias), static_cast<float>(eps)};
+  Layer first(weight1, bias1, pairs, std::max<int64_t>(1, K)), second(weight2, bias2, pairs, kChunk * (1 + pairs));
+  float* weights = shared_workspace.get(first.packed_size() + second.packed_size());
+  first.pack(weights), second.pack(weights + first.packed_size());
+  Mlp(M, dtype, norm, first, second).run(x.const_data_ptr(), y.mutable_data_ptr());
   return y;
 }
 

@@ -9,16 +9,6 @@ constexpr float kInf = __builtin_inff();
 
 // ---- what differs between instruction sets -------------------------------------------------------------------------
 
-template <class V>
-FASTCSS_INLINE V larger(V x, V y) {  // y if one is NaN
-  return x > y ? x : y;
-}
-
-#if defined(__x86_64__)
-// At 2⁻²⁰⁰ the result is 0; −∞ less the nearest whole number would be NaN.
-FASTCSS_V4 inline Vec at_least_least(Vec t) { return larger(-200.f - Vec{}, t); }
-#endif
-
 struct OneTerm {  // a word is a float32
   static constexpr bool pairs = false;
   template <class V>
@@ -38,7 +28,6 @@ struct OneTerm {  // a word is a float32
 };
 
 #if defined(__x86_64__)
-#define FASTCSS_V4_PAIRS FASTCSS_TARGET("arch=x86-64-v4,avx512bf16")
 struct TwoTerms {  // a word is a pair of bfloat16
   static constexpr bool pairs = true;
   template <class V>
@@ -49,20 +38,7 @@ struct TwoTerms {  // a word is a pair of bfloat16
     const Vec t = at_least_least(below * kLog2e), whole = nearest(t), r = t - whole;
     return times_power(((r * 0.05500892922282219f + 0.2422109693288803f) * r + 0.6932829022407532f) * r + 1.f, whole);
   }
-  static FASTCSS_V4_PAIRS inline Vec join(Vec first, Vec second) {  // each lane's two terms side by side
-    const __m512i terms = reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
-    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    __m512i order;
-    std::memcpy(&order, kOrder, sizeof(order));
-    return reinterpret_cast<Vec>(_mm512_maskz_permutexvar_epi16(0xffffffff, order, terms));
-  }
 };
-template <class F>
-FASTCSS_V4_PAIRS void on_pairs(const F& loop) {
-  loop.template operator()<Vec>();
-}
 #endif
 
 // Calls f<ROWS>() for rows = 1 … MOST known at compile time.
@@ -130,7 +106,7 @@ FASTCSS_INLINE void weigh(int64_t keys, float* scores, const V (&most)[VECS], V 
       if constexpr (Word::pairs) {
         const V second = j + 1 < keys ? Word::weight(load<V>(at + kCols) - most[v]) : V{};
         sum[v] += second;
-        weight = Word::join(weight, second);
+        weight = join_pairs(weight, second);
       }
 #endif
       store(scores + j / (1 + Word::pairs) * kCols + v * kLanesIn<V>, weight);

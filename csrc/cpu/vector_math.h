@@ -5,7 +5,13 @@
 
 namespace fastcss::cpu {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.925963033500e-8f;  // together log₂e to twice the digits
+constexpr float kLn2 = 0.693147181f;
+
+template <class V>
+FASTCSS_INLINE V larger(V x, V y) {  // y if one is NaN
+  return x > y ? x : y;
+}
 
 // 2^r for |r| ≤ ½: relative error 9e-8, exact at 0.
 template <class V>
@@ -15,6 +21,18 @@ FASTCSS_INLINE V exp2_fraction(V r) {
   p = p * r + 0.24022242426872253f;
   p = p * r + 0.6931470036506653f;
   return p * r + 1.f;
+}
+
+// e^x for x ≤ 0; 0 below the normal numbers.
+template <class V>
+FASTCSS_INLINE V exp_negative(V x) {
+  const V t = x * kLog2e;
+  const V shifted = (t < -126.f ? -126.f - V{} : t) + 12582912.f;
+  const V whole = shifted - 12582912.f;
+  const V fraction = (x * kLog2e - whole) + x * kLog2eRest;
+  const BitsOf<V> scale = (reinterpret_cast<BitsOf<V>>(shifted) << 23) + 0x3f800000;
+  const V e = exp2_fraction(fraction) * reinterpret_cast<V>(scale);
+  return t < -126.f ? V{} : e;
 }
 
 struct Portable {
@@ -27,6 +45,10 @@ struct Portable {
     return exp2_fraction(t - (shifted - 12582912.f)) * reinterpret_cast<V>(scale);
   }
   template <class V>
+  static FASTCSS_INLINE V exp_negative(V x) {
+    return cpu::exp_negative(x);
+  }
+  template <class V>
   static FASTCSS_INLINE V reciprocal(V x) {
     return 1.f / x;
   }
@@ -35,18 +57,6 @@ struct Portable {
     return x > high ? high - V{} : x;
   }
 };
-
-// e^x for x ≤ 0; 0 below the normal numbers.
-template <class V>
-FASTCSS_INLINE V exp_negative(V x) {
-  const V t = x * kLog2e;
-  const V shifted = (t < -126.f ? -126.f - V{} : t) + 12582912.f;
-  const V whole = shifted - 12582912.f;
-  const V fraction = (x * kLog2e - whole) + x * 1.925963033500e-8f;  // log₂e to twice the digits
-  const BitsOf<V> scale = (reinterpret_cast<BitsOf<V>>(shifted) << 23) + 0x3f800000;
-  const V e = exp2_fraction(fraction) * reinterpret_cast<V>(scale);
-  return t < -126.f ? V{} : e;
-}
 
 // ln(1 + x) for x ≥ 0, exact where x is tiny.
 template <class V>

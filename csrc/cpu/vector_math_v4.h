@@ -16,6 +16,8 @@ FASTCSS_V4 inline Vec times_power(Vec x, Vec power) {  // x · 2^⌊power⌋, 0 
   return reinterpret_cast<Vec>(
       _mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(power)));
 }
+// At 2⁻²⁰⁰ the result of times_power is 0; −∞ less the nearest whole number would be NaN.
+FASTCSS_V4 inline Vec at_least_least(Vec t) { return larger(-200.f - Vec{}, t); }
 FASTCSS_V4 inline Vec nearest(Vec t) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return reinterpret_cast<Vec>(_mm512_maskz_roundscale_ps(kAll, reinterpret_cast<__m512>(t), kNearest));
@@ -30,6 +32,11 @@ FASTCSS_V4 inline Vec reciprocal14(Vec x) {
 
 struct Avx512 {
   static FASTCSS_V4 inline Vec exp2(Vec t) { return times_power(exp2_fraction(from_nearest(t)), nearest(t)); }
+  static FASTCSS_V4 inline Vec exp_negative(Vec x) {
+    x = larger(-140.f - Vec{}, x);  // whose result is 0, as that of −∞
+    const Vec whole = nearest(x * kLog2e);
+    return times_power(exp2_fraction((x * kLog2e - whole) + x * kLog2eRest), whole);
+  }
   static FASTCSS_V4 inline Vec reciprocal(Vec x) {  // and one Newton step
     const Vec y = reciprocal14(x);
     return y + y * (1.f - x * y);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -42,13 +43,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return multi_lora(x, weight, _no_adapter(*weight.shape), bias)[0]
 
 
-def own_gemm_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether the project's own GEMM can run this linear layer, and leads there."""
+def own_gemm_is_faster(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtypes: Collection[torch.dtype] = (torch.float32,)
+) -> bool:
+    """Tell whether the project's own GEMM can run this linear layer, and leads there, in one of ``dtypes``."""
     return (
         OWN_GEMM_LEADS
+        and x.dtype in dtypes
         and all(type(t) in _PLAIN for t in (x, weight, bias))  # a subclass (quantised, fake, …) has a linear of its own
         and x.device.type == "cpu"
-        and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
+        and all(t is None or t.dtype == x.dtype for t in (weight, bias))
         and weight.dim() == 2
         and math.prod(x.shape[:-1]) >= FEWEST_ROWS
         and not torch.is_autocast_enabled("cpu")

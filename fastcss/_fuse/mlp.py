@@ -11,6 +11,18 @@ from .._dispatch.private_apis import function_mode_is_enabled, transforms_are_ac
 from .fused_module import HOOKS, full_name
 from .linear import Linear, own_gemm_is_faster
 
+
+def _takes_bfloat16() -> bool:
+    """Tell whether the kernel multiplies bfloat16 on this CPU; if not, it says so."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device="cpu")
+    try:
+        torch.ops.fastcss.mlp.cpu(one, one[0], one[0], 1e-6, one, None, one, None)
+    except (RuntimeError, NotImplementedError):  # the latter where nothing is compiled
+        return False
+    return True
+
+
+DTYPES = (torch.float32, torch.bfloat16) if _takes_bfloat16() else (torch.float32,)
 _GELUS = ("transformers.activations.GELUActivation", "torch.nn.modules.activation.GELU")
 
 
@@ -39,8 +51,8 @@ def _runs_in_one_piece(x: Tensor, norm: nn.Module, mlp: nn.Module) -> bool:
         and getattr(mlp.act, "approximate", "none") == "none"
         and getattr(mlp.act, "act", nn.functional.gelu) is nn.functional.gelu
         and not any("forward" in vars(m) or any(getattr(m, hooks) for hooks in HOOKS) for m in modules)
-        and norm.weight.dtype == norm.bias.dtype == torch.float32
-        and all(own_gemm_is_faster(x, layer.weight, layer.bias) for layer in layers)
+        and norm.weight.dtype == norm.bias.dtype == x.dtype
+        and all(own_gemm_is_faster(x, layer.weight, layer.bias, DTYPES) for layer in layers)
         and backends.why_not("cpu", x, "mlp") is None
         and not function_mode_is_enabled()
         and not transforms_are_active()
