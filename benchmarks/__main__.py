@@ -1,5 +1,5 @@
-"""``python -m benchmarks [OP…] [--case NAME] [--mode fwd|bwd] [--device cpu|cuda] [--quick] [--out FILE.jsonl]
-[--compare OLD.jsonl]``: verifies, times and compares every provider of each case."""
+"""``python -m benchmarks [OP…] [--case NAME] [--mode fwd|bwd] [--device cpu|cuda] [--provider NAME] [--quick]
+[--out FILE.jsonl] [--compare OLD.jsonl]``: verifies, times and compares every provider of each case."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _run(
     """Measure each case and mode, show and write the rows as they come, and return them."""
     rows = []
     for case, mode in points:
-        outcome = harness.run(case, mode, options.device, options.malloc, SECONDS)
+        outcome = harness.run(case, mode, options.device, options.malloc, SECONDS, options.provider or None)
         measure.give_memory_back()
         report.show(outcome, console)
         rows += outcome.rows
@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", action="append", default=[], help="run the cases whose name starts so; repeatable")
     parser.add_argument("--mode", choices=MODES, help="bwd is forward and backward (default: every mode)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        default=[],
+        help="leave out all others but fastcss, where a call takes minutes; repeatable",
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, for what is right, not for what is fast")
     parser.add_argument(
         "--malloc",

@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +32,12 @@ class Outcome:
     remarks: dict[str, str]
 
 
-def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outcome:
+def run(
+    case: Case, mode: str, device: str, malloc: str, seconds: float, providers: Collection[str] | None = None
+) -> Outcome:
     """Verify every provider of ``case``, measure its memory, and time it for ``seconds`` on average.
+
+    ``providers`` leaves all others out but ours.
 
     All cases together should take minutes, so a call that lasts seconds is made no more often than it must be: once to
     verify it, once for its memory, which also makes the heap as large as it needs, and then until
@@ -43,6 +47,7 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
     torch.manual_seed(0)
     torch.compiler.reset()
     problem = case.build(device, mode)
+    chosen = {n: p for n, p in problem.providers.items() if providers is None or n in {OURS, *providers}}
     oracle = measure.watched(problem.expected, device)
     firsts: dict[str, measure.Watched] = {}
 
@@ -54,7 +59,9 @@ def run(case: Case, mode: str, device: str, malloc: str, seconds: float) -> Outc
             firsts[name] = seen
         return seen.result
 
-    steps, errors, remarks = verify(problem.providers, oracle.result, problem, first_call)
+    steps, errors, remarks = verify(chosen, oracle.result, problem, first_call)
+    unknown = [name for name in providers or () if name not in problem.providers]
+    remarks |= dict.fromkeys(unknown, f"not run: the case has no such provider, but {', '.join(problem.providers)}")
     right = {name: step for name, step in steps.items() if errors[name] <= problem.tolerance}
     if device == "cuda":  # a CUDA graph of each provider shows the GPU's own time, besides what a caller waits
         graphs = {f"{name}+graph": functools.partial(problem.capture, name, step) for name, step in right.items()}

@@ -168,6 +168,14 @@ def test_the_exit_code_says_whether_fastcss_was_right(case, monkeypatch, tmp_pat
     assert command_line.main(arguments) == 1
 
 
+def test_other_providers_are_left_out(case):
+    calls = len(case.build("cpu", "fwd").providers)
+    outcome = harness.run(case, "fwd", "cpu", malloc="default", seconds=0.0, providers=("double", "nobody"))
+    assert calls > 2
+    assert [row["provider"] for row in outcome.rows] == ["fastcss", "double"]
+    assert "no such provider, but fastcss, " in outcome.remarks["nobody"]
+
+
 def test_newer_rows_replace_older_ones(outcome, tmp_path):
     path = tmp_path / "rows.jsonl"
     report.merge_into(path, outcome.rows)

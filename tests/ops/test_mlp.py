@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastcss
 from fastcss._fuse.mlp import DTYPES
 
 EPS = 1e-6
@@ -136,7 +137,8 @@ test_mlp.test_refuses_bfloat16_where_the_cpu_does_not_multiply_it("cpu")
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_on_lesser_instruction_sets(impl, capability):
-    program = [sys.executable, "-c", LESSER, *(str(Path(__file__).parents[up]) for up in range(3))]
+    rooms = Path(__file__).parent, Path(left_out.__file__).parent, Path(fastcss.__file__).parents[1]
+    program = [sys.executable, "-c", LESSER, *map(str, rooms)]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
