@@ -74,18 +74,22 @@ class PackedLora:
     def num_adapters(self) -> int:
         return len(self.ranks)
 
+    # multi_lora asks for these in every call, which a thousand ranks would make slower by a tenth: they are kept then.
     @property
     def max_rank(self) -> int:
-        return _counted(self.ranks)[0]
+        return max(self.ranks) if _are_few(self.ranks) else _counted(self.ranks)[0]
 
     @property
     def total_rank(self) -> int:
-        return _counted(self.ranks)[1]
+        return sum(self.ranks) if _are_few(self.ranks) else _counted(self.ranks)[1]
 
     @property
     def has_sound_ranks(self) -> bool:
         """Tell whether ``ranks`` is a tuple of at least one whole number, none below 0."""
-        return isinstance(self.ranks, tuple) and _counted(self.ranks)[2]
+        ranks = self.ranks
+        if not isinstance(ranks, tuple):
+            return False
+        return _are_sound(ranks) if _are_few(ranks) else _counted(ranks)[2]
 
     @property
     def has_spans(self) -> bool:
@@ -114,19 +118,15 @@ class PackedLora:
         return torch.where(inside[..., None], self.a[row], 0), torch.where(inside[..., None], self.b[row], 0)
 
 
+def _are_few(ranks: tuple[int, ...]) -> bool:
+    return len(ranks) < 64 or torch.compiler.is_compiling()
+
+
+def _are_sound(ranks: tuple[int, ...]) -> bool:
+    return bool(ranks) and all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+
+
+@functools.lru_cache(maxsize=64)
 def _counted(ranks: tuple[int, ...]) -> tuple[int, int, bool]:
-    """Return the largest rank, their sum, and whether they are whole numbers, at least one, none below 0."""
-    if len(ranks) < MANY or torch.compiler.is_compiling():
-        return _count(ranks)
-    return _kept_count(ranks)
-
-
-def _count(ranks: tuple[int, ...]) -> tuple[int, int, bool]:
-    if not ranks or not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
-        return 0, 0, False
-    return max(ranks), sum(ranks), True
-
-
-# Every call of multi_lora asks for it, which a thousand ranks would make slower by a tenth.
-MANY = 64
-_kept_count = functools.lru_cache(maxsize=64)(_count)
+    """Return the largest rank, their sum, and whether they are sound, without which the others mean nothing."""
+    return (max(ranks), sum(ranks), True) if _are_sound(ranks) else (0, 0, False)

@@ -224,7 +224,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(saved, monkeypatch):
 
     monkeypatch.setattr(pool_arena, "put", touched)
     with pytest.raises(RuntimeError, match=r"'task2'.*has changed"):
-        pool(**saved.given, route=["task0", "task2", None, None])
+        pool(**saved.given, route=["task2", "task2", None, None])
     monkeypatch.undo()
     assert "task2" not in pool.resident
     assert not arena(pool)._holders[threading.get_ident()]
