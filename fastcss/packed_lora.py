@@ -99,7 +99,8 @@ class PackedLora:
     @property
     def spans(self) -> tuple[Tensor, Tensor]:
         """Return the first row of each adapter and the row after its last, [T] each."""
-        return self.offsets.unbind(1) if self.has_spans else (self.offsets[:-1], self.offsets[1:])
+        offsets = self.offsets
+        return (offsets[:, 0], offsets[:, 1]) if self.has_spans else (offsets[:-1], offsets[1:])
 
     def padded(self, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return ``a`` as ``[T, max_rank, K]`` and ``b`` as ``[T, max_rank, N]``; zeros fill the lower ranks up.

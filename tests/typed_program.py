@@ -33,7 +33,12 @@ def one_pass_and_fuse(model: nn.Module, picture: Tensor, folder: Path) -> None:
     assert_type(runner.engine, str)
     runner.forward(picture, adapters=["task0"], per_adapter={"phrases": picture})
     runner.forward(picture, adapters=0)  # type: ignore[arg-type]
-    runner.forward(picture, route=[0, -1])  # type: ignore[arg-type]
+    runner.forward(picture, route=["task0", None])
+    runner.forward(picture, route=[0, -1])  # type: ignore[list-item]
+    pool = fastcss.AdapterPool(model, [folder, "runs/task1"], budget=2**30)
+    assert_type(pool.resident, tuple[str, ...])
+    pool.forward(picture, route=["task1", None])
+    fastcss.AdapterPool(model, [folder], budget="2 GiB")  # type: ignore[arg-type]
     read = fastcss.one_pass.from_directories(model, [folder, "runs/task1"], names=["a", "b"])
     assert_type(read.refresh(), None)
     assert_type(read.add(folder, name="c"), None)

@@ -117,8 +117,8 @@ const Kernel* pair_kernel();
 void few_rows(int rows, int lanes, int64_t k, const float* a, int panel, Matrix m, const float* c_in, int64_t ld_in,
               float* c_out, int64_t ld_out);
 
-// out += Σ_k a[k][rows] b[k][column] for few rows and few terms: each row of b is read from memory once and in order. The
-// sums are made in the order of Kernel::operator(), and joined with `out` as there.
+// out += Σ_k a[k][rows] b[k][column] for few rows and few terms: each row of b is read from memory once and in order.
+// The sums are made in the order of Kernel::operator(), and joined with `out` as there.
 void few_terms(int rows, int64_t columns, int64_t k, const float* a, int panel, const float* b, int64_t ldb, float* out,
                int64_t ld_out);
 

@@ -255,7 +255,8 @@ void LoraGemm::run() {
   const bool may_be_in_place = fan != Fan::kIn && float_rows && a.k_stride == 1;
   if (panels == 1 && may_be_in_place && weight.k_stride == 1) return run_few();
   // An adapter that few rows run through is read once or twice, which packing it would cost, too.
-  in_place = may_be_in_place && fan == Fan::kEach && b.lane_stride == 1 && b_words && slots * M <= kFewRows * static_cast<int64_t>(used.size());
+  in_place = may_be_in_place && fan == Fan::kEach && b.lane_stride == 1 && b_words &&
+             slots * M <= kFewRows * static_cast<int64_t>(used.size());
   // Adapters whose A is packed together: all of them, or one by one.
   const auto groups = stacked && fan == Fan::kOut ? std::vector<Adapter>{{0, ranks}}
                       : in_place                  ? std::vector<Adapter>{}
@@ -272,7 +273,8 @@ void LoraGemm::run() {
   const bool prepacked = blocks > 1;            // else a weight panel is used once, by the thread that packs it
 
   // Everything the threads share: packed A, packed W and B, and all panels where they are not streamed.
-  const int64_t weight_size = words * kCols, b_size = in_place ? 0 : b_words * kCols, column_size = weight_size + b_size;
+  const int64_t weight_size = words * kCols, b_size = in_place ? 0 : b_words * kCols,
+                column_size = weight_size + b_size;
   int64_t a_size = 0;
   for (const Adapter& g : groups) a_size += ceil_div(g.rank, kCols) * kCols * words;
   const int64_t panel_size = rows_size + hidden_size + factors_size;

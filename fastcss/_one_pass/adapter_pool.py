@@ -63,6 +63,8 @@ class AdapterPool(nn.Module):
         >>> pool.prefetch(["task2"])  # reads what the next batch wants, in a thread beside this one
     """
 
+    _state: tuple[PooledAdapters, OnePass]
+
     def __init__(
         self,
         model: nn.Module,
@@ -124,15 +126,15 @@ class AdapterPool(nn.Module):
         """
         if isinstance(route, str) or not isinstance(route, Sequence):
             raise TypeError(f"{POOL}: route must be a list of adapters' names, or None, got {type(route).__name__}")
-        route = places(route, self._place, POOL)
+        tasks = places(route, self._place, POOL)
         if self.model.training:
             raise RuntimeError(f"{POOL}: the model is in training mode, and a pool is for inference; call model.eval()")
         if self._state[0].has_moved():
             self._build(self._state[0].arena.files)
         given, runner = self._state
         arena = given.arena
-        with arena.holding(sorted({t for t in route if t >= 0})):
-            index = torch.tensor(route, dtype=torch.int64, device=arena.device)
+        with arena.holding(sorted({t for t in tasks if t >= 0})):
+            index = torch.tensor(tasks, dtype=torch.int64, device=arena.device)
             return runner(*args, route=index, per_sample=per_sample, **kwargs)
 
     def prefetch(self, names: Sequence[str]) -> None:
@@ -207,20 +209,23 @@ class PooledAdapters:
 
     def __init__(self, names: tuple[str, ...], model: nn.Module, files: list[AdapterFile], budget: int) -> None:
         self.names, self.model, self._files, self._budget = names, model, files, budget
-        self._kinds = {piece.layer: None for file in files for piece in file.pieces}
-        modules = dict(model.named_modules())
-        self._kinds = {layer: self._kind(modules[layer]) for layer in self._kinds}
+        modules, layers = (
+            dict(model.named_modules()),
+            dict.fromkeys(piece.layer for file in files for piece in file.pieces),
+        )
+        self._kinds = {layer: self._kind(modules[layer]) for layer in layers}
         self._widths = {layer: sum(shape) for layer, (kind, shape) in self._kinds.items() if kind == "linear"}
         self._first = next(iter(self._kinds))
         self.arena = Arena(files, self._widths, budget, self._device)
 
     @staticmethod
-    def _kind(base: nn.Module) -> tuple[str | None, tuple[int, ...]]:
+    def _kind(base: Any) -> tuple[str | None, tuple[int, ...]]:
         return kind_of(base), tuple(base.weight.shape)
 
     @property
     def _device(self) -> torch.device:
-        return self.model.get_submodule(self._first).weight.device
+        layer: Any = self.model.get_submodule(self._first)
+        return layer.weight.device
 
     def has_moved(self) -> bool:
         """Tell whether the model is on another device than the arena."""
@@ -232,4 +237,5 @@ class PooledAdapters:
         for layer, kind in self._kinds.items():
             if layer not in modules or self._kind(modules[layer]) != kind:
                 raise ValueError(f"{POOL}: layer {layer!r} is another now, which the adapters do not fit")
-        return model, Adapters(self.names, {layer: Paged(self.arena, layer) for layer in self._kinds}), []
+        layers: dict[str, Any] = {layer: Paged(self.arena, layer) for layer in self._kinds}
+        return model, Adapters(self.names, layers), []

@@ -7,6 +7,13 @@ from .fault import Fault
 #: Each of these costs the compilation of one object.
 CPU = [
     Fault(
+        "cpu-the-last-rank-of-few-rows-is-left-out",
+        "csrc/cpu/gemm.cpp",
+        "for (; term < end; ++term)",
+        "for (; term + 1 < end; ++term)",
+        "tests/ops/test_multi_lora_spans.py -k in_place",
+    ),
+    Fault(
         "cpu-nan-is-the-lowest-score",
         "csrc/cpu/partial_select.cpp",
         "if (x != x) return 0xffffffff;",
