@@ -1,4 +1,4 @@
-"""Runs linear layers, convolutions and embeddings with all their adapters."""
+"""Runs linear layers and embeddings with all their adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .._fuse.linear import linear
 from ..ops import multi_lora
 from ..packed_lora import PackedLora
-from .adapted_layer import Adapted, Slots
+from .adapted_conv2d import AdaptedConv2d
+from .adapted_layer import Adapted, Slots, drop, in_one_dtype
+from .dora import output_scales
 from .read_adapters import LoraWeights, is_conv1d, kind_of
 
 
@@ -26,34 +28,17 @@ def adapted(base: nn.Module, adapters: Sequence[LoraWeights | None], slots: Slot
     return kind(base, adapters, slots)
 
 
-def _in_one_dtype(adapters: Sequence[LoraWeights | None], base: torch.dtype) -> list[LoraWeights | None]:
-    """Convert the adapters to the one dtype in which they run beside a layer of dtype ``base``.
-
-    That is ``base`` if it is float64 or all adapters have it, else float32. PEFT runs each adapter in its own dtype. No
-    adapter loses precision here, except a float64 one beside a layer whose results are rounded anyway.
-    """
-    weights = [w for w in adapters if w is not None]
-    dtype = base if base == torch.float64 or all(w.a.dtype == base for w in weights) else torch.float32
-    return [w if w is None or w.a.dtype == dtype else _to(w, dtype) for w in adapters]
-
-
-def _to(weights: LoraWeights, dtype: torch.dtype) -> LoraWeights:
-    bias = None if weights.bias is None else weights.bias.to(dtype)
-    return dataclasses.replace(weights, a=weights.a.to(dtype), b=weights.b.to(dtype), bias=bias)
-
-
-def _drop(x: Tensor, p: tuple[float, ...], index: Tensor | None) -> Tensor:
-    """Apply dropout to ``x`` [S, *], in slot s with probability ``p[s]`` or ``p[index[s]]``."""
-    p = torch.tensor(p, device=x.device)
-    p = p[:-1] if index is None else p[index]
-    p = p.view(-1, *[1] * (x.dim() - 1))
-    return torch.where(torch.rand(x.shape, device=x.device) >= p, x / (1 - p).to(x.dtype), 0)
+def _of_slots(rows: Tensor, index: Tensor | None, y: Tensor) -> Tensor:
+    """Return the rows [T + 1, N] of the slots that ``y`` [S, *, N] has, in a shape and dtype that fit it."""
+    rows = rows[:-1] if index is None else rows[index]
+    return rows.to(y.dtype).view(y.shape[0], *[1] * (y.dim() - 2), -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedLinear:
     lora: PackedLora
     biases: Tensor | None  # [T + 1, N]
+    scales: Tensor | None = None  # [T + 1, N], DoRA's
 
 
 class AdaptedLinear(Adapted):
@@ -73,30 +58,47 @@ class AdaptedLinear(Adapted):
 
     def _run(self, x: Tensor, tasks: tuple[int, ...], mode: str, index: Tensor | None = None) -> Tensor:
         pack, p = self.packed(tasks), self._dropout(tasks)
-        if p is None:
-            y = multi_lora(x, self._weight, pack.lora, self.base_layer.bias, mode=mode, index=index)
+        bias = None if self.replaces_bias else self.base_layer.bias
+        if p is not None:
+            y = self._dropped(x.expand(len(tasks), *x.shape) if mode == "shared" else x, tasks, pack, bias, p, index)
+        elif pack.scales is None:
+            y = multi_lora(x, self._weight, pack.lora, bias, mode=mode, index=index)
         else:
-            y = self._dropped(x.expand(len(tasks), *x.shape) if mode == "shared" else x, tasks, pack.lora, p, index)
-        if pack.biases is None:
-            return y
-        biases = pack.biases[:-1] if index is None else pack.biases[index]
-        return y + biases.to(y.dtype).view(y.shape[0], *[1] * (y.dim() - 2), -1)
+            y = multi_lora(x, self._weight, pack.lora, None, mode=mode, index=index)
+            scales = _of_slots(pack.scales, index, y)
+            out = None if y.requires_grad or scales.requires_grad else y
+            y = torch.mul(y, scales, out=out) if bias is None else torch.addcmul(bias.to(y.dtype), y, scales, out=out)
+        return y if pack.biases is None else y + _of_slots(pack.biases, index, y)
 
     def _dropped(
-        self, x: Tensor, tasks: tuple[int, ...], lora: PackedLora, p: tuple[float, ...], index: Tensor | None
+        self,
+        x: Tensor,
+        tasks: tuple[int, ...],
+        pack: PackedLinear,
+        bias: Tensor | None,
+        p: tuple[float, ...],
+        index: Tensor | None,
     ) -> Tensor:
-        """Run ``x`` [S, *, K] through the adapters with dropout, and through the base layer without."""
-        y = F.linear(x, self._weight, self.base_layer.bias)
+        """Run ``x`` [S, *, K] through the adapters with dropout, and through the base layer without.
+
+        What DoRA's scales add to the base layer's output, (scale − 1) · x Wᵀ, is of the dropped input.
+        """
+        lora, scales = pack.lora, pack.scales
+        y = F.linear(x, self._weight, bias)
         a, b = (F.pad(padded, (0, 0, 0, 0, 0, 1)) for padded in lora.padded())  # [T + 1, R, ·], the last one zeros
         index = torch.arange(x.shape[0], device=x.device) if index is None else index
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        dropped = _drop(x, p, index).to(a.dtype)
+        dropped = drop(x, p, index).to(a.dtype)
         hidden = torch.bmm(dropped, a[index].transpose(1, 2))
         if any(weights and weights.taken_out for weights in self.adapters):
             kept = torch.bmm(x.to(a.dtype), a[index].transpose(1, 2))
             hidden = torch.where(self._taken_out(tasks, lora)[index, None], kept, hidden)
         hidden = hidden * F.pad(lora.scales, (0, 1))[index].view(-1, 1, 1)
-        return (y + torch.bmm(hidden, b[index]).view(y.shape)).to(y.dtype)
+        added = torch.bmm(hidden, b[index])
+        if scales is not None:
+            scales = scales[index, None]
+            added = added * scales + F.linear(dropped.to(x.dtype), self._weight) * (scales - 1)
+        return (y + added.view(y.shape)).to(y.dtype)
 
     def _taken_out(self, tasks: tuple[int, ...], lora: PackedLora) -> Tensor:
         """Mark the rows of the padded ``lora.a`` that undo a part of the base layer, bool [T + 1, R]."""
@@ -111,7 +113,7 @@ class AdaptedLinear(Adapted):
 
     def pack(self, tasks: tuple[int, ...]) -> PackedLinear:
         width_out, width_in = self._weight.shape
-        adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
+        adapters = in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
         like = next(w.a for w in adapters if w is not None)
         ranks = tuple(0 if w is None else int(w.a.shape[0]) for w in adapters)  # sizes are tensors in torch.jit.trace
         scales = tuple(0.0 if w is None else w.scale for w in adapters)
@@ -122,14 +124,15 @@ class AdaptedLinear(Adapted):
             b, scales = b * b.new_tensor(of_row)[:, None], (1.0,) * len(scales)
         layout = _kept_layout if like.is_cuda and not torch.compiler.is_compiling() else _layout
         lora = PackedLora(a, b, ranks, *layout(ranks, scales, like.device))
-        return PackedLinear(lora, self._biases(tasks, width_out, like))
+        return PackedLinear(lora, self._biases(tasks, width_out, like), output_scales(adapters, self.base_layer, like))
 
     def part(self, every: PackedLinear, tasks: tuple[int, ...]) -> PackedLinear:
         lora, first, end = every.lora, tasks[0], tasks[-1] + 1
         rows = slice(sum(lora.ranks[:first]), sum(lora.ranks[:end]))
         ranks, scales = lora.ranks[first:end], lora.scales[first:end]
         lora = PackedLora(lora.a[rows], lora.b[rows], ranks, lora.offsets[first : end + 1] - rows.start, scales)
-        return PackedLinear(lora, None if every.biases is None else every.biases[first : end + 1])
+        biases, scales = (t if t is None else t[first : end + 1] for t in (every.biases, every.scales))
+        return PackedLinear(lora, biases, scales)
 
 
 def _layout(ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,97 +147,10 @@ _kept_layout = functools.lru_cache(maxsize=1024)(_layout)
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedConv2d:
-    a: Tensor  # [T + 1, R, C, kh, kw]; the last one is zeros, for index -1
-    b: Tensor  # [T + 1, N, R], scaled
-    biases: Tensor | None  # [T + 1, N]
-
-    def of(self, index: Tensor | slice) -> PackedConv2d:
-        return PackedConv2d(self.a[index], self.b[index], None if self.biases is None else self.biases[index])
-
-
-EACH_TASK = slice(None, -1)
-
-
-class AdaptedConv2d(Adapted):
-    """Runs a convolution: the base once, the shrink of all tasks as one (grouped) convolution, the expand as one bmm.
-
-    Ranks are padded to the largest: a rank-r shrink costs r / N of the base convolution, so there is little to save.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[None])[0] if x.dim() == 3 else super().forward(x)
-
-    def base(self, x: Tensor) -> Tensor:
-        return self.base_layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-    def shared(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
-        if self._dropout(tasks):
-            return self.diverged(x.expand(len(tasks), *x.shape), tasks)
-        pack = self.packed(tasks).of(EACH_TASK)
-        base = self.base_layer(x)
-        hidden = self._shrink(x, pack.a, 1)
-        return self._expand(base.expand(len(tasks), *base.shape), hidden, pack)
-
-    def diverged(self, x: Tensor, tasks: tuple[int, ...]) -> Tensor:
-        return self._each(x, self.packed(tasks).of(EACH_TASK), self._dropout(tasks), None)
-
-    def routed(self, x: Tensor, index: Tensor) -> Tensor:
-        return self._each(x, self.packed(self._all()).of(index), self._dropout(self._all()), index)
-
-    def _each(self, x: Tensor, pack: PackedConv2d, p: tuple[float, ...] | None, index: Tensor | None) -> Tensor:
-        """Run ``x`` [S, B, C, H, W] with separate weights for each slot."""
-        base = self.base(x)
-        x = x if p is None else _drop(x, p, index)
-        hidden = self._shrink(x.transpose(0, 1).flatten(1, 2), pack.a, x.shape[0])  # on [B, S·C, H, W]
-        return self._expand(base, hidden, pack)
-
-    def _shrink(self, x: Tensor, a: Tensor, groups: int) -> Tensor:
-        """Convolve ``x``, which has the slots' channels side by side or one set for all → [B, S·R, H, W]."""
-        base = self.base_layer
-        return F.conv2d(x.to(a.dtype), a.flatten(0, 1), None, base.stride, base.padding, 1, groups)
-
-    @staticmethod
-    def _expand(base: Tensor, hidden: Tensor, pack: PackedConv2d) -> Tensor:
-        """Return ``base`` [S, B, N, H, W] + b [S, N, R] · ``hidden`` [B, S·R, H, W]."""
-        slots, batch = base.shape[:2]
-        hidden = hidden.unflatten(1, (slots, -1)).transpose(0, 1).flatten(0, 1).flatten(2)  # [S·B, R, H·W]
-        b = pack.b[:, None].expand(-1, batch, -1, -1).flatten(0, 1).to(hidden.dtype)
-        # The sum is taken in the adapters' dtype and rounded once to the base layer's, as in PEFT.
-        y = torch.baddbmm(base.to(hidden.dtype).flatten(3).flatten(0, 1), b, hidden).view(base.shape)
-        if pack.biases is not None:
-            y = y + pack.biases[:, None, :, None, None]
-        return y.to(base.dtype)
-
-    def part(self, every: PackedConv2d, tasks: tuple[int, ...]) -> PackedConv2d:
-        rank = max(0 if self.adapters[t] is None else self.adapters[t].a.shape[0] for t in tasks)
-        of = slice(tasks[0], tasks[-1] + 2)
-        return PackedConv2d(
-            every.a[of, :rank], every.b[of, :, :rank], None if every.biases is None else every.biases[of]
-        )
-
-    def pack(self, tasks: tuple[int, ...]) -> PackedConv2d:
-        adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
-        like = next(w.a for w in adapters if w is not None)
-        width, rank = self.base_layer.out_channels, max(w.a.shape[0] for w in adapters if w is not None)
-        a, b = [], []
-        for weights in [*adapters, None]:
-            if weights is None:
-                a.append(like.new_zeros(rank, *like.shape[1:]))
-                b.append(like.new_zeros(width, rank))
-                continue
-            missing = rank - weights.a.shape[0]
-            a.append(F.pad(weights.a, (0, 0) * 3 + (0, missing)))
-            b.append(F.pad(_dense(weights, self.base_layer.groups) * weights.scale, (0, missing)))
-        return PackedConv2d(torch.stack(a), torch.stack(b), self._biases(tasks, width, like))
-
-
-def _dense(weights: LoraWeights, groups: int) -> Tensor:
-    """Return B as a matrix [N, r], also if it is the weight [N, r / groups, 1, 1] of a grouped 1×1 convolution."""
-    b = weights.b.flatten(1)
-    if b.shape[1] == weights.a.shape[0]:
-        return b
-    return torch.block_diag(*b.unflatten(0, (groups, -1)))  # the blocks are [N / G, r / G]
+class PackedTable:
+    table: Tensor  # [V, r]
+    up: Tensor  # [r, N], scaled
+    scales: Tensor | None  # [N], DoRA's
 
 
 class AdaptedEmbedding(Adapted):
@@ -252,16 +168,20 @@ class AdaptedEmbedding(Adapted):
         base, packed = self.base_layer(x), [*self.packed(self._all()), None]
         return torch.stack([self._add(base[s], x[s], packed[t]) for s, t in enumerate(index.tolist())])
 
-    def _add(self, base: Tensor, x: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _add(self, base: Tensor, x: Tensor, weights: PackedTable | None) -> Tensor:
         if weights is None:
             return base
-        table, up = weights
-        return (base + F.embedding(x, table, self.base_layer.padding_idx) @ up).to(base.dtype)
+        y = base + F.embedding(x, weights.table, self.base_layer.padding_idx) @ weights.up
+        return (y if weights.scales is None else y * weights.scales).to(base.dtype)
 
-    def pack(self, tasks: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
-        """Return each adapter's table [V, r] and its scaled rows [r, N]."""
-        adapters = _in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
-        return [None if w is None else (w.a.t().contiguous(), w.b.t() * w.scale) for w in adapters]
+    def pack(self, tasks: tuple[int, ...]) -> list[PackedTable | None]:
+        adapters = in_one_dtype([self.adapters[t] for t in tasks], self.base_layer.weight.dtype)
+        packs: list[PackedTable | None] = []
+        for w in adapters:
+            scales = None if w is None else output_scales([w], self.base_layer, w.a)
+            scales = scales if scales is None else scales[0]
+            packs.append(w if w is None else PackedTable(w.a.t().contiguous(), w.b.t() * w.scale, scales))
+        return packs
 
-    def part(self, every: list, tasks: tuple[int, ...]) -> list[tuple[Tensor, Tensor] | None]:
+    def part(self, every: list, tasks: tuple[int, ...]) -> list[PackedTable | None]:
         return every[tasks[0] : tasks[-1] + 1]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._dispatch.private_apis import DisableTorchFunction
+from .dora import scales_outputs
 from .leaked_values import mark
 from .read_adapters import LoraWeights
 from .task_rules import TaskRules, on_physical_tensors
@@ -77,6 +78,11 @@ class Slots(threading.local):
             self.tasks, self.axis, self.routed, self.rules, self.running = before
 
 
+def _replace_bias(adapters: Sequence[LoraWeights | None]) -> bool:
+    """Tell whether an adapter has a bias of its own in place of the base layer's."""
+    return any(w is not None and w.base_bias is not None for w in adapters)
+
+
 def _are_none(adapters: Sequence[LoraWeights | None]) -> bool:
     return len(adapters) > 0 and all(weights is None for weights in adapters)
 
@@ -95,6 +101,7 @@ class Adapted(nn.Module):
         self.adapters = list(adapters)  # a plain list, so that the parameters still belong to the user's model
         self.is_idle = _are_none(adapters)
         self.slots = slots
+        self.replaces_bias = _replace_bias(adapters)
         self.training = base_layer.training
         self.forget()
 
@@ -165,14 +172,20 @@ class Adapted(nn.Module):
     def tensors(self, tasks: tuple[int, ...] | None = None) -> list[Tensor]:
         """Return the adapters' tensors."""
         adapters = self.adapters if tasks is None else map(self.adapters.__getitem__, tasks)
-        return [t for w in adapters if w is not None for t in (w.a, w.b, w.bias) if t is not None]
+        return [tensor for w in adapters if w is not None for tensor in w.tensors()]
+
+    def packed_tensors(self) -> list[Tensor]:
+        """Return what packs are made of: the base layer's too, where adapters scale by its norm or replace its bias."""
+        weight = [self.base_layer.weight] if scales_outputs(self.adapters) else []
+        bias = [self.base_layer.bias] if self.replaces_bias else []
+        return [*self.tensors(), *weight, *bias]
 
     def _trains(self, tasks: tuple[int, ...]) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors(tasks))
 
     def take(self, adapters: Sequence[LoraWeights | None]) -> None:
         """Run these adapters from now on."""
-        vars(self).update(adapters=list(adapters), is_idle=_are_none(adapters))
+        vars(self).update(adapters=list(adapters), is_idle=_are_none(adapters), replaces_bias=_replace_bias(adapters))
         self.forget()
 
     def forget(self) -> None:
@@ -218,13 +231,21 @@ class Adapted(nn.Module):
         return tuple(range(len(self.adapters)))
 
     def _biases(self, tasks: tuple[int, ...], width: int, like: Tensor) -> Tensor | None:
-        """Return ``scale · bias`` of each adapter, [T + 1, N]; the last row is zeros, which index -1 finds."""
-        adapters = [self.adapters[t] for t in tasks]
-        if all(w is None or w.bias is None for w in adapters):
+        """Return what each adapter adds beside B A, ``scale · bias``, [T + 1, N]; the last row is of index -1.
+
+        If any has a bias in place of the base layer's, the rows hold the base layer's bias or what replaces it, too.
+        """
+        adapters = [None if t is None else self.adapters[t] for t in (*tasks, None)]
+        own = self.replaces_bias
+        if not own and all(w is None or w.bias is None for w in adapters):
             return None
-        zero = like.new_zeros(width)
-        biases = [zero if w is None or w.bias is None else w.bias.to(like.dtype) * w.scale for w in adapters]
-        return torch.stack([*biases, zero])
+        zero, rows = like.new_zeros(width), []
+        for w in adapters:
+            row = zero
+            if own:
+                row = (self.base_layer.bias if w is None or w.base_bias is None else w.base_bias).to(like.dtype)
+            rows.append(row if w is None or w.bias is None else row + w.bias.to(like.dtype) * w.scale)
+        return torch.stack(rows)
 
     def _dropout(self, tasks: tuple[int, ...]) -> tuple[float, ...] | None:
         """Return each adapter's present dropout, [T + 1], or None if none has any."""
@@ -239,3 +260,23 @@ class Adapted(nn.Module):
     def extra_repr(self) -> str:
         ranks = [0 if w is None else w.a.shape[0] for w in self.adapters]
         return f"ranks={ranks}"
+
+
+def in_one_dtype(adapters: Sequence[LoraWeights | None], base: torch.dtype) -> list[LoraWeights | None]:
+    """Convert the adapters to the one dtype in which they run beside a layer of dtype ``base``.
+
+    That is ``base`` if it is float64 or all adapters have it, else float32. PEFT runs each adapter in its own dtype. No
+    adapter loses precision here, except a float64 one beside a layer whose results are rounded anyway.
+    """
+    weights = [w for w in adapters if w is not None]
+    dtype = base if base == torch.float64 or all(w.a.dtype == base for w in weights) else torch.float32
+    return [w if w is None or w.a.dtype == dtype else w.to(w.a.device, dtype) for w in adapters]
+
+
+def drop(x: Tensor, p: tuple[float, ...], index: Tensor | None) -> Tensor:
+    """Apply dropout to ``x`` [S, *], in slot s with probability ``p[s]`` or ``p[index[s]]``."""
+    p = torch.tensor(p, device=x.device)
+    p = p[:-1] if index is None else p[index]
+    p = p.view(-1, *[1] * (x.dim() - 1))
+    kept = torch.where(p < 1, 1 - p, 1)  # the gradient of x / 0 would be NaN, though nothing of it is kept
+    return torch.where(torch.rand(x.shape, device=x.device) >= p, x / kept.to(x.dtype), 0)

@@ -18,7 +18,6 @@ def joined(first: Adapters, second: Adapters) -> Adapters:
         names=(*first.names, *second.names),
         layers=_joined(first.layers, second.layers, *lengths),
         saved=_joined(first.saved, second.saved, *lengths),
-        by_peft=first.by_peft or second.by_peft,
         made_of=(*first.made_of, *second.made_of),
     )
 

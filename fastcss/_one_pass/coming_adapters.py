@@ -120,8 +120,8 @@ class ComingAdapters(RunnerModule):
                 raise ValueError(f"one_pass.set_scale: factor must be finite, got {factor}")
             if self._model_copy.by_peft:
                 raise TypeError(
-                    f"one_pass.set_scale: {self._model_copy.by_peft}, and PEFT's own layers run all adapters then; set "
-                    "the scale in the model's layers"
+                    f"one_pass.set_scale: {self._model_copy.by_peft}, which PEFT's own layer runs; set the scale in "
+                    "the model's layers"
                 )
             if name in self._lineup.of_folder:
                 found, one = NOTHING, selected(self._lineup.folders, [name])

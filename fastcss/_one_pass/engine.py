@@ -57,12 +57,13 @@ class Engine:
         if torch.compiler.is_exporting():
             return self._exported(replay)
         in_turn = self._runs_in_turn(copy, vmap)
-        try:
-            result = replay() if in_turn else self._try(copy, inputs, vmap, replay, slots)
-        except BaseException:
-            copy.is_spoilt = copy.by_peft is not None
-            raise
-        copy.give_back()
+        with copy.lock:
+            try:
+                result = replay() if in_turn else self._try(copy, inputs, vmap, replay, slots)
+            except BaseException:
+                copy.is_spoilt = copy.runs_pefts_layers
+                raise
+            copy.give_back()
         return result
 
     def _runs_in_turn(self, copy: ModelCopy, vmap: Callable[[], object] | None) -> bool:
@@ -95,6 +96,7 @@ class Engine:
                 result = vmap()
             except BaseException as error:
                 undo()
+                copy.put_parameters_back()
                 own = not isinstance(error, RuntimeError)  # vmap's errors are RuntimeErrors, also NotImplementedError
                 if own or self._asked == "vmap" or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -149,8 +151,6 @@ class Engine:
 
     def _refuse(self, copy: ModelCopy, reason: str) -> None:
         self._refused[copy.training] = reason
-        if copy.by_peft:
-            self._refused[not copy.training] = reason
         warnings.warn(
             f"one_pass: {type(copy.model).__name__} does not run under vmap, so its adapters run in turn "
             f"(engine 'replay'): {reason}",

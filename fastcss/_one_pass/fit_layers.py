@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 
@@ -19,9 +18,9 @@ def fit(where: str, base: nn.Module, tensors: dict[str, Tensor], config: dict, l
     scale = scale_of(where, base, tensors, config, layer)
     # PEFT loads adapters in float32, whatever was saved, and beside a float64 layer in float64.
     dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-    a, b, bias = (tensors.get(part) for part in ("a", "b", "bias"))
-    a, b, bias = (None if tensor is None else tensor.to(base.weight.device, dtype) for tensor in (a, b, bias))
-    weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)))
+    a, b, bias, magnitude = (tensors.get(part) for part in ("a", "b", "bias", "magnitude"))
+    weights = LoraWeights(a, b, scale, bias, float(config.get("lora_dropout", 0.0)), magnitude=magnitude)
+    weights = weights.to(base.weight.device, dtype)
     try:
         return with_taken_out(weights, base, config.get("init_lora_weights"))
     except TypeError as error:
@@ -48,11 +47,22 @@ def scale_of(where: str, base: nn.Module, tensors: dict[str, Tensor], config: di
             "ZeRO-3, FSDP) without gathering its weights"
         )
     rank = a.shape[0]
-    wanted_a, wanted_b = _shapes(kind, base, rank)
+    wanted_a, wanted_b = shapes(kind, base, rank)
     if tuple(a.shape) != wanted_a or tuple(b.shape) not in wanted_b or (bias is not None and bias.shape != b.shape[:1]):
         raise ValueError(
             f"{CALLER}: {where} wants A {list(wanted_a)} and B {' or '.join(str(list(w)) for w in wanted_b)} at rank "
             f"{rank}, the folder holds {list(a.shape)} and {list(b.shape)}; the adapter belongs to another base model"
+        )
+    magnitude = tensors.get("magnitude")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        held, said = "no" if magnitude is None else "a", bool(config.get("use_dora"))
+        raise ValueError(
+            f"{CALLER}: {where} holds {held} lora_magnitude_vector, but use_dora is {said} in {CONFIG_FILE}"
+        )
+    if magnitude is not None and magnitude.numel() != b.shape[0]:
+        raise ValueError(
+            f"{CALLER}: {where} has {b.shape[0]} outputs, and its lora_magnitude_vector in the folder is "
+            f"{list(magnitude.shape)}"
         )
     if rank != _of_pattern(config.get("rank_pattern"), layer, config.get("r", 8)):
         raise ValueError(f"{CALLER}: {where} is of rank {rank}, its {CONFIG_FILE} (r, rank_pattern) says another")
@@ -76,12 +86,10 @@ def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
         for adapter, w in zip(adapters.names, weights, strict=True):
             if w is None:
                 continue
-            wanted_a, (wanted_b, *_) = _shapes(kind, base, w.a.shape[0])
+            wanted_a, (wanted_b, *_) = shapes(kind, base, w.a.shape[0])
             if w.a.shape != wanted_a or w.b.shape[0] != wanted_b[0]:
                 raise ValueError(f"one_pass: layer {layer!r} has another size now, which {adapter!r} does not fit")
-            device = base.weight.device
-            a, b, bias = (None if t is None else t.to(device) for t in (w.a, w.b, w.bias))
-            again.add(layer, adapter, dataclasses.replace(w, a=a, b=b, bias=bias))
+            again.add(layer, adapter, w.to(base.weight.device))
     for name, own in adapters.saved.items():
         for adapter, tensors in zip(adapters.names, own, strict=True):
             if tensors is not None:
@@ -89,7 +97,7 @@ def fitted_again(model: nn.Module, adapters: Adapters) -> Adapters:
     return again
 
 
-def _shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+def shapes(kind: str, base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Return the shape of A, and the shapes that B may have."""
     if kind == "embedding":
         return (rank, base.num_embeddings), ((base.embedding_dim, rank),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .._dispatch.private_apis import DisableTorchFunction, pytree
 from .adapted_layer import AFTER_THE_CALL, Slots
 from .leaked_values import mark, origin_of
-from .shared_work import version
+from .shared_work import SharedWork, version
 from .task_rules import Disagreement, on_physical_tensors
 
 
@@ -22,10 +23,15 @@ class InTurn:
     """
 
     slots: Slots
+    training: bool
 
     def of_task(self, *args, **kwargs) -> object:
         """Run for the one task in ``slots.tasks``, or for none if that is empty."""
         raise NotImplementedError
+
+    def common(self) -> list[Tensor]:
+        """Return the tensors of this module that all tasks read: what depends on nothing else is computed once."""
+        return []
 
     def covers(self, tasks: tuple[int, ...]) -> bool:
         """Tell whether one of ``tasks`` has its own module here."""
@@ -51,13 +57,15 @@ class InTurn:
         def each(_: int, dims: tuple, axis: Tensor, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple]:
             shared = [tensor for tensor, dim in zip(tensors, dims[1:], strict=True) if dim is None]
             before = list(map(version, shared))
+            common = self.common() if shared and not self.training else []
             results = []
-            for slot, tasks in enumerate(_tasks_of(slots, axis)):
-                for place, tensor, dim in zip(places, tensors, dims[1:], strict=True):
-                    leaves[place] = tensor if dim is None else tensor.select(dim, slot)
-                args, kwargs = pytree.tree_unflatten(leaves, structure)
-                with slots.hold(tasks=tasks, rules=slots.rules):
-                    results.append(pytree.tree_flatten(self.of_task(*args, **kwargs)))
+            with SharedWork([*shared, *common]) if common else contextlib.nullcontext():
+                for slot, tasks in enumerate(_tasks_of(slots, axis)):
+                    for place, tensor, dim in zip(places, tensors, dims[1:], strict=True):
+                        leaves[place] = tensor if dim is None else tensor.select(dim, slot)
+                    args, kwargs = pytree.tree_unflatten(leaves, structure)
+                    with slots.hold(tasks=tasks, rules=slots.rules):
+                        results.append(pytree.tree_flatten(self.of_task(*args, **kwargs)))
             if list(map(version, shared)) != before:
                 raise Disagreement("a module that each task has for itself writes an input that the tasks share")
             joined[:] = _joined(results, {id(tensor) for tensor in shared})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +19,10 @@ from .build_copy import BuiltCopy, build_copy
 from .changes import Snapshot, Watch
 from .checkpointing import bind_checkpoints
 from .hooks import has_own_hooks
-from .in_turn import InTurn
 from .inputs_outputs import Inputs
 from .peft_layers import tensors_of
 from .read_adapters import Adapters
+from .saved_modules import SavedModules
 from .undo import Attributes, Undo, restore
 
 
@@ -38,7 +39,9 @@ class ModelCopy:
         slots: what the adapted layers in it compute in this thread's current call.
         reads: id of each adapter's tensor → the name of its layer.
         hooked: the name of a module with hooks that transformers did not make, or None.
-        by_peft: why PEFT's own layers run, or None.
+        by_peft: a layer that has no form here, and what it is, or None.
+        runs_pefts_layers: some layers have no form here, so that PEFT's own run in turn.
+        lock: is held by the one call that may run if so, since some of them put other parameters into the copy.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class ModelCopy:
             part.training = theirs.training
         self.slots = Slots(uuid.uuid4().hex)
         built = build_copy(model, adapters, self.slots)
-        self.original, self.model, self.by_peft = model, built.model, adapters.by_peft
+        self.original, self.model, self.by_peft = model, built.model, _of_other_kind(built)
+        self.runs_pefts_layers = bool(built.in_turn)
+        self.lock = threading.RLock() if self.runs_pefts_layers else contextlib.nullcontext()
         self._names, self._layers = tuple(built.layers), [ours for _, ours in built.layers.values()]
         self._runs_in_turn, self._is_bound = bool(built.saved or built.in_turn), False
         self.hooked = next((name for name, module in model.named_modules() if has_own_hooks(module)), None)
@@ -74,8 +79,12 @@ class ModelCopy:
     def _remember_lora(self) -> None:
         """Remember which tensors the adapted layers read; later calls compare their values."""
         named = zip(self._names, self._layers, strict=True)
-        held = [(tensor, name, layer) for name, layer in named for tensor in layer.tensors()]
-        self.reads = {id(tensor): name for tensor, name, _ in held}
+        held = [(tensor, name, layer) for name, layer in named for tensor in layer.packed_tensors()]
+        self.reads = {
+            id(tensor): name
+            for name, layer in zip(self._names, self._layers, strict=True)
+            for tensor in layer.tensors()
+        }
         self._contents, self._layer_of = Contents([tensor for tensor, *_ in held]), [layer for *_, layer in held]
         self._are_plain = all(type(t) in (Tensor, nn.Parameter) for t in self._contents.tensors)
 
@@ -91,7 +100,7 @@ class ModelCopy:
         self._buffers = [(theirs._buffers, ours._buffers) for theirs, ours in pairs if ours._buffers]
         self._set_buffers = Snapshot([ours.values() for _, ours in self._buffers])
         # Some of PEFT's layers put other parameters into the base layer for the time of a call.
-        by_peft = [ours._parameters for _, ours in pairs] if self.by_peft else []
+        by_peft = [ours._parameters for _, ours in pairs] if self.runs_pefts_layers else []
         self._parameters = [(now, now.copy()) for now in by_peft]
         self._set_parameters = Snapshot([now.values() for now in by_peft])
         self.is_spoilt = False  # a run of PEFT's layers failed half-way
@@ -136,7 +145,7 @@ class ModelCopy:
 
     def can_take(self, adapters: Adapters) -> bool:
         """Tell whether ``adapters`` can run without a new copy, as plain LoRA on the layers that are adapted now."""
-        if self.by_peft or adapters.by_peft or adapters.saved or self._runs_in_turn or self._is_bound:
+        if adapters.saved or self._runs_in_turn or self._is_bound:
             return False
         return adapters.layers.keys() == set(self._names)
 
@@ -177,15 +186,19 @@ class ModelCopy:
         """
         if torch.compiler.is_compiling():
             return
-        if self._set_parameters.differs():
-            for now, before in self._parameters:
-                restore(now, before)
+        self.put_parameters_back()
         if not self._set_buffers.differs():
             return
         for theirs, ours in self._buffers:
             theirs.update((name, value) for name, value in ours.items() if value is not theirs.get(name))
         self._set_buffers.take()
         self._watch.structure.take()
+
+    def put_parameters_back(self) -> None:
+        """Give modules their parameters again where PEFT's layers have put others for the time of a call."""
+        if self._set_parameters.differs():
+            for now, before in self._parameters:
+                restore(now, before)
 
     def untrained(self, tasks: Sequence[int]) -> list[int]:
         """Return the ``tasks`` whose adapters get no gradient while others do."""
@@ -200,7 +213,7 @@ class ModelCopy:
         ``known`` holds the ids of the tensors that earlier runs wrote, or None if there was no earlier run.
         """
         if self._attributes is None:
-            not_undone = (torch.jit.ScriptModule, Adapted, InTurn)
+            not_undone = (torch.jit.ScriptModule, Adapted, SavedModules)
             self._attributes = Attributes(m for m in self.model.modules() if not isinstance(m, not_undone))
         tensors = [*self.model.buffers(), *inputs.tensors, *inputs.each.values()]
         self.slots.undo = Undo(self._attributes, tensors, known)
@@ -211,8 +224,6 @@ class ModelCopy:
 
     def must_replay(self) -> str | None:
         """Return why the adapters' kind, the model's present mode or its hooks rule vmap out, or None."""
-        if self.by_peft is not None:
-            return f"{self.by_peft}, which PEFT's own layers run, one adapter at a time"
         for name, module in self.model.named_modules() if self.training else ():
             if getattr(module, "gradient_checkpointing", False):
                 bind_checkpoints(self.model, self.slots)
@@ -224,6 +235,12 @@ class ModelCopy:
         if self.hooked is not None:
             return f"{self.hooked or 'the model'} has hooks, which see the tensors of one adapter at a time"
         return None
+
+
+def _of_other_kind(built: BuiltCopy) -> str | None:
+    """Return the name and class of a layer that PEFT's own runs, and that is not of trainable tokens; or None."""
+    others = {name: type(layer) for name, (layer, ours) in built.in_turn.items() if ours.skips_others}
+    return next((f"layer {name!r} is {cls.__module__}.{cls.__name__}" for name, cls in others.items()), None)
 
 
 def _parts_of_twins(model: nn.Module, twins: Sequence[tuple]) -> list[tuple[nn.Module, nn.Module]]:

@@ -10,7 +10,7 @@ import functools
 import types
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapted_layer import Slots
 from .in_turn import InTurn
@@ -53,6 +53,11 @@ class PeftInTurn(InTurn):
 
     def of_task(self, *args, **kwargs) -> object:
         return super(InTurn, self).forward(*args, **kwargs)
+
+    def common(self) -> list[Tensor]:
+        """Return the base layer's tensors: on an input that no adapter has touched it runs once for all tasks."""
+        base = self._modules.get("base_layer")  # other names are looked up in the present task's module
+        return [] if base is None else [*base.parameters(), *base.buffers()]
 
     def covers(self, tasks: tuple[int, ...]) -> bool:
         return not self.own.isdisjoint(tasks)

@@ -34,6 +34,10 @@ def with_taken_out(weights: LoraWeights, base: nn.Module, init: object) -> LoraW
     method = init.lower() if isinstance(init, str) else None
     if method not in ("pissa", "olora") or isinstance(base, nn.Embedding):  # PEFT initialises embeddings as usual
         return weights
+    if weights.magnitude is not None:
+        raise TypeError(
+            f"init_lora_weights={init!r} with use_dora, whose dropout is of the reduced base layer; {CONVERT}"
+        )
     if isinstance(base, nn.Conv2d) or (method == "olora" and is_conv1d(base)):
         raise TypeError(f"init_lora_weights={init!r} on {type(base).__name__}, which PEFT itself does not load")
     weight = base.weight.detach().float()

@@ -22,7 +22,7 @@ from .read_saved import CALLER, CONFIG_FILE, WEIGHTS_FILE
 POOL = "AdapterPool"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: These make an adapter more than A and B of layers; ``one_pass.from_directories`` runs the most of them.
-REFUSED = ("lora_bias", "modules_to_save", "ensure_weight_tying")
+REFUSED = ("lora_bias", "use_dora", "modules_to_save", "ensure_weight_tying")
 
 
 @dataclasses.dataclass(frozen=True)

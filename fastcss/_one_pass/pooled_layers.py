@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packed_lora import PackedLora
-from .adapted_kinds import AdaptedConv2d, AdaptedEmbedding, AdaptedLinear, PackedConv2d, PackedLinear
+from .adapted_conv2d import AdaptedConv2d, PackedConv2d
+from .adapted_kinds import AdaptedEmbedding, AdaptedLinear, PackedLinear
 from .adapted_layer import Adapted, Slots
 from .pool_arena import Arena
 from .read_adapters import LoraWeights, kind_of

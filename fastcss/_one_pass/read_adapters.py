@@ -13,8 +13,11 @@ from .._dispatch.private_apis import compiled_from
 from .._fuse.fused_module import HOOKS, is_made_by, original_class
 from .peft_layers import adapters_in, is_peft_layer, why_not_in_layers
 
-# These variants of PEFT differ in how an adapter is initialised and which part of it trains, not in what it computes.
-PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant")
+# These variants of PEFT have a form here. MiCA's differ from plain LoRA only in how they begin and what of them trains.
+VARIANTS = (
+    *("MiCALinearVariant", "MiCAEmbeddingVariant"),
+    *("DoraLinearVariant", "DoraConv2dVariant", "DoraEmbeddingVariant"),
+)
 _PAIRS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -35,6 +38,8 @@ class LoraWeights:
         bias: ``[N]``, the bias of ``b``, if the adapter has one.
         dropout: probability of dropping an input of ``a`` in training.
         drops: PEFT's dropout module, which drops while it is in training mode; with None the layer's mode decides.
+        magnitude: DoRA's, ``[N]``, or ``[1, N, 1, 1]`` for a convolution; None for plain LoRA.
+        base_bias: ``[N]``, the adapter's in place of the base layer's bias (``bias="lora_only"`` or ``"all"``).
         taken_out: how many of the last rows of ``a`` do not belong to the adapter. They subtract the part that PEFT
             takes out of the base layer when such an adapter begins (PiSSA, OLoRA); their input is never dropped.
     """
@@ -46,6 +51,17 @@ class LoraWeights:
     dropout: float = 0.0
     drops: nn.Module | None = None
     taken_out: int = 0
+    magnitude: Tensor | None = None
+    base_bias: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        held = (self.a, self.b, self.bias, self.magnitude, self.base_bias)
+        return [tensor for tensor in held if tensor is not None]
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LoraWeights:
+        parts = {part: getattr(self, part) for part in ("a", "b", "bias", "magnitude", "base_bias")}
+        parts = {part: tensor.to(device, dtype) for part, tensor in parts.items() if tensor is not None}
+        return dataclasses.replace(self, **parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +73,12 @@ class Adapters:
         layers: for every layer with LoRA on it, each adapter's weights, or None if it has none.
         saved: for every module that an adapter was saved with whole, each adapter's: the tensors of its state_dict
             from a folder, or True for a module in PEFT's wrapper; None if it has none.
-        by_peft: why PEFT's own layers run, which then are all that runs of the adapters; None if there is no reason.
         made_of: weights of the model that PEFT has made parts of the adapters of; other values want other adapters.
     """
 
     names: tuple[str, ...]
     layers: dict[str, list[LoraWeights | None]]
     saved: dict[str, list[dict[str, Tensor] | bool | None]] = dataclasses.field(default_factory=dict)
-    by_peft: str | None = None
     made_of: tuple[Tensor, ...] = ()
 
     @classmethod
@@ -79,7 +93,12 @@ class Adapters:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Return "linear", "conv2d" or "embedding" for a base layer that one pass can run, None for any other."""
+    """Return "linear", "conv2d" or "embedding" for a base layer that one pass can run, None for any other.
+
+    A weight of another library's class (torchao's quantised ones, DTensor) is that library's to compute with.
+    """
+    if hasattr(getattr(module, "weight", None), "__tensor_flatten__"):
+        return None
     cls = original_class(module)
     if cls in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear) or is_conv1d(module):
         return "linear"
@@ -98,7 +117,7 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
     """Return the base model inside ``model``, with its adapted layers in place, and its adapters."""
     try:
         from peft import PeftMixedModel, PeftModel
-        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+        from peft.utils.other import ModulesToSaveWrapper
     except ImportError as error:
         raise ImportError(
             "one_pass: a PEFT model needs the package peft; one_pass.from_directories does not"
@@ -120,23 +139,17 @@ def read_peft(model: nn.Module) -> tuple[nn.Module, Adapters]:
             )
     # get_base_model() would fail if the active adapter was deleted.
     base = model.base_model.model if is_peft else model
+    if isinstance(model, PeftModel) and type(model) is not PeftModel and "ADALORA" in kinds.values():
+        base = model.base_model  # it adds to the loss
     layers = {name: module for name, module in base.named_modules() if is_peft_layer(module)}
     if not layers:
         raise ValueError(f"one_pass: {type(model).__name__} has no adapted layer; it wants a model with PEFT adapters")
     wrappers = {name: layer for name, layer in layers.items() if isinstance(layer, ModulesToSaveWrapper)}
-    tokens = [f"{name}." for name, layer in layers.items() if isinstance(layer, TrainableTokensWrapper)]
-    tuned = {name: layer for name, layer in layers.items() if name not in wrappers and f"{name}." not in tokens}
-    tuned = {name: layer for name, layer in tuned.items() if not name.startswith(tuple(tokens))}
     names = list(configs) or list(dict.fromkeys(a for layer in layers.values() for a in adapters_in(layer)))
-    by_peft = next((f"adapter {adapter!r} is {kind}" for adapter, kind in kinds.items() if kind != "LORA"), None)
-    by_peft = by_peft or next(filter(None, (_why_no_plain_lora(*item) for item in tuned.items())), None)
-    if by_peft:
-        _check_not_merged(layers)
-        if type(model) is not PeftModel and "ADALORA" in kinds.values() and isinstance(model, PeftModel):
-            base = model.base_model  # it adds to the loss
-        return base, Adapters(tuple(names), {}, by_peft=by_peft)
     adapters = Adapters.empty(names)
-    for name, layer in tuned.items():
+    plain = _plain_lora(layers)
+    _check_not_merged({name: layer for name, layer in layers.items() if name not in wrappers})
+    for name, layer in plain.items():
         _check_peft_layer(name, layer)
         for adapter in _adapters_of(layer):
             _check_whole(name, layer, adapter, names)
@@ -158,7 +171,7 @@ def read_adapter(layers: Mapping[str, nn.Module], adapter: str) -> Adapters | No
             continue
         _check_whole(name, layer, adapter, [adapter])
         variant = layer.lora_variant.get(adapter)
-        if layer.use_dora.get(adapter) or not (variant is None or type(variant).__name__ in PLAIN_VARIANTS):
+        if not (variant is None or type(variant).__name__ in VARIANTS):
             return None
         parts = ((inner, holder._modules.get(adapter)) for inner, holder in holders.items())
         for inner, part in parts:
@@ -195,18 +208,25 @@ def _check_whole(name: str, layer, adapter: str, names: Sequence[str]) -> None:
         )
 
 
-def _why_no_plain_lora(name: str, layer) -> str | None:
-    """Return why ``layer`` has no form of its own here, or None if it has."""
+def _plain_lora(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return those of PEFT's ``layers`` that have a form of their own here, and are in no other that runs in turn."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    plain = {name: layer for name, layer in layers.items() if _is_plain_lora(layer)}
+    others = {name: layer for name, layer in layers.items() if name not in plain}
+    around = tuple(f"{name}." for name, layer in others.items() if not isinstance(layer, ModulesToSaveWrapper))
+    return {name: layer for name, layer in plain.items() if not name.startswith(around)}
+
+
+def _is_plain_lora(layer: nn.Module) -> bool:
     from peft.tuners import lora
 
     kinds = {lora.Linear: "linear", lora.Conv2d: "conv2d", lora.Embedding: "embedding"}
-    base = layer.get_base_layer()
-    if kinds.get(type(layer)) is None or base is not layer.base_layer or kinds[type(layer)] != kind_of(base):
-        return f"layer {name!r} is {type(layer).__module__}.{type(layer).__name__} over {type(base).__name__}"
-    variants = {adapter: type(variant).__name__ for adapter, variant in layer.lora_variant.items()}
-    variants = {adapter: variant for adapter, variant in variants.items() if variant not in PLAIN_VARIANTS}
-    variants |= {adapter: "DoRA" for adapter, dora in layer.use_dora.items() if dora}
-    return next((f"layer {name!r}, adapter {adapter!r} is {kind}" for adapter, kind in variants.items()), None)
+    kind = kinds.get(type(layer))
+    if kind is None or kind != kind_of(layer.base_layer):
+        return False
+    variants = (type(variant).__name__ for variant in layer.lora_variant.values())
+    return all(variant in VARIANTS for variant in variants)
 
 
 def _check_not_merged(layers: dict[str, nn.Module]) -> None:
@@ -253,11 +273,13 @@ def _has_own_calls(module: nn.Module) -> bool:
 def _read_peft_layer(layer, adapter: str) -> LoraWeights:
     scale, drops = float(layer.scaling[adapter]), layer.lora_dropout[adapter]
     dropout = getattr(drops, "p", 0.0)
+    dora = layer.lora_magnitude_vector
+    magnitude = dora[adapter].weight if adapter in dora else None
     if adapter in layer.lora_embedding_A:
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        return LoraWeights(a, b, scale, None, dropout, drops)
+        return LoraWeights(a, b, scale, None, dropout, drops, magnitude=magnitude)
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    return LoraWeights(a.weight, b.weight, scale, b.bias, dropout, drops)
+    return LoraWeights(a.weight, b.weight, scale, b.bias, dropout, drops, magnitude=magnitude)
 
 
 def check_base_layer(name: str, base: nn.Module) -> None:

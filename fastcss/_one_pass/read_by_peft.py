@@ -19,6 +19,7 @@ from .._files import read_tensors
 from .peft_layers import is_peft_layer, tensors_of
 from .read_adapters import Adapters, read_peft
 from .read_saved import CALLER, WEIGHTS_FILE
+from .shared_work import memory
 from .structural_copy import StructuralCopy
 
 
@@ -128,39 +129,49 @@ def _made_of(base: nn.Module, names: Sequence[str], in_folders: set[int]) -> tup
 
 
 def _give_own_tensors(twin: nn.Module) -> dict[int, tuple[Tensor, Tensor]]:
-    """Give ``twin`` copies of its tensors; return, by the copies' ids, the copies and what they were made of."""
+    """Give ``twin`` copies of its tensors; return, by the copies' memory, the copies and what they were made of."""
     made: dict[int, Tensor] = {}
     given: dict[int, tuple[Tensor, Tensor]] = {}
-    for module in twin.modules():
+    for name, module in twin.named_modules():
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
                 if tensor is None:
                     continue
+                if type(tensor) not in (Tensor, nn.Parameter):
+                    raise TypeError(
+                        f"{CALLER}: {type(module).__name__} {name!r} has a {key} of class {type(tensor).__name__}, as "
+                        "quantised layers have, which no copy of its values stands for; load the adapters by PEFT, and "
+                        "give one_pass that"
+                    )
                 if id(tensor) not in made:
                     own = tensor.detach().clone()
                     own = nn.Parameter(own, tensor.requires_grad) if held is module._parameters else own
                     made[id(tensor)] = own
-                    given[id(own)] = own, tensor
+                    given[memory(own)] = own, tensor
                 held[key] = made[id(tensor)]
     return given
 
 
 def _give_back(around: nn.Module, theirs: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Put the user's tensors where PEFT has left their copies as they were; refuse other copies."""
+    """Put the user's tensors where PEFT has left their copies as they were; refuse other copies.
+
+    A copy is known by its memory: PEFT's layer on attention makes new parameters of it each time that it is looked at.
+    """
     found = set()
     for module in around.modules():
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
-                if id(tensor) not in theirs:
+                place = None if tensor is None else memory(tensor)
+                if place not in theirs or tensor.shape != theirs[place][0].shape:
                     continue
-                own, tensor = theirs[id(tensor)]
-                if own.shape != tensor.shape or not torch.equal(own, tensor):
+                own, tensor = theirs[place]
+                if not torch.equal(own, tensor):
                     raise TypeError(
                         f"{CALLER}: PEFT changes the base model's {key!r} {list(tensor.shape)} when it loads these "
                         "adapters, and the runner leaves the model as it is; load them by PEFT, and give one_pass that"
                     )
                 held[key] = tensor
-                found.add(id(own))
+                found.add(place)
     if found != set(theirs):
         raise TypeError(
             f"{CALLER}: PEFT replaces weights of the base model when it loads these adapters, so that the runner could "

@@ -16,13 +16,14 @@ from .fit_layers import fit
 from .named_model import NamedModel
 from .pissa_olora import CONVERT, why_not_repeatable
 from .read_adapters import Adapters, kind_of
+from .read_biases import check_not_nested, give_biases, taken_biases
 from .read_by_peft import ByPeft
 from .read_saved import CALLER, CONFIG_FILE, PREFIX, WEIGHTS_FILE, taken_saved
 from .target_modules import targeted
 
 # These options of a LoraConfig make an adapter more than x Aᵀ Bᵀ, or train something beside it.
 NOT_PLAIN_LORA = (
-    "use_dora", "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters",
+    "use_qalora", "use_bdlora", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
     "layer_replication", "megatron_config",
 )  # fmt: skip
@@ -32,7 +33,7 @@ KNOWN = frozenset((
     "peft_version", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias",
     "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "runtime_config", "lora_bias", "ensure_weight_tying", "modules_to_save",
+    "runtime_config", "lora_bias", "ensure_weight_tying", "modules_to_save", "use_dora",
 ))  # fmt: skip
 
 DROPPED = (
@@ -67,6 +68,7 @@ def read_directories(
         tensors = read_tensors(folder / WEIGHTS_FILE, CALLER)
         for module, own in taken_saved(str(folder), config, tensors, model).items():
             adapters.save(module, adapter, own)
+        biases = taken_biases(str(folder), config, tensors, model)
         layers = by_layer(folder, tensors, model)
         check_targets(folder, config, model, layers)
         for layer, parts in layers.items():
@@ -78,6 +80,8 @@ def read_directories(
                     f"shares with another layer; {CONVERT}"
                 )
             adapters.add(layer, adapter, weights)
+        give_biases(adapters, adapter, biases, model)
+    check_not_nested(adapters)
     return adapters
 
 
@@ -177,18 +181,19 @@ def _warn(message: str) -> None:
 
 # Keys that were saved without PEFT's help contain the adapter's own name, as in its state_dict.
 _PAIR = re.compile(r"(?P<layer>.+?)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<kind>weight|bias)")
+_MAGNITUDE = re.compile(r"(?P<layer>.+?)\.lora_(?P<part>magnitude)_vector(?:\.(?P<adapter>[^.]+))??(?:\.weight)?")
 _EMBEDDING = re.compile(r"(?P<layer>.+?)\.lora_embedding_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?")
 WRAPPERS = {"_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP", "module.": "DistributedDataParallel"}
 
 
 def by_layer(folder: Path, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by layer → {"a", "b", "bias"}; keys look like ``base_model.model.encoder.query.lora_A.weight``."""
+    """Group tensors by layer → {"a", "b", …}; keys look like ``base_model.model.encoder.query.lora_A.weight``."""
     modules = dict(model.named_modules())
     layers: dict[str, dict[str, Tensor]] = {}
     adapters = set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        match = _PAIR.fullmatch(name) or _EMBEDDING.fullmatch(name)
+        match = _PAIR.fullmatch(name) or _EMBEDDING.fullmatch(name) or _MAGNITUDE.fullmatch(name)
         if match is None:
             _check_not_lora(folder, key, name, tensor, model)
             continue

@@ -29,10 +29,11 @@ class OnePass(ComingAdapters):
     default only the active one does. A forward hook sees one adapter's tensors at a time, so a model with the user's
     hooks runs as engine "replay".
 
-    Adapters are LoRA on Linear, Conv1D, Conv2d or Embedding, and may differ in rank, alpha and the layers they cover.
-    Modules that they were trained with whole (``modules_to_save``) and trainable tokens run in turn, a task at a time,
-    inside of the pass. Any other kind of adapter in a model's layers (DoRA, LoHa, IA3, OFT, …), and other layers under
-    LoRA, run by PEFT's own layers: the whole model then runs as engine "replay", with a warning.
+    Adapters are LoRA or DoRA on Linear, Conv1D, Conv2d or Embedding, and may differ in rank, alpha and the layers they
+    cover. All else that adapters have in a model's layers runs in turn, a task at a time, inside of the pass: modules
+    that they were trained with whole (``modules_to_save``), trainable tokens, every other kind (LoHa, VeRA, IA3, OFT,
+    …, several in one model) and other layers under LoRA (MultiheadAttention, Conv1d, Conv3d, quantised ones), by
+    PEFT's own layers. Calls of a runner with such layers from several threads wait for each other.
 
     Args:
         model: a PEFT model, or any module with PEFT's layers in it.
@@ -90,9 +91,10 @@ class OnePass(ComingAdapters):
         was saved in (float64 beside float64 layers). A PiSSA or OLoRA adapter gives what it gives in PEFT beside the
         reduced base layer, though here the model stays as it is. A layer with several names goes by its first name
         alone. Keys may contain the adapter's own name. A warning names the layers that a folder's config targets but
-        the folder lacks, and the options that are not known. Modules saved whole have the dtype of the model's. If one
-        of the adapters is of another kind, or has trainable tokens, PEFT reads them all, around a twin of the model
-        that shares its tensors (while it reads, the model's weights are in memory twice).
+        the folder lacks, and the options that are not known. Modules saved whole, and biases of the base model that
+        an adapter was trained with, are its own, in the dtype of the model's. If one of the adapters is neither LoRA
+        nor DoRA, is on other layers, or has trainable tokens, PEFT reads them all, around a twin of the model that
+        shares its tensors (while it reads, the model's weights are in memory twice); over quantised layers it does not.
 
         Args:
             model: the base model of the adapters.
@@ -127,8 +129,6 @@ class OnePass(ComingAdapters):
     @property
     def engine(self) -> str:
         """Return the engine that runs the model in its present mode, "vmap" or "replay"."""
-        if self._model_copy.by_peft and self._asked == "auto":
-            return "replay"
         return self._engine.name(self._model_copy.training)
 
     def forward(

@@ -88,9 +88,9 @@ class SharedWork(TorchFunctionMode):
 
     def _unshare(self, tensors: Iterable[Tensor]) -> None:
         """Forget these tensors and all others in the same memory."""
-        memory = {_memory(tensor) for tensor in tensors if id(tensor) in self._shared}
-        if memory:
-            self._shared = {key: entry for key, entry in self._shared.items() if _memory(entry[0]) not in memory}
+        written = {memory(tensor) for tensor in tensors if id(tensor) in self._shared}
+        if written:
+            self._shared = {key: entry for key, entry in self._shared.items() if memory(entry[0]) not in written}
 
     def _key(self, func: Callable, leaves: list, structure: pytree.TreeSpec) -> tuple | None:
         """Return a key that is equal for equal calls, or None for a call that must not be remembered."""
@@ -118,7 +118,7 @@ def _surroundings() -> tuple:
     )
 
 
-def _memory(tensor: Tensor) -> int:
+def memory(tensor: Tensor) -> int:
     """Return a number that is equal for tensors in the same memory."""
     try:
         return tensor.untyped_storage()._cdata

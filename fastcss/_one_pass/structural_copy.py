@@ -161,7 +161,8 @@ class StructuralCopy:
         owner, function = self.reference(method.__self__), self.reference(method.__func__)
         if owner is method.__self__:
             return method
-        if getattr(type(method.__self__), function.__name__, None) is not method.__func__:
+        name = getattr(function, "__name__", "")  # a partial, as torchao binds to its layers, has no name
+        if getattr(type(method.__self__), name, None) is not method.__func__:
             return types.MethodType(function, owner)
         try:
             return types.MethodType(getattr(type(owner), function.__name__), owner)  # the owner's own method

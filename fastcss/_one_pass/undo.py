@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import threading
 import types
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +20,7 @@ _MISSING = object()
 _COMPARABLE = (bool, int, float, str, Tensor)
 _NOT_ENTERED = (
     *(bool, int, float, complex, str, bytes, type(None), type, Tensor, nn.Module, torch.dtype, torch.device),
-    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType),
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, threading.local),
 )
 
 

@@ -41,7 +41,7 @@ DAMAGES = {
     "truncated": (truncate, ValueError, "no whole safetensors file"),
     "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), ValueError, "no PEFT configuration"),
     "other type": (lambda f: edit_config(f, peft_type="IA3"), TypeError, "task2 is a IA3 adapter, which PEFT"),
-    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "lora_magnitude_vector' is not in the folder"),
+    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "no lora_magnitude_vector, but use_dora"),
     "no type": (lambda f: edit_config(f, peft_type=None), ValueError, "adapter_config.json.*no peft_type"),
     "velora": (
         lambda f: edit_config(f, velora_config={"num_groups": 2}), ValueError, "velora_embed' is not in the folder",
@@ -102,8 +102,8 @@ DAMAGES = {
     ),
     "magnitudes": (
         lambda f: edit_tensors(f, lambda t: t | {f"{LAYER}.lora_magnitude_vector": torch.ones(3)}),
-        TypeError,
-        "lora_magnitude_vector",
+        ValueError,
+        "a lora_magnitude_vector, but use_dora is False",
     ),
     "other weights": (
         lambda f: edit_tensors(f, lambda t: t | {"base_model.model.pooler": torch.ones(3)}), TypeError, "pooler",
