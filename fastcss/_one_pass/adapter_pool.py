@@ -63,8 +63,6 @@ class AdapterPool(nn.Module):
         >>> pool.prefetch(["task2"])  # reads what the next batch wants, in a thread beside this one
     """
 
-    _state: tuple[PooledAdapters, OnePass]
-
     def __init__(
         self,
         model: nn.Module,
@@ -103,7 +101,11 @@ class AdapterPool(nn.Module):
             self.model, Lineup.of_folders(given), self._options["engine"], None, self._options["fuse"], 0
         )
         # Not registered: parameters() and state_dict() are the model's alone. Set at once, for calls of other threads.
-        self.__dict__["_state"] = given, runner
+        self.__dict__["_built"] = given, runner
+
+    @property
+    def _state(self) -> tuple[PooledAdapters, OnePass]:
+        return self.__dict__["_built"]
 
     def forward(
         self, *args: Any, route: Sequence[str | None], per_sample: Sequence[str] | None = None, **kwargs: Any
