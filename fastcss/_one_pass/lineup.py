@@ -19,7 +19,9 @@ Read = tuple[nn.Module, Adapters, list[tuple[nn.Module, nn.Module]]]
 class BuiltOn(Protocol):
     """Holds adapters that are built on a model anew whenever it has changed."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the adapters' names."""
 
     def built_on(self, model: nn.Module) -> Read:
         """Return the model with the adapters, and what of the user's ``model`` it is a twin of."""
