@@ -37,9 +37,9 @@ INTRODUCTION = """\
 
 What people save with PEFT, and how `one_pass` runs it. Every cell is a comparison with PEFT's own loop over the
 adapters (`set_adapter`, then a call), on a small model of transformers' own class with random weights and two
-adapters with random weights, in float32 on a CPU. The values are exact if no tensor is further than 1e-5 of its largest
-value from PEFT's, or than twice PEFT's own distance from float64. `python docs/make_recipes.py` makes this page
-anew; nothing in it is written by hand. This one is of {}.
+adapters with random weights, in float32 on a CPU. Values are exact if no tensor is further than 1e-5 of its largest
+value from PEFT's; a gradient may be twice as far from float64 as PEFT's own. `python docs/make_recipes.py` makes this
+page anew; nothing in it is written by hand. This one is of {}.
 
 - exact: all tasks side by side, in one pass.
 - in turn: exact, a task after the other, what they share computed once: PEFT's own layers run, or what the model does
@@ -94,7 +94,7 @@ def adalora(model: Model, task: int) -> peft.PeftConfig:
 RECIPES: dict[str, Make] = {
     "LoRA": lora(),
     "LoRA, head saved whole": head,
-    "LoRA, all linear layers": lambda _, task: peft.LoraConfig(r=2 + task, target_modules="all-linear"),
+    "LoRA, all linear layers": lambda _, task: peft.LoraConfig(r=2 + task, lora_alpha=1, target_modules="all-linear"),
     "LoRA, biases": lora(bias="lora_only"),
     "rsLoRA": lora(use_rslora=True),
     "DoRA": lora(use_dora=True),

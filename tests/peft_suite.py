@@ -65,6 +65,8 @@ def download(folder: Path) -> Path:
         subprocess.run([*command, *options, release.replace("-", "==")], check=True)
         with tarfile.open(folder / f"{release}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
+    if not (folder / release / "tests").is_dir():
+        sys.exit(f"the source distribution of {release} holds no tests")
     return folder / release / "tests"
 
 
