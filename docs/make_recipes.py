@@ -149,9 +149,14 @@ def cell(outcome: Outcome, notes: list[str]) -> str:
     """Return what the table says of an outcome; the message behind it goes to ``notes``."""
     if outcome.kind == "exact":
         return SAID[outcome.said]
-    if outcome.said not in notes:
-        notes.append(outcome.said)
-    return f"{SAID[outcome.kind]}[^{1 + notes.index(outcome.said)}]"
+    said = quoted(outcome)
+    if said not in notes:
+        notes.append(said)
+    return f"{SAID[outcome.kind]}[^{1 + notes.index(said)}]"
+
+
+def quoted(outcome: Outcome) -> str:
+    return f"`{outcome.said.replace('`', chr(39))}`"
 
 
 def recipes(processes: int) -> Iterator[str]:
@@ -165,7 +170,7 @@ def recipes(processes: int) -> Iterator[str]:
         rows = [(recipe, found[model, recipe]) for recipe in RECIPES if found[model, recipe]]
         lines = [line(recipe, (cell(of[way], notes) for way in WAYS)) for recipe, of in rows]
         yield "\n".join([line("adapters", WAYS.values()), line("---", ["---"] * len(WAYS)), *lines])
-    yield "\n".join(f"[^{i}]: `{note.replace('`', chr(39))}`" for i, note in enumerate(notes, 1))
+    yield "\n".join(f"[^{i}]: {note}" for i, note in enumerate(notes, 1))
 
 
 def configurations(sources: Path) -> Iterator[str]:
@@ -178,7 +183,7 @@ def configurations(sources: Path) -> Iterator[str]:
         for way, outcome in found.items():
             counts[tuner][way, outcome.kind] += 1
             if outcome.kind != "exact":
-                notes.setdefault(f"{SAID[outcome.kind]}, `{outcome.said}`", []).append(
+                notes.setdefault(f"{SAID[outcome.kind]}, {quoted(outcome)}", []).append(
                     f"{case.name} ({peft_suite.WAYS[way]})"
                 )
     rows = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from documents import ROOT, sections
 
 from docs import make_recipes
 
+NOTE = re.compile(r"\[\^\d+\]")  # whose number depends on the rows before
 ROWS = {
     section.heading: {line.split(" | ")[0].removeprefix("| "): line for line in section.text.splitlines()}
     for section in sections(ROOT / "docs" / "recipes.md")
@@ -36,4 +39,4 @@ def test_nothing_is_wrong():
 def test_a_row_says_what_comes_of_it(model, recipe):
     found = make_recipes.outcomes(model, recipe)
     line = make_recipes.line(recipe, (make_recipes.cell(found[way], []) for way in make_recipes.WAYS))
-    assert ROWS[model][recipe] == line, "python docs/make_recipes.py writes it anew"
+    assert NOTE.sub("", ROWS[model][recipe]) == NOTE.sub("", line), "python docs/make_recipes.py writes it anew"
