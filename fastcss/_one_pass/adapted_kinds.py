@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dispatch.private_apis import forward_mode, transforms_are_active
 from .._fuse.linear import linear
 from ..ops import multi_lora
 from ..packed_lora import PackedLora
@@ -66,7 +67,8 @@ class AdaptedLinear(Adapted):
         else:
             y = multi_lora(x, self._weight, pack.lora, None, mode=mode, index=index)
             scales = _of_slots(pack.scales, index, y)
-            out = None if y.requires_grad or scales.requires_grad else y
+            is_traced = y.requires_grad or scales.requires_grad or transforms_are_active() or forward_mode()
+            out = None if is_traced else y
             y = torch.mul(y, scales, out=out) if bias is None else torch.addcmul(bias.to(y.dtype), y, scales, out=out)
         return y if pack.biases is None else y + _of_slots(pack.biases, index, y)
 

@@ -19,8 +19,6 @@ VARIANTS = (
     *("DoraLinearVariant", "DoraConv2dVariant", "DoraEmbeddingVariant"),
 )
 _PAIRS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-
-
 GLOBAL_HOOKS = (
     *("_global_forward_hooks", "_global_forward_pre_hooks"),
     *("_global_backward_hooks", "_global_backward_pre_hooks"),
