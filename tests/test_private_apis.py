@@ -245,6 +245,26 @@ def _():
     assert apis.dynamo_is_loaded()
 
 
+@of("is_one_graph", "torch.compile(fullgraph=True) of a runner")
+def _():
+    for whole in (False, True):
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: x + apis.is_one_graph(), backend="eager", fullgraph=whole)
+        assert compiled(torch.zeros(())) == whole
+
+
+_doubled = apis.traced_as_one(lambda layer, x: layer(x) * 2)
+
+
+@of("traced_as_one", "torch.compile(fullgraph=True) of a runner")
+def _():
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    got = torch.compile(lambda x: _doubled(layer, x), backend="aot_eager", fullgraph=True)(x)
+    got.sum().backward()
+    assert torch.equal(got, layer(x) * 2)
+    assert torch.equal(layer.weight.grad, torch.full((2, 2), 2.0))
+
+
 @of("gpu_architecture", "the choice of tiles in Triton's kernels")
 def _():
     triton = pytest.importorskip("triton")

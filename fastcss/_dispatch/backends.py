@@ -124,15 +124,15 @@ def why_not(impl: str, x: Tensor, op: str | None = None) -> str | None:
 def choose(op: str, impl: str, x: Tensor) -> str:
     """Return the implementation to run: the one asked for, or for "auto" the fastest that can run.
 
-    Within forward-mode differentiation "auto" is "composed".
+    Within forward-mode differentiation, and in ``torch.onnx.export``, "auto" is "composed".
 
     Raises:
         ValueError: ``impl`` is unknown.
         RuntimeError: the implementation asked for cannot run here; the message says why.
     """
     if impl == "auto":
-        if forward_mode():
-            return "composed"  # kernels have no tangents
+        if forward_mode() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+            return "composed"  # kernels have no tangents, and ONNX has no operators for them
         for name in ("cpu",) if x.device.type == "cpu" else MEASURED_ON_GPU.get(op, ()):
             if why_not(name, x, op) is None:
                 return name

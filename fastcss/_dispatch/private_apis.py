@@ -6,6 +6,7 @@ Any release may move any of them. Each move is then one line here, and ``tests/t
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,12 @@ __all__ = [
     "get_unwrapped",
     "gpu_architecture",
     "has_alias",
+    "is_one_graph",
     "is_vmapped",
     "is_wrapped",
     "pytree",
     "registrations",
+    "traced_as_one",
     "tracing_state",
     "transforms_are_active",
     "vmap_level",
@@ -104,6 +107,22 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 def dynamo_is_loaded() -> bool:
     """Tell whether something in this process may be compiled."""
     return "torch._dynamo" in sys.modules
+
+
+def is_one_graph() -> bool:
+    """Tell whether what is being compiled has to be one graph (fullgraph=True)."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    root = InstructionTranslator.current_tx().output.root_tx
+    return bool(root.one_graph or root.error_on_graph_break)
+
+
+is_one_graph._dynamo_marked_constant = True
+
+
+def traced_as_one(function: Callable) -> Callable:
+    """Return ``function`` as one that torch.compile does not look into: what it calls is traced beneath autograd."""
+    return torch._dynamo.nonstrict_trace(function)
 
 
 def gpu_architecture() -> int:

@@ -169,7 +169,7 @@ class Watch:
         around: Iterable[nn.Module],
         modes: Sequence[tuple[nn.Module, nn.Module]] = (),
     ) -> None:
-        self._adapted = [*modes, *layers.values(), *in_turn.values()]
+        self._model, self._adapted = model, [*modes, *layers.values(), *in_turn.values()]
         self.layers = {name: layer for name, (layer, _) in layers.items() if hasattr(layer, "lora_A")}
         switched = {name: layer for name, (layer, _) in in_turn.items() if hasattr(layer, "adapter_layer_names")}
         self._switched = self.layers | switched
@@ -190,6 +190,7 @@ class Watch:
         self.structure = self._base.structure
         self._parts = list(chain.from_iterable(map(_PARTS, self.layers.values())))  # a new dict is none of the views
         self._pairs = list(pairs)
+        self._taken_over = 0  # how often the copies got attributes that were set since
         self._attributes = Snapshot([vars(original).values() for original, _ in pairs])
         self._before = [dict(vars(original)) for original, _ in pairs]
 
@@ -227,6 +228,10 @@ class Watch:
         _follow_mode(self._adapted)
         _follow_mode(self._pairs)
 
+    def stamp(self) -> tuple:
+        """Return a stamp of what is taken over: attributes, train() and eval()."""
+        return self._taken_over, [module.training for module in self._model.modules()]
+
     def _take_over(self) -> bool:
         """Give the copies the attributes that were set since; return False if one is not a plain value."""
         changes = []
@@ -239,6 +244,7 @@ class Watch:
                 if value is not _MISSING and not isinstance(value, _TAKEN_OVER):
                     return False
                 changes.append((place, ours, name, value))
+        self._taken_over += any(name != "training" for _, _, name, _ in changes)
         for place, ours, name, value in changes:
             if value is _MISSING:
                 vars(ours).pop(name, None)

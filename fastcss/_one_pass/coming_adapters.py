@@ -152,6 +152,7 @@ class ComingAdapters(RunnerModule):
             self._engine = Engine(self._asked)
             self._passes.forget_adapters()
         self._lineup, self._captures, self._has_warned = lineup, Captures(), False
+        self._renewed += 1
 
     def _put_in(self, one: Adapters | None, lineup: Lineup) -> Adapters:
         """Return the adapters of the present copy that are in ``lineup``, and ``one``."""

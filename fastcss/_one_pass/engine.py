@@ -54,8 +54,8 @@ class Engine:
         if self._spoilt:
             raise RuntimeError(self._spoilt)
         copy.forget_changed_adapters()
-        if torch.compiler.is_exporting():
-            return self._exported(replay)
+        if torch.compiler.is_compiling():
+            return replay()
         in_turn = self._runs_in_turn(copy, vmap)
         with copy.lock:
             try:
@@ -74,12 +74,6 @@ class Engine:
         if must_replay and self.name(copy.training) == "vmap":
             self._refuse(copy, must_replay)
         return vmap is None or self.name(copy.training) == "replay"
-
-    def _exported(self, replay: Callable[[], object]) -> object:
-        """Run in turn: torch.export cannot hold an autograd function under vmap, and every adapted layer is one."""
-        if self._asked == "vmap":
-            raise RuntimeError("one_pass: engine 'vmap' cannot be exported; engine='replay' or 'auto' can")
-        return replay()
 
     def _try(
         self,

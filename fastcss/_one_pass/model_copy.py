@@ -133,6 +133,10 @@ class ModelCopy:
         if torch.compiler.is_compiling():
             self._watch.follow_mode()
             return True
+        return self.is_current()
+
+    def is_current(self) -> bool:
+        """Do what ``follow`` does outside of a trace."""
         disabled = self._watch.disabled()
         if disabled is not None:
             raise RuntimeError(
@@ -168,6 +172,10 @@ class ModelCopy:
     def saw(self, came: Iterable[str], gone: Iterable[str]) -> None:
         """Watch PEFT's layers from now on as they are, with what ``came_and_went`` has found."""
         self._watch.take(came, gone)
+
+    def stamp(self) -> tuple:
+        """Return a stamp that changes where ``follow`` takes over what a compiled graph holds as it was."""
+        return self._watch.stamp()
 
     def forget_changed_adapters(self) -> None:
         """Drop the packs of adapters whose values have changed; on a GPU drop all, since comparing would stall it."""

@@ -15,6 +15,8 @@ from .coming_adapters import ComingAdapters
 from .inputs_outputs import Inputs, task_axis_second
 from .lineup import Lineup
 from .read_folders import read_directories
+from .traced import call_traced
+from .training import set_requires_grad
 
 
 class OnePass(ComingAdapters):
@@ -26,14 +28,18 @@ class OnePass(ComingAdapters):
     buffers, modules, attributes, hooks, scales, dtypes and devices; train() and eval(). The runner refuses merged
     adapters and those switched off. It also refuses adapters that the model has got or lost, until ``add``, ``remove``
     or ``refresh`` takes them over. Training through the runner reaches every adapter that requires gradients; by PEFT's
-    default only the active one does. A forward hook sees one adapter's tensors at a time, so a model with the user's
-    hooks runs as engine "replay".
+    default only the active one does, and ``set_requires_grad`` lets all. A forward hook sees one adapter's tensors at a
+    time, so a model with the user's hooks runs as engine "replay".
 
     Adapters are LoRA or DoRA on Linear, Conv1D, Conv2d or Embedding, and may differ in rank, alpha and the layers they
     cover. All else that adapters have in a model's layers runs in turn, a task at a time, inside of the pass: modules
     that they were trained with whole (``modules_to_save``), trainable tokens, every other kind (LoHa, VeRA, IA3, OFT,
     …, several in one model) and other layers under LoRA (MultiheadAttention, Conv1d, Conv3d, quantised ones), by
     PEFT's own layers. Calls of a runner with such layers from several threads wait for each other.
+
+    ``torch.export`` and ``torch.compile`` with fullgraph=True trace a call, but none with ``route``, nor engine "vmap".
+    A compiled graph reads the parameters as they are; a call of it raises if something else of the model has changed.
+    Without fullgraph=True a runner stays out of the graphs.
 
     Args:
         model: a PEFT model, or any module with PEFT's layers in it.
@@ -49,7 +55,7 @@ class OnePass(ComingAdapters):
             transformers' Trainer and accelerate's ``gather_for_metrics``, needs 1: it would cut the tasks otherwise.
 
     Attributes:
-        model: the model, as it was given; its parameters and state_dict are the runner's.
+        model: the model, as it was given; its parameters and state_dict are the runner's, under "model.".
         adapters: the adapters' names, in the order of the task axis.
         fusion: which modules run on the fused ops, a ``Fusion``, or None with ``fuse`` off.
 
@@ -122,6 +128,21 @@ class OnePass(ComingAdapters):
         with self._calls.change():
             self._renew(self._lineup.all_of_model())
 
+    def set_requires_grad(self, adapters: str | Sequence[str] | None = None, requires_grad: bool = True) -> None:
+        """Let adapters require gradients, with their saved modules and trainable tokens, or no longer.
+
+        PEFT lets only the active adapter require them: ``model.set_adapter`` undoes this.
+
+        Args:
+            adapters: names of adapters; by default all.
+            requires_grad: whether they require gradients. Other adapters and the base model stay as they are.
+
+        Raises:
+            KeyError, ValueError: unknown adapters.
+            TypeError: adapters that were read from folders, and are no parameters.
+        """
+        set_requires_grad(self.model, self.adapters, self._lineup.of_folder, adapters, requires_grad)
+
     def __repr__(self) -> str:
         model = type(self._model_copy.model).__name__
         return f"OnePass({model}, adapters={list(self.adapters)}, engine={self.engine!r})"
@@ -166,10 +187,9 @@ class OnePass(ComingAdapters):
             RuntimeError: the model's adapters differ from the runner's, or are switched off; the message says what
                 to do.
         """
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return torch.compiler.disable(self.forward)(
-                *args, adapters=adapters, route=route, per_sample=per_sample, per_adapter=per_adapter, **kwargs
-            )
+        if torch.compiler.is_compiling() and not self._is_of_trace:
+            options = {"adapters": adapters, "route": route, "per_sample": per_sample, "per_adapter": per_adapter}
+            return call_traced(self, args, {**kwargs, **options})
         with self._calls.call():
             self._follow()
             if route is not None:

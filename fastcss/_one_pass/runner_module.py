@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,9 @@ from .model_copy import ModelCopy
 from .named_model import NamedModel
 from .passes import Passes
 from .read_adapters import Adapters, check_global_hooks
+from .signatures import unsigned, with_signature_of
+from .traced import Compiled, place_of
+from .training import warn_of_untrained
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,6 +59,9 @@ class RunnerModule(nn.Module):
         self.group_size, self.task_dim = check_group_size(group_size), check_task_dim(task_dim)
         self._asked, self._fuse = engine, fuse
         self._has_warned = False
+        self._is_of_trace = False  # a trace has built it for its one call
+        self._place, self._renewed, self._compared = place_of(self), 0, torch.zeros(())
+        self._compiled: list[Compiled] = []
         self._renew(lineup)
 
     def _renew(self, lineup: Lineup) -> None:
@@ -75,14 +80,24 @@ class RunnerModule(nn.Module):
         self._adapters, self.adapters = adapters, adapters.names
         self._engine = Engine(self._asked)
         self._model_copy, self._passes = model_copy, Passes(model_copy)
+        self._renewed += 1
+        self.__class__ = with_signature_of(type(self), model_copy.model)
 
-    def _follow(self) -> None:
-        """Bring the copy up to date with the model."""
+    def _follow(self, in_trace: bool = True) -> None:
+        """Bring the copy up to date with the model, also while torch traces if ``in_trace`` is False."""
         check_global_hooks()
-        if self._model_copy.follow():
+        if self._model_copy.follow() if in_trace else self._model_copy.is_current():
             return
         self._lineup, read = self._lineup.read(self.model)
         self._take(*read)
+
+    def called_in_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Make a call in a trace, whose stand-ins are the model's parameters."""
+        self._is_of_trace = True
+        try:
+            return self(*args, **kwargs)
+        finally:
+            self._is_of_trace = False
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError("one_pass: torch.nn.DataParallel cannot replicate a runner; use DistributedDataParallel")
@@ -94,20 +109,11 @@ class RunnerModule(nn.Module):
         return made
 
     def __reduce_ex__(self, protocol: object) -> tuple:
-        return self._made_of, (self.model, self._lineup, *self._options)
+        return unsigned(type(self))._made_of, (self.model, self._lineup, *self._options)
 
     @property
     def _options(self) -> tuple:
         return self._asked, self.group_size, self._fuse, self.task_dim
 
     def _warn_of_untrained(self, tasks: Sequence[int]) -> None:
-        if self._has_warned or not self._model_copy.training or not torch.is_grad_enabled():
-            return
-        untrained = [self.adapters[t] for t in self._model_copy.untrained(tasks)]
-        if untrained:
-            self._has_warned = True
-            warnings.warn(
-                f"one_pass: adapters {', '.join(untrained)} get no gradients, as PEFT lets the active adapter alone "
-                f"require them; to train them as well: model.set_requires_grad({untrained})",
-                stacklevel=5,
-            )
+        self._has_warned = self._has_warned or warn_of_untrained(self._model_copy, self.adapters, tasks)

@@ -71,6 +71,35 @@ def test_a_runner_is_a_module_with_the_model_in_it():
 
 
 @torch.no_grad()
+def test_a_state_dict_there_and_back():
+    model, other, given = build_adapted(vit), build_adapted(vit), inputs(vit)
+    for parameter in other.parameters():
+        parameter.mul_(1.2)
+    runner, wanted = fastcss.one_pass(model), loop(other, given)
+    runner(**given)
+    state = {f"model.{name}": tensor for name, tensor in other.state_dict().items()}
+    assert_equal(torch.func.functional_call(runner, state, (), given), wanted)
+    assert_equal(runner(**given), loop(model, given))
+    for assign in (False, True):
+        runner.load_state_dict(state, assign=assign)
+        assert_equal(runner(**given), wanted)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in runner.state_dict().items())
+
+
+def test_hooks_of_the_runner_see_all_tasks():
+    model, given, seen = build_adapted(vit), inputs(vit), []
+    runner = fastcss.one_pass(model)
+    runner.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {"pixel_values": -kwargs["pixel_values"]}), with_kwargs=True
+    )
+    runner.register_forward_hook(lambda _, args, output: seen.append(output[0].shape))
+    with torch.no_grad():
+        assert_equal(runner(**given), loop(model, {"pixel_values": -given["pixel_values"]}))
+    assert seen == [(3, 1, 17, 32)]
+    assert runner.engine == "vmap"
+
+
+@torch.no_grad()
 def test_averaged_model():
     model, given = build_adapted(vit), inputs(vit)
     runner = fastcss.one_pass(model)
