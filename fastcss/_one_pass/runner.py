@@ -128,7 +128,7 @@ class OnePass(ComingAdapters):
         with self._calls.change():
             self._renew(self._lineup.all_of_model())
 
-    def set_requires_grad(self, adapters: str | Sequence[str] | None = None, requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapters: str | Sequence[str] | None = None, *, requires_grad: bool = True) -> None:
         """Let adapters require gradients, with their saved modules and trainable tokens, or no longer.
 
         PEFT lets only the active adapter require them: ``model.set_adapter`` undoes this.

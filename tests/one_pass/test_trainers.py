@@ -76,9 +76,9 @@ def test_one_switch_for_all_adapters(options):
     assert len(set.union(*of_each.values())) == sum(map(len, of_each.values())) > 6
     runner.set_requires_grad()
     assert training(model) == set.union(*of_each.values())
-    runner.set_requires_grad("task1", False)
+    runner.set_requires_grad("task1", requires_grad=False)
     assert training(model) == of_each["task0"] | of_each["task2"]
-    runner.set_requires_grad(TASKS, False)
+    runner.set_requires_grad(TASKS, requires_grad=False)
     assert training(model) == set()
     runner.set_requires_grad(["task1"])
     assert training(model) == of_each["task1"]
