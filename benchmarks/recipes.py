@@ -35,6 +35,7 @@ class Recipe:
         outputs: the names of the outputs that are compared.
         mixes: PEFT's mixed batch takes it: every adapted module has one row an image.
         exports: it can be run in ONNX.
+        tolerance: of errors relative to the largest value.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Recipe:
     outputs: tuple[str, ...] = ("logits",)
     mixes: bool = False
     exports: bool = True
+    tolerance: float = 1e-5
 
 
 def _vit(quick: bool) -> nn.Module:
@@ -77,11 +79,13 @@ LATE = {"target_modules": r".*layers\.(8|9|10|11)\..*(q|v)_proj"}
 HEADS = QV | {"modules_to_save": ["decode_head"]}
 DECODER = {"target_modules": r".*transformer_module\.decoder.*\.(q|v)_proj", "modules_to_save": ["class_predictor"]}
 MASKS = ("class_queries_logits", "masks_queries_logits")
+# Mask2Former attends where a mask is above 0.5. Where one is as near to it as float32 rounds, PEFT's own answer for an
+# image alone and in a batch of two differ by 9e-3; in float64 all agree to 3e-15.
 RECIPES = (
     Recipe("vit-b-qv-t6", 6, 224, _vit, QV, mixes=True),
     Recipe("vit-b-last-third-t6", 6, 224, _vit, LATE, mixes=True),
     Recipe("segformer-b0-heads-t6", 6, 512, _segformer, HEADS),
-    Recipe("mask2former-t4", 4, 384, _mask2former, DECODER, MASKS, exports=False),
+    Recipe("mask2former-t4", 4, 384, _mask2former, DECODER, MASKS, exports=False, tolerance=2e-2),
 )
 
 
@@ -151,7 +155,7 @@ def _problem(recipe: Recipe, shape: dict, quick: bool, device: str, mode: str) -
         providers["peft-mixed"] = lambda: torch.no_grad()(mixed)
     if recipe.exports and device == "cpu":
         providers[_onnx_runtime.NAME] = onnx_loop
-    return Problem(providers, torch.no_grad()(loop), 1e-5, counter.get_total_flops(), weights)
+    return Problem(providers, torch.no_grad()(loop), recipe.tolerance, counter.get_total_flops(), weights)
 
 
 class _Outputs(nn.Module):
