@@ -77,6 +77,46 @@ def six_tasks_memory_in_words(rows: Sequence[dict]) -> str:
     )
 
 
+#: What PEFT's users adapt → its case.
+RECIPES = {
+    "ViT-B, 224², queries and values, 6 adapters": "one_pass/vit-b-qv-t6",
+    "… in the last third of the layers": "one_pass/vit-b-last-third-t6",
+    "SegFormer-B0, 512², queries, values and the head, 6 adapters": "one_pass/segformer-b0-heads-t6",
+    "Mask2Former (Swin-T), 384², the decoder and its classes, 4 adapters": "one_pass/mask2former-t4",
+}
+#: The same of a batch of 64 samples over 1,000 adapters of rank 16.
+THOUSAND = {
+    f"{tokens} of width 768 a sample": f"multi_lora/routed-t1000-m{rows}"
+    for rows, tokens in ((1, "one row"), (4, "4 rows"), (16, "16 rows"), (197, "197 rows"))
+}
+
+
+def recipes(rows: Sequence[dict]) -> str:
+    names = ("PEFT loop", "PEFT mixed batch", "`torch.vmap`, stacked adapters", "ONNX Runtime, merged")
+    return _times_of(rows, RECIPES, {name: ONE_PASS[name] for name in names}, "model, and where its adapters are")
+
+
+def thousand(rows: Sequence[dict]) -> str:
+    columns = {"PEFT mixed batch": "peft-mixed", "gathered adapters, `bmm`": "gathered-bmm"}
+    columns["one adapter for all"] = "one-adapter"
+    return _times_of(rows, THOUSAND, columns, "64 samples, 1,000 adapters of rank 16")
+
+
+def pool(rows: Sequence[dict]) -> str:
+    point = Point(rows, "pool/1000-adapters")
+    return (
+        "A pool of 1,000 adapters with room for 100, batches of 16 drawn after Zipf's law: "
+        f"{finer(1 / point.times('all-in-memory'))} of the time with all of them in memory."
+    )
+
+
+def _times_of(rows: Sequence[dict], cases: Mapping[str, str], columns: Mapping[str, str], head: str) -> str:
+    """Make a table of how often a case's providers take the time of ours."""
+    points = {label: Point(rows, name) for label, name in cases.items()}
+    lines = [[label, *(finer(point.times(name)) for name in columns.values())] for label, point in points.items()]
+    return table([head, *columns], lines)
+
+
 def decouplecss(rows: Sequence[dict]) -> str:
     full = Point(rows, "decouplecss/swin-t-vit-b-t6")
     return (
@@ -92,6 +132,9 @@ PARTS: dict[str, Callable[[Sequence[dict]], str]] = {
     "six tasks": six_tasks,
     "six tasks, memory": six_tasks_memory,
     "six tasks, memory in words": six_tasks_memory_in_words,
+    "recipes": recipes,
+    "a thousand adapters": thousand,
+    "pool": pool,
     "ops": op_tables.ops,
     "multi_lora": op_tables.multi_lora,
     "affinity": op_tables.affinity,
