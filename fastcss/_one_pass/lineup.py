@@ -85,7 +85,9 @@ class Lineup:
                     f"one_pass: the model has an adapter {twice!r}, and so has the runner from a folder; remove one, "
                     "or add the folder's with another name="
                 )
-            return dataclasses.replace(self, names=(*own.names, *self.of_folder))
+            names = (*own.names, *self.of_folder)
+            factors = {name: factor for name, factor in self.factors.items() if name in names}  # others are gone
+            return dataclasses.replace(self, names=names, factors=factors)
         now = [name for name in own.names if name not in self.left_out]
         if set(now) != {name for name in self.names if name not in self.of_folder}:
             had = (name for name in self.names if name not in self.of_folder)
