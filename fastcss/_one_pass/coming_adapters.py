@@ -123,7 +123,9 @@ class ComingAdapters(RunnerModule):
                     f"one_pass.set_scale: {self._model_copy.by_peft}, which PEFT's own layer runs; set the scale in "
                     "the model's layers"
                 )
-            if name in self._lineup.of_folder:
+            if isinstance(self._lineup.folders, ByPeft):
+                found, one = None, None  # PEFT reads its folders anew
+            elif name in self._lineup.of_folder:
                 found, one = NOTHING, selected(self._lineup.folders, [name])
             else:
                 found, one = self._read_of_model(name)

@@ -66,7 +66,8 @@ class Lineup:
             RuntimeError: the model's adapters are others than this lineup's.
         """
         if self.folders is not None and not isinstance(self.folders, Adapters):
-            return self, self.folders.built_on(model)
+            twin, adapters, pairs = self.folders.built_on(model)
+            return self, (twin, rescaled(adapters, self.factors), pairs)
         base, own = read_peft(model) if self.of_model else (model, None)
         folders = None if self.folders is None else fitted_again(base, self.folders)
         if own is None:
