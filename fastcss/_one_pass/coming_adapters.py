@@ -145,15 +145,14 @@ class ComingAdapters(RunnerModule):
         is_all = found is not None and known.issuperset((*found[0], *found[1])) and not isinstance(one, ByPeft)
         adapters = self._put_in(one, lineup) if is_all else None
         if adapters is None or not self._model_copy.can_take(adapters):
-            lineup, read = lineup.read(self.model)
-            self._take(*read)
+            self._take(*lineup.read(self.model))
         else:
             self._model_copy.saw(*found)
             self._model_copy.take(adapters)
-            self._adapters, self.adapters = adapters, adapters.names
+            self._lineup, self._adapters, self.adapters = lineup, adapters, adapters.names
             self._engine = Engine(self._asked)
             self._passes.forget_adapters()
-        self._lineup, self._captures, self._has_warned = lineup, Captures(), False
+        self._captures, self._has_warned = Captures(), False
         self._renewed += 1
 
     def _put_in(self, one: Adapters | None, lineup: Lineup) -> Adapters:

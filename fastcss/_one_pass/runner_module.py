@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from .call_arguments import check_group_size, check_task_dim
 from .calls import Calls
 from .cuda_graphs import Captures
 from .engine import Engine
-from .lineup import Lineup
+from .lineup import Lineup, Read
 from .model_copy import ModelCopy
 from .named_model import NamedModel
 from .passes import Passes
@@ -66,18 +66,19 @@ class RunnerModule(nn.Module):
 
     def _renew(self, lineup: Lineup) -> None:
         """Take over the model as it is now, with the adapters of ``lineup``; captured graphs are forgotten."""
-        lineup, read = lineup.read(self.model)
-        self._take(*read)
-        self._lineup, self._captures = lineup, Captures()
+        self._take(*lineup.read(self.model))
+        self._captures = Captures()
 
-    def _take(self, base: nn.Module, adapters: Adapters, twins: list[tuple[nn.Module, nn.Module]]) -> None:
+    def _take(self, lineup: Lineup, read: Read) -> None:
+        base, adapters, twins = read
         inside = set(base.modules())
         around = [module for module in self.model.modules() if module not in inside]
         model_copy = ModelCopy(base, adapters, around, twins)
+        _check_scales(lineup.factors, adapters, model_copy)
         fuse = model_copy.device.type == "cpu" if self._fuse is None else self._fuse
         # The adapted layers and the task rules already run linear layers on the faster GEMM.
         self.fusion = fuse_modules(model_copy.model, linears=False) if fuse else None
-        self._adapters, self.adapters = adapters, adapters.names
+        self._lineup, self._adapters, self.adapters = lineup, adapters, adapters.names
         self._engine = Engine(self._asked)
         self._model_copy, self._passes = model_copy, Passes(model_copy)
         self._renewed += 1
@@ -88,8 +89,7 @@ class RunnerModule(nn.Module):
         check_global_hooks()
         if self._model_copy.follow() if in_trace else self._model_copy.is_current():
             return
-        self._lineup, read = self._lineup.read(self.model)
-        self._take(*read)
+        self._take(*self._lineup.read(self.model))
 
     def called_in_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Make a call in a trace, whose stand-ins are the model's parameters."""
@@ -117,3 +117,14 @@ class RunnerModule(nn.Module):
 
     def _warn_of_untrained(self, tasks: Sequence[int]) -> None:
         self._has_warned = self._has_warned or warn_of_untrained(self._model_copy, self.adapters, tasks)
+
+
+def _check_scales(factors: Mapping[str, float], adapters: Adapters, model_copy: ModelCopy) -> None:
+    """Raise if a factor that ``set_scale`` was given would not reach all layers of its adapter."""
+    name = next((name for name in adapters.names if factors.get(name, 1.0) != 1.0), None)
+    if name is not None and model_copy.by_peft:
+        raise TypeError(
+            f"one_pass: {model_copy.by_peft} now, which PEFT's own layer runs, and runner.set_scale({name!r}, "
+            f"{factors[name]}) does not reach it; runner.set_scale({name!r}, 1) before that adapter comes, or once it is "
+            "out of the model again, and set the scale in the model's layers"
+        )
