@@ -125,6 +125,6 @@ def _check_scales(factors: Mapping[str, float], adapters: Adapters, model_copy: 
     if name is not None and model_copy.by_peft:
         raise TypeError(
             f"one_pass: {model_copy.by_peft} now, which PEFT's own layer runs, and runner.set_scale({name!r}, "
-            f"{factors[name]}) does not reach it; runner.set_scale({name!r}, 1) before that adapter comes, or once it is "
-            "out of the model again, and set the scale in the model's layers"
+            f"{factors[name]}) does not reach it; runner.set_scale({name!r}, 1) before that adapter comes, or once it "
+            "is gone again, and set the scale in the model's layers"
         )
