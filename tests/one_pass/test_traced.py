@@ -91,6 +91,29 @@ def test_export_of_a_subset_and_of_folders(tmp_path):
     assert set(program.state_dict) == set(runner.state_dict())
 
 
+class Twice(Small):
+    """Has a layer by two names, as models with tied heads have, and PEFT's layers with shared projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.norm
+
+    def forward(self, x):
+        return self.last(self.again(self.first(x)))
+
+
+@torch.no_grad()
+def test_export_of_a_module_by_two_names(tmp_path):
+    torch.manual_seed(0)
+    sites, x = {"target_modules": ["first", "last"], "r": 2}, torch.randn(3, 8)
+    model = adapt(Twice(), sites, {**sites, "r": 3})
+    program = torch.export.export(fastcss.one_pass(model), (x,))
+    assert_equal(program.module()(x), loop(model, {"x": x}))
+    model.save_pretrained(tmp_path)
+    runner = fastcss.one_pass.from_directories(model.unload(), [tmp_path / "task0", tmp_path / "task1"])
+    assert_same(torch.export.export(runner, (x,)).module()(x), runner(x))
+
+
 @torch.no_grad()
 def test_aot_inductor(tmp_path):
     model, x = small()
