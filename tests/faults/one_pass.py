@@ -15,8 +15,8 @@ ONE_PASS = [
     Fault(
         "one-pass-a-graph-outlives-its-adapters",
         "fastcss/_one_pass/coming_adapters.py",
-        "= lineup, Captures(), False",
-        "= lineup, self._captures, False",
+        "self._has_warned = Captures(), False",
+        "self._has_warned = self._captures, False",
         "tests/one_pass/test_capture.py",
     ),
     Fault(
