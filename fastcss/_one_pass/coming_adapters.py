@@ -105,8 +105,9 @@ class ComingAdapters(RunnerModule):
         """Run the adapter ``name`` at ``factor`` times the scale that it has in the model or in its folder.
 
         This is what ``set_scale`` of PEFT's LoRA layers does, which the runner also follows: 1 is the adapter as it was
-        trained, 0 the model without it (except for modules saved whole). The factor goes with the name, through ``swap``
-        and ``refresh``, until the adapter is removed; a change after which PEFT's own layer would run is refused.
+        trained, 0 the model without it (except for modules saved whole). The factor goes with the name, through
+        ``swap`` and ``refresh``, until the adapter is removed; a change after which PEFT's own layer would run is
+        refused.
 
         Raises:
             KeyError: the runner has no such adapter.
