@@ -52,6 +52,10 @@ class ComingAdapters(RunnerModule):
                 found, one = self._read_of_model(adapter)
                 self._run(self._lineup.with_own(adapter), found, one)
                 return
+            if not isinstance(adapter, str | Path):
+                raise TypeError(
+                    f"one_pass.add: adapter must be a name or a folder, a str or Path, got {type(adapter).__name__}"
+                )
             folder = Path(adapter)
             name = folder.name if name is None else name
             self._check_new(name)

@@ -355,6 +355,8 @@ def test_more_refusals(four, tmp_path):
         runner.remove("task0")
     live = fastcss.one_pass(model)
     model.load_adapter(folders[0], "late")
+    with pytest.raises(TypeError, match=r"add: adapter must be a name or a folder.* got int"):
+        runner.add(3)
     with pytest.raises(ValueError, match="keeps its name"):
         live.add("late", name="other")
     with pytest.raises(FileNotFoundError, match=r"no folder, and no adapter of the model.* are: late"):
