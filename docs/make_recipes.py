@@ -41,9 +41,10 @@ adapters with random weights, in float32 on a CPU. Values are exact if no tensor
 value from PEFT's; a gradient may be twice as far from float64 as PEFT's own. `python docs/make_recipes.py` makes this
 page anew; nothing in it is written by hand. This one is of {}.
 
-- exact: all tasks side by side, in one pass.
-- in turn: exact, a task after the other, what they share computed once: PEFT's own layers run, or what the model does
-  rules out `torch.vmap`.
+- exact: in one pass, the tasks side by side. Adapters other than LoRA and DoRA run by PEFT's own layers, a task at a
+  time, and the rest of the model does not.
+- in turn: exact, the whole model a task after the other, what they share computed once, as what it does rules out
+  `torch.vmap`.
 - refused: `one_pass` raises the message below, and the model is as it was.
 - not in PEFT: PEFT itself raises that, so that there is nothing to compare with.
 
