@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import fastcss
 
-from . import _onednn
+from . import _onednn, _peft
+from ._lora_layer import Layer
 from .cases import MODES, Case, Problem, Step
 
 # Errors are relative to the largest expected value. float32 adds up as many as 4096 rounded products. bfloat16 has 8
@@ -58,7 +59,7 @@ def _problem(shape: dict, dtype: torch.dtype, compiled: bool, device: str, mode:
     data = Layer.random(shape, dtype, device)
     providers: dict[str, Callable[[], Step]] = {
         "fastcss": lambda: _ours(data, mode, "auto"),
-        "peft-loop": lambda: _peft_loop(data, mode),
+        "peft-loop": lambda: _peft.loop(data, mode),
         "baddbmm": lambda: _stepped(_padded, data, mode),
         "merged": lambda: _merged(data, mode),
         "torch-best": lambda: _torch_best(data, mode),
@@ -68,7 +69,7 @@ def _problem(shape: dict, dtype: torch.dtype, compiled: bool, device: str, mode:
     if compiled:
         providers["compiled"] = lambda: _stepped(torch.compile(_stacked), data, mode)
     if mode == "fwd" and not data.shared:
-        providers["peft-mixed"] = lambda: _peft_mixed(data)
+        providers["peft-mixed"] = lambda: _peft.mixed(_peft.layer(data.weight, data.bias, data.a, data.b), data.x)
     if device == "cuda":
         providers["composed"] = lambda: _ours(data, mode, "composed")
         providers["triton"] = lambda: _ours(data, mode, "triton")
@@ -88,38 +89,6 @@ def work(shape: dict, itemsize: int, mode: str) -> tuple[float, float]:
         return base + delta, (x + weights + adapters + y) * itemsize
     # The gradient of x repeats both products; each adapter's gradient adds its own two.
     return 2 * base + 3 * delta, (2 * x + weights + 2 * adapters + 2 * y) * itemsize
-
-
-@dataclasses.dataclass
-class Layer:
-    """Holds a linear layer with T adapters of one rank, its input, and the gradient of its output."""
-
-    x: Tensor  # [M, K] or [T, M, K]
-    weight: Tensor  # [N, K]
-    bias: Tensor  # [N]
-    a: Tensor  # [T, r, K]
-    b: Tensor  # [T, r, N], scaled already: no provider pays for a scale that a caller could fold in
-    dy: Tensor  # [T, M, N]
-
-    @classmethod
-    def random(cls, shape: dict, dtype: torch.dtype, device: str) -> Layer:
-        m, k, n, t, r = (shape[name] for name in ("M", "K", "N", "T", "r"))
-
-        def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*size, device=device) * scale).to(dtype)
-
-        x = normal(m, k) if shape["form"] == "shared" else normal(t, m, k)
-        return cls(
-            x, normal(n, k, scale=k**-0.5), normal(n), normal(t, r, k, scale=k**-0.5), normal(t, r, n), normal(t, m, n)
-        )
-
-    @property
-    def shared(self) -> bool:
-        return self.x.dim() == 2
-
-    @property
-    def tasks(self) -> int:
-        return self.a.shape[0]
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -266,61 +235,6 @@ def _grouped(data: Layer) -> Step:
         return (delta.add_(F.linear(data.x, data.weight, data.bias)),)
 
     return _without_grad(step)
-
-
-def _peft_layer(data: Layer):
-    from peft import LoraConfig, get_peft_model
-
-    t, r, k = data.a.shape
-    linear = torch.nn.ModuleDict({"layer": torch.nn.Linear(k, data.weight.shape[0])})
-    config = LoraConfig(r=r, lora_alpha=r, target_modules=["layer"])
-    model = get_peft_model(linear, config, adapter_name="task0")
-    for task in range(1, t):
-        model.add_adapter(f"task{task}", config)
-    layer = linear["layer"].to(data.x)
-    with torch.no_grad():
-        layer.base_layer.weight.copy_(data.weight)
-        layer.base_layer.bias.copy_(data.bias)
-        for task in range(t):
-            layer.lora_A[f"task{task}"].weight.copy_(data.a[task])
-            layer.lora_B[f"task{task}"].weight.copy_(data.b[task].t())
-    return layer
-
-
-def _peft_loop(data: Layer, mode: str) -> Step:
-    """Run the adapters one after the other through ``set_adapter``, as a PEFT user does."""
-    layer = _peft_layer(data)
-    names = [f"task{task}" for task in range(data.tasks)]
-
-    def run(task: int, x: Tensor) -> Tensor:
-        layer.set_adapter(names[task])
-        return layer(x)
-
-    inputs = [data.x] * data.tasks if data.shared else list(data.x)
-    if mode == "fwd":
-        return _without_grad(lambda: (torch.stack([run(task, x) for task, x in enumerate(inputs)]),))
-
-    inputs = [x.clone().requires_grad_() for x in inputs]
-
-    def step():
-        outputs, gradients = [], []
-        for task, (name, x) in enumerate(zip(names, inputs, strict=True)):
-            y = run(task, x)
-            leaves = (x, layer.lora_A[name].weight, layer.lora_B[name].weight)
-            gradients.append(torch.autograd.grad(y, leaves, data.dy[task]))
-            outputs.append(y.detach())
-        dx, da, db = zip(*gradients, strict=True)
-        dx = sum(dx) if data.shared else torch.stack(dx)
-        return torch.stack(outputs), dx, torch.stack(da), torch.stack([gradient.t() for gradient in db])
-
-    return step
-
-
-def _peft_mixed(data: Layer) -> Step:
-    """Run PEFT's mixed batch, with one adapter for each sample."""
-    layer = _peft_layer(data).eval()
-    names = [f"task{task}" for task in range(data.tasks)]
-    return _without_grad(lambda: (layer(data.x, adapter_names=names),))
 
 
 def _without_grad(step: Step) -> Step:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import fastcss
 
+from . import _peft
 from .cases import Case, Problem, Step, largest_error
 from .multi_lora import SOURCES, TOLERANCE
 
@@ -66,7 +67,8 @@ def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem
         ),
         "one-adapter": lambda: torch.no_grad()(one_adapter),
         "gathered-bmm": lambda: torch.no_grad()(gathered),
-        "peft-mixed": lambda: _peft_mixed(x, weight, bias, a, b, index),
+        # Its layer holds the adapters of the batch alone; the others would cost it nothing.
+        "peft-mixed": lambda: _peft.mixed(_peft.layer(weight, bias, a[index], b[index]), x),
     }
     flops = 2 * s * m * (k * n + r * (k + n))
     moved = (s * m * (k + n) + k * n + n + s * r * (k + n)) * dtype.itemsize
@@ -76,24 +78,3 @@ def _problem(shape: dict, dtype: torch.dtype, device: str, mode: str) -> Problem
 def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Compare with what the routed adapters give, or with what the one gives if the step has the anchor's mark."""
     return largest_error(got[:1], expected[len(got) - 1 : len(got)])
-
-
-def _peft_mixed(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, index: Tensor) -> Step:
-    """Run PEFT's mixed batch. Its layer holds the adapters of the batch alone; the others would cost it nothing."""
-    from peft import LoraConfig, get_peft_model
-
-    r, k = a.shape[1:]
-    linear = torch.nn.ModuleDict({"layer": torch.nn.Linear(k, weight.shape[0])})
-    config = LoraConfig(r=r, lora_alpha=r, target_modules=["layer"])
-    names = [f"task{t}" for t in index.tolist()]
-    model = get_peft_model(linear, config, adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, config)
-    layer = linear["layer"].to(x).eval()
-    with torch.no_grad():
-        layer.base_layer.weight.copy_(weight)
-        layer.base_layer.bias.copy_(bias)
-        for name, t in zip(names, index.tolist(), strict=True):
-            layer.lora_A[name].weight.copy_(a[t])
-            layer.lora_B[name].weight.copy_(b[t].t())
-    return torch.no_grad()(lambda: (layer(x, adapter_names=names),))
