@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -17,29 +16,9 @@ import torch
 from torch import Tensor
 
 from .pool_files import POOL, AdapterFile, Piece
+from .pool_places import Block, Places
 
 BYTES = 4  # of float32, in which PEFT runs the adapters it loads
-
-
-@dataclasses.dataclass
-class Block:
-    """Holds where one adapter lies in the arena, in floats, and who uses it.
-
-    Attributes:
-        starts: where the part of each layer begins, in the order of the adapter's pieces.
-        users: how many calls hold it; with one or more it is not evicted.
-        ready, failed: its weights are there, or could not be read.
-        loaded, used: on a GPU, events after its copy and after the last call that read it.
-    """
-
-    start: int
-    end: int
-    starts: tuple[int, ...]
-    users: int = 0
-    ready: bool = False
-    failed: bool = False
-    loaded: torch.cuda.Event | None = None
-    used: torch.cuda.Event | None = None
 
 
 class Arena:
@@ -61,20 +40,19 @@ class Arena:
         self.files, self.device, self.budget = list(files), device, budget
         self.layers = {layer: number for number, layer in enumerate(widths)}
         self._widths, self.loads = widths, 0
-        self._sizes: dict[int, int] = {}  # by the id of an adapter's pieces, which folders that are alike share
-        self._blocks: collections.OrderedDict[int, Block] = collections.OrderedDict()  # the least recently used first
         self._changed = threading.Condition()
         self._holders: collections.Counter[int] = collections.Counter()  # threads, by how many calls they are in
         self._held = threading.local()
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._evicted: list[torch.cuda.Event] = []  # what the next copy into the arena waits for
-        largest = max(range(len(self.files)), key=self._most)
+        self._unread: list[torch.cuda.Event] = []  # after the last calls that read what was evicted since the last copy
+        self._places = Places(self.files, widths, budget // BYTES, self._evicted_from)
+        largest = max(range(len(self.files)), key=self._places.most.__getitem__)
         if self.bytes_of([largest]) > budget:
             raise ValueError(
                 f"{POOL}: budget is {_mib(budget)}, and adapter {self.files[largest].name!r} alone takes "
                 f"{_mib(self.bytes_of([largest]))} ({self.bytes_of([largest]):,} bytes)"
             )
-        size = min(budget // BYTES, sum(map(self._most, range(len(self.files)))))
+        size = self._places.size
         with torch.inference_mode(False):
             self.memory = torch.empty(size, device=device)
             self.spans = torch.full((len(widths), len(self.files), 2), -1, dtype=torch.int32, device=device)
@@ -96,7 +74,8 @@ class Arena:
         """
         for t in wanted:
             self.files[t].check()
-        if sum(map(self._most, wanted)) > self.memory.numel() and self.bytes_of(wanted) > self.memory.numel() * BYTES:
+        places = self._places
+        if sum(places.most[t] for t in wanted) > places.size and places.end_of(wanted) > places.size:
             raise ValueError(
                 f"{POOL}: the {len(wanted)} adapters of this call take {_mib(self.bytes_of(wanted))} together, and the "
                 f"budget is {_mib(self.budget)}; give budget={self.bytes_of(wanted):,} or more, or route fewer "
@@ -110,6 +89,10 @@ class Arena:
         finally:
             self._held.tasks = before
             self._release(blocks, me)
+
+    def bytes_of(self, adapters: Sequence[int]) -> int:
+        """Count the bytes that these adapters take in an empty arena."""
+        return self._places.end_of(adapters) * BYTES
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -142,12 +125,13 @@ class Arena:
         Return the places, and the adapters that this thread has to load.
         """
         while True:
-            placed = self._place(wanted, keep=frozenset(wanted))
-            if placed is None and not any(block.users for block in self._blocks.values()):
-                self._evict(list(self._blocks))  # what lay between the blocks was too small: they fit from the start
-                placed = self._place(wanted, keep=frozenset())
+            placed = self._places.take(wanted, keep=frozenset(wanted))
+            if placed is None and not any(block.users for block in self._places.blocks.values()):
+                # What lay between the blocks was too small: they fit from the start.
+                self._places.evict(list(self._places.blocks))
+                placed = self._places.take(wanted, keep=frozenset())
             if placed is not None:
-                blocks = [self._blocks[t] for t in wanted]
+                blocks = [self._places.blocks[t] for t in wanted]
                 for block in blocks:
                     block.users += 1
                 self._holders[me] += 1
@@ -168,79 +152,17 @@ class Arena:
             for block in blocks:
                 block.users, block.used = block.users - 1, used
             for t in unread:
-                if not self._blocks[t].ready:
-                    self._blocks[t].failed = True
-                    self._evict([t])
+                if not self._places.blocks[t].ready:
+                    self._places.blocks[t].failed = True
+                    self._places.evict([t])
             self._holders[me] -= 1
             self._changed.notify_all()
 
-    # --------------------------------------------------------------------------------------------- the arena's places
-
-    def _place(self, wanted: Sequence[int], keep: frozenset[int]) -> list[int] | None:
-        """Give every wanted adapter a place, evicting others; return those to load, or None if there is no room.
-
-        What is in ``keep`` or held by a call is not evicted. The last of ``wanted`` becomes the most recently used.
-        """
-        new = []
-        for t in wanted:
-            if t not in self._blocks:
-                while (block := self._fitting(t)) is None:
-                    oldest = next(
-                        (o for o, b in self._blocks.items() if not b.users and b.ready and o not in keep), None
-                    )
-                    if oldest is None:
-                        self._evict(new)
-                        return None
-                    self._evict([oldest])
-                self._blocks[t] = block
-                new.append(t)
-            self._blocks.move_to_end(t)
-        return new
-
-    def _fitting(self, t: int) -> Block | None:
-        """Find the first gap that holds adapter ``t``."""
-        taken = sorted((block.start, block.end) for block in self._blocks.values())
-        start = 0
-        for first, end in [*taken, (self.memory.numel(), 0)]:
-            starts, last = self._layout(t, start)
-            if last <= first:
-                return Block(start, last, starts)
-            start = end
-        return None
-
-    def _layout(self, t: int, start: int) -> tuple[tuple[int, ...], int]:
-        """Lay adapter ``t`` out from ``start`` on; rows of a width begin at a multiple of it. Return starts and end."""
-        pieces = self.files[t].pieces
-        order = sorted(range(len(pieces)), key=lambda i: -self._widths.get(pieces[i].layer, 1))
-        starts = [0] * len(pieces)
-        for i in order:
-            width = self._widths.get(pieces[i].layer, 1)
-            starts[i] = -(-start // width) * width
-            start = starts[i] + pieces[i].floats
-        return tuple(starts), start
-
-    def _most(self, t: int) -> int:
-        """Return the floats that adapter ``t`` takes at most, wherever it lies."""
-        pieces = self.files[t].pieces
-        if id(pieces) not in self._sizes:
-            widths = {self._widths.get(piece.layer, 1) for piece in pieces}
-            self._sizes[id(pieces)] = sum(widths) + sum(piece.floats for piece in pieces)
-        return self._sizes[id(pieces)]
-
-    def bytes_of(self, adapters: Sequence[int]) -> int:
-        """Count the bytes that these adapters take in an empty arena."""
-        end = 0
-        for t in adapters:
-            _, end = self._layout(t, end)
-        return end * BYTES
-
-    def _evict(self, adapters: Sequence[int]) -> None:
-        for t in adapters:
-            block = self._blocks.pop(t)
-            if block.used is not None:
-                self._evicted.append(block.used)
-            if self._side is None:  # on a GPU kernels may still read it; no call asks for what is not in memory
-                self._write_spans(t, [-1] * len(self.files[t].pieces), -1)
+    def _evicted_from(self, t: int, block: Block) -> None:
+        if block.used is not None:
+            self._unread.append(block.used)
+        if self._side is None:  # on a GPU kernels may still read it; no call asks for what is not in memory
+            self._write_spans(t, None)
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -248,8 +170,8 @@ class Arena:
         """Copy adapter ``t`` from its file into its place."""
         file = self.files[t]
         with self._changed:
-            block = self._blocks[t]
-            waits, self._evicted = self._evicted, []
+            block = self._places.blocks[t]
+            waits, self._unread = self._unread, []
         with torch.inference_mode(False), torch.no_grad():
             if self._side is None:
                 to = self.memory[block.start : block.end]
@@ -276,15 +198,15 @@ class Arena:
             part = to[start - block.start :][: piece.floats]
             put(piece, a, b, part, self._widths.get(piece.layer))
 
-    def _write_spans(self, t: int, starts: Sequence[int], rank: int | None = None) -> None:
-        pieces = [(piece, start) for piece, start in zip(self.files[t].pieces, starts, strict=True)
-                  if piece.layer in self._widths]  # fmt: skip
-        rows = torch.tensor([self.layers[piece.layer] for piece, _ in pieces], dtype=torch.int64)
-        if rank == -1:
-            spans = torch.full((len(pieces), 2), -1, dtype=torch.int32)
+    def _write_spans(self, t: int, starts: Sequence[int] | None) -> None:
+        """Write where the rows of adapter ``t`` are in each linear layer; None says that it is not in memory."""
+        linear = [(place, piece) for place, piece in enumerate(self.files[t].pieces) if piece.layer in self._widths]
+        rows = torch.tensor([self.layers[piece.layer] for _, piece in linear], dtype=torch.int64)
+        if starts is None:
+            spans = torch.full((len(linear), 2), -1, dtype=torch.int32)
         else:
-            first = [start // self._widths[piece.layer] for piece, start in pieces]
-            ends = [row + piece.rank for row, (piece, _) in zip(first, pieces, strict=True)]
+            first = [starts[place] // self._widths[piece.layer] for place, piece in linear]
+            ends = [row + piece.rank for row, (_, piece) in zip(first, linear, strict=True)]
             spans = torch.tensor([first, ends], dtype=torch.int32).t()
         if self._side is not None:
             rows, spans = (x.pin_memory().to(self.device, non_blocking=True) for x in (rows, spans))
@@ -293,7 +215,7 @@ class Arena:
 
     def part(self, t: int, place: int) -> Tensor:
         """Return piece ``place`` of adapter ``t``, which this thread holds, as it lies in the arena."""
-        start = self._blocks[t].starts[place]
+        start = self._places.blocks[t].starts[place]
         return self.memory[start : start + self.files[t].pieces[place].floats]
 
     # ---------------------------------------------------------------------------------------------- beside the calls
@@ -303,12 +225,12 @@ class Arena:
         me = threading.get_ident()
         for t in wanted:
             with self._changed:
-                if t in self._blocks:
-                    self._blocks.move_to_end(t)
+                if t in self._places.blocks:
+                    self._places.blocks.move_to_end(t)
                     continue
-                if self._place([t], keep=frozenset(wanted)) is None:
+                if self._places.take([t], keep=frozenset(wanted)) is None:
                     return
-                block = self._blocks[t]
+                block = self._places.blocks[t]
                 block.users += 1
                 self._holders[me] += 1
             try:
@@ -321,16 +243,16 @@ class Arena:
     def replace(self, t: int, file: AdapterFile) -> None:
         """Take a folder over that was read anew and has the layers and ranks it had."""
         with self._changed:
-            while t in self._blocks and self._blocks[t].users:
+            while t in self._places.blocks and self._places.blocks[t].users:
                 self._changed.wait()
-            if t in self._blocks:
-                self._evict([t])
+            if t in self._places.blocks:
+                self._places.evict([t])
             self.files[t] = file
 
     @property
     def resident(self) -> tuple[int, ...]:
         with self._changed:
-            return tuple(t for t, block in self._blocks.items() if block.ready)
+            return tuple(t for t, block in self._places.blocks.items() if block.ready)
 
 
 def put(piece: Piece, a: Tensor, b: Tensor, to: Tensor, width: int | None) -> None:

@@ -185,23 +185,23 @@ ONE_PASS = [
     ),
     Fault(
         "pool-a-held-adapter-is-evicted",
-        "fastcss/_one_pass/pool_arena.py",
+        "fastcss/_one_pass/pool_places.py",
         "if not b.users and b.ready and o not in keep",
         "if b.ready and o not in keep",
         "tests/one_pass/test_pool.py",
     ),
     Fault(
         "pool-the-newest-is-evicted",
-        "fastcss/_one_pass/pool_arena.py",
-        "            self._blocks.move_to_end(t)\n        return new",
+        "fastcss/_one_pass/pool_places.py",
+        "            self.blocks.move_to_end(t)\n        return new",
         "        return new",
         "tests/one_pass/test_pool.py",
     ),
     Fault(
         "pool-a-changed-file-runs-on",
         "fastcss/_one_pass/pool_arena.py",
-        "            self.files[t].check()\n        if sum",
-        "            pass\n        if sum",
+        "            self.files[t].check()\n        places",
+        "            pass\n        places",
         "tests/one_pass/test_pool.py",
     ),
     Fault(

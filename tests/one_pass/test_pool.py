@@ -178,7 +178,7 @@ def test_threads_wait_for_room_and_get_their_own_answers(kept):
     [thread.join(60) for thread in threads]
     assert not wrong
     assert not any(thread.is_alive() for thread in threads)
-    assert not any(block.users for block in arena(pool)._blocks.values())
+    assert not any(block.users for block in arena(pool)._places.blocks.values())
 
 
 @torch.no_grad()
