@@ -5,8 +5,9 @@ Any release may move any of them. Each move is then one line here, and ``tests/t
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,7 @@ __all__ = [
     "is_one_graph",
     "is_vmapped",
     "is_wrapped",
+    "modules_themselves",
     "pytree",
     "registrations",
     "traced_as_one",
@@ -123,6 +125,23 @@ is_one_graph._dynamo_marked_constant = True
 def traced_as_one(function: Callable) -> Callable:
     """Return ``function`` as one that torch.compile does not look into: what it calls is traced beneath autograd."""
     return torch._dynamo.nonstrict_trace(function)
+
+
+_getattr_of_modules = nn.Module.__getattr__
+
+
+@contextlib.contextmanager
+def modules_themselves() -> Iterator[None]:
+    """Let modules' attributes be the modules themselves within a trace of torch.export.
+
+    If a module of the model has two names, torch.export gives a stand-in at each access: another one each time, of a
+    class made for it, and only for modules that are inside of what it traces.
+    """
+    in_trace, nn.Module.__getattr__ = nn.Module.__getattr__, _getattr_of_modules
+    try:
+        yield
+    finally:
+        nn.Module.__getattr__ = in_trace
 
 
 def gpu_architecture() -> int:

@@ -10,23 +10,20 @@ therefore begins with an op that compares the model with what it was, and raises
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._dispatch.private_apis import is_one_graph, traced_as_one
+from .._dispatch.private_apis import is_one_graph, modules_themselves, traced_as_one
 from .model_copy import ModelCopy
 from .read_adapters import Adapters
 
 LIBRARY = torch.library.Library("fastcss_one_pass", "DEF")
 LIBRARY.define("compare(Tensor(a!) compared, int place) -> ()")
-_getattr_of_modules = nn.Module.__getattr__
 _places = itertools.count()
 #: The runners that can be compiled, by their places; a graph can hold a number, but no runner.
 RUNNERS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -75,25 +72,11 @@ def _by_a_runner_of_the_trace(runner: nn.Module, args: tuple, kwargs: dict[str, 
     if not torch.compiler.is_compiling():  # torch.compile(backend="eager") keeps the call as it is
         return runner(*args, **kwargs)
     _check_traceable(runner, kwargs.get("route") is not None)
-    with _modules_themselves():
+    with modules_themselves():
         runner = RUNNERS[runner._place]
         if isinstance(runner._lineup.folders, Adapters | None):  # PEFT cannot read folders into stand-ins
             runner = runner._made_of(runner.model, runner._lineup, *runner._options)
         return runner.called_in_trace(args, kwargs)
-
-
-@contextlib.contextmanager
-def _modules_themselves() -> Iterator[None]:
-    """Let modules' attributes be the modules themselves.
-
-    If a module of the model has two names, torch.export gives a stand-in at each access, the runner's own included:
-    another one each time, of a class made for it, and only for modules that are inside of what it traces.
-    """
-    in_trace, nn.Module.__getattr__ = nn.Module.__getattr__, _getattr_of_modules
-    try:
-        yield
-    finally:
-        nn.Module.__getattr__ = in_trace
 
 
 def _check_traceable(runner: nn.Module, is_routed: bool) -> None:
