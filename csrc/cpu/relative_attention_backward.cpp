@@ -6,6 +6,7 @@
 
 #include "left_product.h"
 #include "parallel.h"
+#include "relative_table_rows.h"
 #include "relative_windows.h"
 #include "rows.h"
 
@@ -23,26 +24,6 @@ struct Inputs {
 };
 struct Gradients {
   Tensor dq, dk, dv, drel_h, drel_w, dpad_key, dpad_value;
-};
-
-bool is_finite(const float* x, int64_t n) {
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += 0 * x[i];
-  return sum == 0;
-}
-
-// A table as rows of float32, and the gradient of the bias that it gave.
-struct TableRows {
-  TableRows(const RelativeWindows& w, const Tensor& table, int64_t size)
-      : packed(w, table, size), size(size), rows((2 * size - 1) * w.D) {
-    for (int64_t r = 0; r < 2 * size - 1; ++r)
-      read_row(rows.data() + r * w.D, matrix(table, 0, 1, "relative_attention").at(r, 0), w.D);
-    finite = is_finite(rows.data(), (2 * size - 1) * w.D);
-  }
-  RelativeTable packed;
-  int64_t size;
-  std::vector<float> rows;  // [2 size − 1][D]
-  bool finite;
 };
 
 // A panel of queries with what their gradients need.
@@ -107,10 +88,6 @@ class Backward {
   void begin(Panel& p, int64_t b, int64_t h, const OnMap& at, int64_t first, float* scratch) const;
   void share(const Panel& p) const;
   void gradients(const Panel& p, const PackedKeys& keys, int64_t chunk, float* dk, float* dv) const;
-  void table_gradient(const TableRows& table, const Panel& p, const int64_t* at, const float* dbias, float* dtable,
-                      float* scratch) const;
-  void careful_gradient(const TableRows& table, const Panel& p, const int64_t* at, const float* dbias,
-                        float* dtable) const;
   void write_keys(int64_t index, float* sums) const;
   void add_up(int64_t index, const float* sums);
   void finish() const;
@@ -180,8 +157,9 @@ void Backward::unit(int64_t index, int64_t unit, const float* packed, float* sum
     for (int64_t i = 0; i < used; ++i) {
       const Panel& p = panels[i];
       for (int64_t j = 0; j < w_.D * kCols; ++j) p.dq[j] *= w_.scale;
-      table_gradient(rel_h_, p, p.row, p.dbias_h, dtable_h, scratch);
-      table_gradient(rel_w_, p, p.column, p.dbias_w, dtable_w, scratch);
+      const QueryRows queries{p.rows, width_, p.of.lanes};
+      rel_h_.add_gradients(queries, p.row, p.dbias_h, p.dq, in_.need_tables ? dtable_h : nullptr, scratch);
+      rel_w_.add_gradients(queries, p.column, p.dbias_w, p.dq, in_.need_tables ? dtable_w : nullptr, scratch);
       w_.for_runs(at, first + i * kCols, p.of.lanes, [&](int lane, int run, int64_t row, int64_t column) {
         const int64_t token = (at.top + row) * w_.W + at.left + column, ld = w_.heads * w_.D;
         write_transposed(image(out_.dq, b, w_.dtype) + (token * ld + h * w_.D) * size_of(w_.dtype), w_.dtype, ld, run,
@@ -233,33 +211,6 @@ void Backward::gradients(const Panel& p, const PackedKeys& keys, int64_t chunk, 
     left_product(count, p.of.lanes, {dscores, kCols, 1}, p.rows + c, width_, dk + c, width_, true);
   }
   add_values(keys, chunk, dscores, p.dq);
-}
-
-// The bias was query · table[at − j + size − 1].
-void Backward::table_gradient(const TableRows& table, const Panel& p, const int64_t* at, const float* dbias,
-                              float* dtable, float* scratch) const {
-  if (!table.finite || !is_finite(p.rows, kCols * width_)) return careful_gradient(table, p, at, dbias, dtable);
-  const auto [least, most] = std::minmax_element(at, at + kCols);
-  const int64_t base = *least, rows = *most - base + table.size;
-  std::fill_n(scratch, rows * kCols, 0.f);
-  for (int64_t j = 0; j < table.size; ++j)
-    for (int lane = 0; lane < p.of.lanes; ++lane)
-      scratch[(at[lane] - j + table.size - 1 - base) * kCols + lane] = dbias[j * kCols + lane];
-  left_product(w_.D, rows, {table.rows.data() + base * w_.D, 1, w_.D}, scratch, kCols, p.dq, kCols, true);
-  for (int64_t c = 0; in_.need_tables && c < width_; c += kCols)
-    left_product(rows, p.of.lanes, {scratch, kCols, 1}, p.rows + c, width_, dtable + base * width_ + c, width_, true);
-}
-
-// Each query with its own rows of the table only: a zero times what is not finite is not zero.
-void Backward::careful_gradient(const TableRows& table, const Panel& p, const int64_t* at, const float* dbias,
-                                float* dtable) const {
-  for (int lane = 0; lane < p.of.lanes; ++lane)
-    for (int64_t j = 0; j < table.size; ++j) {
-      const int64_t r = at[lane] - j + table.size - 1;
-      const float slope = dbias[j * kCols + lane];
-      for (int64_t d = 0; d < w_.D; ++d) p.dq[d * kCols + lane] += slope * table.rows[r * w_.D + d];
-      if (in_.need_tables) add_scaled(dtable + r * width_, slope, p.rows + lane * width_, w_.D);
-    }
 }
 
 // Writes the gradients of the window's keys and values, and leaves those of the padding in the place of the first.

@@ -57,8 +57,8 @@ CPU = [
     ),
     Fault(
         "cpu-a-zero-times-nan-of-another-query",
-        "csrc/cpu/relative_attention_backward.cpp",
-        "if (!table.finite || !is_finite(p.rows, kCols * width_))",
+        "csrc/cpu/relative_table_rows.cpp",
+        "if (!finite_ || !is_finite(queries.data, kCols * width))",
         "if (false)",
         "tests/ops/test_relative_attention.py -k 'cpu and finite'",
     ),
