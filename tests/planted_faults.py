@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from faults.adapters import ADAPTERS
 from faults.fault import Fault
+from faults.fuse import FUSE
 from faults.kernels import CPU, CUDA, TRITON
-from faults.one_pass import FUSE, ONE_PASS
+from faults.one_pass import ONE_PASS
 from faults.ops import OPS
 from faults.systems import BENCHMARKS, COMMANDS, DATA, MODELS, NN
 
-FAULTS = [*CPU, *TRITON, *CUDA, *OPS, *ONE_PASS, *FUSE, *NN, *MODELS, *DATA, *COMMANDS, *BENCHMARKS]
+FAULTS = [*CPU, *TRITON, *CUDA, *OPS, *ONE_PASS, *ADAPTERS, *FUSE, *NN, *MODELS, *DATA, *COMMANDS, *BENCHMARKS]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "out", "dist", ".pytest_cache", ".hypothesis")
 #: Installed packages lie in folders of other names than they have in the tree.
 LINKS = {"fastcss/kernels": "../kernels", "fastcss/cuda": "../csrc/cuda"}

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 
 import peft
 import pytest
 import torch
-from adapted_models import EXACT, adapt, assert_equal, assert_untouched, inputs, loop, save, state_of, vit
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from adapted_models import (
+    EXACT,
+    adapt,
+    assert_equal,
+    assert_same_bits,
+    assert_untouched,
+    inputs,
+    loop,
+    save,
+    state_of,
+    vit,
+)
 
 import fastcss
-
-SITES = ["q_proj", "v_proj", "fc1"]
-
-
-@pytest.fixture
-def four(tmp_path):
-    """Makes (bare model, PEFT model with task0 … task3, their folders); the adapters cover the same layers."""
-    torch.manual_seed(0)
-    bare = vit()
-    configs = [{"r": r, "target_modules": SITES, "lora_bias": r == 5, "use_rslora": r == 2} for r in (4, 5, 3, 2)]
-    model = adapt(copy.deepcopy(bare), *configs)
-    return bare.eval(), model, save(model, tmp_path)
-
-
-def assert_same_bits(got, expected) -> None:
-    for ours, theirs in zip(pytree.tree_leaves(got), pytree.tree_leaves(expected), strict=True):
-        assert not isinstance(ours, Tensor) or torch.equal(ours, theirs)
 
 
 def assert_as_new(runner, new, given, route=(1, -1, 0, 1)) -> None:
@@ -279,179 +270,3 @@ def test_what_came_is_trained(four):
     model.set_adapter("late")
     model(**given).last_hidden_state[..., 0].sum().backward()
     torch.testing.assert_close(got, weight.grad, atol=10 * EXACT * float(weight.grad.abs().max()), rtol=0)
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
-
-
-def other_model(tmp_path, bare):
-    torch.manual_seed(1)
-    config = type(bare.config)(**{**bare.config.to_dict(), "hidden_size": 16, "intermediate_size": 16})
-    model = adapt(type(bare)(config), {"r": 2, "target_modules": SITES})
-    return save(model, tmp_path / "other")[0]
-
-
-def damaged(tmp_path, folder):
-    made = tmp_path / "damaged"
-    made.mkdir()
-    for file in folder.iterdir():
-        if file.is_file():
-            (made / file.name).write_bytes(file.read_bytes())
-    weights = made / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    return made
-
-
-def prompt(tmp_path, bare):
-    made = tmp_path / "ia3"
-    peft.get_peft_model(copy.deepcopy(bare), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-                        ).save_pretrained(made)  # fmt: skip
-    return made
-
-
-REFUSED = {
-    "no folder": (lambda r, f, p, b: r.add(p / "missing"), FileNotFoundError, "missing"),
-    "another model's": (lambda r, f, p, b: r.add(other_model(p, b), name="x"), ValueError, "another base model"),
-    "damaged": (lambda r, f, p, b: r.add(damaged(p, f[1])), ValueError, "no whole safetensors file"),
-    "of PEFT": (lambda r, f, p, b: r.add(prompt(p, b)), TypeError, "ia3"),
-    "name taken": (lambda r, f, p, b: r.add(f[1], name="task0"), ValueError, "has an adapter 'task0'; swap"),
-    "unknown": (lambda r, f, p, b: r.remove("tusk0"), KeyError, "did you mean 'task0'"),
-    "unknown to swap": (lambda r, f, p, b: r.swap("x", f[1]), KeyError, "no adapter 'x'; there are task0"),
-    "swapped for another model's": (
-        lambda r, f, p, b: r.swap("task0", other_model(p, b)), ValueError, "another base model"
-    ),
-    "a scale that is none": (lambda r, f, p, b: r.set_scale("task0", float("nan")), ValueError, "finite, got nan"),
-    "a scale that is text": (lambda r, f, p, b: r.set_scale("task0", "2"), TypeError, "must be a number, got str"),
-}  # fmt: skip
-
-
-OF_MODELS = ("no folder", "another model's", "of PEFT", "name taken")
-
-
-@pytest.mark.parametrize(
-    ("what", "source"), [*((what, "folders") for what in REFUSED), *((what, "model") for what in OF_MODELS)]
-)
-@torch.no_grad()
-def test_a_refused_change_leaves_the_runner_as_it_was(what, source, four, tmp_path):
-    act, error, message = REFUSED[what]
-    bare, model, folders = four
-    given, model = inputs(vit), bare if source == "folders" else model
-    runner = read(bare, [folders[0], folders[2]]) if source == "folders" else fastcss.one_pass(model)
-    before, names, held, output = state_of(model), runner.adapters, runner._model_copy, runner(**given)
-    output = runner(**given)
-    with pytest.raises(error, match=message):
-        act(runner, folders, tmp_path, bare)
-    assert runner.adapters == names
-    assert runner._model_copy is held
-    assert_same_bits(runner(**given), output)
-    assert_untouched(model, before)
-
-
-@torch.no_grad()
-def test_more_refusals(four, tmp_path):
-    bare, model, folders = four
-    runner = read(bare, folders[:1])
-    with pytest.raises(ValueError, match="last adapter"):
-        runner.remove("task0")
-    live = fastcss.one_pass(model)
-    model.load_adapter(folders[0], "late")
-    with pytest.raises(TypeError, match=r"add: adapter must be a name or a folder.* got int"):
-        runner.add(3)
-    with pytest.raises(ValueError, match="keeps its name"):
-        live.add("late", name="other")
-    with pytest.raises(FileNotFoundError, match=r"no folder, and no adapter of the model.* are: late"):
-        live.add("lote")
-    with pytest.raises(ValueError, match="adapter of the model; swap it there"):
-        live.swap("task0", folders[1])
-    whole = adapt(copy.deepcopy(bare), {"r": 2, "target_modules": SITES, "modules_to_save": ["pooler"]})
-    runner = fastcss.one_pass(whole)
-    runner.add(folders[1])  # beside a module that is saved whole, if not in it
-    assert_equal(runner(**inputs(vit)), [*loop(whole, inputs(vit)), *loop(model, inputs(vit), ["task1"])])
-    inside = adapt(copy.deepcopy(bare), {"r": 2, "target_modules": ["dense"]})
-    (folder,) = save(inside, tmp_path / "inside")
-    with pytest.raises(TypeError, match=r"only plain LoRA can.*model\.load_adapter\(.*add\('inside'\) run it"):
-        runner.add(folder, name="inside")
-
-
-# --- calls under way ------------------------------------------------------------------------------------------------
-
-
-ENTERED, GO = threading.Event(), threading.Event()
-
-
-class Pausing(nn.Module):
-    """Pauses in the middle of its call, between two layers, until ``GO`` is set."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        x = self.first(x)
-        ENTERED.set()
-        assert GO.wait(30)
-        return self.second(x)
-
-
-@pytest.mark.parametrize("engine", ["vmap", "replay"])
-@torch.no_grad()
-def test_a_change_waits_for_calls_under_way(engine):
-    torch.manual_seed(0)
-    model = adapt(Pausing(), *({"r": r, "target_modules": ["first", "second"]} for r in (1, 2, 3)))
-    runner, x = fastcss.one_pass(model, engine=engine), torch.randn(2, 4)
-    GO.set()
-    runner(x)
-    expected = runner(x)
-    GO.clear()
-    ENTERED.clear()
-    found: list = []
-    call = threading.Thread(target=lambda: found.append(runner(x)), daemon=True)
-    call.start()
-    assert ENTERED.wait(30)
-    change = threading.Thread(target=lambda: runner.remove("task0"), daemon=True)
-    change.start()
-    change.join(0.1)
-    assert change.is_alive()
-    assert runner.adapters == ("task0", "task1", "task2")
-    GO.set()
-    for thread in (call, change):
-        thread.join(30)
-        assert not thread.is_alive()
-    assert torch.equal(found[0], expected)
-    assert runner.adapters == ("task1", "task2")
-    torch.testing.assert_close(runner(x), expected[1:], atol=EXACT, rtol=0)
-
-
-@torch.no_grad()
-def test_no_change_inside_of_a_call():
-    GO.set()
-    model = adapt(Pausing(), *({"r": 2, "target_modules": ["first"]} for _ in range(2)))
-    runner = fastcss.one_pass(model)
-    hook = model.get_base_model().second.register_forward_hook(lambda *_: runner.remove("task0"))
-    with pytest.raises(RuntimeError, match="inside of a call of their runner"):
-        runner(torch.randn(2, 4))
-    hook.remove()
-    assert runner(torch.randn(2, 4)).shape == (2, 2, 4)
-    runner.remove("task0")
-    assert runner(torch.randn(2, 4)).shape == (1, 2, 4)
-
-
-def test_backward_passes_to_come_keep_their_adapters():
-    """A checkpointed layer computes again in the backward pass, with the adapter that its forward pass had."""
-    torch.manual_seed(0)
-    model = adapt(vit(), *({"r": 2, "target_modules": ["q_proj"]} for _ in range(3))).train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    given, gradients = inputs(vit), []
-    for change in (False, True):
-        runner = fastcss.one_pass(model, engine="replay")
-        loss = runner(**given).last_hidden_state.pow(2).sum()
-        if change:
-            runner.remove("task0")
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert len(gradients[0]) == 12
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=0, rtol=0)

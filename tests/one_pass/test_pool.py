@@ -3,95 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import shutil
 import threading
 
-import peft
 import pytest
 import torch
-from adapted_models import adapt, edit_config, save
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from pool_models import COUNT, arena, needs, routes
 
 import fastcss
 from fastcss._one_pass.adapter_pool import AdapterPool
-
-COUNT, BATCH = 9, 4
-SITES = (["query", "value"], ["value", "patch"], ["query", "words", "head"], ["patch"], ["head", "words"])
-
-
-class Small(nn.Module):
-    """Has one layer of every kind, the widths of which share no divisor."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.patch = nn.Embedding(11, 6), nn.Conv2d(3, 6, 2, stride=2)
-        self.query, self.value, self.head = nn.Linear(6, 7), nn.Linear(6, 7), Conv1D(5, 7)
-
-    def forward(self, pixels, ids):
-        x = self.patch(pixels).flatten(2).transpose(1, 2) + self.words(ids)[:, None].mean(2)
-        return self.head(torch.tanh(self.query(x)) * self.value(x))
-
-
-class Saved:
-    """A bare model, PEFT's with nine adapters that differ in layers, ranks and scales, and their folders."""
-
-    def __init__(self, folder):
-        torch.manual_seed(0)
-        self.bare = Small().eval()
-        options = [{"target_modules": SITES[t % 5], "r": 1 + t % 4, "use_rslora": t % 2 == 0} for t in range(COUNT)]
-        self.model = adapt(copy.deepcopy(self.bare), *options)
-        self.folders = save(self.model, folder)
-        self.given = {"pixels": torch.randn(BATCH, 3, 4, 4), "ids": torch.randint(11, (BATCH, 3))}
-        with torch.no_grad():
-            self.alone = {name: self.run(name) for name in (None, *self.model.peft_config)}
-
-    def run(self, name):
-        """PEFT's outputs with one adapter, for every sample as a batch of one."""
-        samples = [{key: value[i : i + 1] for key, value in self.given.items()} for i in range(BATCH)]
-        if name is None:
-            with self.model.disable_adapter():
-                return torch.cat([self.model(**sample) for sample in samples])
-        self.model.set_adapter(name)
-        return torch.cat([self.model(**sample) for sample in samples])
-
-    def check(self, got, route):
-        for i, name in enumerate(route):
-            want = self.alone[name][i]
-            assert (got[i] - want).abs().max() <= 1e-5 * want.abs().max(), (i, name)
-
-    def pool(self, budget=1 << 20, **options):
-        return AdapterPool(self.bare, self.folders, budget=budget, **options)
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return Saved(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def saved(kept, tmp_path):
-    """The same with folders of its own, to be changed."""
-    mine = copy.copy(kept)
-    mine.folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in kept.folders]
-    return mine
-
-
-def arena(pool):
-    return pool._state[0].arena
-
-
-def needs(pool, route):
-    return arena(pool).bytes_of(sorted({pool.adapters.index(name) for name in route if name}))
-
-
-def routes(count=40):
-    names = [None, *(f"task{t}" for t in range(COUNT))]
-    draws = torch.randint(len(names), (count, BATCH), generator=torch.Generator().manual_seed(1))
-    return [[names[t] for t in draw] for draw in draws.tolist()]
 
 
 @pytest.mark.parametrize("engine", ["vmap", "replay"])
@@ -182,67 +102,6 @@ def test_threads_wait_for_room_and_get_their_own_answers(kept):
 
 
 @torch.no_grad()
-def test_a_folder_that_changes_is_refused_by_name_and_the_others_go_on(saved):
-    pool, route = saved.pool(), ["task0", None, "task1", "task1"]
-    before = pool(**saved.given, route=route)
-    weights = saved.folders[1] / "adapter_model.safetensors"
-    save_file({key: 2 * value for key, value in load_file(weights).items()}, weights)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"adapter 'task1'.*task1 has changed.*pool.refresh\('task1'\)"):
-            pool(**saved.given, route=route)
-        assert torch.equal(pool(**saved.given, route=["task0"] * 4)[0], before[0])
-    pool.refresh("task1")
-    got = pool(**saved.given, route=route)
-    assert torch.equal(got[0], before[0])
-    assert not torch.equal(got[2:], before[2:])
-    # A scale is in the other file.
-    edit_config(saved.folders[0], lora_alpha=70)
-    with pytest.raises(RuntimeError, match="adapter 'task0'"):
-        pool(**saved.given, route=route)
-    pool.refresh("task0")
-    assert (pool(**saved.given, route=route)[0] - before[0]).abs().max() > 1e-3
-    shutil.rmtree(saved.folders[0])
-    with pytest.raises(FileNotFoundError, match=r"adapter 'task0'.*task0.*is gone"):
-        pool(**saved.given, route=route)
-    assert torch.equal(pool(**saved.given, route=[None, None, "task1", "task1"])[2:], got[2:])
-    with pytest.raises(FileNotFoundError, match=r"task0.*adapter_config.json is missing"):
-        pool.refresh("task0")
-    pool.prefetch(["task0", "task2"])
-    pool._ahead.submit(lambda: None).result()
-    assert pool.resident[-1] == "task2"
-
-
-@torch.no_grad()
-def test_a_file_that_changes_while_it_is_read_is_not_kept(saved, monkeypatch):
-    from fastcss._one_pass import pool_arena
-
-    pool, put = saved.pool(), pool_arena.put
-
-    def touched(*arguments):
-        put(*arguments)
-        os.utime(saved.folders[2] / "adapter_model.safetensors", (1, 1))
-
-    monkeypatch.setattr(pool_arena, "put", touched)
-    with pytest.raises(RuntimeError, match=r"'task2'.*has changed"):
-        pool(**saved.given, route=["task2", "task2", None, None])
-    monkeypatch.undo()
-    assert "task2" not in pool.resident
-    assert not arena(pool)._holders[threading.get_ident()]
-    saved.check(pool(**saved.given, route=["task0", "task4", None, None]), ["task0", "task4", None, None])
-
-
-@torch.no_grad()
-def test_another_adapter_in_a_folder_begins_the_pool_anew(saved):
-    pool = saved.pool()
-    pool(**saved.given, route=["task0"] * 4)
-    shutil.rmtree(saved.folders[0])
-    shutil.copytree(saved.folders[3], saved.folders[0])  # of other layers and rank
-    pool.refresh("task0")
-    assert pool.resident == ()
-    saved.check(pool(**saved.given, route=["task0"] * 4), ["task3"] * 4)
-
-
-@torch.no_grad()
 def test_what_does_not_fit_the_budget_is_said_with_figures(kept):
     pool = kept.pool()
     route = ["task0", "task1", "task2", "task6"]
@@ -279,58 +138,6 @@ def test_bad_calls(kept):
     finally:
         kept.bare.eval()
     assert pool.loads == 1  # of the call whose route was too short
-
-
-def of_other_kinds():
-    linear = {"r": 2, "target_modules": ["query"]}
-    return {
-        "use_dora": ({**linear, "use_dora": True}, TypeError, "uses use_dora; a pool holds plain LoRA"),
-        "a bias of B": ({**linear, "lora_bias": True}, TypeError, "uses lora_bias"),
-        "modules": ({**linear, "modules_to_save": ["value"]}, TypeError, "uses modules_to_save"),
-        "pissa": ({**linear, "init_lora_weights": "pissa"}, TypeError, "initialised by pissa"),
-    }
-
-
-@pytest.mark.parametrize("kind", of_other_kinds())
-def test_other_kinds_are_refused_at_once(kept, tmp_path, kind):
-    options, error, message = of_other_kinds()[kind]
-    model = peft.get_peft_model(copy.deepcopy(kept.bare), peft.LoraConfig(**options))
-    model.save_pretrained(tmp_path / "other")
-    with pytest.raises(error, match=rf"AdapterPool: .*other.*{message}"):
-        AdapterPool(kept.bare, [*kept.folders, tmp_path / "other"], budget=1 << 20)
-
-
-@pytest.mark.parametrize("damage", ["cut", "no header", "beside", "elsewhere", "pickle", "another model"])
-def test_damaged_folders_are_refused_at_once(saved, damage):
-    folder = saved.folders[4]
-    weights = folder / "adapter_model.safetensors"
-    held = load_file(weights)
-    if damage == "cut":
-        weights.write_bytes(weights.read_bytes()[:-8])
-    elif damage == "no header":
-        weights.write_bytes(b"\xff" * 64)
-    elif damage == "beside":
-        save_file({**held, "base_model.model.value.weight": torch.zeros(7, 6)}, weights)
-    elif damage == "elsewhere":
-        save_file({key.replace("head", "tail"): value for key, value in held.items()}, weights)
-    elif damage == "pickle":
-        weights.rename(folder / "adapter_model.bin")
-    else:
-        save_file({key: value.repeat(2, 2) if "A" in key and value.dim() == 2 else value
-                   for key, value in held.items()}, weights)  # fmt: skip
-    with pytest.raises((ValueError, TypeError), match=r"AdapterPool: .*task4"):
-        saved.pool()
-
-
-@torch.no_grad()
-def test_halves_are_read_as_peft_reads_them(saved):
-    """PEFT's adapters run in float32, whatever they were saved in."""
-    for folder in saved.folders:
-        weights = folder / "adapter_model.safetensors"
-        save_file({key: value.bfloat16() for key, value in load_file(weights).items()}, weights)
-    route = ["task0", "task2", "task4", None]
-    want = fastcss.one_pass.from_directories(saved.bare, saved.folders)(**saved.given, route=route)
-    assert torch.equal(saved.pool()(**saved.given, route=route), want)
 
 
 @torch.no_grad()

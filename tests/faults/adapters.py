@@ -1,0 +1,148 @@
+"""Faults in kinds of adapters, in pools of them, and in a runner that others hold."""
+
+from __future__ import annotations
+
+from .fault import Fault
+
+ADAPTERS = [
+    Fault(
+        "pool-a-held-adapter-is-evicted",
+        "fastcss/_one_pass/pool_places.py",
+        "if not b.users and b.ready and o not in keep",
+        "if b.ready and o not in keep",
+        "tests/one_pass/test_pool.py",
+    ),
+    Fault(
+        "pool-the-newest-is-evicted",
+        "fastcss/_one_pass/pool_places.py",
+        "            self.blocks.move_to_end(t)\n        return new",
+        "        return new",
+        "tests/one_pass/test_pool.py",
+    ),
+    Fault(
+        "pool-a-changed-file-runs-on",
+        "fastcss/_one_pass/pool_arena.py",
+        "            self.files[t].check()\n        places",
+        "            pass\n        places",
+        "tests/one_pass/test_pool_folders.py",
+    ),
+    Fault(
+        "pool-what-was-written-while-it-was-read-is-kept",
+        "fastcss/_one_pass/pool_files.py",
+        "self._view(mapped, piece.b)\n        self.check()",
+        "self._view(mapped, piece.b)",
+        "tests/one_pass/test_pool_folders.py",
+    ),
+    Fault(
+        "pool-a-convolution-of-the-next-adapter",
+        "fastcss/_one_pass/pooled_layers.py",
+        "known[place] == index, place, len(held)",
+        "known[place] >= 0, place, len(held)",
+        "tests/one_pass/test_pool.py",
+    ),
+    Fault(
+        "one-pass-doras-norm-is-of-another-scale",
+        "fastcss/_one_pass/dora.py",
+        "alpha=weights.scale",
+        "alpha=1.0",
+        "tests/one_pass/test_dora.py -k runs_as_peft",
+    ),
+    Fault(
+        "one-pass-doras-norm-does-not-follow-the-base-layer",
+        "fastcss/_one_pass/adapted_layer.py",
+        "return [*self.tensors(), *weight, *bias]",
+        "return [*self.tensors(), *bias]",
+        "tests/one_pass/test_dora.py -k runs_as_peft",
+    ),
+    Fault(
+        "one-pass-doras-norm-is-taken-in-autocasts-dtype",
+        "fastcss/_one_pass/dora.py",
+        "enabled=False",
+        "enabled=torch.is_autocast_enabled('cpu'), dtype=torch.bfloat16",
+        "tests/one_pass/test_dora.py -k autocast",
+    ),
+    Fault(
+        "one-pass-dora-scales-what-was-not-dropped",
+        "fastcss/_one_pass/adapted_kinds.py",
+        "F.linear(dropped.to(x.dtype), self._weight) * (scales - 1)",
+        "F.linear(x, self._weight) * (scales - 1)",
+        "tests/one_pass/test_dora.py -k trains",
+    ),
+    Fault(
+        "one-pass-all-dropped-has-gradients-of-nan",
+        "fastcss/_one_pass/adapted_layer.py",
+        "kept = torch.where(p < 1, 1 - p, 1)",
+        "kept = 1 - p",
+        "tests/one_pass/test_dora.py -k trains",
+    ),
+    Fault(
+        "one-pass-own-biases-do-not-follow-the-base-layer",
+        "fastcss/_one_pass/adapted_layer.py",
+        "bias = [self.base_layer.bias] if self.replaces_bias else []",
+        "bias = []",
+        "tests/one_pass/test_biases.py",
+    ),
+    Fault(
+        "one-pass-pefts-layers-run-in-several-threads",
+        "fastcss/_one_pass/model_copy.py",
+        "threading.RLock() if self.runs_pefts_layers else contextlib.nullcontext()",
+        "contextlib.nullcontext()",
+        "tests/one_pass/test_kinds.py -k thread",
+    ),
+    Fault(
+        "one-pass-the-base-layer-runs-for-each-task",
+        "fastcss/_one_pass/in_turn.py",
+        "common = self.common() if shared and",
+        "common = [] if shared and",
+        "tests/one_pass/test_kinds.py -k once",
+    ),
+    Fault(
+        "one-pass-merged-parameters-stay-in-the-copy",
+        "fastcss/_one_pass/model_copy.py",
+        "        if self._set_parameters.differs():\n",
+        "        if False:\n",
+        "tests/one_pass/test_kinds.py -k put_other",
+    ),
+    Fault(
+        "one-pass-quantised-weights-are-copied-from-folders",
+        "fastcss/_one_pass/read_by_peft.py",
+        "if type(tensor) not in (Tensor, nn.Parameter):",
+        "if tensor is None:",
+        "tests/one_pass/test_kinds.py -k another_librarys",
+    ),
+    Fault(
+        "one-pass-a-compiled-graph-of-the-model-that-was",
+        "fastcss/_one_pass/traced.py",
+        "    if compiled is not None and not compiled.is_current():",
+        "    if compiled is not None and not compiled:",
+        "tests/one_pass/test_traced.py -k another_model",
+    ),
+    Fault(
+        "one-pass-an-exported-program-keeps-the-weights-that-were",
+        "fastcss/_one_pass/traced.py",
+        "runner = runner._made_of(runner.model, runner._lineup, *runner._options)",
+        "runner = runner",
+        "tests/one_pass/test_traced.py -k dynamic_batch",
+    ),
+    Fault(
+        "one-pass-onnx-gets-operators-that-it-has-not",
+        "fastcss/_dispatch/backends.py",
+        "        if forward_mode() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):",
+        "        if forward_mode():",
+        "tests/one_pass/test_traced.py -k onnx",
+    ),
+    Fault(
+        "one-pass-labels-are-not-found-in-the-signature",
+        "fastcss/_one_pass/signatures.py",
+        '    signature = inspect.Signature([own["self"], *theirs, *options, *rest])',
+        '    signature = inspect.Signature([own["self"], *options, *rest])',
+        "tests/one_pass/test_trainers.py -k signature",
+    ),
+    Fault(
+        "one-pass-the-switch-passes-over-saved-modules",
+        "fastcss/_one_pass/training.py",
+        "    for layer in filter(is_peft_layer, model.modules()):",
+        '    for layer in (m for m in model.modules() if hasattr(m, "base_layer")):',
+        "tests/one_pass/test_trainers.py -k switch",
+    ),
+]
